@@ -1,0 +1,7 @@
+"""Runs on disk. The store knows no schema, model or training: it keeps {Address: Tensor} and what goes with them."""
+
+from picolm.store.checkpoint import Checkpoint, Missing
+from picolm.store.layout import Directories
+from picolm.store.run import Run
+
+__all__ = ["Checkpoint", "Directories", "Missing", "Run"]

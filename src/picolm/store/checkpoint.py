@@ -1,0 +1,190 @@
+"""One step on disk as a mapping from address to tensor: a tensor is read, and checked, when it is asked for."""
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from picolm.address import Address
+from picolm.errors import StoreError
+from picolm.registry import did_you_mean
+from picolm.store.files import FileRecord, digest_file, load_json
+from picolm.store.layout import MANIFEST, STATE, inside
+from picolm.store.manifest import Manifest, TensorRecord
+from picolm.store.tensors import TensorPlace, read_header, read_tensor, tensor_bytes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
+
+
+class Missing(StoreError, KeyError):
+    """A step, tensor, file or table that was asked for and is not there. The message names what is."""
+
+    __str__ = Exception.__str__  # a KeyError would print its message in quotes
+
+
+class Checkpoint(Mapping[Address, "Tensor"]):
+    """The state at one step. Raises StoreError when the directory holds no manifest, or one that is damaged."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.manifest = Manifest.from_bytes(_manifest_bytes(path), str(path / MANIFEST))
+        self._headers: dict[str, dict[str, TensorPlace]] = {}
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def files(self) -> Mapping[str, FileRecord]:
+        """Size and digest of each file by its name inside of the step, without the manifest."""
+        return self.manifest.files
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """What the trainer recorded beside the tensors: counters, random states, position in the schedule."""
+        return load_json(self.read(STATE))
+
+    def record(self, address: Address) -> TensorRecord:
+        """Shape, element type and digest of a tensor, without reading it. Raises Missing."""
+        if address in self.manifest.tensors:
+            return self.manifest.tensors[address]
+        raise Missing(f"{self.path} has no {Address(*address)}{self._nearest(Address(*address))}")
+
+    def select(self, *, kind: str = "*", split: str = "*", module: str = "*") -> list[Address]:
+        """The addresses whose parts match shell patterns, layers in order; empty when none does."""
+        patterns = (kind, split, module)
+        return [address for address in self if all(map(fnmatchcase, address, patterns))]
+
+    def __getitem__(self, address: Address) -> "Tensor":
+        """The tensor, on the CPU, as stored. Raises Missing, or StoreError when its bytes are not the recorded ones."""
+        record = self.record(address)
+        path = inside(self.path, record.file)
+        try:
+            if record.file not in self._headers:
+                self._headers[record.file] = read_header(path)
+            tensor = read_tensor(path, self._place(record))
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error.strerror}); {address} was in it") from error
+        if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != record.sha256:
+            raise StoreError(f"{path}: the bytes of {address} are not those that were written; run `pico verify`")
+        return tensor
+
+    def __iter__(self) -> Iterator[Address]:
+        return iter(self.manifest.tensors)
+
+    def __len__(self) -> int:
+        return len(self.manifest.tensors)
+
+    def __contains__(self, address: object) -> bool:
+        return address in self.manifest.tensors
+
+    __eq__ = object.__eq__  # a Mapping would compare by reading every tensor
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+
+    def read(self, name: str) -> bytes:
+        """The content of a file of the step. Raises Missing, or StoreError when it is not what was written."""
+        if name not in self.files:
+            raise Missing(f"{self.path} has no file {name!r}{did_you_mean(name, self.files)}")
+        path = inside(self.path, name)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+        if hashlib.sha256(data).hexdigest() != self.files[name].sha256:
+            raise StoreError(f"{path}: not the bytes that were written; run `pico verify`")
+        return data
+
+    def rows(self, split: str) -> "pa.Table":
+        """The rows that the activations and gradients of `split` belong to, in their order; columns as committed."""
+        import pyarrow.parquet as pq
+
+        ending = f"/{split}_data.parquet"
+        tables = [name for name in self.files if name.endswith("_data.parquet")]
+        for name in tables:
+            if ("/" + name).endswith(ending):
+                return pq.read_table(io.BytesIO(self.read(name)))
+        raise Missing(f"{self.path} has no rows of {split!r} (there are: {', '.join(tables) or 'none'})")
+
+    def verify(self) -> list[str]:
+        """Recompute every digest; one sentence per file that is damaged, missing or unknown; empty: all is well."""
+        try:
+            if _manifest_bytes(self.path) != self.manifest.to_bytes():
+                return [f"{self.path / MANIFEST}: changed since it was opened"]
+        except StoreError as error:
+            return [str(error)]
+        damaged = [_file_problem(self.path, name, record) for name, record in self.files.items()]
+        return [problem for problem in damaged if problem] + self._unknown() + self._misplaced(damaged)
+
+    def _place(self, record: TensorRecord) -> TensorPlace:
+        place = self._headers[record.file].get(record.key)
+        if place is None or (place.shape, place.dtype) != (record.shape, record.dtype):
+            raise StoreError(
+                f"{self.path / record.file}: {record.key!r} is not as the manifest says; run `pico verify`"
+            )
+        return place
+
+    def _nearest(self, address: Address) -> str:
+        """`; did you mean …` among all, then the modules with this kind and split, or else the kinds there are."""
+        suggestion = did_you_mean(str(address), map(str, self))
+        modules = [other.module for other in self if other[:2] == address[:2]]
+        if modules:
+            shown = ", ".join(modules[:12]) + (f", … {len(modules)} in all" if len(modules) > 12 else "")
+            return f"{suggestion} ({'/'.join(address[:2])} is there for: {shown})"
+        kinds = sorted({"/".join(other[:2]).rstrip("/") for other in self})
+        return f"{suggestion} (it holds: {', '.join(kinds) or 'no tensors'})"
+
+    def _unknown(self) -> list[str]:
+        """Files and links on disk that the manifest does not name, and directories that hold none of its files."""
+        expected = {MANIFEST, *self.files}
+        expected |= {str(parent) for name in self.files for parent in Path(name).parents}
+        found = (str(path.relative_to(self.path)) for path in sorted(self.path.rglob("*")))
+        return [f"{self.path / name}: not in the manifest" for name in found if name not in expected]
+
+    def _misplaced(self, damaged: list[str]) -> list[str]:
+        """Tensors whose record does not agree with the header of an otherwise intact file."""
+        broken = {name for name, problem in zip(self.files, damaged) if problem}
+        problems = []
+        for name in sorted({record.file for record in self.manifest.tensors.values()} - broken):
+            header = read_header(self.path / name)
+            stored = {
+                record.key: (record.shape, record.dtype)
+                for record in self.manifest.tensors.values()
+                if record.file == name
+            }
+            if stored != {key: (place.shape, place.dtype) for key, place in header.items()}:
+                problems.append(f"{self.path / name}: its tensors are not those of the manifest")
+        return problems
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    try:
+        return inside(path, MANIFEST).read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path / MANIFEST}: cannot be read ({error.strerror}); not a whole checkpoint") from error
+
+
+def _file_problem(root: Path, name: str, record: FileRecord) -> str:
+    path = root / name
+    try:
+        if path.is_symlink():
+            return f"{path}: a symbolic link where a file was written"
+        found = digest_file(inside(root, name))
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    except StoreError as error:
+        return str(error)
+    if found.bytes != record.bytes:
+        return f"{path}: {found.bytes} bytes where {record.bytes} were written"
+    if found.sha256 != record.sha256:
+        return f"{path}: damaged; its sha-256 is {found.sha256[:12]}…, not {record.sha256[:12]}… as written"
+    return ""

@@ -1,0 +1,157 @@
+"""Files that can be proven: written once, digested on the way, forced to the disk; and JSON for every reader."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from picolm.errors import StoreError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest says about a file."""
+
+    bytes: int
+    sha256: str
+
+
+class DigestingFile:
+    """A new file whose sha-256 is known with its last byte. Once closed it is on the disk, not in a cache."""
+
+    def __init__(self, path: Path):
+        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 (closed by __exit__)
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+        self._bytes += len(data)
+
+    def __enter__(self) -> "DigestingFile":
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if failed is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    @property
+    def record(self) -> FileRecord:
+        return FileRecord(self._bytes, self._digest.hexdigest())
+
+
+def write_bytes(path: Path, data: bytes) -> FileRecord:
+    with DigestingFile(path) as file:
+        file.write(data)
+    return file.record
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the content of a small file; a reader sees the old content or the new, whole."""
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        aside.unlink(missing_ok=True)
+        write_bytes(aside, data)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable: a file's own fsync does not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest_file(path: Path) -> FileRecord:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(file.tell(), digest)
+
+
+def dump_json(value: object, indent: int | None = None) -> str:
+    """JSON for any reader. NaN and infinities, which JSON has not, are written as "NaN", "Infinity", "-Infinity".
+
+    Numbers keep every digit; numpy and torch values become numbers and lists; keys become text.
+    """
+    separators = (",", ":") if indent is None else None
+    return json.dumps(_plain(value), ensure_ascii=False, indent=indent, separators=separators, allow_nan=False)
+
+
+def load_json(text: str | bytes) -> Any:
+    """The inverse of `dump_json`. Raises ValueError."""
+    return _restored(json.loads(text))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "tolist"):  # numpy, torch
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str) and value in _NOT_FINITE:
+        raise StoreError(f"the text {value!r} cannot be stored: it would be read back as a number")
+    return value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restored(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_restored(entry) for entry in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+@contextmanager
+def disk_errors(what: str, path: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """Turn an OSError met while writing `what` under `path` into a StoreError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{what} cannot be written to {path}: {_reason(error, path, needed_bytes)}") from error
+
+
+def _reason(error: OSError, path: Path, needed_bytes: int) -> str:
+    if error.errno in _FULL:
+        return f"no space left; it needs {size(needed_bytes)}, {_free(path)}. What was stored before is intact"
+    if error.errno in _FORBIDDEN:
+        return f"no permission ({error.filename or path}); check its owner and mode, or choose another directory"
+    if error.errno == errno.ENOENT:
+        return f"{error.filename or path} is gone; was it deleted or moved while in use?"
+    return f"{error.strerror or error} ({error.filename or path})"
+
+
+def _free(path: Path) -> str:
+    try:
+        return f"{size(shutil.disk_usage(path).free)} are free there"
+    except OSError:
+        return "the free space is unknown"
+
+
+def size(count: int) -> str:
+    """`12.3 MB` (powers of 1000)."""
+    if count < 1000:
+        return f"{count} bytes"
+    power = min(int(math.log10(count) / 3), 4)
+    return f"{count / 1000**power:.1f} {['bytes', 'kB', 'MB', 'GB', 'TB'][power]}"

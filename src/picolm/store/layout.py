@@ -1,0 +1,94 @@
+"""Which file and which key of a step hold a tensor, and what the directories of a run are called."""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath
+
+from picolm.address import Address
+from picolm.errors import StoreError
+
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "trainer_state.json"
+MANIFEST = "manifest.json"
+RUN = "run.json"
+CONFIG = "training_config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+LATEST = "latest"
+_STEP = re.compile(r"step_(0|[1-9][0-9]*)")
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Directories:
+    """What the directories inside of a run are called; the configuration may rename them."""
+
+    checkpoints_dir: str = "checkpoints"
+    learning_dynamics_dir: str = "learning_dynamics"
+    eval_results_dir: str = "eval_results"
+    logs_dir: str = "logs"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if "/" in check_name(getattr(self, field.name), field.name):
+                raise StoreError(
+                    f"{field.name}: {getattr(self, field.name)!r} has a slash; it is one name inside of the run"
+                )
+
+
+def step_directory(step: int) -> str:
+    return f"step_{step}"
+
+
+def step_of(name: str) -> int | None:
+    """The step that a directory is named for; None for any other name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def check_name(name: str, where: str) -> str:
+    """Refuse a name that could lead out of the directory it is relative to."""
+    parts = PurePosixPath(name).parts
+    odd = not isinstance(name, str) or not name or name.startswith("/") or "\\" in name or "\0" in name
+    if odd or ".." in parts or str(PurePosixPath(name)) != name or name == ".":
+        raise StoreError(f"{where}: {name!r} is not a plain relative path; it could lead out of the run directory")
+    return name
+
+
+def inside(root: Path, name: str) -> Path:
+    """`root/name`, refused when a symbolic link on the way leads out of `root`."""
+    path = root / check_name(name, str(root))
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise StoreError(f"{path}: a symbolic link leads out of {root}; put the files themselves there")
+    return path
+
+
+def place(address: Address, prefix: str, parameters: Collection[str], dynamics: str) -> tuple[str, str]:
+    """The file of a step and the key in it for a tensor.
+
+    prefix: what stands before a parameter's name in `model.safetensors`.
+    parameters: full names of parameters, for those that are called neither `.weight` nor `.bias`.
+    """
+    kind, split, module = address
+    if kind == "weights" and not split:
+        return WEIGHTS, prefix + parameter_name(module, parameters)
+    if not split and kind not in ("gradients", "activations"):
+        return OPTIMIZER, f"{kind}.{parameter_name(module, parameters)}"
+    if kind == "weights" or not (_WORD.fullmatch(kind) and _WORD.fullmatch(split)):
+        raise StoreError(
+            f"{address}: not an address that a step can hold (kind and split are words; weights have no split)"
+        )
+    return f"{dynamics}/{split}_{kind}.safetensors", module
+
+
+def parameter_name(module: str, parameters: Collection[str]) -> str:
+    """The name of the parameter that an address stands for: `x.weight` unless `x` itself is one."""
+    return module if module in parameters or module.endswith(".bias") else module + ".weight"
+
+
+def table_file(split: str, dynamics: str) -> str:
+    if not _WORD.fullmatch(split):
+        raise StoreError(f"{split!r} is not the name of a split (one word such as 'train')")
+    return f"{dynamics}/{split}_data.parquet"

@@ -1,0 +1,112 @@
+"""What a step holds and the digests that prove it, in one file whose own bytes are proven too."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from picolm.address import Address
+from picolm.errors import StoreError
+from picolm.store.files import FileRecord
+from picolm.store.layout import MANIFEST, check_name
+from picolm.store.tensors import DTYPES
+
+FORMAT = "pico-checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Where a tensor is stored and what it is. sha256 is that of its elements in row-major order."""
+
+    file: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of a step.
+
+    created: UTC, ISO 8601; it tells people when, nothing depends on it.
+    parent: step and manifest digest of the checkpoint before this one, None for the first.
+    about: what else is to be known about its origin (replayed, forked from …).
+    """
+
+    step: int
+    created: str
+    parent: Mapping[str, Any] | None
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[Address, TensorRecord]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha-256 of everything below except itself."""
+        return hashlib.sha256(_canonical(self._content())).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        return _canonical({**self._content(), "digest": self.digest})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "Manifest":
+        """Raises StoreError unless `data` is, byte for byte, what `to_bytes` writes."""
+        try:
+            content = json.loads(data)
+            if (content["format"], content["version"]) != (FORMAT, VERSION):
+                raise StoreError(
+                    f"{where}: format {content['format']!r} version {content['version']!r}; "
+                    f"this version of picolm reads {FORMAT!r} version {VERSION}"
+                )
+            manifest = cls._parsed(content, where)
+            intact = manifest.to_bytes() == data
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StoreError(f"{where}: damaged ({type(error).__name__}: {error})") from error
+        if not intact:
+            raise StoreError(f"{where}: damaged: its content does not match its own digest")
+        return manifest
+
+    @classmethod
+    def _parsed(cls, content: Mapping[str, Any], where: str) -> "Manifest":
+        files = {check_name(name, where): FileRecord(**entry) for name, entry in content["files"].items()}
+        tensors = {}
+        for name in sorted(content["tensors"], key=_natural):
+            entry = content["tensors"][name]
+            record = TensorRecord(**{**entry, "shape": tuple(entry["shape"])})
+            if record.file not in files or record.dtype not in DTYPES:
+                raise ValueError(f"{name}: unknown file {record.file!r} or element type {record.dtype!r}")
+            tensors[Address.parse(name)] = record
+        if MANIFEST in files or not isinstance(content["step"], int):
+            raise ValueError("a manifest does not list itself, and its step is a number")
+        return cls(content["step"], content["created"], content["parent"], files, tensors, content["about"])
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "created": self.created,
+            "parent": self.parent,
+            "about": self.about,
+            "files": {name: asdict(record) for name, record in self.files.items()},
+            "tensors": {str(address): asdict(record) for address, record in self.tensors.items()},
+        }
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _natural(text: str) -> list[tuple[bool, int, str]]:
+    """Sorts layers.2 before layers.10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]+)", text)]

@@ -1,0 +1,97 @@
+"""How a directory that was written aside becomes a step: by renaming, so that it is there whole or not at all."""
+
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from picolm.errors import StoreError
+from picolm.store.checkpoint import Checkpoint
+from picolm.store.files import sync_directory
+from picolm.store.layout import LATEST, step_directory
+from picolm.store.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+_REPLACED = ".replaced"
+_PARTIAL = ".partial-"
+
+
+@contextmanager
+def set_aside(checkpoints: Path, step: int) -> Iterator[Path]:
+    """A new directory that readers do not see; it is gone at the end unless it was published."""
+    partial = checkpoints / f".{step_directory(step)}{_PARTIAL}{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(partial: Path, target: Path, manifest: Manifest, replace: bool) -> None:
+    """Give `partial` its name. A step that has it stays when it is whole and the same, and makes way when damaged.
+
+    Raises StoreError when it is whole and different and `replace` is false.
+    """
+    if not os.path.lexists(target):
+        os.rename(partial, target)
+        sync_directory(target.parent)
+        return
+    existing = _whole(target)
+    if existing is not None:
+        changes = set(existing.files.items()) ^ set(manifest.files.items())
+        if not changes:
+            return
+        if not replace:
+            names = ", ".join(sorted({name for name, _ in changes}))
+            raise StoreError(f"{target} exists, with other content in {names}; it is replaced only with replace=True")
+    exchange(partial, target)
+
+
+def exchange(partial: Path, target: Path) -> None:
+    """Put `partial` in the place of `target`. After a crash between the two renames `sweep` puts the old one back."""
+    old = target.with_name(f".{target.name}{_REPLACED}")
+    os.rename(target, old)
+    os.rename(partial, target)
+    sync_directory(target.parent)
+    shutil.rmtree(old)
+
+
+def sweep(checkpoints: Path) -> None:
+    """Remove what a crashed writer left. Only for who holds the lock: nobody else's partial directory can be alive."""
+    for leftover in checkpoints.glob(".step_*"):
+        target = leftover.with_name(leftover.name[1:].removesuffix(_REPLACED))
+        if leftover.name.endswith(_REPLACED) and not target.exists():
+            os.rename(leftover, target)
+        elif _PARTIAL in leftover.name or leftover.name.endswith(_REPLACED):
+            logger.info("%s was left by a writer that did not finish; removed", leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def point_latest(checkpoints: Path, step: int) -> None:
+    """Let the link `latest` name the step, without a moment in which there is no link."""
+    aside = checkpoints / f".{LATEST}"
+    try:
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(step_directory(step), target_is_directory=True)
+        os.replace(aside, checkpoints / LATEST)
+        sync_directory(checkpoints)
+    except OSError as error:
+        logger.warning("%s: the link cannot be made (%s); the step itself is stored", checkpoints / LATEST, error)
+
+
+def _whole(target: Path) -> Checkpoint | None:
+    """The step that is there; None when it is damaged and of no use to anybody."""
+    if target.is_symlink() or not target.is_dir():
+        raise StoreError(f"{target}: not a directory of this run; move it out of the way")
+    try:
+        existing = Checkpoint(target)
+        problems = existing.verify()
+    except StoreError as error:
+        problems = [str(error)]
+    if problems:
+        logger.warning("a damaged step makes way for a whole one: %s", "; ".join(problems))
+        return None
+    return existing

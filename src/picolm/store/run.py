@@ -1,0 +1,234 @@
+"""A run on disk: a mapping from step to checkpoint, and the only way to add one.
+
+A step is written under another name beside the others, forced to the disk and renamed when nothing is missing, so a
+reader sees whole steps only, at any moment, and a crash costs the step that was being written.
+"""
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from picolm.address import Address
+from picolm.errors import StoreError
+from picolm.store.checkpoint import Checkpoint, Missing
+from picolm.store.compose import Content, write_step
+from picolm.store.files import disk_errors
+from picolm.store.layout import MANIFEST, RUN, Directories, inside, step_directory, step_of
+from picolm.store.lock import RunLock
+from picolm.store.publish import point_latest, publish, set_aside, sweep
+from picolm.store.records import Records, read_directories
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Run(Records, Mapping[int, Checkpoint]):
+    """The steps of a run by number; whole ones only. Made by `Run.create` and `Run.open`."""
+
+    def __init__(self, path: Path, directories: Directories):
+        super().__init__(path, directories)
+        self.checkpoints_path = inside(path, directories.checkpoints_dir)
+        self._lock = RunLock(path / ".lock")
+        self._commits = threading.Lock()
+        self._seen: dict[int, tuple[int, int]] = {}  # manifests found whole: step -> inode, time of change
+
+    @staticmethod
+    def create(
+        path: str | Path,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        directories: Directories | None = None,
+    ) -> "Run":
+        """Start a run in a directory that holds none yet. Raises StoreError when it does, or cannot be written."""
+        path = Path(path)
+        with disk_errors("a new run", path):
+            path.mkdir(parents=True, exist_ok=True)
+        run = Run(path, directories or Directories())
+        with run.lock(), disk_errors("a new run", path):
+            if (path / RUN).exists():
+                raise StoreError(f"{path} holds a run already; continue it, or choose another run_name")
+            run.checkpoints_path.mkdir(parents=True, exist_ok=True)
+            sweep(run.checkpoints_path)
+            run.write_config(config)
+            run.write_environment(environment)
+            run._sign()  # last: before it, the directory is no run
+        return run
+
+    @staticmethod
+    def open(place: str | Path) -> "Run":
+        """The run at `place`: its directory, its `checkpoints` or one of its steps; of any format that is known.
+
+        Raises StoreError that says what was expected when there is no run.
+        """
+        for recognise in OPENERS:
+            run = recognise(str(place))
+            if run is not None:
+                return run
+        found = "it is another kind of directory" if Path(place).is_dir() else "there is no such directory"
+        raise StoreError(f"{place}: no run here ({found}); expected {RUN} in it, or checkpoints/step_N/{MANIFEST}")
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are there, ascending: those whose manifest is whole. `problems` tells of their other files."""
+        return [step for step in self.step_directories() if self._is_whole(step)]
+
+    def step_directories(self) -> list[int]:
+        """The steps there is a directory for, ascending, damaged ones too."""
+        try:
+            found = [step_of(entry.name) for entry in self.checkpoints_path.iterdir()]
+        except FileNotFoundError:
+            return []
+        return sorted(step for step in found if step is not None)
+
+    def step_path(self, step: int) -> Path:
+        return self.checkpoints_path / step_directory(step)
+
+    def __getitem__(self, step: int) -> Checkpoint:
+        """Raises Missing, naming the steps there are, or StoreError when the step is damaged."""
+        path = self.step_path(step)
+        if not path.exists():
+            raise Missing(f"{self.path} has no step {step} (there are: {_short(self.steps)})")
+        if path.is_symlink():
+            raise StoreError(f"{path}: a symbolic link is not a step; put the directory itself there")
+        checkpoint = Checkpoint(path)
+        if checkpoint.step != step:
+            raise StoreError(f"{path}: holds step {checkpoint.step}; the directory was renamed")
+        return checkpoint
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __contains__(self, step: object) -> bool:
+        return step in self.steps
+
+    __eq__ = object.__eq__  # a Mapping would compare by opening every step
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {len(self)} steps)"
+
+    def __reduce__(self) -> tuple[Callable[[Path], "Run"], tuple[Path]]:
+        return Run.open, (self.path,)  # a worker process opens it anew, without the lock
+
+    def latest(self) -> Checkpoint | None:
+        """The newest step, None before the first."""
+        steps = self.steps
+        return self[steps[-1]] if steps else None
+
+    def latest_whole(
+        self, verify: bool = True, accept: Callable[[Checkpoint], bool] = lambda checkpoint: True
+    ) -> tuple[Checkpoint | None, list[str]]:
+        """The newest step whose digests hold and that `accept` takes, and what was found wrong with newer ones."""
+        problems: list[str] = []
+        for step in reversed(self.step_directories()):
+            try:
+                checkpoint = self[step]
+                if not accept(checkpoint):
+                    continue
+                found = checkpoint.verify() if verify else []
+                if not found:
+                    return checkpoint, problems
+                problems += found
+            except StoreError as error:
+                problems.append(str(error))
+        return None, problems
+
+    def problems(self, step: int) -> list[str]:
+        """What is wrong with a step, every digest recomputed; empty when all is well."""
+        try:
+            return self[step].verify()
+        except StoreError as error:
+            return [str(error)]
+
+    def commit(
+        self,
+        step: int,
+        tensors: Mapping[Address, "Tensor"],
+        *,
+        meta: Mapping[str, Any],
+        texts: Mapping[str, str | bytes] | None = None,
+        tables: Mapping[str, Mapping[str, Any]] | None = None,
+        weight_prefix: str = "",
+        parameters: Collection[str] = (),
+        about: Mapping[str, Any] | None = None,
+        replace: bool = False,
+    ) -> Checkpoint:
+        """Add a step: whole and on the disk when this returns, absent when it raises.
+
+        tensors: any kinds. Weights go to `model.safetensors`, what has no split to `optimizer.safetensors`, the rest to
+            one file per split and kind.
+        meta: JSON values, kept in `trainer_state.json`. Leave wall-clock times to `about`, so that equal states give
+            equal files.
+        texts: further files by name. tables: the rows behind the captured tensors by split, as columns
+            (`input_ids`: R x T).
+        weight_prefix: stands before the names of the weights in their file (`pico_decoder.`).
+        parameters: full names of the model's parameters, for those called neither `.weight` nor `.bias`.
+        about: goes into the manifest (replayed, forked from …).
+
+        A step that exists with the same files is kept, one that is damaged makes way; a whole and different one raises
+        StoreError unless `replace`. Raises StoreError when the disk is full or may not be written.
+        """
+        names = frozenset(parameters)
+        content = Content(step, tensors, meta, texts or {}, tables or {}, weight_prefix, names, about or {})
+        with self.lock(), self._commits, disk_errors(f"step {step}", self.path, content.bytes):
+            self._metrics.sync()
+            sweep(self.checkpoints_path)
+            with set_aside(self.checkpoints_path, step) as partial:
+                manifest = write_step(partial, content, self.directories.learning_dynamics_dir, self._parent(step))
+                publish(partial, self.step_path(step), manifest, replace)
+            point_latest(self.checkpoints_path, self.steps[-1])
+        return self[step]
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold this while writing the run. Raises StoreError, naming the holder, when another process does."""
+        return self._lock.held()
+
+    def _is_whole(self, step: int) -> bool:
+        """Whether its manifest is; read again only when the file is another one than last time."""
+        try:
+            state = (self.step_path(step) / MANIFEST).stat()
+            if self._seen.get(step) != (state.st_ino, state.st_mtime_ns):
+                self[step]
+                self._seen[step] = (state.st_ino, state.st_mtime_ns)
+        except (OSError, StoreError):
+            return False
+        return True
+
+    def _parent(self, step: int) -> dict[str, Any] | None:
+        """Step and digest of the newest checkpoint before `step`."""
+        earlier = [other for other in self.steps if other < step]
+        return {"step": earlier[-1], "digest": self[earlier[-1]].manifest.digest} if earlier else None
+
+
+def open_ours(place: str) -> Run | None:
+    """A run of this format, from its directory, its checkpoints, or one step."""
+    path = Path(place).absolute()
+    run = _run_at(path)
+    if run is not None:
+        return run
+    for above in path.parents[:3]:
+        run = _run_at(above)
+        if run is not None and path.exists() and run.checkpoints_path in (path, path.parent):
+            return run
+    return None
+
+
+def _run_at(path: Path) -> Run | None:
+    if (path / RUN).is_file():
+        return Run(path, read_directories(path / RUN))
+    if any(path.glob(f"{Directories.checkpoints_dir}/step_*/{MANIFEST}")):
+        return Run(path, Directories())
+    return None
+
+
+OPENERS: list[Callable[[str], Run | None]] = [open_ours]  # other formats append theirs; the first to recognise wins
+
+
+def _short(steps: list[int]) -> str:
+    shown = map(str, steps if len(steps) <= 12 else [*steps[:6], "…", *steps[-5:]])
+    return ", ".join(shown) or "none"

@@ -1,0 +1,126 @@
+"""Tensors in safetensors files, with a digest for each tensor and one for the file, made while writing.
+
+Written here rather than by the library: its writer leaves the file to be read again for a digest, and reports a full
+disk as text. Reading takes the bytes of one tensor only, into memory of its own: a file that is cut or deleted later
+cannot take the process down, as a memory map would. The tests hold both directions against the library. Headers are
+read without torch.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from picolm.errors import StoreError
+from picolm.store.files import DigestingFile, FileRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Element type as torch calls it -> (as safetensors calls it, bytes of one element).
+DTYPES = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+}
+_TORCH_NAME = {code: name for name, (code, _) in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+
+def dtype_name(tensor: "Tensor") -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def tensor_bytes(tensor: "Tensor") -> memoryview:
+    """The elements in row-major order. Copies only what is not contiguous or not in main memory."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> tuple[FileRecord, dict[str, str]]:
+    """Write a safetensors file; return its record and the sha-256 of each tensor's bytes by key.
+
+    The same tensors give the same bytes, whatever their order here: widest elements first (so that each tensor is
+    aligned), then by name.
+    """
+    keys = sorted(tensors, key=lambda key: (-DTYPES[dtype_name(tensors[key])][1], key))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key in keys:
+        code, width = DTYPES[dtype_name(tensors[key])]
+        end = offset + tensors[key].numel() * width
+        header[key] = {"dtype": code, "shape": list(tensors[key].shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digests = {}
+    with DigestingFile(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in keys:
+            data = tensor_bytes(tensors[key])
+            digests[key] = hashlib.sha256(data).hexdigest()
+            file.write(data)
+    return file.record, digests
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies in its file: bytes [start, stop)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> dict[str, TensorPlace]:
+    """The tensors of a safetensors file by key. Raises StoreError for anything that is not such a file, or is cut."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+            size = os.fstat(file.fileno()).st_size
+        header.pop("__metadata__", None)
+        places = {key: _place(entry, 8 + length) for key, entry in header.items()}
+        if any(not 8 + length <= place.start <= place.stop <= size for place in places.values()):
+            raise ValueError(f"tensors reach beyond its {size} bytes")
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise StoreError(f"{path}: damaged, or not a safetensors file ({error})") from error
+    return places
+
+
+def _place(entry: Mapping[str, Any], data_start: int) -> TensorPlace:
+    name = _TORCH_NAME[entry["dtype"]]
+    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+    if stop - start != math.prod(shape) * DTYPES[name][1]:
+        raise ValueError(f"{stop - start} bytes cannot be {name} {list(shape)}")
+    return TensorPlace(name, shape, data_start + start, data_start + stop)
+
+
+def read_tensor(path: Path, place: TensorPlace) -> "Tensor":
+    """One tensor on the CPU; reads only its bytes."""
+    import torch
+
+    raw = torch.empty(place.stop - place.start, dtype=torch.uint8)
+    with open(path, "rb") as file:
+        file.seek(place.start)
+        if file.readinto(raw.numpy().data) != len(raw):
+            raise StoreError(f"{path}: ends before byte {place.stop}; the file was cut")
+    return raw.view(getattr(torch, place.dtype)).reshape(place.shape)

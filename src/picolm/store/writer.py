@@ -1,0 +1,79 @@
+"""Saving beside the training: a snapshot is taken at once, one thread writes it, at most one is under way."""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from picolm.address import Address
+from picolm.store.checkpoint import Checkpoint
+from picolm.store.run import Run
+
+
+class BackgroundWriter:
+    """Commits steps to a run from a thread of its own. Use as a context manager, or call `close`.
+
+    snapshot_s, waiting_s, writing_s: seconds spent so far copying tensors, waiting for the previous step to be written
+    (both hold up the training), and writing (which does not).
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.snapshot_s = self.waiting_s = self.writing_s = 0.0
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+        self._under_way: Future[Checkpoint] | None = None
+
+    def submit(self, step: int, tensors: Mapping[Address, Tensor], **arguments: Any) -> None:
+        """Store the tensors as they are now; takes what `Run.commit` takes. Raises what the previous step met.
+
+        One snapshot exists at a time: it costs as much main memory as the tensors.
+        """
+        self.wait()
+        start = time.perf_counter()
+        snapshot = {address: tensor.detach().to("cpu", copy=True) for address, tensor in tensors.items()}
+        self.snapshot_s += time.perf_counter() - start
+        self._under_way = self._thread.submit(self._commit, step, snapshot, arguments)
+
+    def check(self) -> None:
+        """Raise the error of the step that was being written, if it is over and met one. Does not wait."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises what it met, once."""
+        start = time.perf_counter()
+        under_way, self._under_way = self._under_way, None
+        try:
+            if under_way is not None:
+                under_way.result()
+        finally:
+            self.waiting_s += time.perf_counter() - start
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(
+        self, failed: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception as late:
+            if error is None:
+                raise
+            error.add_note(f"besides, saving failed: {late}")  # the first error is the one to show
+
+    def _commit(self, step: int, snapshot: Mapping[Address, Tensor], arguments: Mapping[str, Any]) -> Checkpoint:
+        start = time.perf_counter()
+        try:
+            return self.run.commit(step, snapshot, **arguments)
+        finally:
+            self.writing_s += time.perf_counter() - start
