@@ -12,7 +12,7 @@ from picolm.address import Address
 from picolm.errors import StoreError
 from picolm.registry import did_you_mean
 from picolm.store.files import FileRecord, digest_file, load_json
-from picolm.store.layout import MANIFEST, STATE, inside
+from picolm.store.layout import MANIFEST, STATE, inside, kind_of_file
 from picolm.store.manifest import Manifest, TensorRecord
 from picolm.store.tensors import TensorPlace, read_header, read_tensor, tensor_bytes
 
@@ -59,6 +59,22 @@ class Checkpoint(Mapping[Address, "Tensor"]):
         """The addresses whose parts match shell patterns, layers in order; empty when none does."""
         patterns = (kind, split, module)
         return [address for address in self if all(map(fnmatchcase, address, patterns))]
+
+    def files_by_kind(self) -> dict[str, list[str]]:
+        """Names of the files by what they hold: `weights`, `optimizer`, `activations`, `gradients`, `data` (the rows
+        behind the captures), `tokenizer`, and `other` (code and metadata, the manifest too).
+        """
+        kinds = {record.file: address.kind for address, record in self.manifest.tensors.items()}
+        files: dict[str, list[str]] = {"other": [MANIFEST]}
+        for name in self.files:
+            files.setdefault(kind_of_file(name, kinds.get(name)), []).append(name)
+        return files
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes on disk, by the kinds of `files_by_kind`."""
+        sizes = {name: record.bytes for name, record in self.files.items()}
+        sizes[MANIFEST] = len(self.manifest.to_bytes())
+        return {kind: sum(sizes[name] for name in names) for kind, names in self.files_by_kind().items()}
 
     def __getitem__(self, address: Address) -> "Tensor":
         """The tensor, on the CPU, as stored. Raises Missing, or StoreError when its bytes are not the recorded ones."""

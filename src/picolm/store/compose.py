@@ -47,7 +47,7 @@ def write_step(directory: Path, content: Content, dynamics: str, parent: Mapping
     taken = {MANIFEST, *members} & set(others)
     if taken:
         raise StoreError(f"step {content.step}: the file name {min(taken)!r} is taken; call that text something else")
-    _make_directories(directory, {*members, *others})
+    make_directories(directory, {*members, *others})
     records, tensors = _write_tensor_files(directory, content, members)
     records |= {name: write_bytes(directory / name, data) for name, data in others.items()}
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -67,7 +67,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         sync_directory(path)
 
 
-def _make_directories(directory: Path, names: Collection[str]) -> None:
+def make_directories(directory: Path, names: Collection[str]) -> None:
     """Those of the files. Not `directory` itself: deleted under our hands, it must not come back half empty."""
     for parent in sorted({parent for name in names for parent in PurePosixPath(name).parents[:-1]}):
         (directory / parent).mkdir(exist_ok=True)

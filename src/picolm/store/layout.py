@@ -17,6 +17,17 @@ CONFIG = "training_config.yaml"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 LATEST = "latest"
+TOKENIZER = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+}
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
 _WORD = re.compile(r"\w+")
 
@@ -92,3 +103,14 @@ def table_file(split: str, dynamics: str) -> str:
     if not _WORD.fullmatch(split):
         raise StoreError(f"{split!r} is not the name of a split (one word such as 'train')")
     return f"{dynamics}/{split}_data.parquet"
+
+
+def kind_of_file(name: str, tensor_kind: str | None) -> str:
+    """What a file of a step is counted as. tensor_kind: the address kind of the tensors in it, None when it has none."""
+    if name == OPTIMIZER:
+        return "optimizer"
+    if tensor_kind is not None:
+        return tensor_kind
+    if name.endswith("_data.parquet"):
+        return "data"
+    return "tokenizer" if name in TOKENIZER else "other"

@@ -1,17 +1,19 @@
 """How a directory that was written aside becomes a step: by renaming, so that it is there whole or not at all."""
 
+import dataclasses
 import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from picolm.errors import StoreError
 from picolm.store.checkpoint import Checkpoint
-from picolm.store.files import sync_directory
-from picolm.store.layout import LATEST, step_directory
+from picolm.store.compose import make_directories, write_manifest
+from picolm.store.files import sync_directory, write_bytes
+from picolm.store.layout import LATEST, inside, step_directory
 from picolm.store.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,21 @@ def set_aside(checkpoints: Path, step: int) -> Iterator[Path]:
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_thinned(partial: Path, checkpoint: Checkpoint, drop: Collection[str]) -> Manifest:
+    """The step again without the files of some kinds. What stays is linked, not copied; its digests stay as they are."""
+    dropped = {name for kind in drop for name in checkpoint.files_by_kind().get(kind, [])}
+    old = checkpoint.manifest
+    files = {name: record for name, record in old.files.items() if name not in dropped}
+    tensors = {address: record for address, record in old.tensors.items() if record.file in files}
+    make_directories(partial, files)
+    for name in files:
+        _link(inside(checkpoint.path, name), partial / name)
+    thinned = [*old.about.get("thinned", []), {"was": old.digest, "without": sorted(dropped)}]
+    manifest = dataclasses.replace(old, files=files, tensors=tensors, about={**old.about, "thinned": thinned})
+    write_manifest(partial, manifest)
+    return manifest
 
 
 def publish(partial: Path, target: Path, manifest: Manifest, replace: bool) -> None:
@@ -80,6 +97,13 @@ def point_latest(checkpoints: Path, step: int) -> None:
         sync_directory(checkpoints)
     except OSError as error:
         logger.warning("%s: the link cannot be made (%s); the step itself is stored", checkpoints / LATEST, error)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        write_bytes(target, source.read_bytes())
 
 
 def _whole(target: Path) -> Checkpoint | None:

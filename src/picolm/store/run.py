@@ -17,7 +17,7 @@ from picolm.store.compose import Content, write_step
 from picolm.store.files import disk_errors
 from picolm.store.layout import MANIFEST, RUN, Directories, inside, step_directory, step_of
 from picolm.store.lock import RunLock
-from picolm.store.publish import point_latest, publish, set_aside, sweep
+from picolm.store.publish import exchange, point_latest, publish, set_aside, sweep, write_thinned
 from picolm.store.records import Records, read_directories
 
 if TYPE_CHECKING:
@@ -182,6 +182,24 @@ class Run(Records, Mapping[int, Checkpoint]):
                 manifest = write_step(partial, content, self.directories.learning_dynamics_dir, self._parent(step))
                 publish(partial, self.step_path(step), manifest, replace)
             point_latest(self.checkpoints_path, self.steps[-1])
+        return self[step]
+
+    def thin(self, step: int, drop: Collection[str]) -> Checkpoint:
+        """Delete what a step need not keep: kinds of `Checkpoint.files_by_kind` (`optimizer`, `activations`, …).
+
+        The step stays whole and verifiable; its manifest records what was there. Nothing else of it is read or copied.
+        """
+        checkpoint = self[step]
+        if {"other"} & set(drop):
+            raise StoreError(
+                f"step {step}: the kind 'other' cannot be dropped; without its metadata it is no checkpoint"
+            )
+        if not set(drop) & set(checkpoint.files_by_kind()):
+            return checkpoint
+        with self.lock(), self._commits, disk_errors(f"step {step}, thinned,", self.path):
+            with set_aside(self.checkpoints_path, step) as partial:
+                write_thinned(partial, checkpoint, drop)
+                exchange(partial, self.step_path(step))
         return self[step]
 
     def lock(self) -> AbstractContextManager[None]:
