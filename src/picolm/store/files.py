@@ -152,6 +152,6 @@ def _free(path: Path) -> str:
 def size(count: int) -> str:
     """`12.3 MB` (powers of 1000)."""
     if count < 1000:
-        return f"{count} bytes"
+        return f"{count} B"
     power = min(int(math.log10(count) / 3), 4)
-    return f"{count / 1000**power:.1f} {['bytes', 'kB', 'MB', 'GB', 'TB'][power]}"
+    return f"{count / 1000**power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"

@@ -52,12 +52,13 @@ def verify(run: Run) -> Iterator[tuple[int, list[str]]]:
 
 def table(steps: list[StepContents], title: str = "") -> "Table":
     """For a terminal: a row for each step, a column for each kind that occurs."""
+    from rich import box
     from rich.table import Table
 
     kinds = [kind for kind in _kinds(steps) if any(kind in entry.bytes for entry in steps)]
-    shown = Table(title=title or None, title_justify="left")
-    for heading in ("step", *kinds, "total", "minimum", "overhead"):
-        shown.add_column(heading, justify="right")
+    shown = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("step", *kinds, "total", "minimum", "over"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for entry in steps:
         if entry.problem:
             shown.add_row(str(entry.step), *[""] * len(kinds), "damaged")

@@ -189,17 +189,14 @@ class Run(Records, Mapping[int, Checkpoint]):
 
         The step stays whole and verifiable; its manifest records what was there. Nothing else of it is read or copied.
         """
-        checkpoint = self[step]
-        if {"other"} & set(drop):
-            raise StoreError(
-                f"step {step}: the kind 'other' cannot be dropped; without its metadata it is no checkpoint"
-            )
-        if not set(drop) & set(checkpoint.files_by_kind()):
-            return checkpoint
+        if "other" in drop:
+            raise StoreError(f"step {step}: the kind 'other' cannot be dropped; a step is nothing without its metadata")
         with self.lock(), self._commits, disk_errors(f"step {step}, thinned,", self.path):
-            with set_aside(self.checkpoints_path, step) as partial:
-                write_thinned(partial, checkpoint, drop)
-                exchange(partial, self.step_path(step))
+            checkpoint = self[step]
+            if set(drop) & set(checkpoint.files_by_kind()):
+                with set_aside(self.checkpoints_path, step) as partial:
+                    write_thinned(partial, checkpoint, drop)
+                    exchange(partial, self.step_path(step))
         return self[step]
 
     def lock(self) -> AbstractContextManager[None]:
