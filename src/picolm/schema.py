@@ -189,7 +189,9 @@ class Document:
                 self.found.append(self._at(tuple(keys[0].split(".")), message))
 
     def _at(self, path: KeyPath, message: str) -> Problem:
-        known = next((self.places[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self.places), self.name)
+        known = next(
+            (self.places[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self.places), self.name
+        )
         return Problem(known, ".".join(map(str, path)), message)
 
     def _parse(self, text: str, place: str, path: KeyPath) -> Any:
@@ -246,7 +248,7 @@ def _similar_file(path: Path) -> str:
 def _get(data: Any, path: KeyPath) -> Any:
     for part in path:
         inside = isinstance(data, dict) or (isinstance(data, list) and isinstance(part, int) and part < len(data))
-        data = (data.get(part) if isinstance(data, dict) else data[part]) if inside else None
+        data = (data.get(part) if isinstance(data, dict) else data[int(part)]) if inside else None
     return data
 
 
@@ -254,9 +256,7 @@ def _existing(data: Any, location: KeyPath) -> KeyPath:
     """The part of a pydantic location that leads through the data: it also names union members, which users do not."""
     path: list[str | int] = []
     for part in location:
-        if isinstance(data, dict) and part in data:
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
             data = data[part]
         else:
             break

@@ -1,0 +1,143 @@
+"""Which modules are watched, at which positions, and the hooks that read them.
+
+Shapes: B rows of a micro-batch, T positions, H width of a module's output, R rows kept, P positions kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from picolm.address import Address, has_suffix
+from picolm.capture.gather import full_tensor, gather_rows
+from picolm.errors import PicoError
+from picolm.registry import did_you_mean
+from picolm.seeds import derive
+
+Order = Sequence[Sequence[int] | np.ndarray]  # for each micro-batch, the places of its rows in the global batch
+Positions = Literal["last", "all"] | str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What to record, resolved against one model.
+
+    positions: `last`, `all`, `random:k`, or indices into the sequence. One position gives activations [R, H], several [R, P, H].
+    max_rows: rows of the global batch, in data order, whose activations are kept; None keeps all.
+    dtype: element type of kept activations; None keeps the one they were computed in.
+    """
+
+    modules: dict[str, nn.Module]
+    activations: bool = True
+    gradients: bool = True
+    positions: Positions = "last"
+    dtype: torch.dtype | None = None
+    max_rows: int | None = None
+    seed: int = 0
+
+    def positions_at(self, step: int, length: int) -> list[int] | None:
+        """The positions kept at `step` in sequences of `length` tokens; None where all are kept."""
+        if self.positions == "all":
+            return None
+        if self.positions == "last":
+            return [length - 1]
+        if isinstance(self.positions, str):
+            count = min(int(self.positions.removeprefix("random:")), length)
+            generator = torch.Generator().manual_seed(derive(self.seed, "positions", step))
+            return sorted(torch.randperm(length, generator=generator)[:count].tolist())
+        return [position % length for position in self.positions]
+
+
+def find_modules(
+    model: nn.Module, suffixes: Sequence[str], layers: Literal["all"] | Sequence[int]
+) -> dict[str, nn.Module]:
+    """The modules whose names end in one of `suffixes` (in whole words), inside blocks restricted to `layers`.
+
+    Raises PicoError for a suffix that matches nothing, with what there is.
+    """
+    named = {name: module for name, module in model.named_modules() if name}
+    found: dict[str, nn.Module] = {}
+    for suffix in suffixes:
+        matching = {name: module for name, module in named.items() if has_suffix(name, suffix)}
+        if not matching:
+            known = dict.fromkeys(
+                Address("", "", name).suffix for name, m in named.items() if not isinstance(m, nn.ModuleList)
+            )
+            raise PicoError(
+                f"checkpointing.learning_dynamics.layer_suffixes: {suffix!r} matches no module"
+                f"{did_you_mean(suffix, known)} (there are: {', '.join(known)})"
+            )
+        layer_of = {name: Address("", "", name).layer for name in matching}
+        found |= {n: m for n, m in matching.items() if layers == "all" or layer_of[n] is None or layer_of[n] in layers}
+    return {name: found[name] for name in named if name in found}  # in the order of the model, whatever the order asked
+
+
+class Captured(dict[Address, Tensor]):
+    """The tensors of one step by address, complete when the `capture` block has ended."""
+
+
+@contextmanager
+def capture(taps: Taps, *, split: str, step: int, order: Order) -> Iterator[Captured]:
+    """Watch the forward and backward passes inside the block.
+
+    order: for each micro-batch of this process, in turn, the places of its rows in the global batch; activations come out
+    in that global order, one row per sequence, whatever the number of micro-batches and processes.
+    """
+    captured = Captured()
+    records: dict[str, list[Tensor]] = {name: [] for name in taps.modules} if taps.activations else {}
+    hooks = [
+        taps.modules[name].register_forward_hook(_record(taps, step, name, kept, order))
+        for name, kept in records.items()
+    ]
+    try:
+        yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()
+    places = [int(place) for rows in order for place in rows if taps.max_rows is None or place < taps.max_rows]
+    for name, kept in records.items():
+        if len(kept) != len(order):
+            raise PicoError(
+                f"{name} ran {len(kept)} times in {len(order)} micro-batch(es), so its activations cannot be captured (the "
+                "loss reads the weight of the last layer directly); leave it out of layer_suffixes, or capture only gradients"
+            )
+        captured[Address("activations", split, name)] = gather_rows(torch.cat(kept), places)
+    if taps.gradients:
+        captured |= gradients(taps, split)
+
+
+def gradients(taps: Taps, split: str) -> dict[Address, Tensor]:
+    """Copies of the gradients that the parameters of the watched modules hold now."""
+    found = {}
+    for module_name, module in taps.modules.items():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            name = module_name if parameter_name == "weight" else f"{module_name}.{parameter_name}"
+            if parameter.grad is not None:
+                found[Address("gradients", split, name)] = full_tensor(parameter.grad)
+    return found
+
+
+def _record(taps: Taps, step: int, name: str, kept: list[Tensor], order: Order) -> Any:
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        if not isinstance(output, Tensor) or output.ndim < 2:
+            raise PicoError(
+                f"{name} returns {type(output).__name__}, not one tensor [rows, …, width]: it cannot be captured"
+            )
+        places = order[len(kept)] if len(kept) < len(order) else ()
+        rows = [row for row, place in enumerate(places) if taps.max_rows is None or place < taps.max_rows]
+        kept.append(_select(output.detach(), rows, taps, step))
+
+    return hook
+
+
+def _select(output_BTH: Tensor, rows: list[int], taps: Taps, step: int) -> Tensor:
+    chosen = output_BTH if len(rows) == len(output_BTH) else output_BTH[rows]
+    if chosen.ndim > 2:
+        positions = taps.positions_at(step, chosen.shape[1])
+        if positions is not None:
+            chosen = chosen[:, positions[0]] if len(positions) == 1 else chosen[:, positions]
+    return chosen.to(device="cpu", dtype=taps.dtype or chosen.dtype, copy=True)

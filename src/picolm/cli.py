@@ -1,0 +1,127 @@
+"""The command `pico`. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from picolm import __version__
+from picolm.errors import PicoError
+
+app = typer.Typer(
+    help="Pico: train small language models, keep every gradient, watch them learn.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data = typer.Typer(help="Prepare corpora.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+RunArgument = Annotated[str, typer.Argument(help="A run: its folder, for example runs/demo.", metavar="RUN")]
+
+
+def main() -> None:
+    """Run the command line; problems that the user can act on are shown as messages, without a traceback."""
+    try:
+        app()
+    except PicoError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def pico(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]…", help="A YAML file; then keys that differ from it."),
+    ] = None,
+    config_path: Annotated[
+        Path | None, typer.Option("--config_path", "--config-path", help="The same as CONFIG.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and exit.")] = False,
+) -> None:
+    """Train a model as a YAML file says, or go on with the run of that name."""
+    from picolm.schema import ConfigError, Problem, load
+
+    words = arguments or []
+    if config_path is None:
+        if not words or "=" in words[0]:
+            raise ConfigError([Problem("", "", "which configuration? pico train CONFIG [key=value …]")])
+        config_path, words = Path(words[0]), words[1:]
+
+    from picolm.train.config import schema_for
+
+    config = load(config_path, schema_for, words)
+    if dry_run:
+        from picolm.train.preview import preview
+
+        print(preview(config))
+        return
+
+    from picolm.train import run_training
+
+    raise typer.Exit(run_training(config))
+
+
+@app.command("list")
+def list_run(run: RunArgument) -> None:
+    """Show the steps of a run, what each holds and how many bytes it takes."""
+    from rich.console import Console
+
+    from picolm.store import Run
+    from picolm.store.listing import contents, table
+
+    Console().print(table(contents(Run.open(run))))
+
+
+@app.command()
+def verify(run: RunArgument) -> None:
+    """Recompute every digest of a run and say what does not hold."""
+    from picolm.store import Run
+
+    opened = Run.open(run)
+    problems = [problem for step in opened.step_directories() for problem in opened.problems(step)]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    steps = opened.step_directories()
+    if problems or not steps:
+        raise PicoError(f"{len(problems)} problem(s) in {len(steps)} checkpoints of {run}")
+    print(f"{len(steps)} checkpoints of {run}: every digest holds")
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
+    step: Annotated[int | None, typer.Option(help="Which checkpoint (default: the latest).")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens that hold this probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Let a checkpoint write on from a prompt."""
+    from picolm.train.sample import sample
+
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    print(sample(run, step, prompt, max_new_tokens=max_new_tokens, seed=seed, **options))

@@ -1,0 +1,24 @@
+"""Training: from a configuration to a run on disk."""
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from picolm.train.config import TrainConfig
+
+
+def run_training(config: "TrainConfig") -> int:
+    """Train as `config` says, in the calling process; returns the exit code: 0, or 128 + signal when asked to stop."""
+    from picolm.train.build import build
+    from picolm.train.loop import train
+    from picolm.train.report import farewell
+    from picolm.train.signals import StopSignal
+
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        job = build(config, stop, stack)
+        stack.enter_context(job.progress)
+        job.progress.start(job.state.step, job.plan.last)
+        train(job)
+        farewell(job)
+        return 128 + stop.received if stop.received is not None else 0

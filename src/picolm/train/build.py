@@ -1,0 +1,241 @@
+"""From a configuration to everything the loop needs: device, data, model, optimizers, run, and the state to go on from."""
+
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from picolm.capture import Taps
+from picolm.capture.taps import find_modules
+from picolm.data import Source, open_source
+from picolm.data.batches import Batches
+from picolm.errors import DataError, PicoError
+from picolm.models import MODELS
+from picolm.schema import plain
+from picolm.seeds import derive
+from picolm.store.writer import BackgroundWriter
+from picolm.train import devices
+from picolm.train.config import TrainConfig
+from picolm.train.evaluate import Rows
+from picolm.train.job import Job
+from picolm.train.loggers import build_loggers, log_folder
+from picolm.train.optim import build_optimizers
+from picolm.train.plan import Plan
+from picolm.train.progress import Progress, configure_logging
+from picolm.train.resume import open_run, restore
+from picolm.train.signals import StopSignal
+from picolm.train.state import State
+from picolm.train.text import Text
+
+log = logging.getLogger("picolm")
+
+PUBLISHED_TOKENIZER = "allenai/OLMo-7B-0724-hf"
+PUBLISHED_VALIDATION = "pico-lm/pretokenized-paloma-tinsy"
+
+
+def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
+    """A job ready to run; what has to be closed in the end is put on `stack`. Raises PicoError for whatever cannot work."""
+    config = _named(config)
+    devices.tune_allocator()
+    devices.set_determinism(config.training.deterministic)
+    configure_logging(config.monitoring.logging.log_level)
+    fabric = _fabric(config)
+    source = _open(config, config.data.dataset.name, "train", config.model.max_seq_len + 1)
+    batches = _batches(config, fabric, source)
+    text = Text(tokenizer_file(config, source), config.model.vocab_size)
+    state = State(*_model_and_optimizers(config, fabric))
+    taps = make_taps(config, state.model)
+    captured_rows, evaluated_rows = _held_out_rows(config, source)
+    first = fabric.is_global_zero
+    environment = _environment(config, fabric, batches, text)
+    run = open_run(config, environment, stack, writes=first)
+    configure_logging(config.monitoring.logging.log_level, log_folder(config, run) / "train.log")
+    continued_from = restore(config, environment, run, state, writes=first)
+    job = Job(
+        config=config,
+        fabric=fabric,
+        model=_setup(config, fabric, state),
+        state=state,
+        batches=batches,
+        taps=taps,
+        plan=Plan(config),
+        run=run,
+        writer=stack.enter_context(BackgroundWriter(run)) if first else None,
+        loggers=build_loggers(config, run) if first else [],
+        text=text,
+        stop=stop,
+        progress=Progress(config.data.dataloader.batch_size * config.model.max_seq_len, shown=first),
+        captured_rows=captured_rows,
+        evaluated_rows=evaluated_rows,
+        texts=_texts(config, state.model, text),
+        peak_flops=devices.matmul_peak(fabric.device, devices.compute_dtype(config.training.fabric.precision)),
+        continued_from=continued_from,
+    )
+    for logger in job.loggers:
+        stack.callback(logger.close)
+    return job
+
+
+def _named(config: TrainConfig) -> TrainConfig:
+    """`config` with its defaults that depend on the time and the machine filled in."""
+    name = config.checkpointing.run_name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    fabric = devices.resolve(config.training.fabric)
+    devices.check_available(fabric)
+    training = config.training.model_copy(update={"fabric": fabric})
+    checkpointing = config.checkpointing.model_copy(update={"run_name": name})
+    return config.model_copy(update={"training": training, "checkpointing": checkpointing})
+
+
+def _fabric(config: TrainConfig) -> Fabric:
+    chosen = config.training.fabric
+    fabric = Fabric(
+        accelerator=chosen.accelerator,
+        devices=chosen.num_devices,
+        num_nodes=chosen.num_nodes,
+        precision=chosen.precision,  # type: ignore[arg-type]  # the same words, checked by the schema
+        strategy=chosen.strategy,
+    )
+    fabric.launch()
+    return fabric
+
+
+def _open(config: TrainConfig, name: str, split: str, row_length: int | None) -> Source:
+    cache = config.data.dataset.cache_dir
+    return open_source(
+        name,
+        split=split,
+        row_length=row_length,
+        vocab_size=config.data.tokenizer.vocab_size,
+        cache_dir=Path(cache).expanduser() if cache else None,
+    )
+
+
+def _batches(config: TrainConfig, fabric: Fabric, source: Source) -> Batches:
+    return Batches(
+        source,
+        rows_per_step=config.data.dataloader.batch_size,
+        accumulation=config.training.optimization.gradient_accumulation_steps,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+        seed=config.training.seeds.data,
+        shuffle=config.data.dataset.shuffle,
+        length=config.model.max_seq_len,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+def tokenizer_file(config: TrainConfig, source: Source) -> Path | None:
+    """The tokenizer.json of the data or of the configuration; None, said once, where `auto` finds none."""
+    from picolm.data.tokenizer import find_tokenizer
+
+    name = config.data.tokenizer.name
+    if name != "auto":
+        return find_tokenizer(name)
+    if source.tokenizer_file is not None:
+        return source.tokenizer_file
+    try:
+        return find_tokenizer(PUBLISHED_TOKENIZER)
+    except PicoError as error:
+        log.warning("No tokenizer (%s): checkpoints will hold no text, and bits per byte are not known.", error)
+        return None
+
+
+def _held_out_rows(config: TrainConfig, source: Source) -> tuple[Rows | None, Rows | None]:
+    """The rows of the `val` captures and of the evaluation."""
+    dynamics, paloma = config.checkpointing.learning_dynamics, config.evaluation.paloma
+    length = (paloma.max_length or config.model.max_seq_len) + 1
+    captured = evaluated = None
+    if dynamics.eval_data is not None:
+        held_out = _held_out(config, dynamics.eval_data, "val", source)
+        captured = _sample(held_out, dynamics.max_rows, config.model.max_seq_len + 1, config.model.vocab_size)
+    if "paloma" in (config.evaluation.metrics or ()):
+        held_out = _held_out(config, paloma.dataset_name, paloma.dataset_split, source)
+        evaluated = _sample(held_out, paloma.max_rows, length, config.model.vocab_size)
+    return captured, evaluated
+
+
+def _held_out(config: TrainConfig, name: str, split: str, source: Source) -> Source | None:
+    """The rows called `name`; for `auto` those held out of the training data, else the published validation set if that is
+    what the training data come with, else none, said once.
+    """
+    if name != "auto":
+        return _open(config, name, split, None)
+    own = config.data.dataset.name
+    try:
+        return _open(config, PUBLISHED_VALIDATION if own == "pico-lm/pretokenized-dolma" else own, "val", None)
+    except DataError as error:
+        log.warning("No held-out rows: %s. There will be no validation figures and no val captures.", error)
+        return None
+
+
+def _sample(source: Source | None, max_rows: int | None, length: int, vocab_size: int) -> Rows | None:
+    rows = Rows.sample(source, max_rows, length) if source is not None else None
+    if rows is not None and int(rows.tokens_RS.max()) >= vocab_size:
+        largest = int(rows.tokens_RS.max())
+        raise DataError(f"the held-out rows hold token id {largest}, outside of the vocabulary of {vocab_size}")
+    return rows
+
+
+def _model_and_optimizers(config: TrainConfig, fabric: Fabric) -> tuple[Any, list[torch.optim.Optimizer]]:
+    model = MODELS.get(config.model.model_type)(config.model)
+    model.init_parameters(torch.Generator().manual_seed(derive(config.training.seeds.init, "init")))
+    model = model.to(fabric.device)
+    return model, build_optimizers(model, model.parameter_roles(), config.training.optimization)
+
+
+def _setup(config: TrainConfig, fabric: Fabric, state: State) -> Any:
+    """The model as Fabric wraps it. The optimizers stay bare: nothing here needs Fabric's own bookkeeping of them."""
+    if devices.want_compile(config.training, fabric.device):
+        state.model.loss = torch.compile(state.model.loss)
+    model = fabric.setup_module(state.model)
+    model.mark_forward_method("loss")
+    model.mark_forward_method("token_nats")
+    return model
+
+
+def make_taps(config: TrainConfig, model: torch.nn.Module) -> Taps:
+    """What the configuration asks to capture, resolved against `model`. Raises PicoError for a suffix that matches nothing."""
+    dynamics = config.checkpointing.learning_dynamics
+    return Taps(
+        modules=find_modules(model, dynamics.layer_suffixes, dynamics.layers),
+        activations="activations" in dynamics.what,
+        gradients="gradients" in dynamics.what,
+        positions=dynamics.positions if dynamics.positions is not None else [dynamics.sequence_idx],
+        dtype=None if dynamics.dtype == "auto" else getattr(torch, dynamics.dtype),
+        max_rows=dynamics.max_rows,
+        seed=config.training.seeds.noise,
+    )
+
+
+def _texts(config: TrainConfig, model: Any, text: Text) -> dict[str, str | bytes]:
+    """The files that make a checkpoint a directory which transformers loads: configuration, modelling code, tokenizer."""
+    import json
+
+    files: dict[str, str | bytes] = {"config.json": json.dumps(model.hf_config(), indent=2) + "\n"}
+    if text.eos is not None:
+        files["generation_config.json"] = (
+            json.dumps({"eos_token_id": text.eos, "pad_token_id": text.eos}, indent=2) + "\n"
+        )
+    return files | model.modelling_files() | text.files()
+
+
+def _environment(config: TrainConfig, fabric: Fabric, batches: Batches, text: Text) -> dict[str, Any]:
+    """Versions, hardware, code revision and data of this start."""
+    import hashlib
+    import importlib.metadata as metadata
+    import platform
+
+    packages = ("picolm", "torch", "lightning-fabric", "tokenizers", "safetensors", "pyarrow", "numpy")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "hardware": devices.hardware(),
+        "world_size": fabric.world_size,
+        "seeds": plain(config.training.seeds),
+        "data": {"name": config.data.dataset.name, "fingerprint": batches.fingerprint, "rows": len(batches.source)},
+        "tokenizer_sha256": hashlib.sha256(text.file.read_bytes()).hexdigest() if text.file else None,
+    }

@@ -1,0 +1,344 @@
+"""The training configuration: every key, its default, and what it means.
+
+Keys and meanings are those of the published Pico configurations, with new ones beside them. The docstring under a field is
+its help, its documentation and the last part of its error message. The `model` section belongs to the architecture:
+`schema_for` looks up which one the file asks for.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, create_model
+
+from picolm.errors import PicoError
+from picolm.models import MODELS
+from picolm.models.decoder import DecoderConfig
+from picolm.schema import Rule, Section
+from picolm.train.evaluate import EVALUATIONS
+from picolm.train.optim import OPTIMIZERS, SCHEDULES
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Cadence = Literal["all", "last"] | PositiveInt
+
+
+class Dataset(Section):
+    name: str = "pico-lm/pretokenized-dolma"
+    """Where the rows come from: a Hub data set, a folder of token shards, or `embedded:NAME`."""
+    shuffle: bool = False
+    """Permute the first pass too (prepared and published data are shuffled on disk; later passes always are)."""
+    cache_dir: str | None = None
+    """Where fetched and generated shards are kept (default: $PICO_CACHE or ~/.cache/pico)."""
+
+
+class Dataloader(Section):
+    batch_size: PositiveInt = 1024
+    """Sequences in one step, over all devices and accumulation steps together."""
+
+
+class Tokenizer(Section):
+    name: str = "auto"
+    """A Hub name, a folder or a tokenizer.json; `auto`: the one that came with the data, else allenai/OLMo-7B-0724-hf."""
+    vocab_size: PositiveInt = 50304
+    """Entries of the tokenizer; embedded corpora train theirs with this size."""
+
+
+class Data(Section):
+    dataset: Dataset = Dataset()
+    dataloader: Dataloader = Dataloader()
+    tokenizer: Tokenizer = Tokenizer()
+
+
+class Fabric(Section):
+    num_nodes: PositiveInt = 1
+    """Machines that take part."""
+    num_devices: PositiveInt = 1
+    """Devices (processes) on each machine."""
+    precision: Literal[
+        "auto", "bf16-mixed", "16-mixed", "32-true", "bf16-true", "16-true", "64-true", "32", "64", "16", "bf16"
+    ] = "auto"
+    """Lightning Fabric's precision; `auto`: bf16-mixed where the device computes bfloat16 natively, else 32-true."""
+    accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps", "tpu"] = "auto"
+    """Where to compute; `auto`: CUDA where there is one, else MPS, else CPU."""
+    strategy: str = "auto"
+    """Lightning Fabric's strategy for several devices, for example ddp."""
+
+
+class Optimization(Section):
+    optimizer: str = "adamw"
+    """adamw, muon (matrices of the blocks; AdamW for the rest), sgd, or my_lab.module:attribute."""
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    lr_scheduler: str = "linear_with_warmup"
+    """linear_with_warmup, cosine, wsd, constant, or my_lab.module:attribute; all start with the warm-up."""
+    lr_warmup_steps: NonNegativeInt = 2500
+    """Updates over which the learning rate rises linearly; the first update already has lr / lr_warmup_steps."""
+    lr_min_ratio: Fraction = 0.0
+    """The schedule ends at this fraction of lr."""
+    lr_decay_steps: PositiveInt | None = None
+    """Length of the final decay of `wsd` (default: a tenth of max_steps)."""
+    gradient_accumulation_steps: PositiveInt = 128
+    """Micro-batches per step and device; the result of a step does not depend on it beyond rounding."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the first and second moment of AdamW."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator of AdamW."""
+    momentum: Fraction | None = None
+    """Momentum of sgd (default 0) and of muon (default 0.95)."""
+    grad_clip_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this global norm; null leaves them as they are."""
+    decay_norms_and_embeddings: bool = False
+    """Whether weight decay also acts on norms and embeddings (the published models did)."""
+
+
+class Seeds(Section):
+    init: NonNegativeInt = 42
+    """Draws the initial weights."""
+    data: NonNegativeInt = 42
+    """Permutes the rows."""
+    noise: NonNegativeInt = 42
+    """Everything random inside a step (random capture positions, noise of the model)."""
+
+
+class Training(Section):
+    max_steps: NonNegativeInt = 200_000
+    """Updates in all."""
+    seeds: Seeds = Seeds()
+    deterministic: bool = True
+    """Only algorithms that give the same bits every time (on CUDA some operations become slower)."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile the loss; `auto` does so on CUDA."""
+    max_skipped_steps: NonNegativeInt = 10
+    """Updates skipped in a row for a non-finite loss or gradient before the run stops."""
+    fabric: Fabric = Fabric()
+    optimization: Optimization = Optimization()
+
+
+class LearningDynamics(Section):
+    layer_suffixes: tuple[str, ...] = ("attention.v_proj", "attention.o_proj", "swiglu.w_2")
+    """Which modules to record: ends of their names, in whole words."""
+    sequence_idx: int = -1
+    """The position whose activations are kept (the published key; `positions` says more)."""
+    positions: Literal["last", "all"] | Annotated[str, Field(pattern=r"^random:[1-9]\d*$")] | tuple[int, ...] | None = (
+        None
+    )
+    """Positions whose activations are kept: last, all, a list, or random:k (k of them, drawn anew each step)."""
+    batch_size: PositiveInt = 8
+    """Sequences per forward pass over the evaluation rows."""
+    eval_data: str | None = "auto"
+    """The fixed rows of the `val` split; `auto`: the held-out part of the data; null: no `val` split."""
+    what: tuple[Literal["activations", "gradients"], ...] = ("activations", "gradients")
+    """What is recorded."""
+    layers: Literal["all"] | tuple[NonNegativeInt, ...] = "all"
+    """Blocks that are recorded; modules outside of the blocks are not restricted by it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Element type on disk; `auto` keeps what was computed."""
+    max_rows: PositiveInt | None = 1024
+    """Rows of a batch whose activations are kept; null keeps all."""
+
+
+class HubCheckpoint(Section):
+    repo_id: str = ""
+    """owner/name on the Hub."""
+    collection_slug: str | None = None
+    """A collection the repository is added to."""
+
+
+class AutoResume(Section):
+    auto_resume: bool = True
+    """Continue from the latest whole checkpoint of the run of this name."""
+
+
+class EvaluationResults(Section):
+    eval_results_dir: str = "eval_results"
+    """Folder of the evaluation results inside the run."""
+
+
+class Checkpointing(Section):
+    run_name: str | None = None
+    """Name of the run and of its folder (default: the time of the start)."""
+    runs_dir: str = "runs"
+    """Folder of all runs."""
+    checkpoints_dir: str = "checkpoints"
+    """Folder of the checkpoints inside the run."""
+    logs_dir: str = "logs"
+    """Folder of the logs inside the run."""
+    fabric_checkpoint_dir: str = "fabric_state"
+    """Accepted as published; our optimizer state is optimizer.safetensors, beside the weights."""
+    fabric_checkpoint_filename: str = "checkpoint.pt"
+    """Accepted as published; nothing is pickled here."""
+    learning_dynamics_dir: str = "learning_dynamics"
+    """Folder of the captures inside a checkpoint."""
+    save_every_n_steps: PositiveInt = 1000
+    """Steps between checkpoints; step 0 and the last step are always saved."""
+    save_schedule: Literal["every", "log"] = "every"
+    """`log` also saves steps 1, 2, 4, … 512."""
+    save_weights: Cadence = "all"
+    """Which checkpoints hold the weights: all, last (the final one), or those divisible by k."""
+    save_optimizer: Cadence = "all"
+    """Which checkpoints hold the optimizer state; training can only be continued from these."""
+    save_learning_dynamics: Cadence = "all"
+    """Which checkpoints hold activations and gradients."""
+    save_in_background: bool = True
+    """Write checkpoints while training goes on; false waits for the disk."""
+    save_to_hf: bool | None = False
+    """Push checkpoints to the Hub."""
+    hf_checkpoint: HubCheckpoint = HubCheckpoint()
+    training: AutoResume = AutoResume()
+    evaluation: EvaluationResults = EvaluationResults()
+    learning_dynamics: LearningDynamics = LearningDynamics()
+
+
+class Paloma(Section):
+    dataset_name: str = "auto"
+    """Rows to evaluate on; `auto`: the held-out part of the data, else pico-lm/pretokenized-paloma-tinsy."""
+    dataset_split: str = "val"
+    """Split of that data set."""
+    max_length: PositiveInt | None = None
+    """Tokens of a row that are used (default: model.max_seq_len)."""
+    batch_size: PositiveInt = 16
+    """Rows per forward pass."""
+    max_rows: PositiveInt | None = None
+    """Use only the first rows, spread over the sources."""
+
+
+class Evaluation(Section):
+    metrics: tuple[str, ...] | None = ("paloma",)
+    """Evaluations to run: paloma (perplexity by source), or my_lab.module:attribute; null or empty for none."""
+    every_n_steps: PositiveInt | None = None
+    """Steps between evaluations (default: at each checkpoint)."""
+    paloma: Paloma = Paloma()
+
+
+class Logging(Section):
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least level that is shown and written to logs/."""
+    log_every_n_steps: PositiveInt = 100
+    """Steps between lines of metrics.jsonl."""
+
+
+class Wandb(Section):
+    project: str = ""
+    """Weights & Biases project."""
+    entity: str = ""
+    """Weights & Biases entity."""
+
+
+class PicoReport(Section):
+    lab_hash: str = ""
+    """Accepted as published; nothing is sent."""
+    auto_commit: bool = True
+    """Accepted as published; nothing is committed."""
+
+
+class Monitoring(Section):
+    logging: Logging = Logging()
+    save_to_wandb: bool = False
+    """Log to Weights & Biases too (extra `wandb`; WANDB_MODE=offline writes files to send later)."""
+    wandb: Wandb = Wandb()
+    save_to_tensorboard: bool = False
+    """Log to TensorBoard files in logs/ too (extra `tensorboard`)."""
+    save_to_picolabs: bool = False
+    """Accepted as published; nothing is sent to Pico Labs."""
+    pico_report: PicoReport = PicoReport()
+
+
+class TrainConfig(Section):
+    """A whole training configuration; every section and key may be left out."""
+
+    data: Data = Data()
+    model: DecoderConfig = DecoderConfig()
+    training: Training = Training()
+    checkpointing: Checkpointing = Checkpointing()
+    evaluation: Evaluation = Evaluation()
+    monitoring: Monitoring = Monitoring()
+
+    def problems(self) -> Iterator[Rule]:
+        yield from _prefixed("model", self.model.problems())
+        yield from _batch_rules(self)
+        yield from _model_rules(self)
+        yield from _name_rules(self)
+
+
+def schema_for(raw: Mapping[str, Any]) -> type[TrainConfig]:
+    """The schema whose `model` section is the configuration of the architecture that `raw` asks for."""
+    section = raw.get("model")
+    name = section.get("model_type") if isinstance(section, Mapping) else None
+    if not isinstance(name, str) or name == "pico_decoder" or (name not in MODELS and ":" not in name):
+        return TrainConfig
+    config = MODELS.get(name).Config
+    return create_model("TrainConfig", __base__=TrainConfig, model=(config, Field(default_factory=config)))
+
+
+def _prefixed(section: str, rules: Iterator[Rule]) -> Iterator[Rule]:
+    for keys, message in rules:
+        yield tuple(f"{section}.{key}" for key in keys), message
+
+
+def _batch_rules(config: TrainConfig) -> Iterator[Rule]:
+    fabric, optimization = config.training.fabric, config.training.optimization
+    ranks, rows = fabric.num_nodes * fabric.num_devices, config.data.dataloader.batch_size
+    if rows % (ranks * optimization.gradient_accumulation_steps):
+        yield (
+            (
+                "data.dataloader.batch_size",
+                "training.optimization.gradient_accumulation_steps",
+                "training.fabric.num_devices",
+                "training.fabric.num_nodes",
+            ),
+            (
+                f"{rows} sequences cannot be divided evenly over {ranks} device(s) x "
+                f"{optimization.gradient_accumulation_steps} gradient_accumulation_steps; make it a multiple of "
+                f"{ranks * optimization.gradient_accumulation_steps}"
+            ),
+        )
+
+
+def _model_rules(config: TrainConfig) -> Iterator[Rule]:
+    dynamics, model = config.checkpointing.learning_dynamics, config.model
+    if config.data.tokenizer.vocab_size > model.vocab_size:
+        yield (
+            ("model.vocab_size", "data.tokenizer.vocab_size"),
+            (
+                f"{model.vocab_size} is less than data.tokenizer.vocab_size ({config.data.tokenizer.vocab_size}): "
+                "the model would have no row for some tokens"
+            ),
+        )
+    beyond = [i for i in dynamics.layers if isinstance(i, int) and i >= getattr(model, "n_layers", i + 1)]
+    if beyond:
+        yield (
+            ("checkpointing.learning_dynamics.layers", "model.n_layers"),
+            (f"there is no layer {beyond[0]}: the model has {model.n_layers}, counted from 0"),
+        )
+    asked = dynamics.positions if isinstance(dynamics.positions, tuple) else (dynamics.sequence_idx,)
+    key = "positions" if isinstance(dynamics.positions, tuple) else "sequence_idx"
+    for position in asked:
+        if not -model.max_seq_len <= position < model.max_seq_len:
+            yield (
+                (f"checkpointing.learning_dynamics.{key}", "model.max_seq_len"),
+                (f"there is no position {position} in sequences of {model.max_seq_len} tokens"),
+            )
+    if (config.evaluation.paloma.max_length or 1) > model.max_seq_len:
+        yield (
+            ("evaluation.paloma.max_length", "model.max_seq_len"),
+            (f"{config.evaluation.paloma.max_length} is longer than the model's max_seq_len ({model.max_seq_len})"),
+        )
+
+
+def _name_rules(config: TrainConfig) -> Iterator[Rule]:
+    optimization = config.training.optimization
+    named = [
+        ("training.optimization.optimizer", OPTIMIZERS, optimization.optimizer),
+        ("training.optimization.lr_scheduler", SCHEDULES, optimization.lr_scheduler),
+        *(("evaluation.metrics", EVALUATIONS, name) for name in config.evaluation.metrics or ()),
+        ("model.model_type", MODELS, config.model.model_type),
+    ]
+    for key, registry, name in named:
+        try:
+            registry.get(name)
+        except PicoError as error:
+            yield (key,), str(error)
+    run_name = config.checkpointing.run_name
+    if run_name is not None and (not run_name or run_name in (".", "..") or "/" in run_name or "\0" in run_name):
+        yield ("checkpointing.run_name",), f"{run_name!r} cannot be the name of a folder"

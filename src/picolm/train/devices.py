@@ -1,0 +1,125 @@
+"""The machine under the training: which device and precision, whether it is deterministic, and how fast it could be."""
+
+import ctypes
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from picolm.errors import PicoError
+from picolm.train.config import Fabric, Training
+
+
+def tune_allocator() -> bool:
+    """Let glibc keep freed memory instead of returning it after each large tensor; True where it took effect.
+
+    With the defaults, every large tensor is mapped and unmapped again, and page faults take up to half of a CPU step. What
+    the user set by MALLOC_* variables, or another allocator, stays.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # musl has none
+        return False
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+    return all((mallopt(trim_threshold, 2**31 - 1), mallopt(top_pad, 2**26), mallopt(mmap_max, 0)))
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Only algorithms that give the same bits each time.
+
+    CPU kernels are deterministic for one number of threads. On CUDA: deterministic kernels, a fixed cuBLAS workspace and no
+    algorithm search of cuDNN; an operation without a deterministic kernel warns and goes on.
+    """
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over every buffer, and no kernel here reads one
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def resolve(fabric: Fabric) -> Fabric:
+    """`fabric` with `auto` replaced by what this machine has."""
+    accelerator = fabric.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    precision = fabric.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if _native_bfloat16(accelerator) else "32-true"
+    return fabric.model_copy(update={"accelerator": accelerator, "precision": precision})
+
+
+def check_available(fabric: Fabric) -> None:
+    """Raise PicoError where this machine does not have the accelerator, or the devices, that `fabric` asks for."""
+    name = "cuda" if fabric.accelerator == "gpu" and not torch.backends.mps.is_available() else fabric.accelerator
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if name not in counts:
+        return
+    if counts[name] == 0:
+        raise PicoError(
+            f"training.fabric.accelerator is {fabric.accelerator}, but this machine has no {name.upper()} device; "
+            "set training.fabric.accelerator=auto (or cpu)"
+        )
+    if fabric.num_devices > counts[name]:
+        raise PicoError(
+            f"training.fabric.num_devices is {fabric.num_devices}, but this machine has {counts[name]} {name} device(s)"
+        )
+
+
+def _native_bfloat16(accelerator: str) -> bool:
+    if accelerator in ("cuda", "gpu"):
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if accelerator != "cpu" or not Path("/proc/cpuinfo").exists():
+        return False
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured FLOP/s of a large matrix product: what a model's speed is compared with. Takes about 0.1 s on a CPU."""
+    size = 1024 if device.type == "cpu" else 8192
+    x, y = (torch.randn(size, size, dtype=torch.float32).to(device, dtype) for _ in range(2))
+    seconds = [_timed_product(x, y) for _ in range(6)]
+    return 2 * size**3 / statistics.median(seconds[1:])
+
+
+def _timed_product(x: torch.Tensor, y: torch.Tensor) -> float:
+    synchronize(x.device)
+    start = time.perf_counter()
+    x @ y
+    synchronize(x.device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given (a CPU always has)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The element type in which `precision` multiplies matrices."""
+    named = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    return next((dtype for prefix, dtype in named.items() if precision.startswith(prefix)), torch.float32)
+
+
+def hardware() -> dict[str, object]:
+    """What the run's environment.json says of the machine."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"platform": platform.platform(), "cpu": cpu, "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def want_compile(training: Training, device: torch.device) -> bool:
+    """Whether to compile: as configured; `auto` only where compiling pays within a short run."""
+    return device.type == "cuda" if training.compile == "auto" else training.compile

@@ -1,0 +1,128 @@
+"""Evaluations: functions of the live model, in memory, at their own cadence.
+
+An evaluation takes the model (whose `token_nats` gives the loss of each token) and its rows, and returns named numbers. The
+name `paloma` is that of the published configurations: perplexity over rows that may say which source they are from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from picolm.capture.gather import world_size
+from picolm.registry import Registry
+
+if TYPE_CHECKING:
+    from picolm.data import Source
+
+
+class Rows(NamedTuple):
+    """Rows of token ids on which something is measured, the same at every step.
+
+    tokens_RS: inputs and shifted targets; labels: the source of each row, where there is one.
+    """
+
+    tokens_RS: Tensor
+    labels: list[str] | None
+    numbers: np.ndarray
+
+    @classmethod
+    def take(cls, source: Source, numbers: np.ndarray, length: int | None = None) -> Rows:
+        """The rows of these numbers, cut to `length` tokens."""
+        tokens_RS = torch.as_tensor(np.asarray(source.rows(numbers))[:, :length], dtype=torch.long)
+        return cls(tokens_RS, source.labels(numbers), numbers)
+
+    @classmethod
+    def sample(cls, source: Source, max_rows: int | None, length: int) -> Rows:
+        """At most `max_rows` rows of a data source, taken from its labels in turn so that each is represented."""
+        numbers = np.arange(len(source))
+        labels = source.labels(numbers) if max_rows is not None and max_rows < len(source) else None
+        if labels is not None:
+            seen: Counter[str] = Counter()
+            turns = []
+            for label in labels:
+                turns.append(seen[label])
+                seen[label] += 1
+            numbers = np.sort(np.argsort(turns, kind="stable")[:max_rows])
+        return cls.take(source, numbers[:max_rows], length)
+
+    def micro_batches(self, size: int, rank: int, world: int) -> Iterator[tuple[list[int], Tensor]]:
+        """(places, tokens) of the rows of one process, `size` at a time."""
+        mine = list(range(rank, len(self.tokens_RS), world))
+        for start in range(0, len(mine), size):
+            places = mine[start : start + size]
+            yield places, self.tokens_RS[places]
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation may use. token_bytes_V: bytes of text behind each token, None where the tokenizer does not tell."""
+
+    model: Any
+    rows: Rows | None
+    batch_size: int
+    token_bytes_V: Tensor | None
+    rank: int
+    world: int
+    device: torch.device
+
+
+EVALUATIONS: Registry[Callable[[Evaluation], dict[str, float]]] = Registry("evaluation")
+
+
+def evaluate(names: tuple[str, ...], evaluation: Evaluation) -> dict[str, float]:
+    """The results of all evaluations in `names`, the model in evaluation mode meanwhile."""
+    results: dict[str, float] = {}
+    was_training = evaluation.model.training
+    evaluation.model.eval()
+    try:
+        with torch.no_grad():
+            for name in names:
+                results |= EVALUATIONS.get(name)(evaluation)
+    finally:
+        evaluation.model.train(was_training)
+    return results
+
+
+@EVALUATIONS.add("paloma")
+def paloma(evaluation: Evaluation) -> dict[str, float]:
+    """Perplexity exp(nats per token) over all tokens and by source; bits per byte = nats / (ln 2 x bytes of the targets)."""
+    if evaluation.rows is None:
+        return {}
+    labels = evaluation.rows.labels or [""] * len(evaluation.rows.tokens_RS)
+    names = sorted(set(labels))
+    sums = _sums_by_source(evaluation, labels, names)
+    results = _scores("paloma", *sums.sum(0).tolist())
+    for name, row in zip(names, sums.tolist()):
+        if name:
+            results |= _scores(f"paloma/{name}", *row)
+    return results
+
+
+def _sums_by_source(evaluation: Evaluation, labels: list[str], names: list[str]) -> Tensor:
+    """[sources, 3] float64: nats, predicted tokens and bytes of text."""
+    assert evaluation.rows is not None
+    sums = torch.zeros(len(names), 3, dtype=torch.float64)
+    for places, tokens_BS in evaluation.rows.micro_batches(evaluation.batch_size, evaluation.rank, evaluation.world):
+        nats_B = evaluation.model.token_nats(tokens_BS.to(evaluation.device)).double().sum(1).cpu()
+        targets_BT = tokens_BS[:, 1:]
+        table = evaluation.token_bytes_V
+        bytes_B = table[targets_BT].sum(1).double() if table is not None else torch.zeros(len(places)).double()
+        row_sums = torch.stack([nats_B, torch.full_like(nats_B, targets_BT.shape[1]), bytes_B], dim=1)
+        sums.index_add_(0, torch.tensor([names.index(labels[place]) for place in places]), row_sums)
+    if world_size() > 1:
+        on_device = sums.to(evaluation.device)
+        torch.distributed.all_reduce(on_device)
+        sums = on_device.cpu()
+    return sums
+
+
+def _scores(name: str, nats: float, tokens: float, text_bytes: float) -> dict[str, float]:
+    per_token = nats / tokens
+    scores = {name: math.exp(per_token) if per_token < 700 else math.inf, f"{name}/nats_per_token": per_token}
+    return scores | ({f"{name}/bits_per_byte": nats / (math.log(2) * text_bytes)} if text_bytes else {})

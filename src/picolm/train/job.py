@@ -1,0 +1,64 @@
+"""Everything the loop needs, in one place. `build` makes it from a configuration; `loop` runs it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from picolm.capture import Taps
+from picolm.data.batches import Batches
+from picolm.store import Run
+from picolm.store.writer import BackgroundWriter
+from picolm.train.config import TrainConfig
+from picolm.train.evaluate import Rows
+from picolm.train.loggers import Logger
+from picolm.train.meters import Stopwatch
+from picolm.train.plan import Plan
+from picolm.train.progress import Progress
+from picolm.train.signals import StopSignal
+from picolm.train.state import State
+from picolm.train.text import Text
+
+
+@dataclass
+class Job:
+    """One training run, ready to go on from `state.step`.
+
+    model: what Fabric returned, around the bare model in `state`. texts: files that go into each checkpoint with weights.
+    continued_from: the step whose checkpoint this run went on from; that one is on disk already.
+    """
+
+    config: TrainConfig
+    fabric: Fabric
+    model: Any
+    state: State
+    batches: Batches
+    taps: Taps
+    plan: Plan
+    run: Run
+    writer: BackgroundWriter | None
+    loggers: list[Logger]
+    text: Text
+    stop: StopSignal
+    progress: Progress
+    captured_rows: Rows | None
+    evaluated_rows: Rows | None
+    texts: dict[str, str | bytes]
+    peak_flops: float
+    continued_from: int | None = None
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def device(self) -> torch.device:
+        return self.fabric.device
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Predicted tokens of one step, over all processes."""
+        return self.config.data.dataloader.batch_size * self.config.model.max_seq_len
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that the parameters hold now."""
+        return [parameter.grad for parameter in self.state.model.parameters() if parameter.grad is not None]

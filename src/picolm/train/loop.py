@@ -1,0 +1,157 @@
+"""The loop: forward, backward, capture, save, update. Step n is the state after n updates, and what batch n does to it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from picolm.address import Address
+from picolm.capture import capture
+from picolm.errors import PicoError
+from picolm.seeds import derive
+from picolm.train import report
+from picolm.train.evaluate import Evaluation, evaluate
+from picolm.train.job import Job
+from picolm.train.meters import UpdateSize, norm
+from picolm.train.optim import learning_rate
+from picolm.train.plan import Due
+
+
+class Gradient(NamedTuple):
+    """What forward and backward of one step left behind, before clipping."""
+
+    loss: float
+    norm: float
+    clip_coefficient: float
+    finite: bool
+
+
+def train(job: Job) -> None:
+    """Run `job` to its last step, or until it is asked to stop. Raises PicoError after too many skipped updates."""
+    state, stopping = job.state, False
+    for step in range(state.step, job.plan.last + 1):
+        stopping = job.stop.agreed(job.device) or hopeless(job)
+        due = job.plan.when_stopping(step) if stopping else job.plan.due(step)
+        with job.stopwatch.time("data"):
+            micro_batches = job.batches(step)
+        with watch(job, step, due) as captured:
+            gradient = measure(job, accumulate(job, step, micro_batches, job.tokens_per_step, due))
+        if due.dynamics:
+            captured |= held_out(job, step)
+        if due.evaluation and not stopping:
+            report.evaluation(job, step, evaluation(job))
+        if due.checkpoint:
+            with job.stopwatch.time("save"):
+                report.save(job, step, due, captured, gradient)
+        sizes = None
+        if step < job.plan.last and not stopping:
+            sizes = update(job, step, gradient, due)
+        report.step(job, step, due, gradient, sizes)
+        if stopping:
+            break
+    if job.writer is not None:
+        job.writer.wait()
+    if stopping and job.stop.received is None:
+        raise PicoError(report.hopeless(job))
+
+
+def accumulate(job: Job, step: int, micro_batches: Sequence[Tensor], tokens: int, due: Due) -> Tensor:
+    """Forward and backward over every micro-batch; returns the mean loss, in nats, over all `tokens` of all processes.
+
+    The gradients that the parameters hold afterwards are those of that mean.
+    """
+    world, nats = job.fabric.world_size, torch.zeros((), device=job.device)
+    for index, tokens_BS in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
+        with job.fabric.no_backward_sync(job.model, enabled=not last):
+            with job.stopwatch.time("forward"):
+                seed = derive(job.config.training.seeds.noise, "step", step, index, job.fabric.global_rank)
+                torch.manual_seed(seed)  # for a model that draws from the global generator: no state to carry along
+                noise = torch.Generator(job.device).manual_seed(seed)
+                loss = job.model.loss(tokens_BS.to(job.device, non_blocking=True), noise)
+            with job.stopwatch.time("backward"):
+                job.fabric.backward(loss.nats * (world / tokens))  # DDP averages over processes
+        nats += loss.nats.detach()
+        if due.log and index == 0 and not last:
+            job.stopwatch.small = norm(job.gradients()) * len(micro_batches)
+    total: Any = job.fabric.all_reduce(nats, reduce_op="sum")
+    return total / tokens
+
+
+@contextmanager
+def watch(job: Job, step: int, due: Due) -> Iterator[dict[Address, Tensor]]:
+    """Capture the training batch where it is due; gradients are read when backward is done, before they are clipped."""
+    if not due.dynamics:
+        yield {}
+        return
+    with capture(job.taps, split="train", step=step, order=job.batches.rank_rows(step)) as captured:
+        yield captured
+
+
+def held_out(job: Job, step: int) -> dict[Address, Tensor]:
+    """The same captures on the fixed evaluation rows; the gradients of the training batch stay as they are."""
+    if job.captured_rows is None:
+        return {}
+    rank, world = job.fabric.global_rank, job.fabric.world_size
+    size = job.config.checkpointing.learning_dynamics.batch_size
+    order, micro_batches = zip(*job.captured_rows.micro_batches(size, rank, world))
+    kept = [parameter.grad for parameter in job.state.model.parameters()]
+    job.state.model.zero_grad()
+    with capture(job.taps, split="val", step=step, order=order) as captured:
+        accumulate(job, step, micro_batches, job.captured_rows.tokens_RS[:, 1:].numel(), Due())
+    for parameter, gradient in zip(job.state.model.parameters(), kept):
+        parameter.grad = gradient
+    return captured
+
+
+def measure(job: Job, loss: Tensor) -> Gradient:
+    """Loss, gradient norm and clip coefficient as numbers: the one point of a step that waits for the device."""
+    total, value, limit = norm(job.gradients()), loss.item(), job.config.training.optimization.grad_clip_norm
+    coefficient = 1.0 if limit is None else min(1.0, limit / (total + 1e-6))
+    return Gradient(value, total, coefficient, math.isfinite(value) and math.isfinite(total))
+
+
+def update(job: Job, step: int, gradient: Gradient, due: Due) -> UpdateSize | None:
+    """The update from `step` to `step + 1`; one with a non-finite loss or gradient is skipped and counted."""
+    state, optimization = job.state, job.config.training.optimization
+    sizes = UpdateSize(state.model) if due.log else None
+    with job.stopwatch.time("update"):
+        if gradient.finite:
+            if gradient.clip_coefficient < 1:
+                torch._foreach_mul_(job.gradients(), gradient.clip_coefficient)
+            for optimizer in state.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, optimization, job.plan.last)
+                optimizer.step()
+        for optimizer in state.optimizers:
+            optimizer.zero_grad()
+    state.skipped_updates += not gradient.finite
+    state.skipped_in_a_row = 0 if gradient.finite else state.skipped_in_a_row + 1
+    state.step = step + 1
+    if not gradient.finite:
+        report.skipped(job, step, gradient)
+    return sizes
+
+
+def evaluation(job: Job) -> dict[str, float]:
+    """The configured evaluations, on the live model."""
+    with job.stopwatch.time("evaluation"):
+        size = job.config.evaluation.paloma.batch_size
+        context = Evaluation(
+            model=job.model,
+            rows=job.evaluated_rows,
+            batch_size=size,
+            token_bytes_V=job.text.token_bytes_V,
+            rank=job.fabric.global_rank,
+            world=job.fabric.world_size,
+            device=job.device,
+        )
+        return evaluate(job.config.evaluation.metrics or (), context)
+
+
+def hopeless(job: Job) -> bool:
+    """Whether too many updates in a row were skipped."""
+    return job.state.skipped_in_a_row > 0 and job.state.skipped_in_a_row >= job.config.training.max_skipped_steps

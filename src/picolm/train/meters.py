@@ -1,0 +1,116 @@
+"""What is measured while training: loss spikes, the gradient noise scale, sizes of updates, and where the time goes."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WINDOW = 128  # steps over which a loss spike is judged
+DECAY = 0.95  # of the running averages of the noise scale, per logged step
+
+
+class Meters:
+    """The measurements that have a memory; `meta` and `restore` carry it through a checkpoint."""
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.spikes = 0
+        self.noise = 0.0  # running average of S, the trace of the gradient's covariance per sequence
+        self.signal = 0.0  # running average of G2, the squared norm of the true gradient
+
+    def meta(self) -> dict[str, Any]:
+        return {"losses": list(self.losses), "spikes": self.spikes, "noise": self.noise, "signal": self.signal}
+
+    def restore(self, meta: Mapping[str, Any]) -> None:
+        self.losses = deque(meta["losses"], maxlen=WINDOW)
+        self.spikes, self.noise, self.signal = meta["spikes"], meta["noise"], meta["signal"]
+
+    def observe_loss(self, loss: float) -> bool:
+        """Take note of the loss of a step; True when it is a spike: above mean + 6 standard deviations of the window."""
+        spike = False
+        if len(self.losses) == WINDOW:
+            mean = sum(self.losses) / WINDOW
+            deviation = math.sqrt(sum((x - mean) ** 2 for x in self.losses) / WINDOW)
+            spike = loss > mean + 6 * deviation
+        if math.isfinite(loss):
+            self.losses.append(loss)
+        self.spikes += spike
+        return spike
+
+    def observe_noise(self, small_rows: int, small_norm: float, large_rows: int, large_norm: float) -> None:
+        """Take note of the gradient norms of one micro-batch and of the whole batch, in sequences.
+
+        McCandlish et al. 2018, appendix A.1: unbiased estimates of G2 and S, averaged separately before they are divided.
+        """
+        small, large = small_norm**2, large_norm**2
+        signal = (large_rows * large - small_rows * small) / (large_rows - small_rows)
+        noise = (small - large) / (1 / small_rows - 1 / large_rows)
+        if math.isfinite(signal) and math.isfinite(noise):
+            first = self.signal == self.noise == 0.0
+            self.signal = signal if first else DECAY * self.signal + (1 - DECAY) * signal
+            self.noise = noise if first else DECAY * self.noise + (1 - DECAY) * noise
+
+    def noise_scale(self) -> float | None:
+        """The batch size, in sequences, at which noise and signal are equal; None before it can be told."""
+        return self.noise / self.signal if self.signal > 0 and self.noise > 0 else None
+
+
+class Stopwatch:
+    """Seconds by phase since the last report."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+        self.steps = 0
+        self.small: float | None = None  # gradient norm of one micro-batch of the latest logged step
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Add the duration of the block to `phase`. On a GPU work is queued, so a phase also pays for what it waits for."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def report(self) -> tuple[float, int, dict[str, float]]:
+        """(seconds, steps, {phase: seconds per step}) since the last report, which this one resets."""
+        elapsed, steps, phases = time.perf_counter() - self.started, self.steps, self.seconds
+        self.started, self.steps, self.seconds = time.perf_counter(), 0, {}
+        return elapsed, steps, {phase: seconds / max(1, steps) for phase, seconds in phases.items()}
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all entries of all tensors together."""
+    return float(torch.nn.utils.get_total_norm(list(tensors)))
+
+
+def group_of(parameter_name: str) -> str:
+    """The tensor group of a parameter: `attention` of `layers.3.attention.q_proj.weight`, `output_norm` of its own."""
+    parts = parameter_name.split(".")
+    return parts[2] if parts[0] == "layers" and len(parts) > 3 else parts[0]
+
+
+class UpdateSize:
+    """The size of a real update, by tensor group: norm(W after - W before) / norm(W before)."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def ratios(self) -> dict[str, float]:
+        """Ratio by group, for the update that happened since the construction."""
+        groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for name, parameter in self.model.named_parameters():
+            old = self.before[name]
+            groups.setdefault(group_of(name), []).append((parameter.detach() - old, old))
+        ratios = {}
+        for group, pairs in groups.items():
+            change, size = norm(c for c, _ in pairs), norm(w for _, w in pairs)
+            ratios[group] = change / size if size else math.inf
+        return ratios

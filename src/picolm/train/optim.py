@@ -1,0 +1,158 @@
+"""Optimizers, and schedules as functions of the step.
+
+An optimizer is a function from named parameters to the torch optimizers that update them; a schedule is a function from the
+step to a fraction of the peak learning rate. Which parameters are matrices, embeddings and norms is the model's to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from picolm.registry import Registry
+
+if TYPE_CHECKING:
+    from picolm.train.config import Optimization
+
+Shape = Callable[
+    [int, int, int, int], float
+]  # (step, warm-up steps, steps in all, decay steps) -> fraction of the peak
+
+
+class Named(NamedTuple):
+    """A parameter, its name, and its role: `matrix` (of a block), `embedding` or `norm`."""
+
+    name: str
+    parameter: nn.Parameter
+    role: str
+
+
+OPTIMIZERS: Registry[Callable[[list[Named], Optimization], list[torch.optim.Optimizer]]] = Registry("optimizer")
+SCHEDULES: Registry[Shape] = Registry("schedule")
+
+
+def learning_rate(step: int, optimization: Optimization, max_steps: int) -> float:
+    """The learning rate of the update that leads from `step` to `step + 1`.
+
+    The warm-up reaches the peak with its last update: lr (step + 1) / warm-up, so that the very first update moves.
+    """
+    warmup = optimization.lr_warmup_steps
+    decay = optimization.lr_decay_steps or max(1, max_steps // 10)
+    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    shape = SCHEDULES.get(optimization.lr_scheduler)(step, warmup, max_steps, decay) if step >= warmup else 1.0
+    floor = optimization.lr_min_ratio
+    return optimization.lr * warm * (floor + (1 - floor) * shape)
+
+
+@SCHEDULES.add("linear_with_warmup")
+def linear_with_warmup(step: int, warmup: int, total: int, decay: int) -> float:
+    """A straight line from the end of the warm-up to 0 at the last step."""
+    return max(0.0, (total - step) / max(1, total - warmup))
+
+
+@SCHEDULES.add("cosine")
+def cosine(step: int, warmup: int, total: int, decay: int) -> float:
+    """Half a cosine from the end of the warm-up to 0 at the last step (Loshchilov and Hutter 2017)."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+@SCHEDULES.add("wsd")
+def wsd(step: int, warmup: int, total: int, decay: int) -> float:
+    """Warm-up, stable, decay: the peak until `decay` steps before the end, then a straight line to 0 (Hu et al. 2024)."""
+    return min(1.0, max(0.0, (total - step) / decay))
+
+
+@SCHEDULES.add("constant")
+def constant(step: int, warmup: int, total: int, decay: int) -> float:
+    """The peak learning rate after the warm-up."""
+    return 1.0
+
+
+def build_optimizers(
+    model: nn.Module, roles: dict[str, str], optimization: Optimization
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of all parameters of `model`; `roles` maps each parameter name to its role."""
+    parameters = [Named(name, parameter, roles[name]) for name, parameter in model.named_parameters()]
+    return OPTIMIZERS.get(optimization.optimizer)(parameters, optimization)
+
+
+def decay_groups(parameters: Iterable[Named], optimization: Optimization) -> list[dict[str, Any]]:
+    """Two parameter groups: what weight decay acts on, and what it leaves alone."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for named in parameters:
+        groups[named.role == "matrix" or optimization.decay_norms_and_embeddings].append(named.parameter)
+    decays = ((groups[True], optimization.weight_decay), (groups[False], 0.0))
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
+
+
+@OPTIMIZERS.add("adamw")
+def adamw(parameters: list[Named], optimization: Optimization) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019), in one fused pass over each tensor where the device has it."""
+    fused = all(named.parameter.device.type in ("cpu", "cuda") for named in parameters)
+    groups = decay_groups(parameters, optimization)
+    return [torch.optim.AdamW(groups, lr=optimization.lr, betas=optimization.betas, eps=optimization.eps, fused=fused)]
+
+
+@OPTIMIZERS.add("sgd")
+def sgd(parameters: list[Named], optimization: Optimization) -> list[torch.optim.Optimizer]:
+    """Stochastic gradient descent, with momentum where asked."""
+    groups = decay_groups(parameters, optimization)
+    return [torch.optim.SGD(groups, lr=optimization.lr, momentum=optimization.momentum or 0.0)]
+
+
+@OPTIMIZERS.add("muon")
+def muon(parameters: list[Named], optimization: Optimization) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest."""
+    matrices = [named.parameter for named in parameters if named.role == "matrix"]
+    rest = [named for named in parameters if named.role != "matrix"]
+    momentum = 0.95 if optimization.momentum is None else optimization.momentum
+    first = Muon(matrices, lr=optimization.lr, momentum=momentum, weight_decay=optimization.weight_decay)
+    return [first, *(adamw(rest, optimization) if rest else ())]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalized (Jordan et al. 2024).
+
+    It is scaled by 0.2 sqrt(max(m, n)), so that it has the size of an AdamW update and the same learning rate serves both
+    (Liu et al. 2025, "Muon is scalable for LLM training").
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        direction = orthogonalize(gradient.lerp(buffer, group["momentum"]))  # Nesterov
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
+
+
+def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """The nearest matrix with singular values about 1 (between 0.7 and 1.2), by a quintic Newton-Schulz iteration.
+
+    The coefficients are those of Jordan et al. 2024: they rise steeply at 0 rather than converge to 1 exactly.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / (wide.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T

@@ -1,0 +1,103 @@
+"""A progress bar where somebody watches, plain lines where nobody does."""
+
+import logging
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+log = logging.getLogger("picolm")
+
+
+class Progress:
+    """Shows where a run is. `shown` is False on all processes but the first."""
+
+    def __init__(self, tokens_per_step: int, shown: bool = True):
+        self.tokens_per_step = tokens_per_step
+        console = Console(stderr=True)
+        self.bar = _bar(console) if shown and console.is_terminal else None
+        self.shown = shown
+        self.task: Any = None
+
+    def start(self, first: int, last: int) -> None:
+        """Begin at step `first` of `last`."""
+        if self.bar is not None:
+            self.bar.start()
+            self.task = self.bar.add_task("training", total=last, completed=first, loss="", lr="", speed="")
+
+    def advance(self, step: int, loss: float, rate: float) -> None:
+        """Step `step` is done."""
+        if self.bar is None or self.task is None:
+            return
+        steps_per_s = self.bar.tasks[self.task].speed
+        speed = f"{steps_per_s * self.tokens_per_step:,.0f} tokens/s" if steps_per_s else ""
+        self.bar.update(self.task, completed=step, loss=f"loss {loss:.3f}", lr=f"lr {rate:.1e}", speed=speed)
+
+    def line(self, step: int, last: int, metrics: Mapping[str, Any]) -> None:
+        """The metrics of a logged step, where there is no bar to show them."""
+        if self.bar is None:
+            speed = metrics["tokens_per_s"]
+            left = (last - step) * self.tokens_per_step / speed
+            self.say(
+                f"step {step}/{last}  loss {metrics['train/loss']:.4f}  lr {metrics['lr']:.2e}  "
+                f"grad norm {metrics['grad_norm']:.3f}  {speed:,.0f} tokens/s  {_duration(left)} left"
+            )
+
+    def say(self, text: str) -> None:
+        """One plain line, above the bar where there is one."""
+        if not self.shown:
+            return
+        log.info(text)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _bar(console: Console) -> Bar:
+    return Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *(TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "lr", "speed")),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class _Screen(logging.Handler):
+    """Writes to whatever sys.stderr is at the time: a progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def configure_logging(level: str, file: Any = None) -> None:
+    """Plain lines on stderr and, where `file` is given, the same with the time in that file."""
+    log.setLevel(level)
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    screen = _Screen()
+    screen.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(screen)
+    if file is not None:
+        written = logging.FileHandler(file, encoding="utf-8")
+        written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(written)
+    log.propagate = False

@@ -1,0 +1,175 @@
+"""What a step leaves behind: its line of metrics, its checkpoint, its evaluation, and words where something went wrong."""
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from picolm.address import Address
+from picolm.train.evaluate import Rows
+from picolm.train.job import Job
+from picolm.train.meters import UpdateSize, norm
+from picolm.train.optim import learning_rate
+from picolm.train.plan import Due
+
+log = logging.getLogger("picolm")
+
+
+def step(job: Job, number: int, due: Due, gradient: Any, sizes: UpdateSize | None) -> None:
+    """Take note of a step and, where it is due, log its metrics. `sizes` is None where no update was made."""
+    meters = job.state.meters
+    if meters.observe_loss(gradient.loss):
+        log.warning(
+            "Step %d: the loss jumped to %.4f, over 6 standard deviations above its recent mean.", number, gradient.loss
+        )
+    rate = learning_rate(number, job.config.training.optimization, job.plan.last)
+    job.stopwatch.steps += 1
+    job.progress.advance(number, gradient.loss, rate)
+    if not due.log:
+        return
+    optimization = job.config.training.optimization
+    micro_batches = optimization.gradient_accumulation_steps
+    if micro_batches > 1 and job.stopwatch.small is not None:
+        rows = job.config.data.dataloader.batch_size
+        small_rows = rows // micro_batches // job.fabric.world_size
+        meters.observe_noise(small_rows, job.stopwatch.small, rows, gradient.norm)
+    metrics = _quantities(job, number, gradient, rate, sizes) | _speed(job)
+    for logger in job.loggers:
+        logger.log(number, metrics)
+    job.progress.line(number, job.plan.last, metrics)
+
+
+def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: UpdateSize | None) -> dict[str, Any]:
+    loss = gradient.loss
+    metrics: dict[str, Any] = {
+        "train/loss": loss,
+        "train/perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "lr": rate,
+        "tokens": number * job.tokens_per_step,
+        "grad_norm": gradient.norm,
+        "clip_coefficient": gradient.clip_coefficient,
+        "weight_norm": norm(parameter.detach() for parameter in job.state.model.parameters()),
+        "loss_spikes": job.state.meters.spikes,
+        "skipped_updates": job.state.skipped_updates,
+    }
+    text_bytes = job.text.target_bytes(job.batches(number)) if job.fabric.world_size == 1 else None
+    if text_bytes:
+        metrics["train/bits_per_byte"] = loss * job.tokens_per_step / (math.log(2) * text_bytes)
+    noise_scale = job.state.meters.noise_scale()
+    if noise_scale is not None:
+        metrics["noise_scale"] = noise_scale
+    if sizes is not None:
+        metrics |= {f"update_ratio/{group}": ratio for group, ratio in sizes.ratios().items()}
+    return metrics
+
+
+def _speed(job: Job) -> dict[str, float]:
+    seconds, steps, phases = job.stopwatch.report()
+    tokens_per_s = steps * job.tokens_per_step / seconds
+    flops_per_s = tokens_per_s * job.state.model.flops_per_token(job.config.model.max_seq_len)
+    speed = {"tokens_per_s": tokens_per_s, "flops_per_s": flops_per_s}
+    speed["share_of_peak"] = flops_per_s / (job.peak_flops * job.fabric.world_size)
+    return speed | {f"time/{phase}_s": duration for phase, duration in phases.items()}
+
+
+def save(job: Job, number: int, due: Due, captured: dict[Address, Tensor], gradient: Any) -> None:
+    """Hand what is due at a step to the writer; nothing where the step is on disk already (a continued run starts there)."""
+    if job.writer is None or number == job.continued_from:
+        return
+    tensors = dict(captured)
+    if due.weights:
+        tensors |= job.state.weights()
+    if due.optimizer:
+        tensors |= job.state.moments()
+    meta = job.state.meta() | {
+        "resumable": due.weights and due.optimizer,
+        "loss": gradient.loss,
+        "gradient_norm": gradient.norm,
+        "clip_coefficient": gradient.clip_coefficient,
+        "learning_rate": learning_rate(number, job.config.training.optimization, job.plan.last),
+        "capture": {"positions": job.taps.positions_at(number, job.config.model.max_seq_len)} if due.dynamics else None,
+    }
+    job.writer.submit(
+        number,
+        tensors,
+        meta=meta,
+        texts=job.texts if due.weights else {},
+        tables=_tables(job, number) if due.dynamics else {},
+        weight_prefix=job.state.model.state_prefix,
+        replace=True,  # a step found there is damaged, or from beyond the checkpoint that this run went on from
+    )
+    if not job.config.checkpointing.save_in_background:
+        job.writer.wait()
+
+
+def _tables(job: Job, number: int) -> dict[str, dict[str, Any]]:
+    limit = job.config.checkpointing.learning_dynamics.max_rows
+    numbers = job.batches.row_numbers(number)[:limit]
+    train = Rows.take(job.batches.source, numbers, job.config.model.max_seq_len + 1)
+    tables = {"train": train, "val": job.captured_rows}
+    return {split: _columns(job, rows, limit) for split, rows in tables.items() if rows is not None}
+
+
+def _columns(job: Job, rows: Rows, limit: int | None) -> dict[str, Any]:
+    tokens_RS = rows.tokens_RS[:limit]
+    columns: dict[str, Any] = {"row": np.asarray(rows.numbers)[:limit], "input_ids": tokens_RS.numpy().astype(np.int32)}
+    if rows.labels is not None:
+        columns["source"] = rows.labels[:limit]
+    decoded = job.text.decode(tokens_RS)
+    return columns | ({"text": decoded} if decoded is not None else {})
+
+
+def evaluation(job: Job, number: int, results: dict[str, float]) -> None:
+    """Write the results of an evaluation beside the run and to the loggers."""
+    if job.writer is None or not results:
+        return
+    job.run.write_evaluation(number, results)
+    for logger in job.loggers:
+        logger.log(number, {f"val/{name}": value for name, value in results.items()})
+    job.progress.say(
+        f"step {number}: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items() if "/" not in name)
+    )
+
+
+def skipped(job: Job, number: int, gradient: Any) -> None:
+    """Say that an update was skipped, and which rows its batch had."""
+    rows = job.batches.row_numbers(number).tolist()
+    log.warning(
+        "Step %d: loss %s, gradient norm %s; the update is skipped (%d in a row). Rows of the batch: %s.",
+        number, gradient.loss, gradient.norm, job.state.skipped_in_a_row, _ranges(rows),
+    )  # fmt: skip
+    for logger in job.loggers:
+        logger.log(number, {"skipped": True, "rows": rows})
+
+
+def hopeless(job: Job) -> str:
+    """The message of a run that ends because too many updates were skipped."""
+    return (
+        f"{job.state.skipped_in_a_row} updates in a row had a non-finite loss or gradient; stopped at step {job.state.step}, "
+        f"which is saved in {job.run.path}. A smaller training.optimization.lr, a longer lr_warmup_steps or "
+        "training.fabric.precision=32-true may help; metrics.jsonl names the rows"
+    )
+
+
+def _ranges(rows: list[int]) -> str:
+    consecutive = len(rows) > 1 and rows == list(range(rows[0], rows[0] + len(rows)))
+    return (
+        f"{rows[0]} to {rows[-1]}" if consecutive else ", ".join(map(str, rows[:16])) + (" …" if len(rows) > 16 else "")
+    )
+
+
+def farewell(job: Job) -> None:
+    """Say in a few lines what was made, where, and how to go on."""
+    job.progress.__exit__(None, None, None)
+    if job.writer is None:
+        return
+    path, steps = job.run.path, job.run.steps
+    if job.stop.received is not None:
+        log.info("Stopped at step %d of %d; everything is saved in %s.", job.state.step, job.plan.last, path)
+        log.info("To go on: give the same command again.")
+        return
+    log.info("Trained %d steps; %d checkpoints are in %s.", job.state.step, len(steps), path)
+    log.info("See what they hold:   pico list %s", path)
+    log.info("Let the model write:  pico generate %s --prompt 'The'", path)

@@ -1,0 +1,52 @@
+"""A model out of a run, and text out of the model."""
+
+import json
+from typing import Any
+
+import torch
+
+from picolm.errors import PicoError
+from picolm.models import MODELS
+from picolm.store import Checkpoint, Run
+from picolm.train.config import TrainConfig, schema_for
+from picolm.train.state import State
+
+
+def config_of(run: Run) -> TrainConfig:
+    """The typed configuration of a run."""
+    raw = run.config
+    return schema_for(raw).model_validate_json(json.dumps(raw))
+
+
+def checkpoint_at(run: Run, step: int | None) -> Checkpoint:
+    """The checkpoint of `step`, or the latest. Raises StoreError, naming the steps there are."""
+    latest = run.latest()
+    if latest is None:
+        raise PicoError(f"{run.path} has no checkpoint yet")
+    return latest if step is None else run[step]
+
+
+def load_model(run: Run, step: int | None = None) -> Any:
+    """The model of a run with the weights of `step` (default: the latest), in float32 on the CPU."""
+    config = config_of(run).model
+    model = MODELS.get(config.model_type)(config)
+    State(model, []).restore_weights(checkpoint_at(run, step))
+    return model.eval()
+
+
+def sample(place: str, step: int | None, prompt: str, *, max_new_tokens: int, seed: int, **options: Any) -> str:
+    """The prompt and what the model writes after it, as text. Raises PicoError where the prompt does not fit."""
+    from tokenizers import Tokenizer
+
+    run = Run.open(place)
+    checkpoint = checkpoint_at(run, step)
+    tokenizer = Tokenizer.from_str(checkpoint.read("tokenizer.json").decode())
+    eos = json.loads(checkpoint.read("generation_config.json"))["eos_token_id"]
+    tokens = tokenizer.encode(prompt).ids or [eos]  # nothing to go on from: the start of a document
+    model = load_model(run, step)
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        written = model.generate(torch.tensor([tokens]), max_new_tokens, eos=eos, generator=generator, **options)
+    except ValueError as error:
+        raise PicoError(f"{error}; the prompt has {len(tokens)} tokens") from error
+    return tokenizer.decode(written[0].tolist())

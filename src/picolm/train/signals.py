@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM ask for a stop; the loop finishes its step, saves, and leaves. A second Ctrl-C leaves at once."""
+
+import logging
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import distributed
+
+log = logging.getLogger("picolm")
+
+
+class StopSignal:
+    """While the `with` block runs, `received` is the first signal that asked for a stop, else None."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._receive)
+            except ValueError:  # not in the main thread: whoever owns it decides about signals
+                log.debug("Signals are left to the main thread.")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any process was asked to stop: all leave at the same step."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self.received is not None
+        flag = torch.tensor(float(self.received is not None), device=device)
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        log.warning("%s: finishing this step and saving; a second Ctrl-C leaves at once.", self.received.name)

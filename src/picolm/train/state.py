@@ -1,0 +1,106 @@
+"""All that makes step n: weights, optimizer moments and a few counters. Everything else is a function of the step.
+
+Random state is not part of it: each step draws from generators derived from (seed, step).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from picolm.address import Address
+from picolm.errors import PicoError
+from picolm.train.meters import Meters
+
+
+@dataclass
+class State:
+    """The state after `step` updates. `model` and `optimizers` are the bare ones, inside of any wrapper."""
+
+    model: Any
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+    skipped_updates: int = 0
+    skipped_in_a_row: int = 0
+    meters: Meters = field(default_factory=Meters)
+
+    def weights(self) -> dict[Address, Tensor]:
+        """Parameters and persistent buffers, by address."""
+        return {weight_address(name): tensor for name, tensor in self.model.state_dict().items()}
+
+    def moments(self) -> dict[Address, Tensor]:
+        """What the optimizers remember of each parameter, except for single numbers."""
+        return {
+            Address(kind, "", weight_address(name).module): value
+            for name, kind, value in self._optimizer_entries()
+            if value.ndim
+        }
+
+    def meta(self) -> dict[str, Any]:
+        """The counters, as JSON values: what `restore` reads back."""
+        scalars = {f"{kind}.{name}": value.item() for name, kind, value in self._optimizer_entries() if not value.ndim}
+        return {
+            "step": self.step,
+            "skipped_updates": self.skipped_updates,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "optimizer_scalars": scalars,
+            "meters": self.meters.meta(),
+        }
+
+    def restore(self, tensors: Mapping[Address, Tensor], meta: Mapping[str, Any]) -> None:
+        """Take over the state that a checkpoint holds. Raises PicoError where its tensors do not fit this model."""
+        self.restore_weights(tensors)
+        self._restore_moments(tensors, meta["optimizer_scalars"])
+        self.step = meta["step"]
+        self.skipped_updates = meta["skipped_updates"]
+        self.skipped_in_a_row = meta["skipped_in_a_row"]
+        self.meters.restore(meta["meters"])
+
+    def restore_weights(self, tensors: Mapping[Address, Tensor]) -> None:
+        """Take over the weights alone."""
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(_fitting(tensors, weight_address(name), tensor.shape))
+
+    def _restore_moments(self, tensors: Mapping[Address, Tensor], scalars: Mapping[str, float]) -> None:
+        held: dict[str, dict[str, Tensor]] = {}
+        for key, value in scalars.items():
+            kind, _, name = key.partition(".")
+            held.setdefault(name, {})[kind] = torch.tensor(value, dtype=torch.float32)
+        names = {weight_address(name).module: name for name, _ in self.model.named_parameters()}
+        for address in tensors:
+            if address.kind != "weights" and not address.split and address.module in names:
+                held.setdefault(names[address.module], {})[address.kind] = tensors[address]
+        optimizer_of = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        for name, parameter in self.model.named_parameters():
+            if name in held:
+                state = {kind: value.to(parameter.device, copy=True) for kind, value in held[name].items()}
+                optimizer_of[parameter].state[parameter] = state
+
+    def _optimizer_entries(self) -> list[tuple[str, str, Tensor]]:
+        """(parameter name, kind, value) of everything the optimizers hold, in the order of the parameters."""
+        held = {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
+        return [
+            (name, kind, value)
+            for name, parameter in self.model.named_parameters()
+            for kind, value in held.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        ]
+
+
+def weight_address(parameter_name: str) -> Address:
+    """The address of a parameter: its module's name, with the parameter's own name only where it is not `weight`."""
+    return Address("weights", "", parameter_name.removesuffix(".weight"))
+
+
+def _fitting(tensors: Mapping[Address, Tensor], address: Address, shape: torch.Size) -> Tensor:
+    if address not in tensors:
+        raise PicoError(f"the checkpoint does not hold {address}: it was made by another model")
+    if tensors[address].shape != shape:
+        raise PicoError(
+            f"{address} has shape {tuple(tensors[address].shape)} in the checkpoint and {tuple(shape)} in this model; "
+            "use the model section of the run's training_config.yaml, or another checkpointing.run_name"
+        )
+    return tensors[address]

@@ -1,0 +1,42 @@
+"""Between tokens and text: what is written beside captured rows, and the bytes behind bits per byte."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from picolm.data.tokenizer import load_vocabulary, token_bytes
+
+
+class Text:
+    """The tokenizer of a run; without one (`file` is None) there is no text and no bits per byte."""
+
+    def __init__(self, file: Path | None, vocab_size: int):
+        self.file = file
+        vocabulary = load_vocabulary(file) if file is not None else None
+        self.tokenizer = vocabulary.tokenizer if vocabulary is not None else None
+        self.eos = vocabulary.eos_id if vocabulary is not None else None
+        table = token_bytes(file) if file is not None else None
+        unused = max(0, vocab_size - len(table)) if table is not None else 0  # rows of the model without a token
+        self.token_bytes_V = torch.as_tensor(np.pad(table, (0, unused))) if table is not None else None
+
+    def decode(self, tokens_RS: Tensor) -> list[str] | None:
+        """The text of each row, special tokens included."""
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.decode_batch(tokens_RS.tolist(), skip_special_tokens=False)
+
+    def target_bytes(self, micro_batches: Sequence[Tensor]) -> int | None:
+        """Bytes of text behind the predicted tokens of a batch."""
+        if self.token_bytes_V is None:
+            return None
+        return sum(int(self.token_bytes_V[tokens_BS[:, 1:]].sum()) for tokens_BS in micro_batches)
+
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json and the files beside it that transformers reads."""
+        if self.file is None:
+            return {}
+        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+        return {name: (self.file.parent / name).read_bytes() for name in names if (self.file.parent / name).exists()}

@@ -1,0 +1,71 @@
+"""Small corpora, models and runs that the tests share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of the test run in parallel already
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+VOCABULARY = 64
+LENGTH = 16
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards, `train` and `val`, in which every second token repeats the one before it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("toy_data")
+    generator = np.random.default_rng(0)
+    for split, rows in (("train", 120), ("val", 12)):
+        tokens = generator.integers(0, VOCABULARY, (rows, LENGTH + 1)).astype(np.int32)
+        tokens[:, 1::2] = tokens[:, :-1:2]
+        table = pa.table({"input_ids": list(tokens), "source": ["even" if i % 2 == 0 else "odd" for i in range(rows)]})
+        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture
+def make_config(toy_data: Path, tmp_path: Path) -> Callable[..., Any]:
+    """A function from `key=value` overrides to the configuration of a tiny run in `tmp_path`, on one CPU in float32."""
+    from picolm.schema import load
+    from picolm.train.config import schema_for
+
+    file = tmp_path / "toy.yaml"
+    file.write_text(f"""
+data: {{dataset: {{name: {toy_data}}}, dataloader: {{batch_size: 8}}, tokenizer: {{vocab_size: {VOCABULARY}}}}}
+model: {{d_model: 24, n_layers: 2, attention_n_heads: 4, attention_n_kv_heads: 2, activation_hidden_dim: 48,
+  vocab_size: {VOCABULARY}, max_seq_len: {LENGTH}}}
+training:
+  max_steps: 6
+  fabric: {{accelerator: cpu, precision: 32-true}}
+  optimization: {{lr: 0.01, lr_warmup_steps: 2, gradient_accumulation_steps: 2}}
+checkpointing: {{run_name: toy, runs_dir: {tmp_path}/runs, save_every_n_steps: 2}}
+monitoring: {{logging: {{log_every_n_steps: 2}}}}
+""")
+
+    def make(*overrides: str) -> Any:
+        return load(file, schema_for, overrides)
+
+    return make
+
+
+@pytest.fixture
+def train(make_config: Callable[..., Any]) -> Callable[..., Any]:
+    """A function from overrides to the finished run."""
+    from picolm.store import Run
+    from picolm.train import run_training
+
+    def run(*overrides: str) -> Any:
+        config = make_config(*overrides)
+        run_training(config)
+        return Run.open(Path(config.checkpointing.runs_dir) / config.checkpointing.run_name)
+
+    return run
