@@ -1,0 +1,60 @@
+"""Architectures: the Model protocol, and the registry that finds one by its `model_type`.
+
+A model brings its own objective, its own noise and its own generation; the loop never asks which it is.
+"""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from picolm.models.decoder import Decoder, DecoderConfig, Loss
+from picolm.registry import Registry
+
+__all__ = ["MODELS", "Decoder", "DecoderConfig", "Loss", "Model", "ModelConfig"]
+
+
+class ModelConfig(Protocol):
+    """A frozen dataclass; the docstring under each field is its help text."""
+
+    vocab_size: int
+    max_seq_len: int
+
+    def problems(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Broken rules between fields: (the fields, what to do)."""
+        ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What training, capture and generation ask of an `nn.Module` (its other methods are those of `Decoder`).
+
+    tokens_BS are rows of S = T + 1 token ids, inputs and shifted targets in one.
+    """
+
+    Config: ClassVar[type]
+    state_prefix: ClassVar[str]
+    config: Any
+
+    def forward(self, tokens_BT: Tensor) -> Tensor: ...
+
+    def loss(self, tokens_BS: Tensor, noise: torch.Generator | None = None) -> Loss: ...
+
+    def token_nats(self, tokens_BS: Tensor) -> Tensor: ...
+
+    def flops_per_token(self, length: int) -> int: ...
+
+    def parameter_roles(self) -> dict[str, str]: ...
+
+    def init_parameters(self, generator: torch.Generator) -> None: ...
+
+    def generate(self, prompt_BT: Tensor, max_new_tokens: int, **options: Any) -> Tensor: ...
+
+    def hf_config(self) -> dict[str, Any]: ...
+
+    def modelling_files(self) -> dict[str, str]: ...
+
+
+MODELS: Registry[type[Model]] = Registry("model")
+MODELS.add("pico_decoder")(Decoder)

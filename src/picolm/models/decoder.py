@@ -1,0 +1,238 @@
+"""The Pico decoder: a causal language model of the Llama family, as published by the Pico project.
+
+RMSNorm before each part, rotary positions on interleaved pairs, grouped-query attention, SwiGLU, no biases, untied
+embeddings. The names of its parameters are those of the published checkpoints.
+
+Legend: B rows, T positions, S = T + 1 (inputs and the targets shifted by one), H model width, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .generate import generate
+from .layers import Block, Cache, RMSNorm, rotations
+from .loss import linear_cross_entropy, linear_token_nats
+
+TRAVELLING = (
+    "attention.py",
+    "decoder.py",
+    "generate.py",
+    "layers.py",
+    "loss.py",
+)  # with every checkpoint, beside hf.py
+
+
+class Loss(NamedTuple):
+    """What `Model.loss` returns: nats is the differentiable sum over all predicted tokens, tokens their number."""
+
+    nats: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a Pico decoder. Every key of the published configurations, with its default."""
+
+    model_type: Literal["pico_decoder"] = "pico_decoder"
+    """The architecture."""
+
+    d_model: int = 768
+    """Width of the residual stream; a multiple of attention_n_heads."""
+
+    n_layers: int = 12
+    """Number of blocks (attention and SwiGLU)."""
+
+    vocab_size: int = 50304
+    """Number of different tokens; every token id in the data is below it."""
+
+    batch_size: int = 1024
+    """Accepted because published configurations have it, and used for nothing: see data.dataloader.batch_size."""
+
+    max_seq_len: int = 2048
+    """Context: the number of tokens a prediction can look back on; training rows are one token longer."""
+
+    attention_n_heads: int = 12
+    """Query heads of each block."""
+
+    attention_n_kv_heads: int = 4
+    """Key-value heads of each block; each is shared by attention_n_heads / attention_n_kv_heads query heads."""
+
+    activation_hidden_dim: int = 3072
+    """Width inside of the SwiGLU."""
+
+    norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+
+    position_emb_theta: float = 10000.0
+    """Base of the rotary position embedding: the slowest pair turns by about 1 / theta per position."""
+
+    init: Literal["normal", "torch_default"] = "normal"
+    """Initial weights: `normal` (std 0.02; o_proj and w_2 smaller by sqrt(2 n_layers)), `torch_default` as published."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
+
+    def problems(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """What rules between fields are broken: the fields, and what to do about them."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, str) and not 0 < value < math.inf:
+                yield (field.name,), f"{value} must be positive and finite"
+        if not self._positive("d_model", "attention_n_heads"):
+            return
+        width, heads, kv_heads = self.d_model, self.attention_n_heads, self.attention_n_kv_heads
+        unit = 2 * heads  # each head has an even size
+        if width % unit:
+            near = " or ".join(str(n) for n in (width // unit * unit, (width // unit + 1) * unit) if n)
+            what = f"not divisible by {heads} heads" if width % heads else f"heads of odd size {width // heads}"
+            yield ("d_model", "attention_n_heads"), f"{width} is {what}; rotary positions turn pairs: try {near}"
+        if kv_heads > 0 and heads % kv_heads:
+            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            yield (
+                ("attention_n_heads", "attention_n_kv_heads"),
+                f"{heads} query heads cannot share {kv_heads} key-value heads evenly; use one of {divisors}",
+            )
+
+    def _positive(self, *names: str) -> bool:
+        return all(getattr(self, name) > 0 for name in names)
+
+
+class Decoder(nn.Module):
+    """Tokens to logits. Deterministic, bit for bit, from run to run on one machine."""
+
+    Config: ClassVar[type] = DecoderConfig
+    state_prefix: ClassVar[str] = "pico_decoder."
+    """What stands before the name of a parameter in model.safetensors."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        if problems := list(config.problems()):
+            raise ValueError("; ".join(f"{', '.join(names)}: {message}" for names, message in problems))
+        self.config = config
+        self.embedding_proj = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(
+            Block(
+                config.d_model,
+                config.attention_n_heads,
+                config.attention_n_kv_heads,
+                config.activation_hidden_dim,
+                config.norm_eps,
+                layer,
+            )
+            for layer in range(config.n_layers)
+        )
+        self.output_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.de_embedding_proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits of the next token at every position, [B, T, V]. Raises ValueError past the context.
+
+        cache: keys and values of earlier positions, which `tokens_BT` continue and are added to.
+        """
+        return self.de_embedding_proj(self.hidden(tokens_BT, cache))
+
+    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None, padding_BK: Tensor | None = None) -> Tensor:
+        """The normed residual stream that the logits are read from, [B, T, H]. padding_BK: see `attention`."""
+        config = self.config
+        start = cache.get_seq_length() if cache is not None else 0
+        stop = start + tokens_BT.shape[1]
+        if stop > config.max_seq_len:
+            raise ValueError(f"{stop} positions, but the context of this model is max_seq_len = {config.max_seq_len}")
+        x_BTH = self.embedding_proj(tokens_BT)
+        head_size = config.d_model // config.attention_n_heads
+        rotations_TF = rotations(start, stop, head_size, config.position_emb_theta, x_BTH)
+        for layer in self.layers:
+            x_BTH = layer(x_BTH, rotations_TF, cache, padding_BK)
+        return self.output_norm(x_BTH)
+
+    def loss(self, tokens_BS: Tensor, noise: torch.Generator | None = None) -> Loss:
+        """Sum of -ln p(token | tokens before it) over all but the first position. `noise` is not used: nothing is random.
+
+        The logits are never whole in memory, so forward hooks of de_embedding_proj see nothing here.
+        """
+        hidden_PH, targets_P = self._predictions(tokens_BS)
+        return Loss(linear_cross_entropy(hidden_PH, self.de_embedding_proj.weight, targets_P), targets_P.numel())
+
+    @torch.no_grad()
+    def token_nats(self, tokens_BS: Tensor) -> Tensor:
+        """The terms of `loss`: -ln p of each token given those before it, float32, [B, T]."""
+        hidden_PH, targets_P = self._predictions(tokens_BS)
+        nats_P = linear_token_nats(hidden_PH, self.de_embedding_proj.weight, targets_P)
+        return nats_P.view(tokens_BS.shape[0], -1)
+
+    def _predictions(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        return self.hidden(tokens_BS[:, :-1]).flatten(0, 1), tokens_BS[:, 1:].flatten()
+
+    def generate(self, prompt_BT: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """The prompt and what the model makes of it; options as in `generate.generate`."""
+        return generate(self, prompt_BT, max_new_tokens, context=self.config.max_seq_len, **options)
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations of one training step per token of rows of `length` positions.
+
+        Two per multiplication of a weight, and per multiplication of attention with half of the keys on average, forward;
+        twice that backward. Embedding look-ups, norms and softmax are not counted (Kaplan et al. 2020, causal).
+        """
+        weights = sum(
+            p.numel() for name, p in self.named_parameters() if p.ndim == 2 and name != "embedding_proj.weight"
+        )
+        attention = (
+            self.config.n_layers * self.config.d_model * (length + 1)
+        )  # scores and values, (length + 1) / 2 keys each
+        return 6 * (weights + attention)
+
+    def parameter_roles(self) -> dict[str, str]:
+        """What each parameter is to an optimizer: `matrix` (two-dimensional, inside of the blocks), `embedding`, `norm`."""
+        roles = {}
+        for name, parameter in self.named_parameters():
+            of_matrix = "embedding" if name.endswith("embedding_proj.weight") else "matrix"
+            roles[name] = of_matrix if parameter.ndim == 2 else "norm"
+        return roles
+
+    @torch.no_grad()
+    def init_parameters(self, generator: torch.Generator) -> None:
+        """Set every parameter, in the order of `named_parameters`, with random numbers of `generator` alone.
+
+        They are drawn on the generator's device: a CPU generator gives the same model on every accelerator.
+        """
+        for name, parameter in self.named_parameters():
+            values = torch.ones(parameter.shape, device=generator.device)
+            if parameter.ndim == 2:
+                self._draw(name, values, generator)
+            parameter.copy_(values)
+
+    def _draw(self, name: str, values: Tensor, generator: torch.Generator) -> None:
+        if self.config.init == "normal":
+            residual = name.endswith(("o_proj.weight", "w_2.weight"))
+            values.normal_(0.0, 0.02 / (math.sqrt(2 * self.config.n_layers) if residual else 1.0), generator=generator)
+        elif name == "embedding_proj.weight":
+            values.normal_(generator=generator)
+        else:
+            bound = values.shape[1] ** -0.5  # what kaiming_uniform_(a=sqrt(5)) of nn.Linear comes to
+            values.uniform_(-bound, bound, generator=generator)
+
+    def hf_config(self) -> dict[str, Any]:
+        """The content of config.json beside the weights, with which transformers builds this model (see hf.py)."""
+        return {
+            **asdict(self.config),
+            "architectures": ["PicoDecoderHF"],
+            "auto_map": {
+                "AutoConfig": "pico_decoder.PicoDecoderHFConfig",
+                "AutoModelForCausalLM": "pico_decoder.PicoDecoderHF",
+            },
+            "dtype": str(self.embedding_proj.weight.dtype).removeprefix("torch."),
+            "tie_word_embeddings": False,
+            "use_cache": True,
+        }
+
+    @staticmethod
+    def modelling_files() -> dict[str, str]:
+        """The Python files that make a checkpoint load without this package: name to content."""
+        here = Path(__file__)
+        names = {"pico_decoder.py": "hf.py"} | {name: name for name in TRAVELLING}
+        return {name: here.with_name(source).read_text(encoding="utf-8") for name, source in names.items()}

@@ -1,0 +1,96 @@
+"""Text from a causal model: greedy or sampled, with or without a cache of keys and values, with the same result.
+
+Legend: B rows, T positions, V vocabulary, M key-value heads, D head size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class KeyValueCache:
+    """The keys and values of each layer at the positions so far, [B, M, T, D]."""
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def get_seq_length(self) -> int:
+        return self._layers[-1][0].shape[2] if self._layers else 0
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new positions; returns all of the layer's so far."""
+        if layer == len(self._layers):
+            self._layers.append((keys, values))
+        else:
+            old_keys, old_values = self._layers[layer]
+            self._layers[layer] = torch.cat((old_keys, keys), 2), torch.cat((old_values, values), 2)
+        return self._layers[layer]
+
+
+@torch.no_grad()
+def generate(
+    forward: Callable[..., Tensor],
+    prompt_BT: Tensor,
+    max_new_tokens: int,
+    *,
+    context: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos: int | None = None,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+) -> Tensor:
+    """The prompt and up to `max_new_tokens` further tokens, [B, T + n].
+
+    forward: (tokens_BT, cache) -> logits_BTV. temperature 0 takes the likeliest token; otherwise tokens are drawn with
+    `generator` from the `top_k` likeliest and from the smallest set that holds `top_p` of the probability. A row that
+    has produced `eos` is filled with it, and generation ends when all rows have. Raises ValueError when prompt and new
+    tokens do not fit into `context` positions.
+    """
+    _check(prompt_BT, max_new_tokens, context, temperature, top_k, top_p)
+    cache = KeyValueCache() if use_cache else None
+    tokens_BT, ended_B1 = prompt_BT, torch.zeros_like(prompt_BT[:, :1], dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        unseen_BT = tokens_BT if cache is None else tokens_BT[:, cache.get_seq_length() :]
+        next_B1 = choose(forward(unseen_BT, cache)[:, -1], temperature, top_k, top_p, generator)
+        if eos is not None:
+            next_B1 = next_B1.masked_fill(ended_B1, eos)
+            ended_B1 = ended_B1 | (next_B1 == eos)
+        tokens_BT = torch.cat((tokens_BT, next_B1), 1)
+        if eos is not None and ended_B1.all():
+            break
+    return tokens_BT
+
+
+def choose(
+    logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """One token of each row, [B, 1]."""
+    if temperature == 0:
+        return logits_BV.argmax(-1, keepdim=True)
+    logits_BV, tokens_BV = (logits_BV.float() / temperature).sort(stable=True, dim=-1, descending=True)
+    p_BV = logits_BV[:, :top_k].softmax(-1)
+    if top_p is not None:
+        p_BV = p_BV.masked_fill(p_BV.cumsum(-1) - p_BV >= top_p, 0.0)  # the first is always kept
+    device = p_BV.device if generator is None else generator.device
+    drawn_B1 = torch.multinomial(p_BV.to(device), 1, generator=generator).to(p_BV.device)
+    return tokens_BV.gather(1, drawn_B1)
+
+
+def _check(prompt_BT: Tensor, new: int, context: int, temperature: float, top_k: Any, top_p: Any) -> None:
+    length = prompt_BT.shape[1]
+    if not 0 < length <= context:
+        raise ValueError(f"the prompt has {length} tokens; this model takes between 1 and {context}")
+    if not 0 <= new <= context - length:
+        raise ValueError(
+            f"{new} new tokens after a prompt of {length} do not fit into a context of {context}: "
+            f"ask for at most {context - length}"
+        )
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least 0, "
+            "top_k at least 1, and top_p in (0, 1]"
+        )

@@ -1,0 +1,110 @@
+"""The parts of a decoder block: RMSNorm, rotary positions, grouped-query attention, SwiGLU, and the block itself.
+
+Each weight is the weight of a module that is called, so that hooks see what goes in and out of it.
+
+Legend: B rows, T positions of queries, K positions of keys, H model width, N query heads, M key-value heads,
+G = N / M query heads per key-value head, D = H / N head size, F = D / 2 rotation frequencies.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from .attention import attention
+
+
+class Cache(Protocol):
+    """Keys and values of the positions so far: our own (generate.py) or one of transformers, whose two names these are."""
+
+    def get_seq_length(self) -> int: ...
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]: ...
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, the quotient in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rotations(start: int, stop: int, head_size: int, theta: float, like: Tensor) -> Tensor:
+    """The rotation e^{i t theta^(-2f/D)} of each position t in [start, stop) and frequency f, complex, [T, F].
+
+    Computed by each forward pass (some 50 us) rather than kept: nothing to share between models, to move to a device or
+    to lose when a model is built on the meta device.
+    """
+    exact = torch.promote_types(like.dtype, torch.float32)
+    powers_F = torch.arange(0, head_size, 2, device=like.device).to(exact) / head_size
+    angles_TF = torch.outer(torch.arange(start, stop, device=like.device).to(exact), 1.0 / theta**powers_F)
+    return torch.polar(torch.ones_like(angles_TF), angles_TF)
+
+
+def rotate(x_BTND: Tensor, rotations_TF: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021) on the interleaved pairs (x0, x1), (x2, x3), …, in float32, rounded once."""
+    pairs_BTNF = torch.view_as_complex(x_BTND.to(rotations_TF.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs_BTNF * rotations_TF[:, None]).flatten(-2).to(x_BTND.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which each group of query heads shares a key-value head (Ainslie et al. 2023)."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, layer: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.layer = heads, kv_heads, layer
+        kv_width = width // heads * kv_heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x_BTH: Tensor, rotations_TF: Tensor, cache: Cache | None = None, padding_BK: Tensor | None = None
+    ) -> Tensor:
+        M, scale = self.kv_heads, (x_BTH.shape[-1] // self.heads) ** -0.5
+        q_BTND = rotate(self.q_proj(x_BTH).unflatten(-1, (self.heads, -1)), rotations_TF * scale)
+        k_BMTD = rotate(self.k_proj(x_BTH).unflatten(-1, (M, -1)), rotations_TF).transpose(1, 2)
+        v_BMTD = self.v_proj(x_BTH).unflatten(-1, (M, -1)).transpose(1, 2)
+        if cache is not None:
+            k_BMTD, v_BMTD = cache.update(k_BMTD, v_BMTD, self.layer)
+        q_BMTGD = q_BTND.unflatten(2, (M, -1)).transpose(1, 2)
+        out_BMTGD = attention(q_BMTGD, k_BMTD, v_BMTD, padding_BK)
+        return self.o_proj(out_BMTGD.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """w_2(silu(w_0 x) * w_1 x) (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w_0 = nn.Linear(width, hidden, bias=False)
+        self.w_1 = nn.Linear(width, hidden, bias=False)
+        self.w_2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        return self.w_2(silu(self.w_0(x_BTH)) * self.w_1(x_BTH))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + swiglu(norm(x))."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int, eps: float, layer: int):
+        super().__init__()
+        self.attention = Attention(width, heads, kv_heads, layer)
+        self.attention_norm = RMSNorm(width, eps)
+        self.swiglu = SwiGLU(width, hidden)
+        self.swiglu_norm = RMSNorm(width, eps)
+
+    def forward(
+        self, x_BTH: Tensor, rotations_TF: Tensor, cache: Cache | None = None, padding_BK: Tensor | None = None
+    ) -> Tensor:
+        x_BTH = x_BTH + self.attention(self.attention_norm(x_BTH), rotations_TF, cache, padding_BK)
+        return x_BTH + self.swiglu(self.swiglu_norm(x_BTH))

@@ -1,0 +1,86 @@
+"""Cross-entropy of a linear layer's output that never holds all of that output.
+
+The logits of a chunk of positions are made, turned into the loss and its two gradients, and dropped: with a vocabulary
+of 50304 and 2048 positions they would take 412 MB in float32, several times over. Because the gradients are made in the
+forward pass, nothing is computed twice. Matrix products run in the dtype of autocast, the log-sum-exp and all sums in
+float32.
+
+Legend: P positions, C positions of a chunk, H model width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_LOGITS = {"cpu": 2**22, "other": 2**27}  # cache against kernel launches: 16 MiB and 512 MiB in float32
+
+
+def linear_cross_entropy(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> Tensor:
+    """-sum_p log softmax(weight hidden_p)[target_p], a float32 scalar in nats, differentiable once."""
+    if not torch.is_grad_enabled():
+        return linear_token_nats(hidden_PH, weight_VH, targets_P).sum()
+    return _LinearCrossEntropy.apply(_as_autocast(hidden_PH), weight_VH, targets_P)
+
+
+@torch.no_grad()
+def linear_token_nats(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> Tensor:
+    """The terms of `linear_cross_entropy`, float32, [P]; no gradient."""
+    hidden_PH = _as_autocast(hidden_PH)
+    weight_VH = weight_VH.to(hidden_PH.dtype)
+    nats = [_log_softmax(hidden_PH[c], weight_VH).gather(1, targets_P[c, None]) for c in _chunks(hidden_PH, weight_VH)]
+    return -torch.cat(nats).squeeze(1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> Tensor:
+        exact = torch.promote_types(hidden_PH.dtype, torch.float32)
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden_PH) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_VH, dtype=exact) if needs_weight else None
+        weight = weight_VH.to(hidden_PH.dtype)
+        nats = torch.zeros((), dtype=exact, device=hidden_PH.device)
+        for chunk in _chunks(hidden_PH, weight_VH):
+            log_p_CV = _log_softmax(hidden_PH[chunk], weight)
+            target_C1 = targets_P[chunk, None]
+            nats -= log_p_CV.gather(1, target_C1).sum()
+            if needs_hidden or needs_weight:
+                grad_CV = log_p_CV.exp_()  # the gradient in the logits: p, less 1 at the target
+                grad_CV.scatter_(1, target_C1, grad_CV.gather(1, target_C1) - 1)
+                grad_CV = grad_CV.to(hidden_PH.dtype)
+                if grad_hidden is not None:
+                    torch.mm(grad_CV, weight, out=grad_hidden[chunk])
+                if grad_weight is not None:
+                    grad_weight += grad_CV.mT @ hidden_PH[chunk]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight_VH.dtype
+        return nats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None,
+        )
+
+
+def _as_autocast(hidden: Tensor) -> Tensor:
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
+def _chunks(hidden_PH: Tensor, weight_VH: Tensor) -> Iterator[slice]:
+    logits = CHUNK_LOGITS.get(hidden_PH.device.type, CHUNK_LOGITS["other"])
+    size = max(1, logits // weight_VH.shape[0])
+    for start in range(0, hidden_PH.shape[0], size):
+        yield slice(start, start + size)
+
+
+def _log_softmax(hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
+    logits_CV = hidden_CH @ weight_VH.mT
+    return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)).log_softmax(-1)

@@ -1,0 +1,76 @@
+"""Theorems on attention: one definition, several routes."""
+
+import math
+
+import pytest
+import torch
+
+from picolm.models import attention as routes
+
+
+def problem(T: int, K: int, *, G: int = 3, D: int = 8, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(T + K)
+    shapes = (2, 2, T, G, D), (2, 2, K, D), (2, 2, K, D)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def from_the_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    T, K = q.shape[2], k.shape[2]
+    scores = torch.einsum("bmtgd,bmkd->bmtgk", q, k)
+    future = torch.arange(K)[None, :] > torch.arange(K - T, K)[:, None]
+    return torch.einsum("bmtgk,bmkd->bmtgd", scores.masked_fill(future[:, None], -math.inf).softmax(-1), v)
+
+
+def with_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    out = function(*inputs)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out, *torch.autograd.grad((out * weights).sum(), inputs)]
+
+
+@pytest.mark.parametrize("route", [routes.block_causal, routes.fused])
+@pytest.mark.parametrize(("T", "K"), [(1, 1), (5, 5), (64, 64), (65, 65), (200, 200), (1, 90), (70, 150)])
+def test_every_route_is_the_definition_forward_and_backward(route, T, K):
+    inputs = problem(T, K, dtype=torch.float64)
+    for ours, expected in zip(with_gradients(route, inputs), with_gradients(from_the_definition, inputs)):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_routes_agree_in_float32():
+    inputs = problem(300, 300)
+    for ours, theirs in zip(with_gradients(routes.block_causal, inputs), with_gradients(routes.fused, inputs)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_probabilities_computed_again_give_the_same_bits(monkeypatch):
+    inputs = problem(150, 150)
+    kept = with_gradients(routes.block_causal, inputs)
+    monkeypatch.setattr(routes, "KEEP_KEYS", 0)
+    assert all(torch.equal(a, b) for a, b in zip(kept, with_gradients(routes.block_causal, inputs)))
+
+
+def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel_within_its_rounding():
+    inputs = problem(200, 200)
+    truth = from_the_definition(*inputs)
+    rounded = [x.bfloat16() for x in inputs]
+    error = (routes.block_causal(*rounded).float() - truth).abs().mean()
+    assert error < 0.01
+    assert error < 4 * (routes.fused(*rounded).float() - truth).abs().mean()
+
+
+def test_padded_keys_are_seen_by_nobody_else():
+    q, k, v = problem(6, 6)
+    padding = torch.zeros(2, 6, dtype=torch.bool)
+    padding[:, :2] = True
+    out = routes.attention(q, k, v, padding)
+    alone = routes.attention(q[:, :, 2:], k[:, :, 2:], v[:, :, 2:])
+    torch.testing.assert_close(out[:, :, 2:], alone)
+    assert out.isfinite().all()  # also at the padding, which has no key but its own
+
+
+def test_heads_of_a_group_share_their_keys_and_no_others():
+    q, k, v = problem(10, 10)
+    other = v.detach().clone()
+    other[:, 1] += 1
+    changed = (routes.attention(q, k, v) != routes.attention(q, k, other)).any(-1)
+    assert not changed[:, 0].any()
+    assert changed[:, 1].all()
