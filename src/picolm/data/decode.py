@@ -1,0 +1,134 @@
+"""One parquet shard: what its footer tells, and the token ids of one of its row groups.
+
+Whatever is wrong with the file is a DataError that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from picolm.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+
+class Footer(NamedTuple):
+    """ends_G: rows up to the end of each row group; lengths_G: mean tokens per row of each, from the count of values."""
+
+    ends_G: np.ndarray
+    lengths_G: np.ndarray
+    has_labels: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of the shard."""
+        return int(self.ends_G[-1]) if self.ends_G.size else 0
+
+
+def read_footer(file: Path | Any, name: str) -> Footer:
+    """The footer of a shard, from its path or an open (also a remote) file. `name` is what messages call it."""
+    import pyarrow.parquet as pq
+
+    with _named(name):
+        metadata = pq.read_metadata(file)
+    paths = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
+    columns = [column for column, path in enumerate(paths) if path.split(".")[0] == "input_ids"]
+    if not columns:
+        names = ", ".join(dict.fromkeys(path.split(".")[0] for path in paths))
+        raise DataError(
+            f"{name}: has no column input_ids (it has: {names}); `pico data prepare` makes token rows out of text"
+        )
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    groups_rows = np.array([group.num_rows for group in groups], dtype=np.int64)
+    values = np.array([group.column(columns[0]).num_values for group in groups], dtype=np.int64)
+    return Footer(np.cumsum(groups_rows), values / np.maximum(groups_rows, 1), "source" in paths)
+
+
+def read_tokens(path: Path, name: str, group: int) -> np.ndarray:
+    """The token ids of one row group, int32 [rows, tokens]. Rows of unequal length, nulls and other types are errors."""
+    import pyarrow as pa
+
+    column = _read_column(path, name, group, "input_ids")
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise DataError(f"{name}: column input_ids is of type {kind}; rows of integers (a list) are needed")
+    if not pa.types.is_integer(kind.value_type):
+        raise DataError(f"{name}: column input_ids holds {kind.value_type}; token ids are integers")
+    if len(column) == 0:
+        return np.empty((0, 0), dtype=np.int32)
+    values = column.flatten()  # skips null rows, and what lies outside of a slice
+    if column.null_count or values.null_count:
+        raise DataError(f"{name}: row group {group} of input_ids holds nulls")
+    length = _common_length(column, name, group)
+    return _as_int32(values.to_numpy(zero_copy_only=False), name).reshape(len(column), length)
+
+
+def read_labels(path: Path, name: str, group: int) -> list[str]:
+    """The `source` of each row of one row group."""
+    labels = _read_column(path, name, group, "source").to_pylist()
+    return ["" if label is None else str(label) for label in labels]
+
+
+def _read_column(path: Path, name: str, group: int, column: str) -> pa.Array:
+    import pyarrow as pa
+
+    with opened(path, name) as shard:
+        chunks = shard.read_row_group(group, columns=[column], use_threads=False).column(column)
+        return pa.concat_arrays(chunks.chunks) if chunks.num_chunks != 1 else chunks.chunk(0)
+
+
+def _common_length(column: pa.Array, name: str, group: int) -> int:
+    import pyarrow as pa
+
+    if pa.types.is_fixed_size_list(column.type):
+        return int(column.type.list_size)
+    lengths = np.diff(column.offsets.to_numpy())
+    if (lengths != lengths[0]).any():
+        row = int(np.argmax(lengths != lengths[0]))
+        raise DataError(
+            f"{name}: row {row} of row group {group} has {lengths[row]} tokens and row 0 has {lengths[0]}; "
+            "rows must be equally long (`pico data prepare` cuts text into such rows)"
+        )
+    return int(lengths[0])
+
+
+def _as_int32(values: np.ndarray, name: str) -> np.ndarray:
+    if values.dtype != np.int32 and values.size:
+        limits = np.iinfo(np.int32)
+        low, high = values.min(), values.max()
+        if low < limits.min or high > limits.max:
+            raise DataError(f"{name}: token id {high if high > limits.max else low} does not fit into 32 bits")
+    return values.astype(np.int32, copy=False)
+
+
+@contextmanager
+def opened(path: Path, name: str) -> Iterator[pq.ParquetFile]:
+    """An open parquet file, with whatever goes wrong reported under its name."""
+    import pyarrow.parquet as pq
+
+    with (
+        _named(name),
+        pq.ParquetFile(path, page_checksum_verification=True) as shard,
+    ):  # where the writer left checksums
+        yield shard
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Turn what pyarrow and the file system report into a DataError that names the shard."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{name}: cannot be read as parquet ({reason}); is the file truncated? fetch or prepare it again"
+        ) from error

@@ -1,0 +1,218 @@
+"""Text in files -> documents, one at a time: .txt and .md (a file is a document), .jsonl (a line), .parquet (a row).
+
+`.gz` and `.zst` of the first three are decompressed on the way. What a document is from, its `source`, is the field or column of
+that name, else the first folder below the given path, else nothing. Documents are cut at line ends where they exceed a few
+megabytes. A line that cannot be used is counted and named, and left out; a file that cannot be read is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from picolm.data.decode import opened
+from picolm.data.manifest import digest_of
+from picolm.errors import DataError
+
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_TEXT, _LINES, _TABLE = (".txt", ".md", ".py"), (".jsonl",), (".parquet",)
+_IN_FOLDERS = (".txt", ".md", ".jsonl", ".parquet")
+LONGEST_BYTES = 4 << 20
+_NAMED_BAD_LINES = 5
+
+
+class TextFile(NamedTuple):
+    """A file with documents. name: what messages call it; source: that of its documents which name none themselves."""
+
+    path: Path
+    name: str
+    source: str | None = None
+
+
+class Document(NamedTuple):
+    """A text and what it is from."""
+
+    text: str
+    source: str | None
+
+
+def find_files(paths: Iterable[str | Path]) -> list[TextFile]:
+    """The text files at the given paths, those of a folder in the order of their names. Raises DataError if there are none."""
+    found: dict[Path, TextFile] = {}
+    for place in map(Path, paths):
+        if place.is_dir():
+            files = [_in_folder(place, path) for path in _walk(place) if _kind(path) in _IN_FOLDERS]
+        elif not place.is_file():
+            raise DataError(f"{place}: there is no such file or folder")
+        elif _kind(place) is None:
+            raise DataError(
+                f"{place}: is not of a known kind ({', '.join(_IN_FOLDERS)}; all but .parquet also .gz or .zst)"
+            )
+        else:
+            files = [TextFile(place, place.name)]
+        for file in files:
+            found.setdefault(file.path.resolve(), file)
+    if not found:
+        raise DataError(
+            f"{', '.join(map(str, paths))}: no text files in there ({', '.join(_IN_FOLDERS)}, also .gz or .zst)"
+        )
+    return list(found.values())
+
+
+def digest_files(files: Iterable[TextFile]) -> str:
+    """sha-256 over name, source and content of the files, in their order."""
+    parts = []
+    for file in files:
+        with _reported(file), file.path.open("rb") as content:
+            parts.append([file.name, file.source, hashlib.file_digest(content, "sha256").hexdigest()])
+    return digest_of(parts)
+
+
+class Reader:
+    """Reads documents, and remembers what it could not use and how far it got (bytes_read, of the files' own bytes)."""
+
+    def __init__(self, piece_bytes: int = LONGEST_BYTES):
+        """Text files are cut at line ends into documents of about `piece_bytes`."""
+        self.bad_lines, self.first_bad_lines, self.bytes_read = 0, list[str](), 0
+        self._piece_bytes = piece_bytes
+
+    def documents(self, file: TextFile) -> Iterator[Document]:
+        """The documents of a file that hold more than white space."""
+        before = self.bytes_read
+        kind = _kind(file.path)
+        read = self._rows if kind in _TABLE else self._json_lines if kind in _LINES else self._pieces
+        for document in read(file):
+            yield from _cut(document) if document.text.strip() else ()
+        self.bytes_read = before + file.path.stat().st_size
+
+    def _pieces(self, file: TextFile) -> Iterator[Document]:
+        pieces, held_bytes = list[str](), 0
+        for number, line in self._lines(file, LONGEST_BYTES):
+            try:
+                pieces.append(line.decode())
+            except UnicodeDecodeError as error:
+                self._bad(file, number, f"not UTF-8 ({error.reason})")
+                continue
+            held_bytes += len(line)
+            if held_bytes >= self._piece_bytes:
+                yield Document("".join(pieces), file.source)
+                pieces, held_bytes = [], 0
+        yield Document("".join(pieces), file.source)
+
+    def _json_lines(self, file: TextFile) -> Iterator[Document]:
+        for number, line in self._lines(file, -1):
+            if not line.strip():
+                continue
+            try:
+                yield _document(json.loads(line), file.source)
+            except ValueError as error:
+                self._bad(file, number, str(error))
+
+    def _rows(self, file: TextFile) -> Iterator[Document]:
+        number = 0
+        with opened(file.path, file.name) as table:
+            names = table.schema_arrow.names
+            if "text" not in names:
+                raise DataError(f"{file.name}: has no column text (it has: {', '.join(names)})")
+            for batch in table.iter_batches(
+                batch_size=64, columns=[name for name in ("text", "source") if name in names]
+            ):
+                for row in batch.to_pylist():
+                    number += 1
+                    try:
+                        yield _document(row, file.source)
+                    except ValueError as error:
+                        self._bad(file, number, str(error))
+
+    def _lines(self, file: TextFile, limit: int) -> Iterator[tuple[int, bytes]]:
+        """(line number, line); a line longer than `limit` bytes comes in parts that end with whole characters."""
+        before = self.bytes_read
+        with _reported(file), file.path.open("rb") as raw:
+            stream, number, rest = _decompressed(raw, file.path), 1, b""
+            while line := rest + stream.readline(limit):
+                self.bytes_read = before + raw.tell()
+                whole = len(line) if line.endswith(b"\n") or len(line) < limit else _whole_characters(line)
+                yield number, line[:whole]
+                rest = line[whole:]
+                number += line.endswith(b"\n")
+
+    def _bad(self, file: TextFile, number: int, reason: str) -> None:
+        self.bad_lines += 1
+        if len(self.first_bad_lines) < _NAMED_BAD_LINES:
+            self.first_bad_lines.append(f"{file.name}:{number}: {reason}")
+
+
+def _document(record: Any, source: str | None) -> Document:
+    """The document in a JSON object or table row. Raises ValueError saying why there is none."""
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise ValueError("no text in the field `text`")
+    text.encode()  # a lone surrogate, legal in JSON, has no UTF-8: UnicodeEncodeError is a ValueError
+    own = record.get("source")
+    return Document(text, own if isinstance(own, str) and own else source)
+
+
+def _cut(document: Document) -> Iterator[Document]:
+    """Pieces of at most LONGEST_BYTES characters, that end with a line where they can."""
+    text = document.text
+    while len(text) > LONGEST_BYTES:
+        end = text.rfind("\n", 1, LONGEST_BYTES) + 1 or LONGEST_BYTES
+        yield Document(text[:end], document.source)
+        text = text[end:]
+    yield Document(text, document.source)
+
+
+def _whole_characters(line: bytes) -> int:
+    """Bytes up to the start of a UTF-8 character that is cut off at the end, if there is one."""
+    for back in range(1, min(4, len(line)) + 1):
+        byte = line[-back]
+        if byte >= 0xC0:  # the first byte of a character of several bytes tells how many
+            return len(line) - back if back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else len(line)
+        if byte < 0x80:
+            break
+    return len(line)
+
+
+def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+    compression = _COMPRESSIONS.get(path.suffix)
+    if compression is None:
+        return raw
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), compression))
+
+
+def _kind(path: Path) -> str | None:
+    suffixes = path.suffixes[-2:] if path.suffix in _COMPRESSIONS else path.suffixes[-1:]
+    kind = suffixes[0].lower() if suffixes else ""
+    allowed = _TEXT + _LINES if len(suffixes) == 2 else _TEXT + _LINES + _TABLE
+    return kind if kind in allowed else None
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Files below a folder by their relative names, without hidden ones."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent) / name for name in files if not name.startswith(".")]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _in_folder(folder: Path, path: Path) -> TextFile:
+    relative = path.relative_to(folder)
+    return TextFile(path, relative.as_posix(), relative.parts[0] if len(relative.parts) > 1 else None)
+
+
+@contextmanager
+def _reported(file: TextFile) -> Iterator[None]:
+    """Turn what the file system or a decompressor reports into a DataError that names the file."""
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise DataError(f"{file.path}: cannot be read ({error}); is it truncated?") from error

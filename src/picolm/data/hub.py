@@ -1,0 +1,294 @@
+"""Data sets of the Hugging Face Hub, read shard by shard.
+
+A shard is fetched into the Hub's own cache when one of its rows is asked for, the next one in the background, and then read
+like any local shard.
+
+A data set is pinned to the commit found when it is opened. Its shards are listed once; their row counts come from the data
+set's `manifest.json`, else all shards but the last are taken to hold as many rows as the first (two footers are read over the
+network), and a fetched shard that holds another number is an error. What was found is kept as an index in the cache folder,
+so that offline mode (`HF_HUB_OFFLINE=1`) can use what has been fetched. The fingerprint follows from the digests that the
+Hub states for the shards, and so outlives a commit that only edits the data set's card.
+
+`HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME` mean what they mean to huggingface_hub. A busy or unreachable server is tried again,
+after 1, 2, 4, 8 s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from picolm.data import SOURCES, cache_folder
+from picolm.data.ahead import Ahead
+from picolm.data.decode import Footer, read_footer
+from picolm.data.manifest import FILE, Manifest, digest_of, parse_manifest
+from picolm.data.parquet import ShardedRows, check_length, rows_fingerprint, shards_of
+from picolm.errors import DataError
+
+Result = TypeVar("Result")
+
+_ATTEMPTS = 5
+_FIRST_WAIT_S = 1.0
+_FOOTER_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A data set on the Hub at one commit. endpoint None: the one of the environment."""
+
+    name: str
+    commit: str
+    endpoint: str | None = None
+
+    def fetch(self, file: str) -> Path:
+        """The local path of one of its files, downloaded if it is not in the Hub's cache."""
+        import huggingface_hub
+
+        def download() -> str:
+            options: dict[str, Any] = {"repo_type": "dataset", "revision": self.commit, "endpoint": self.endpoint}
+            return huggingface_hub.hf_hub_download(self.name, file, tqdm_class=_silent_bar(), **options)
+
+        return Path(persist(download, f"{self.name}: {file}"))
+
+    def read_tail(self, file: str, size: int, tail_bytes: int) -> bytes:
+        """The last bytes of one of its files, without the rest."""
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        url = hf_hub_url(self.name, file, repo_type="dataset", revision=self.commit, endpoint=self.endpoint)
+        headers = build_hf_headers() | {"Range": f"bytes={max(0, size - tail_bytes)}-{size - 1}"}
+
+        def read() -> bytes:
+            response = get_session().get(url, headers=headers, follow_redirects=True)
+            hf_raise_for_status(response)
+            return response.content[-tail_bytes:]  # a server that knows no ranges sends all of it
+
+        return persist(read, f"{self.name}: {file}")
+
+    def read_footer(self, file: str, size: int) -> Footer:
+        """The footer of one of its shards, without the rest (parquet ends with footer, 4 bytes of its length, `PAR1`)."""
+        import pyarrow as pa
+
+        tail = self.read_tail(file, size, _FOOTER_BYTES)
+        needed = struct.unpack("<I", tail[-8:-4])[0] + 8 if len(tail) >= 8 else 0
+        if len(tail) < needed <= size:
+            tail = self.read_tail(file, size, needed)
+        return read_footer(pa.BufferReader(tail), f"{self.name}: {file}")
+
+
+@dataclass(frozen=True)
+class Index:
+    """What has to be known of a split before any shard is fetched: its files and digests in order, and rows in each."""
+
+    commit: str
+    files: list[str]
+    digests: list[str]
+    rows: list[int]
+    has_manifest: bool
+    has_tokenizer: bool
+
+
+class Shards:
+    """Shard number -> local path; asks for shard k + 1 ahead as long as the shards are read in their order."""
+
+    def __init__(self, repository: Repository, files: list[str]):
+        self._files, self._asked = files, set[int]()
+        self._ahead: Ahead[int, Path] = Ahead(lambda shard: repository.fetch(files[shard]))
+
+    def __call__(self, shard: int) -> Path:
+        path = self._ahead.take(shard)
+        if not self._asked or shard - 1 in self._asked:
+            self._prefetch(shard + 1)
+        self._asked.add(shard)
+        return path
+
+    def _prefetch(self, shard: int) -> None:
+        if shard < len(self._files) and shard not in self._asked:
+            self._ahead.start(shard)
+
+
+@SOURCES.add("hub")
+def open_hub(
+    place: str,
+    *,
+    split: str = "train",
+    row_length: int | None = None,
+    cache_dir: Path | None = None,
+    endpoint: str | None = None,
+    **_: Any,
+) -> ShardedRows:
+    """The shards of a split of `owner/name` or `owner/name@revision`."""
+    name, revision = place.partition("@")[::2]
+    cached = (cache_dir or cache_folder()) / "hub" / f"{name.replace('/', '--')}@{revision or 'main'}--{split}.json"
+    index = _load(cached)
+    if _is_offline():
+        if index is None:
+            raise DataError(
+                f"{name}: offline mode (HF_HUB_OFFLINE) is on, and this machine has never opened the split {split!r} of "
+                "this data set; switch it off once, or use local data"
+            )
+    else:
+        commit = _commit(name, revision or "main", endpoint)
+        if index is None or index.commit != commit:
+            index = _survey(Repository(name, commit, endpoint), split, row_length)
+            _save(index, cached)
+    return _open(Repository(name, index.commit, endpoint), index, split, row_length)
+
+
+def _open(repository: Repository, index: Index, split: str, row_length: int | None) -> ShardedRows:
+    manifest = _manifest(repository) if index.has_manifest else None
+    if manifest is not None:
+        check_length(manifest.row_length, row_length or 0, repository.name)
+        fingerprint = rows_fingerprint(manifest, split)
+    else:
+        fingerprint = digest_of(zip(index.digests, index.rows))
+    return ShardedRows(
+        [f"{repository.name}: {file}" for file in index.files],
+        index.rows,
+        Shards(repository, index.files),
+        fingerprint=fingerprint,
+        row_length=row_length,
+        manifest=manifest,
+        split=split,
+        tokenizer_file=repository.fetch("tokenizer.json") if index.has_tokenizer else None,
+    )
+
+
+def _commit(name: str, revision: str, endpoint: str | None) -> str:
+    from huggingface_hub import HfApi
+
+    info = persist(lambda: HfApi(endpoint=endpoint).dataset_info(name, revision=revision), f"{name} at {revision}")
+    if info.sha is None:
+        raise DataError(f"{name}: the server names no commit for the revision {revision!r}")
+    return info.sha
+
+
+def _survey(repository: Repository, split: str, row_length: int | None) -> Index:
+    """List the files of a data set, and find out how many rows each shard of the split holds."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    def list_files() -> dict[str, RepoFile]:
+        tree = HfApi(endpoint=repository.endpoint).list_repo_tree(
+            repository.name, recursive=True, revision=repository.commit, repo_type="dataset"
+        )
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+    listed = persist(list_files, repository.name)
+    manifest = _manifest(repository) if FILE in listed else None
+    if manifest is not None:
+        rows = {shard.file: shard.rows for shard in manifest.splits.get(split, [])}
+    else:
+        files = shards_of(list(listed), split)
+        rows = dict(zip(files, _count_rows(repository, [(file, listed[file].size) for file in files], row_length)))
+    missing = [file for file in rows if file not in listed]
+    if missing or not rows:
+        problem = (
+            f"its manifest names {missing[0]}, which is not there"
+            if missing
+            else f"has no shards of the split {split!r}"
+        )
+        raise DataError(f"{repository.name}: {problem} (there are {len(listed)} files; expected {split}-*.parquet)")
+    entries = [listed[file] for file in rows]
+    digests = [entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries]
+    return Index(
+        repository.commit, list(rows), digests, list(rows.values()), manifest is not None, "tokenizer.json" in listed
+    )
+
+
+def _count_rows(repository: Repository, shards: list[tuple[str, int]], row_length: int | None) -> list[int]:
+    if not shards:
+        return []
+    first, last = (repository.read_footer(*shard) for shard in (shards[0], shards[-1]))
+    check_length(first.lengths_G.min(initial=float("inf")), row_length or 0, f"{repository.name}: {shards[0][0]}")
+    return [first.rows] * (len(shards) - 1) + [last.rows]
+
+
+def _manifest(repository: Repository) -> Manifest | None:
+    return parse_manifest(repository.fetch(FILE).read_text(encoding="utf-8"), f"{repository.name}: {FILE}")
+
+
+def _load(path: Path) -> Index | None:
+    try:
+        return Index(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None  # it can be made again
+
+
+def _save(index: Index, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(asdict(index)), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def persist(call: Callable[[], Result], name: str) -> Result:
+    """The result of a request, tried again while the server is busy or away. Raises DataError with the reason."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:
+            if attempt + 1 == _ATTEMPTS or not _may_pass(error):
+                raise _explain(error, name) from error
+            time.sleep(_FIRST_WAIT_S * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether trying again may help: 408, 429, 5xx, a lost or refused connection, a download that came short."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and (
+            error.response.status_code in (408, 429) or error.response.status_code >= 500
+        )
+    if isinstance(error, HTTPError | ConnectionError | TimeoutError):
+        return not _is_offline()
+    return "Consistency check" in str(error) or (error is not None and _may_pass(error.__cause__))
+
+
+def _explain(error: Exception, name: str) -> DataError:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.RevisionNotFoundError | errors.EntryNotFoundError) and not isinstance(
+        error, FileNotFoundError
+    ):
+        return DataError(f"{name}: is not on the Hub ({constants.ENDPOINT}); check the revision and the file")
+    if isinstance(error, errors.GatedRepoError):
+        return DataError(
+            f"{name}: access is restricted; ask for it on the data set's page, then `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return DataError(
+            f"{name}: is neither a folder here nor a data set on the Hub ({constants.ENDPOINT}) that may be read without "
+            "further rights; check the name, or for a private one `hf auth login` or set HF_TOKEN"
+        )
+    if _is_offline():
+        return DataError(
+            f"{name}: is not in the Hub's cache, and offline mode (HF_HUB_OFFLINE) is on; switch it off to fetch it"
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return DataError(f"{name}: could not be fetched from the Hub ({constants.ENDPOINT}): {reason}")
+
+
+def _silent_bar() -> type:
+    """A progress bar that does not draw over the one of the training."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options | {"disable": True})
+
+    return Silent

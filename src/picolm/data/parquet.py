@@ -1,0 +1,259 @@
+"""Rows in parquet shards: a column `input_ids` of equally long rows, optionally a column `source`.
+
+Row i is in shard `searchsorted(starts, i)`; only the row group around it is decoded, and kept in a cache bounded in bytes.
+`ShardedRows` does not know where its files are: `fetch` brings shard k onto this machine (see `hub.py`). Row counts come from
+the manifest when there is one, else from the footers, which are read once.
+
+The fingerprint follows from the manifest's digests of the rows, checked against the sizes of the files. Without a manifest it is
+the sha-256 over each shard's size, row count, first and last 64 KiB: the last hold the footer, with offset and compressed size
+of every row group, so that another content shows without reading terabytes.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from picolm.data import SOURCES
+from picolm.data.decode import Footer, read_footer, read_labels, read_tokens
+from picolm.data.manifest import Manifest, digest_of, read_manifest
+from picolm.errors import DataError
+
+_CACHE_BYTES = 1 << 30
+_HELD_OUT = ("val-", "validation-", "test-")
+
+
+class ShardedRows:
+    """A `Source` over parquet shards; thread-safe."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        rows_per_shard: Sequence[int],
+        fetch: Callable[[int], Path],
+        *,
+        fingerprint: str,
+        row_length: int | None = None,
+        manifest: Manifest | None = None,
+        split: str = "train",
+        tokenizer_file: Path | None = None,
+        cache_bytes: int = _CACHE_BYTES,
+    ):
+        """`row_length`: tokens needed in a row, longer rows are cut; None: those of the first row (reads one row group)."""
+        self._names, self._fetch, self._rows_per_shard = list(names), fetch, list(rows_per_shard)
+        self._starts = np.concatenate([[0], np.cumsum(rows_per_shard, dtype=np.int64)])
+        self._cache = ByteBoundedCache(cache_bytes)
+        self._footers: dict[int, tuple[Path, Footer]] = {}
+        self.fingerprint, self.tokenizer_file = fingerprint, tokenizer_file
+        self.max_token, self.max_token_file, self.eos = None, None, None
+        if manifest is not None:
+            largest = max(manifest.splits[split], key=lambda shard: shard.max_token)
+            self.max_token, self.max_token_file = largest.max_token, largest.file
+            self.eos = manifest.tokenizer.get("eos_id")
+        self._needed = row_length
+        self.row_length = row_length if row_length is not None else self._first_length()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """int32 [R, row_length]."""
+        tokens_RT = np.empty((len(indices), self.row_length), dtype=np.int32)
+        for places, shard, group, rows in self._groups_of(indices):
+            tokens_RT[places] = self._tokens(shard, group)[rows]
+        return tokens_RT
+
+    def labels(self, indices: np.ndarray) -> list[str] | None:
+        """The `source` of each row, None when the shards have no such column."""
+        labels_R = np.empty(len(indices), dtype=object)
+        for places, shard, group, rows in self._groups_of(indices):
+            if not self._footer(shard)[1].has_labels:
+                return None
+            labels_R[places] = self._labels(shard, group)[rows]
+        return labels_R.tolist()
+
+    def locate(self, index: int) -> str:
+        """`FILE row J`."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return f"{self._names[shard]} row {index - int(self._starts[shard])}"
+
+    def _groups_of(self, indices: np.ndarray) -> list[tuple[np.ndarray, int, int, np.ndarray]]:
+        """(places in `indices`, shard, row group, rows within it) for each row group that is needed, in order on disk."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise DataError(
+                f"row {indices.max() if indices.min() >= 0 else indices.min()} of a data set of {len(self)} rows"
+            )
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        found = []
+        for shard in np.unique(shards):
+            ends_G = self._footer(int(shard))[1].ends_G
+            places = np.flatnonzero(shards == shard)
+            within = indices[places] - self._starts[shard]
+            groups = np.searchsorted(ends_G, within, side="right")
+            for group in np.unique(groups):
+                here = groups == group
+                start = ends_G[group - 1] if group else 0
+                found.append((places[here], int(shard), int(group), within[here] - start))
+        return found
+
+    def _footer(self, shard: int) -> tuple[Path, Footer]:
+        if shard not in self._footers:
+            path, name = self._fetch(shard), self._names[shard]
+            footer = read_footer(path, name)
+            if footer.rows != self._rows_per_shard[shard]:
+                raise DataError(
+                    f"{name}: holds {footer.rows} rows where {self._rows_per_shard[shard]} were expected; "
+                    "was the file exchanged? fetch or prepare the data set again"
+                )
+            self._footers[shard] = path, footer
+        return self._footers[shard]
+
+    def _first_length(self) -> int:
+        _, shard, group, _ = self._groups_of(np.zeros(1, dtype=np.int64))[0]
+        self._needed = self._tokens(shard, group).shape[1]
+        return self._needed
+
+    def _tokens(self, shard: int, group: int) -> np.ndarray:
+        def decode() -> tuple[np.ndarray, int]:
+            path, name = self._footer(shard)[0], self._names[shard]
+            tokens_RT = read_tokens(path, name, group)
+            needed = tokens_RT.shape[1] if self._needed is None else self._needed
+            check_length(tokens_RT.shape[1], needed, name)
+            tokens_RT = np.ascontiguousarray(tokens_RT[:, :needed])
+            return tokens_RT, tokens_RT.nbytes
+
+        return self._cache.get((shard, group, "tokens"), decode)
+
+    def _labels(self, shard: int, group: int) -> np.ndarray:
+        def decode() -> tuple[np.ndarray, int]:
+            labels = read_labels(self._footer(shard)[0], self._names[shard], group)
+            return np.array(labels, dtype=object), 8 * len(labels) + sum(64 + len(label) for label in labels)
+
+        return self._cache.get((shard, group, "labels"), decode)
+
+
+class ByteBoundedCache:
+    """The values used last, at most `limit_bytes` of them in all (and at least one)."""
+
+    def __init__(self, limit_bytes: int):
+        self._limit_bytes, self.held_bytes = limit_bytes, 0
+        self._values: OrderedDict[Any, tuple[np.ndarray, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any, compute: Callable[[], tuple[np.ndarray, int]]) -> np.ndarray:
+        """The value of `key`; `compute` gives it with its size in bytes, and may run twice when two threads ask at once."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key][0]
+        value, size = compute()
+        with self._lock:
+            if key not in self._values:
+                self._values[key] = value, size
+                self.held_bytes += size
+            while self.held_bytes > self._limit_bytes and len(self._values) > 1:
+                self.held_bytes -= self._values.popitem(last=False)[1][1]
+        return value
+
+
+def check_length(found: float, needed: int, name: str) -> None:
+    """Raise DataError when rows of a shard are shorter than the model needs them."""
+    if found < needed:
+        raise DataError(
+            f"{name}: rows of {found:g} tokens are shorter than max_seq_len + 1 = {needed}; lower model.max_seq_len to "
+            f"{int(found) - 1}, or prepare the data with --seq-len {needed - 1}"
+        )
+
+
+def shards_of(files: Sequence[str], split: str) -> list[str]:
+    """The parquet files of a split, in the order of their names; files that name no split are the train split."""
+    shards = sorted(file for file in files if file.endswith(".parquet"))
+    named = [file for file in shards if PurePosixPath(file).name.startswith((f"{split}-", f"{split}."))]
+    if named or split != "train":
+        return named
+    return [file for file in shards if not PurePosixPath(file).name.startswith(_HELD_OUT)]
+
+
+@SOURCES.add("parquet")
+def open_parquet(place: str, *, split: str = "train", row_length: int | None = None, **_: Any) -> ShardedRows:
+    """The shards of a split in a folder (or its `data/`), a glob or a single file."""
+    folder, files = _files_at(Path(place).expanduser())
+    manifest = read_manifest(folder) if folder is not None else None
+    if manifest is not None and folder is not None:
+        return _open_with_manifest(folder, manifest, split, row_length)
+    names = shards_of([file.as_posix() for file in files], split)
+    if not names:
+        others = f"; it holds {len(files)} parquet files that belong to other splits" if files else ""
+        raise DataError(f"{place}: has no parquet shards of the split {split!r}{others} (expected {split}-*.parquet)")
+    footers = [read_footer(Path(name), name) for name in names]
+    for name, footer in zip(names, footers):
+        check_length(footer.lengths_G.min(initial=np.inf), row_length or 0, name)
+    rows = [footer.rows for footer in footers]
+    if sum(rows) == 0:
+        raise DataError(f"{place}: its {len(names)} parquet shards have no rows")
+    digest = digest_of([_edges(Path(name)), footer.rows] for name, footer in zip(names, footers))
+    tokenizer = folder / "tokenizer.json" if folder is not None and (folder / "tokenizer.json").is_file() else None
+    paths = [Path(name) for name in names]
+    return ShardedRows(
+        names, rows, paths.__getitem__, fingerprint=digest, row_length=row_length, tokenizer_file=tokenizer
+    )
+
+
+def rows_fingerprint(manifest: Manifest, split: str) -> str:
+    """Digest of the rows of a split and their order, the same wherever they lie and however they are compressed."""
+    return digest_of([shard.content, shard.rows] for shard in manifest.splits[split])
+
+
+def _open_with_manifest(folder: Path, manifest: Manifest, split: str, row_length: int | None) -> ShardedRows:
+    shards = manifest.splits.get(split, [])
+    if not shards:
+        there = ", ".join(name for name, held in manifest.splits.items() if held)
+        raise DataError(f"{folder}: has no split {split!r} (there are: {there}); prepare it with --val-fraction")
+    for shard in shards:
+        path = folder / shard.file
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise DataError(f"{path}: {found}, the manifest says {shard.bytes} bytes; prepare the data again")
+    needed = manifest.row_length if row_length is None else row_length
+    check_length(manifest.row_length, needed, str(folder))
+    return ShardedRows(
+        [str(folder / shard.file) for shard in shards],
+        [shard.rows for shard in shards],
+        lambda index: folder / shards[index].file,
+        fingerprint=rows_fingerprint(manifest, split),
+        row_length=needed,
+        manifest=manifest,
+        split=split,
+        tokenizer_file=folder / manifest.tokenizer["file"],
+    )
+
+
+def _files_at(place: Path) -> tuple[Path | None, list[Path]]:
+    """(the folder, its parquet files) or, for a glob or a file, (None, the files)."""
+    if place.is_dir():
+        return place, [*place.glob("*.parquet"), *place.glob("data/*.parquet")]
+    files = [Path(file) for file in glob.glob(str(place)) if os.path.isfile(file)]
+    if not files:
+        raise DataError(f"{place}: there is no such file or folder, and no file matches it as a glob")
+    return None, files
+
+
+def _edges(path: Path, edge_bytes: int = 1 << 16) -> str:
+    """sha-256 of a file's size, its first and its last 64 KiB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(edge_bytes))
+        file.seek(max(0, size - edge_bytes), os.SEEK_SET)
+        digest.update(file.read(edge_bytes))
+    return digest.hexdigest()
