@@ -29,7 +29,8 @@ def permute(indices: np.ndarray, size: int, seed: int, purpose: str, *position: 
 
 
 def _network(numbers: np.ndarray, side: np.uint64, keys: list[np.uint64]) -> np.ndarray:
-    left, right = numbers // side, numbers % side
+    left: np.ndarray = numbers // side
+    right: np.ndarray = numbers % side
     for key in keys:
         left, right = right, (left + _mix(right ^ key) % side) % side
     return left * side + right
