@@ -54,7 +54,7 @@ class Repository:
             options: dict[str, Any] = {"repo_type": "dataset", "revision": self.commit, "endpoint": self.endpoint}
             return huggingface_hub.hf_hub_download(self.name, file, tqdm_class=_silent_bar(), **options)
 
-        return Path(persist(download, f"{self.name}: {file}"))
+        return Path(persist(download, f"{self.name}: {file}", self.endpoint))
 
     def read_tail(self, file: str, size: int, tail_bytes: int) -> bytes:
         """The last bytes of one of its files, without the rest."""
@@ -69,7 +69,7 @@ class Repository:
             hf_raise_for_status(response)
             return response.content[-tail_bytes:]  # a server that knows no ranges sends all of it
 
-        return persist(read, f"{self.name}: {file}")
+        return persist(read, f"{self.name}: {file}", self.endpoint)
 
     def read_footer(self, file: str, size: int) -> Footer:
         """The footer of one of its shards, without the rest (parquet ends with footer, 4 bytes of its length, `PAR1`)."""
@@ -163,7 +163,9 @@ def _open(repository: Repository, index: Index, split: str, row_length: int | No
 def _commit(name: str, revision: str, endpoint: str | None) -> str:
     from huggingface_hub import HfApi
 
-    info = persist(lambda: HfApi(endpoint=endpoint).dataset_info(name, revision=revision), f"{name} at {revision}")
+    info = persist(
+        lambda: HfApi(endpoint=endpoint).dataset_info(name, revision=revision), f"{name} at {revision}", endpoint
+    )
     if info.sha is None:
         raise DataError(f"{name}: the server names no commit for the revision {revision!r}")
     return info.sha
@@ -180,7 +182,7 @@ def _survey(repository: Repository, split: str, row_length: int | None) -> Index
         )
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
-    listed = persist(list_files, repository.name)
+    listed = persist(list_files, repository.name, repository.endpoint)
     manifest = _manifest(repository) if FILE in listed else None
     if manifest is not None:
         rows = {shard.file: shard.rows for shard in manifest.splits.get(split, [])}
@@ -234,14 +236,14 @@ def _is_offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def persist(call: Callable[[], Result], name: str) -> Result:
+def persist(call: Callable[[], Result], name: str, endpoint: str | None = None) -> Result:
     """The result of a request, tried again while the server is busy or away. Raises DataError with the reason."""
     for attempt in range(_ATTEMPTS):
         try:
             return call()
         except Exception as error:
             if attempt + 1 == _ATTEMPTS or not _may_pass(error):
-                raise _explain(error, name) from error
+                raise _explain(error, name, endpoint) from error
             time.sleep(_FIRST_WAIT_S * 2**attempt)
     raise AssertionError("unreachable")
 
@@ -259,28 +261,25 @@ def _may_pass(error: BaseException | None) -> bool:
     return "Consistency check" in str(error) or (error is not None and _may_pass(error.__cause__))
 
 
-def _explain(error: Exception, name: str) -> DataError:
+def _explain(error: Exception, name: str, endpoint: str | None) -> DataError:
     from huggingface_hub import constants, errors
 
-    if isinstance(error, errors.RevisionNotFoundError | errors.EntryNotFoundError) and not isinstance(
-        error, FileNotFoundError
-    ):
-        return DataError(f"{name}: is not on the Hub ({constants.ENDPOINT}); check the revision and the file")
+    hub = f"the Hub ({endpoint or constants.ENDPOINT})"
+    if isinstance(error, errors.RevisionNotFoundError | errors.RemoteEntryNotFoundError):
+        return DataError(f"{name}: is not on {hub}; check the revision and the file")
     if isinstance(error, errors.GatedRepoError):
-        return DataError(
-            f"{name}: access is restricted; ask for it on the data set's page, then `hf auth login` or set HF_TOKEN"
-        )
+        return DataError(f"{name}: access is restricted; ask for it on its page on {hub}, then `hf auth login`")
     if isinstance(error, errors.RepositoryNotFoundError):
         return DataError(
-            f"{name}: is neither a folder here nor a data set on the Hub ({constants.ENDPOINT}) that may be read without "
-            "further rights; check the name, or for a private one `hf auth login` or set HF_TOKEN"
+            f"{name}: is neither a folder here nor a repository on {hub} that may be read without further rights; "
+            "check the name, or for a private one `hf auth login` or set HF_TOKEN"
         )
     if _is_offline():
         return DataError(
-            f"{name}: is not in the Hub's cache, and offline mode (HF_HUB_OFFLINE) is on; switch it off to fetch it"
+            f"{name}: is not in the Hub's cache, and offline mode (HF_HUB_OFFLINE) is on; switch it off once"
         )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return DataError(f"{name}: could not be fetched from the Hub ({constants.ENDPOINT}): {reason}")
+    return DataError(f"{name}: could not be fetched from {hub}: {reason}")
 
 
 def _silent_bar() -> type:
