@@ -1,5 +1,6 @@
 """How a directory that was written aside becomes a step: by renaming, so that it is there whole or not at all."""
 
+import ctypes
 import dataclasses
 import logging
 import os
@@ -19,6 +20,7 @@ from picolm.store.manifest import Manifest
 logger = logging.getLogger(__name__)
 _REPLACED = ".replaced"
 _PARTIAL = ".partial-"
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
 @contextmanager
@@ -68,12 +70,31 @@ def publish(partial: Path, target: Path, manifest: Manifest, replace: bool) -> N
 
 
 def exchange(partial: Path, target: Path) -> None:
-    """Put `partial` in the place of `target`. After a crash between the two renames `sweep` puts the old one back."""
+    """Put `partial` in the place of `target`: at once where the system can, so that readers miss the step at no moment.
+
+    Elsewhere by two renames; after a crash between them `sweep` puts the old step back.
+    """
+    if _swap(partial, target):
+        sync_directory(target.parent)
+        return
     old = target.with_name(f".{target.name}{_REPLACED}")
     os.rename(target, old)
-    os.rename(partial, target)
+    try:
+        os.rename(partial, target)
+    except OSError:
+        os.rename(old, target)
+        raise
     sync_directory(target.parent)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Exchange two names in one operation (Linux: renameat2). False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    return renameat2(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE) == 0
 
 
 def sweep(checkpoints: Path) -> None:

@@ -141,9 +141,12 @@ class Run(Records, Mapping[int, Checkpoint]):
     def problems(self, step: int) -> list[str]:
         """What is wrong with a step, every digest recomputed; empty when all is well."""
         try:
-            return self[step].verify()
+            checkpoint = self[step]
+            found = checkpoint.verify()
+            replaced = found and self[step].manifest.digest != checkpoint.manifest.digest
         except StoreError as error:
             return [str(error)]
+        return self.problems(step) if replaced else found  # thinned by its writer while we were reading
 
     def commit(
         self,
@@ -212,7 +215,7 @@ class Run(Records, Mapping[int, Checkpoint]):
                 self._seen[step] = (state.st_ino, state.st_mtime_ns)
         except (OSError, StoreError):
             return False
-        return True
+        return not self.step_path(step).is_symlink()
 
     def _parent(self, step: int) -> dict[str, Any] | None:
         """Step and digest of the newest checkpoint before `step`."""
