@@ -134,10 +134,10 @@ class Checkpoint(Mapping[Address, "Tensor"]):
         try:
             if _manifest_bytes(self.path) != self.manifest.to_bytes():
                 return [f"{self.path / MANIFEST}: changed since it was opened"]
+            damaged = [_file_problem(self.path, name, record) for name, record in self.files.items()]
+            return [problem for problem in damaged if problem] + self._unknown() + self._misplaced(damaged)
         except StoreError as error:
             return [str(error)]
-        damaged = [_file_problem(self.path, name, record) for name, record in self.files.items()]
-        return [problem for problem in damaged if problem] + self._unknown() + self._misplaced(damaged)
 
     def _place(self, record: TensorRecord) -> TensorPlace:
         place = self._headers[record.file].get(record.key)

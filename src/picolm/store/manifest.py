@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -98,8 +98,8 @@ class Manifest:
             "created": self.created,
             "parent": self.parent,
             "about": self.about,
-            "files": {name: asdict(record) for name, record in self.files.items()},
-            "tensors": {str(address): asdict(record) for address, record in self.tensors.items()},
+            "files": {name: vars(record) for name, record in self.files.items()},
+            "tensors": {str(address): vars(record) for address, record in self.tensors.items()},
         }
 
 
