@@ -89,7 +89,9 @@ def list_run(run: RunArgument) -> None:
     from picolm.store import Run
     from picolm.store.listing import contents, table
 
-    Console().print(table(contents(Run.open(run))))
+    console = Console()
+    console.width = max(console.width, 116)  # wrapped by the terminal rather than cut off
+    console.print(table(contents(Run.open(run))))
 
 
 @app.command()

@@ -172,7 +172,9 @@ class Document:
             for error in failure.errors(include_url=False):
                 grouped.setdefault(_existing(data, error["loc"]), []).append(error)
         if report:
-            self.found += [self._problem(schema, path, errors) for path, errors in grouped.items()]
+            order = {path: i for i, path in enumerate(self.places)}
+            by_line = sorted(grouped, key=lambda path: order.get(path, order.get(path[:-1], -1)))
+            self.found += [self._problem(schema, path, grouped[path]) for path in by_line]
         return None, list(grouped)
 
     def _problem(self, schema: type[BaseModel], path: KeyPath, errors: list[Any]) -> Problem:

@@ -18,7 +18,8 @@ def run_training(config: "TrainConfig") -> int:
         stop = stack.enter_context(StopSignal())
         job = build(config, stop, stack)
         stack.enter_context(job.progress)
-        job.progress.start(job.state.step, job.plan.last)
-        train(job)
+        if job.continued_from is None or job.continued_from < job.plan.last:
+            job.progress.start(job.state.step, job.plan.last)
+            train(job)
         farewell(job)
         return 128 + stop.received if stop.received is not None else 0

@@ -53,10 +53,9 @@ class Fabric(Section):
     """Machines that take part."""
     num_devices: PositiveInt = 1
     """Devices (processes) on each machine."""
-    precision: Literal[
-        "auto", "bf16-mixed", "16-mixed", "32-true", "bf16-true", "16-true", "64-true", "32", "64", "16", "bf16"
-    ] = "auto"
-    """Lightning Fabric's precision; `auto`: bf16-mixed where the device computes bfloat16 natively, else 32-true."""
+    precision: Literal["auto", "bf16-mixed", "32-true", "bf16-true", "64-true", "32", "64"] = "auto"
+    """Lightning Fabric's precision; `auto`: bf16-mixed where the device computes bfloat16 natively, else 32-true.
+    float16 is not offered: its loss scaling would end up in the captured gradients."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps", "tpu"] = "auto"
     """Where to compute; `auto`: CUDA where there is one, else MPS, else CPU."""
     strategy: str = "auto"

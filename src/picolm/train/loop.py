@@ -34,6 +34,8 @@ def train(job: Job) -> None:
     state, stopping = job.state, False
     for step in range(state.step, job.plan.last + 1):
         stopping = job.stop.agreed(job.device) or hopeless(job)
+        if job.writer is not None:
+            job.writer.check()
         due = job.plan.when_stopping(step) if stopping else job.plan.due(step)
         with job.stopwatch.time("data"):
             micro_batches = job.batches(step)

@@ -98,6 +98,7 @@ def save(job: Job, number: int, due: Due, captured: dict[Address, Tensor], gradi
         texts=job.texts if due.weights else {},
         tables=_tables(job, number) if due.dynamics else {},
         weight_prefix=job.state.model.state_prefix,
+        parameters=list(job.state.model.state_dict()),
         replace=True,  # a step found there is damaged, or from beyond the checkpoint that this run went on from
     )
     if not job.config.checkpointing.save_in_background:
