@@ -53,6 +53,10 @@ class Corpus:
         key = derive(self._seed, "document", len(self))
         self._spill.put(key, _HEADER.pack(lot, number) + document.text.encode())
 
+    def close(self) -> None:
+        """Close the files; it can still be read."""
+        self._spill.close()
+
     def __iter__(self) -> Iterator[Placed]:
         limits = [draw.limit(self._val_fraction) for draw in self._draws]
         for record in self._spill:

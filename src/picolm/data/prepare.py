@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from picolm.data.documents import LONGEST_BYTES, Reader, TextFile, digest_files,
 from picolm.data.manifest import FILE, Manifest, Shard, read_manifest
 from picolm.data.rows import SPLITS, Rows, cut_rows
 from picolm.data.shards import ROWS_PER_SHARD, write_shards
-from picolm.data.tokenizer import Vocabulary, load_vocabulary, train_tokenizer, write_tokenizer
+from picolm.data.tokenizer import Vocabulary, check_size, load_vocabulary, train_tokenizer, write_tokenizer
 from picolm.errors import DataError
 
 Progress = Callable[[str, int, int | None], None]
@@ -91,6 +92,7 @@ def recipe_for(
             f"val_fraction is {val_fraction}; it is a share of the documents, from 0 up to, but not including, 1"
         )
     if vocabulary is None:
+        check_size(vocab_size)
         return Recipe(digest_files(files), "trained", vocab_size, seq_len, seed, val_fraction)
     assert vocabulary.file is not None
     digest = hashlib.sha256(vocabulary.file.read_bytes()).hexdigest()
@@ -113,34 +115,49 @@ def prepare_files(
     work = aside / "work"
     work.mkdir(parents=True)
     try:
-        reader, corpus = _read(files, recipe, work, report)
-        vocabulary = vocabulary or train_tokenizer(_sample(corpus, report), recipe.vocab_size or 0)
-        rows = Rows(work / "rows", row_length=recipe.seq_len + 1, seed=recipe.seed)
-        cut_rows(corpus, vocabulary, rows, lambda done: report("tokenizing", done, len(corpus)))
-        _check(rows, recipe, len(files), len(corpus))
-        splits = {
-            split: write_shards(
-                rows.shuffled(split), rows.count(split), aside, split, corpus.sources, report, rows_per_shard
-            )
-            for split in SPLITS
-            if rows.count(split)
-        }
-        manifest = _manifest(aside, splits, recipe, vocabulary, corpus, rows, reader)
+        manifest = _fill(aside, work, files, recipe, vocabulary, report, rows_per_shard)
         shutil.rmtree(work)
         return _publish(aside, out, recipe, manifest)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _read(files: Sequence[TextFile], recipe: Recipe, work: Path, report: Progress) -> tuple[Reader, Corpus]:
+def _fill(
+    folder: Path,
+    work: Path,
+    files: Sequence[TextFile],
+    recipe: Recipe,
+    vocabulary: Vocabulary | None,
+    report: Progress,
+    rows_per_shard: int,
+) -> Manifest:
+    """Make shards, tokenizer and manifest in `folder`, with the spills in `work`."""
+    with (
+        closing(Corpus(work / "documents", seed=recipe.seed, val_fraction=recipe.val_fraction)) as corpus,
+        closing(Rows(work / "rows", row_length=recipe.seq_len + 1, seed=recipe.seed)) as rows,
+    ):
+        reader = _read(files, recipe, corpus, report)
+        vocabulary = vocabulary or train_tokenizer(_sample(corpus, report), recipe.vocab_size or 0)
+        cut_rows(corpus, vocabulary, rows, lambda done: report("tokenizing", done, len(corpus)))
+        _check(rows, recipe, len(files), len(corpus))
+        splits = {
+            split: write_shards(
+                rows.shuffled(split), rows.count(split), folder, split, corpus.sources, report, rows_per_shard
+            )
+            for split in SPLITS
+            if rows.count(split)
+        }
+        return _manifest(folder, splits, recipe, vocabulary, corpus, rows, reader)
+
+
+def _read(files: Sequence[TextFile], recipe: Recipe, corpus: Corpus, report: Progress) -> Reader:
     total = sum(file.path.stat().st_size for file in files)
-    # so that a corpus of one long text has a held-out part of about the share that was asked for
-    piece = (
-        min(max(int(total * recipe.val_fraction), _SMALLEST_PIECE_BYTES), LONGEST_BYTES)
-        if recipe.val_fraction
-        else LONGEST_BYTES
-    )
-    reader, corpus = Reader(piece), Corpus(work / "documents", seed=recipe.seed, val_fraction=recipe.val_fraction)
+    piece = LONGEST_BYTES
+    if (
+        recipe.val_fraction
+    ):  # so that a corpus of one long text has a held-out part of about the share that was asked for
+        piece = min(max(int(total * recipe.val_fraction), _SMALLEST_PIECE_BYTES), LONGEST_BYTES)
+    reader = Reader(piece)
     for file in files:
         for document in reader.documents(file):
             corpus.add(document)
@@ -149,7 +166,7 @@ def _read(files: Sequence[TextFile], recipe: Recipe, work: Path, report: Progres
     report("reading", total, total)
     if len(corpus) == 0:
         raise DataError(f"no text in the {len(files)} files ({total} bytes){_bad_lines(reader)}")
-    return reader, corpus
+    return reader
 
 
 def _sample(corpus: Corpus, report: Progress) -> Iterator[str]:

@@ -47,6 +47,11 @@ class Rows:
         """Rows of a split."""
         return self._spills[split].records
 
+    def close(self) -> None:
+        """Close the files; they can still be read."""
+        for spill in self._spills.values():
+            spill.close()
+
     def shuffled(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
         """(source, tokens int32 [T]) of the rows of a split."""
         for record in self._spills[split]:

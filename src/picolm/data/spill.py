@@ -41,9 +41,13 @@ class Spill:
         file.write(payload)
         self.records += 1
 
-    def __iter__(self) -> Iterator[bytes]:
+    def close(self) -> None:
+        """Write what is still in memory, and close the files."""
         for file in self._files.values():
             file.close()
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.close()
         for bucket in sorted(self._files):
             path = self._path(bucket)
             if path.stat().st_size <= self._memory_bytes or self._shift < _BITS:

@@ -78,6 +78,14 @@ def find_tokenizer(place: str | Path) -> Path:
     return _download(str(place), "tokenizer.json")
 
 
+def check_size(vocab_size: int) -> None:
+    """Raise DataError when a byte-level vocabulary cannot be so small."""
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise DataError(
+            f"a vocabulary of {vocab_size} is too small: 256 bytes and the end of text make {SMALLEST_VOCABULARY}"
+        )
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Vocabulary:
     """Byte-level BPE (each byte is a token, so that any text has an encoding); the end-of-text token is id 0.
 
@@ -85,10 +93,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Vocabulary:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise DataError(
-            f"a vocabulary of {vocab_size} is too small: 256 bytes and the end of text make {SMALLEST_VOCABULARY}"
-        )
+    check_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

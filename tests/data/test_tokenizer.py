@@ -1,0 +1,138 @@
+"""Tokenizers: the same from the same text, lossless, and byte for byte accounted for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from picolm.data.tokenizer import (
+    END_OF_TEXT,
+    find_tokenizer,
+    load_tokenizer,
+    load_vocabulary,
+    token_bytes,
+    train_tokenizer,
+    write_tokenizer,
+)
+from picolm.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of 400 entries trained on a few sentences."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(train_tokenizer(["the cat sat on the mat. Übergrößen, 漢字! " * 20] * 5, 320), folder, 16)
+    return folder
+
+
+def test_training_repeats_itself(story: Callable[[int], str]) -> None:
+    texts = [story(number) for number in range(200)]
+    first, second = (train_tokenizer(iter(texts), 400).tokenizer.to_str() for _ in range(2))
+    assert first == second
+    assert len(json.loads(first)["model"]["vocab"]) == 400
+
+
+def test_the_end_of_text_is_the_first_entry_and_text_cannot_spell_it(folder: Path) -> None:
+    vocabulary = load_vocabulary(folder)
+    assert (vocabulary.eos_token, vocabulary.eos_id) == (END_OF_TEXT, 0)
+    ids = vocabulary.tokenizer.encode(f"the end{END_OF_TEXT}of it").ids
+    assert 0 not in ids
+    assert vocabulary.tokenizer.decode(ids) == f"the end{END_OF_TEXT}of it"
+
+
+def test_any_text_survives_and_its_bytes_are_counted(folder: Path) -> None:
+    tokenizer, sizes_V = load_tokenizer(folder), token_bytes(folder / "tokenizer.json")
+    assert sizes_V is not None
+    assert len(sizes_V) == tokenizer.get_vocab_size()
+
+    @given(st.text(st.characters(codec="utf-8")))
+    def check(text: str) -> None:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text
+        assert sizes_V[ids].sum() == len(text.encode())
+
+    check()
+    assert sizes_V[0] == 0
+
+
+def test_bytes_of_added_tokens_and_of_holes_in_the_numbering(folder: Path, tmp_path: Path) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens([AddedToken("   ", normalized=False)])
+    tokenizer.add_special_tokens(["<|mask|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    sizes_V = token_bytes(tmp_path / "tokenizer.json")
+    assert sizes_V is not None
+    assert sizes_V[-2:].tolist() == [3, 0]
+
+
+def test_bytes_are_unknown_where_the_vocabulary_is_not_of_bytes(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    assert token_bytes(tmp_path / "tokenizer.json") is None
+
+
+def test_truncation_and_padding_of_a_file_are_switched_off(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert (
+        load_tokenizer(tmp_path).encode("the cat sat on the mat").ids
+        == load_tokenizer(folder).encode("the cat sat on the mat").ids
+    )
+
+
+@pytest.mark.parametrize("end", ["</s>", {"content": "</s>", "special": True}])
+def test_the_end_of_text_is_what_the_configuration_says(tmp_path: Path, end: Any) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "<eos>": 1, "</s>": 2})).save(str(tmp_path / "tokenizer.json"))
+    assert load_vocabulary(tmp_path).eos_id == 2
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    assert load_vocabulary(tmp_path / "tokenizer.json").eos_id == 1
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    assert load_vocabulary(tmp_path).eos_id == 2
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    with pytest.raises(
+        DataError, match=r"nothing: is no tokenizer.json, no folder with one, and not the form owner/name"
+    ):
+        find_tokenizer("nothing")
+    with pytest.raises(DataError, match=r"is no tokenizer.json, no folder with one"):
+        find_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer.json: cannot be read as a tokenizer.json"):
+        load_tokenizer(tmp_path)
+    Tokenizer(models.WordLevel({"a": 0})).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(
+        DataError, match=r"has no end-of-text token .* name it as eos_token in a tokenizer_config.json beside it"
+    ):
+        load_vocabulary(tmp_path)
+    with pytest.raises(DataError, match="a vocabulary of 256 is too small"):
+        train_tokenizer(["a"], 256)
+    with pytest.raises(DataError, match=r"allenai/none: tokenizer.json: is not in the Hub's cache, and offline mode"):
+        find_tokenizer("allenai/none")
+
+
+@pytest.mark.slow
+def test_transformers_loads_the_folder(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    text = "the cat sat on  the mat.\n"
+    assert theirs(text)["input_ids"] == ours.encode(text).ids
+    assert theirs.decode(ours.encode(text).ids) == text
+    assert (theirs.eos_token, theirs.eos_token_id, theirs.model_max_length) == (END_OF_TEXT, 0, 16)
+
+
+def test_golden_encoding(folder: Path) -> None:
+    assert load_tokenizer(folder).encode("the cat sat").ids == [259, 275, 278]
