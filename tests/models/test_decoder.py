@@ -265,7 +265,7 @@ def test_importing_the_models_does_not_import_transformers():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in its own imports
+@pytest.mark.filterwarnings("ignore")  # those of the compiler, about itself
 def test_compiled_it_takes_the_same_step(model, tokens):
     plain = torch.autograd.grad(model.loss(tokens).nats, list(model.parameters()))
     compiled = torch.autograd.grad(torch.compile(model.loss)(tokens).nats, list(model.parameters()))

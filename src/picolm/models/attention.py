@@ -48,6 +48,7 @@ def fused(q_BMTGD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, padding_BK: Tensor | 
     return out_BNTD.unflatten(1, (-1, G)).transpose(2, 3)
 
 
+@torch.compiler.disable  # unrolled into a compiled graph, its blocks take minutes to compile and run slower
 def block_causal(q_BMTGD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor) -> Tensor:
     """`attention` by plain matrix products over blocks of queries."""
     G = q_BMTGD.shape[3]
@@ -81,15 +82,16 @@ class _BlockCausal(torch.autograd.Function):
         q_PRD, k_PKD, v_PKD, *kept = ctx.saved_tensors
         grad_q = torch.empty_like(q_PRD)
         exact = torch.promote_types(q_PRD.dtype, torch.float32)  # sums over blocks lose nothing to bfloat16
-        grad_k, grad_v = torch.zeros_like(k_PKD, dtype=exact), torch.zeros_like(v_PKD, dtype=exact)
+        grad_k = torch.zeros_like(k_PKD.mT, dtype=exact, memory_format=torch.contiguous_format)
+        grad_v = torch.zeros_like(grad_k)  # both [P, D, K]: the long side last is faster for small heads
         for i, (rows, end) in enumerate(_blocks(q_PRD, k_PKD, ctx.group)):
             q, k, v, grad = q_PRD[:, rows], k_PKD[:, :end], v_PKD[:, :end], grad_PRD[:, rows]
             probabilities = kept[i] if kept else _probabilities(q, k, ctx.group)
-            grad_v[:, :end] += probabilities.mT @ grad
+            grad_v[..., :end] += grad.mT @ probabilities
             grad_scores = torch._softmax_backward_data(grad @ v.mT, probabilities, -1, q.dtype)
             grad_q[:, rows] = grad_scores @ k
-            grad_k[:, :end] += grad_scores.mT @ q
-        return grad_q, grad_k.to(k_PKD.dtype), grad_v.to(v_PKD.dtype), None
+            grad_k[..., :end] += q.mT @ grad_scores
+        return grad_q, grad_k.mT.to(k_PKD.dtype), grad_v.mT.to(v_PKD.dtype), None
 
 
 def _blocks(q_PRD: Tensor, k_PKD: Tensor, group: int) -> Iterator[tuple[slice, int]]:
@@ -105,6 +107,6 @@ def _probabilities(q: Tensor, k: Tensor, group: int) -> Tensor:
     """Of one block, whose diagonal is the last square of its scores."""
     scores = q @ k.mT
     size = q.shape[1] // group
-    future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1).repeat_interleave(group, dim=0)
-    scores[..., -size:].masked_fill_(future, float("-inf"))
+    future = torch.full((size, size), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    scores[..., -size:] += future.repeat_interleave(group, dim=0)  # a third of the time of masked_fill_
     return scores.softmax(-1)

@@ -145,9 +145,9 @@ class Decoder(nn.Module):
             raise ValueError(f"{stop} positions, but the context of this model is max_seq_len = {config.max_seq_len}")
         x_BTH = self.embedding_proj(tokens_BT)
         head_size = config.d_model // config.attention_n_heads
-        rotations_TF = rotations(start, stop, head_size, config.position_emb_theta, x_BTH)
+        rotations_TF2 = rotations(start, stop, head_size, config.position_emb_theta, x_BTH)
         for layer in self.layers:
-            x_BTH = layer(x_BTH, rotations_TF, cache, padding_BK)
+            x_BTH = layer(x_BTH, rotations_TF2, cache, padding_BK)
         return self.output_norm(x_BTH)
 
     def loss(self, tokens_BS: Tensor, noise: torch.Generator | None = None) -> Loss:

@@ -24,7 +24,10 @@ class Cache(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, the quotient in float32 (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x^2) + eps) * weight, the quotient in float32 (Zhang & Sennrich 2019).
+
+    Under autocast the result is rounded to its dtype here, once, rather than by each of the layers that read it.
+    """
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -33,11 +36,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        normed = (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        device = x.device.type
+        return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
 
 
 def rotations(start: int, stop: int, head_size: int, theta: float, like: Tensor) -> Tensor:
-    """The rotation e^{i t theta^(-2f/D)} of each position t in [start, stop) and frequency f, complex, [T, F].
+    """The cosine and sine of t theta^(-2f/D) for each position t in [start, stop) and frequency f, [T, F, 2], float32.
 
     Computed by each forward pass (some 50 us) rather than kept: nothing to share between models, to move to a device or
     to lose when a model is built on the meta device.
@@ -45,13 +50,19 @@ def rotations(start: int, stop: int, head_size: int, theta: float, like: Tensor)
     exact = torch.promote_types(like.dtype, torch.float32)
     powers_F = torch.arange(0, head_size, 2, device=like.device).to(exact) / head_size
     angles_TF = torch.outer(torch.arange(start, stop, device=like.device).to(exact), 1.0 / theta**powers_F)
-    return torch.polar(torch.ones_like(angles_TF), angles_TF)
+    return torch.stack((angles_TF.cos(), angles_TF.sin()), -1)
 
 
-def rotate(x_BTND: Tensor, rotations_TF: Tensor) -> Tensor:
+def rotate(x_BTND: Tensor, rotations_TF2: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021) on the interleaved pairs (x0, x1), (x2, x3), …, in float32, rounded once."""
-    pairs_BTNF = torch.view_as_complex(x_BTND.to(rotations_TF.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs_BTNF * rotations_TF[:, None]).flatten(-2).to(x_BTND.dtype)
+    x_BTNF2 = x_BTND.to(rotations_TF2.dtype).unflatten(-1, (-1, 2))
+    turns_T1F2 = rotations_TF2[:, None]
+    if torch.compiler.is_compiling():  # the compiler fuses this form, and knows no complex numbers
+        (a, b), (cos, sin) = x_BTNF2.unbind(-1), turns_T1F2.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    else:  # a quarter of the time of the other form on a CPU
+        turned = torch.view_as_real(torch.view_as_complex(x_BTNF2) * torch.view_as_complex(turns_T1F2))
+    return turned.flatten(-2).to(x_BTND.dtype)
 
 
 class Attention(nn.Module):
@@ -67,11 +78,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x_BTH: Tensor, rotations_TF: Tensor, cache: Cache | None = None, padding_BK: Tensor | None = None
+        self, x_BTH: Tensor, rotations_TF2: Tensor, cache: Cache | None = None, padding_BK: Tensor | None = None
     ) -> Tensor:
         M, scale = self.kv_heads, (x_BTH.shape[-1] // self.heads) ** -0.5
-        q_BTND = rotate(self.q_proj(x_BTH).unflatten(-1, (self.heads, -1)), rotations_TF * scale)
-        k_BMTD = rotate(self.k_proj(x_BTH).unflatten(-1, (M, -1)), rotations_TF).transpose(1, 2)
+        q_BTND = rotate(self.q_proj(x_BTH).unflatten(-1, (self.heads, -1)), rotations_TF2 * scale)
+        k_BMTD = rotate(self.k_proj(x_BTH).unflatten(-1, (M, -1)), rotations_TF2).transpose(1, 2)
         v_BMTD = self.v_proj(x_BTH).unflatten(-1, (M, -1)).transpose(1, 2)
         if cache is not None:
             k_BMTD, v_BMTD = cache.update(k_BMTD, v_BMTD, self.layer)
@@ -104,7 +115,7 @@ class Block(nn.Module):
         self.swiglu_norm = RMSNorm(width, eps)
 
     def forward(
-        self, x_BTH: Tensor, rotations_TF: Tensor, cache: Cache | None = None, padding_BK: Tensor | None = None
+        self, x_BTH: Tensor, rotations_TF2: Tensor, cache: Cache | None = None, padding_BK: Tensor | None = None
     ) -> Tensor:
-        x_BTH = x_BTH + self.attention(self.attention_norm(x_BTH), rotations_TF, cache, padding_BK)
+        x_BTH = x_BTH + self.attention(self.attention_norm(x_BTH), rotations_TF2, cache, padding_BK)
         return x_BTH + self.swiglu(self.swiglu_norm(x_BTH))
