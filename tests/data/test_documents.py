@@ -28,12 +28,13 @@ def test_every_kind_of_file_in_the_order_of_names(write_texts: Texts) -> None:
     lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in ("four", "five"))
     folder = write_texts({
         "a.txt": "one\nstill one", "b.md": "# two", "c.jsonl": [{"text": "three"}], "d.jsonl.gz": gzip.compress(lines),
-        "e.jsonl.zst": pa.compress(lines, "zstd", asbytes=True), "f.txt.gz": gzip.compress(b"six"), "notes.pdf": b"%PDF",
-        ".hidden.txt": "no", ".git/x.txt": "no",
+        "e.jsonl.zst": pa.compress(lines, "zstd", asbytes=True), "f.txt.gz": gzip.compress("\ufeffsix".encode()),
+        "notes.pdf": b"%PDF", ".hidden.txt": "no", ".git/x.txt": "no",
     })  # fmt: skip
     pq.write_table(pa.table({"text": ["seven", "eight"]}), folder / "g.parquet")
     found, reader = read(folder)
-    assert [text for text, _ in found] == [
+    texts = [text for text, _ in found]
+    assert texts == [
         "one\nstill one",
         "# two",
         "three",
@@ -48,6 +49,14 @@ def test_every_kind_of_file_in_the_order_of_names(write_texts: Texts) -> None:
     assert {source for _, source in found} == {None}
     assert reader.bad_lines == 0
     assert reader.bytes_read == sum(file.path.stat().st_size for file in find_files([folder]))
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_files_of_several_compressed_parts_are_read_to_their_end(write_texts: Texts, kind: str) -> None:
+    lines = [json.dumps({"text": f"{number} " * 300}).encode() + b"\n" for number in range(40)]
+    pack = gzip.compress if kind == "gz" else lambda part: pa.compress(part, "zstd", asbytes=True)
+    found, _ = read(write_texts({f"a.jsonl.{kind}": b"".join(map(pack, lines))}))
+    assert [int(text.split()[0]) for text, _ in found] == list(range(40))
 
 
 def test_the_source_is_the_field_else_the_first_folder(write_texts: Texts) -> None:
@@ -66,7 +75,8 @@ def test_bad_lines_are_named_and_left_out(write_texts: Texts) -> None:
     )
     folder = write_texts({"a.jsonl": broken, "b.txt": b"fine\n\xff\xfe\nfine too\n"})
     found, reader = read(folder)
-    assert [text for text, _ in found] == ["good", "also good", "fine\nfine too\n"]
+    texts = [text for text, _ in found]
+    assert texts == ["good", "also good", "fine\nfine too\n"]
     assert reader.bad_lines == 6
     assert reader.first_bad_lines[0].startswith("a.jsonl:2: ")
     assert reader.first_bad_lines[1] == "a.jsonl:3: no text in the field `text`"
@@ -76,7 +86,8 @@ def test_bad_lines_are_named_and_left_out(write_texts: Texts) -> None:
 def test_bad_rows_of_a_table_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None, "b"]}), tmp_path / "t.parquet")
     found, reader = read(tmp_path)
-    assert [text for text, _ in found] == ["a", "b"]
+    texts = [text for text, _ in found]
+    assert texts == ["a", "b"]
     assert reader.first_bad_lines == ["t.parquet:2: no text in the field `text`"]
 
 

@@ -83,6 +83,13 @@ def test_the_next_shard_is_fetched_in_the_background(hub: Any, opened: Any, writ
     assert not hub.requests("GET", "train-00002")
 
 
+@pytest.mark.usefixtures("no_prefetch")
+def test_that_there_are_no_labels_is_known_from_one_shard(hub: Any, opened: Any, write_shards: Write) -> None:
+    write_shards([20] * 5, folder=DATA)
+    assert opened(row_length=9).labels(np.arange(100)) is None
+    assert len([asked for asked in hub.requests("GET", "/resolve/") if asked is None]) == 1
+
+
 @pytest.mark.parametrize("faults", [[503], [429, 500, 503], ["cut"], ["cut", 503, "cut"]])
 def test_a_busy_server_is_tried_again(hub: Any, opened: Any, write_shards: Write, faults: list[Any]) -> None:
     write_shards([20, 7], folder=DATA)
@@ -100,6 +107,28 @@ def test_patience_ends(hub: Any, opened: Any, write_shards: Write) -> None:
     hub.faults["/resolve/"] = [503] * 1000
     with pytest.raises(DataError, match=r"lab/rows: data/train-00000-of-00002.parquet: could not be fetched .*503"):
         source.rows(np.array([0]))
+
+
+def test_waits_grow_and_only_what_may_pass_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    from picolm.data.hub import persist
+
+    waits, calls = list[float](), list[Exception]()
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def fail(error: Exception) -> None:
+        calls.append(error)
+        raise error
+
+    with pytest.raises(DataError, match=r"x: could not be fetched from the Hub \(.*\): gone"):
+        persist(lambda: fail(ConnectionError("gone")), "x")
+    assert waits == [1, 2, 4, 8]
+    assert len(calls) == 5
+    with pytest.raises(KeyError, match="a bug"):
+        persist(lambda: fail(KeyError("a bug")), "x")
+    with pytest.raises(DataError, match=r"x: could not be fetched .*No space left"):
+        persist(lambda: fail(OSError(28, "No space left on device")), "x")
+    assert len(calls) == 7
 
 
 def test_a_server_that_is_away_is_named(hub: Any, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_a_part_of_a_large_permutation_stays_inside_and_repeats_nothing(size: in
     assert images.max() < size
 
 
-@given(size=st.integers(2, 500), start=st.integers(0, 2000), count=st.integers(1, 300), shuffle=st.booleans())
+@given(size=st.integers(2, 500), start=st.integers(0, 2000), count=st.integers(1, 40), shuffle=st.booleans())
 def test_a_position_has_its_row_whatever_is_asked_beside_it(size: int, start: int, count: int, shuffle: bool) -> None:
     together = rows_in_order(np.arange(start, start + count), size, seed=3, shuffle=shuffle)
     alone = [int(rows_in_order(np.array([p]), size, seed=3, shuffle=shuffle)[0]) for p in range(start, start + count)]
@@ -47,7 +47,7 @@ def test_shuffle_permutes_the_first_pass_by_the_seed() -> None:
 
 @pytest.mark.parametrize("size", [5, 7, 16])
 def test_each_row_comes_first_equally_often(size: int) -> None:
-    trials = 4000
+    trials = 1500
     images = np.array([permute(np.arange(size), size, seed, "order", 1) for seed in range(trials)])
     counts = np.stack([np.bincount(images[:, place], minlength=size) for place in range(size)])
     expected = trials / size

@@ -200,7 +200,9 @@ def test_a_folder_is_whole_or_absent(corpus: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("picolm.data.prepare.write_tokenizer", fail)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        DataError, match=r"out: cannot be written \(.*No space left on device\); nothing of it was left"
+    ):
         prepare([corpus], tmp_path / "out", **OPTIONS)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -342,5 +344,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         )
         return int(done.stdout) / 1024
 
-    small, large = peak_mib(15), peak_mib(150)
-    assert large < small + 120  # ten times the text
+    small, large = peak_mib(8), peak_mib(80)
+    assert large < small + 40  # ten times the text

@@ -95,7 +95,7 @@ class Reader:
         pieces, held_bytes = list[str](), 0
         for number, line in self._lines(file, LONGEST_BYTES):
             try:
-                pieces.append(line.decode())
+                pieces.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # a byte-order mark is no text
             except UnicodeDecodeError as error:
                 self._bad(file, number, f"not UTF-8 ({error.reason})")
                 continue

