@@ -110,7 +110,7 @@ def test_patience_ends(hub: Any, opened: Any, write_shards: Write) -> None:
 
 
 def test_waits_grow_and_only_what_may_pass_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    from picolm.data.hub import persist
+    from picolm.data.network import persist
 
     waits, calls = list[float](), list[Exception]()
     monkeypatch.setattr("time.sleep", waits.append)

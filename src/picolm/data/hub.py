@@ -9,8 +9,7 @@ network), and a fetched shard that holds another number is an error. What was fo
 so that offline mode (`HF_HUB_OFFLINE=1`) can use what has been fetched. The fingerprint follows from the digests that the
 Hub states for the shards, and so outlives a commit that only edits the data set's card.
 
-`HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME` mean what they mean to huggingface_hub. A busy or unreachable server is tried again,
-after 1, 2, 4, 8 s.
+`HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME` mean what they mean to huggingface_hub.
 """
 
 from __future__ import annotations
@@ -18,23 +17,18 @@ from __future__ import annotations
 import json
 import os
 import struct
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from picolm.data import SOURCES, cache_folder
 from picolm.data.ahead import Ahead
 from picolm.data.decode import Footer, read_footer
 from picolm.data.manifest import FILE, Manifest, digest_of, parse_manifest
+from picolm.data.network import is_offline, persist
 from picolm.data.parquet import ShardedRows, check_length, rows_fingerprint, shards_of
 from picolm.errors import DataError
 
-Result = TypeVar("Result")
-
-_ATTEMPTS = 5
-_FIRST_WAIT_S = 1.0
 _FOOTER_BYTES = 1 << 16
 _TIMEOUT_S = 30.0
 
@@ -128,7 +122,7 @@ def open_hub(
     name, revision = place.partition("@")[::2]
     cached = (cache_dir or cache_folder()) / "hub" / f"{name.replace('/', '--')}@{revision or 'main'}--{split}.json"
     index = _load(cached)
-    if _is_offline():
+    if is_offline():
         if index is None:
             raise DataError(
                 f"{name}: offline mode (HF_HUB_OFFLINE) is on, and this machine has never opened the split {split!r} of "
@@ -229,62 +223,6 @@ def _save(index: Index, path: Path) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(asdict(index)), encoding="utf-8")
     os.replace(aside, path)
-
-
-def _is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE
-
-
-def persist(call: Callable[[], Result], name: str, endpoint: str | None = None) -> Result:
-    """The result of a request, tried again while the server is busy or away. Raises DataError saying why there is none."""
-    from huggingface_hub import errors
-
-    # hf_xet, which moves large files, reports what goes wrong on the network as a RuntimeError
-    troubles = (OSError, RuntimeError, errors.HTTPError, errors.EntryNotFoundError, errors.HFValidationError)
-    for attempt in range(_ATTEMPTS):
-        try:
-            return call()
-        except troubles as error:
-            if attempt + 1 == _ATTEMPTS or not _may_pass(error):
-                raise _explain(error, name, endpoint) from error
-            time.sleep(_FIRST_WAIT_S * 2**attempt)
-    raise AssertionError("unreachable")
-
-
-def _may_pass(error: BaseException | None) -> bool:
-    """Whether trying again may help: 408, 429, 5xx, a lost or refused connection, a download that came short."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    if isinstance(error, HfHubHTTPError):
-        return error.response is not None and (
-            error.response.status_code in (408, 429) or error.response.status_code >= 500
-        )
-    if isinstance(error, HTTPError | ConnectionError | TimeoutError | RuntimeError):
-        return not _is_offline()
-    return "Consistency check" in str(error) or (error is not None and _may_pass(error.__cause__))
-
-
-def _explain(error: Exception, name: str, endpoint: str | None) -> DataError:
-    from huggingface_hub import constants, errors
-
-    hub = f"the Hub ({endpoint or constants.ENDPOINT})"
-    if isinstance(error, errors.RevisionNotFoundError | errors.RemoteEntryNotFoundError):
-        return DataError(f"{name}: is not on {hub}; check the revision and the file")
-    if isinstance(error, errors.GatedRepoError):
-        return DataError(f"{name}: access is restricted; ask for it on its page on {hub}, then `hf auth login`")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return DataError(
-            f"{name}: is neither a folder here nor a repository on {hub} that may be read without further rights; "
-            "check the name, or for a private one `hf auth login` or set HF_TOKEN"
-        )
-    if _is_offline():
-        return DataError(
-            f"{name}: is not in the Hub's cache, and offline mode (HF_HUB_OFFLINE) is on; switch it off once"
-        )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return DataError(f"{name}: could not be fetched from {hub}: {reason}")
 
 
 def _silent_bar() -> type:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from picolm.data.hub import persist
+from picolm.data.network import persist
 from picolm.errors import DataError
 
 if TYPE_CHECKING:
