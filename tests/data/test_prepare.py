@@ -344,5 +344,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         )
         return int(done.stdout) / 1024
 
-    small, large = peak_mib(8), peak_mib(80)
-    assert large < small + 40  # ten times the text
+    small, large = peak_mib(5), peak_mib(50)
+    assert large < small + 30  # ten times the text
