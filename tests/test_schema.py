@@ -78,7 +78,9 @@ def test_the_help_of_a_field_is_part_of_its_error(tmp_path: Path) -> None:
 
 
 def test_a_key_in_the_wrong_section_is_pointed_to_the_right_one(tmp_path: Path) -> None:
-    assert problems(tmp_path, "inner:\n  max_steps: 4\n") == ["c.yaml:2: inner.max_steps: unknown key; did you mean 'max_steps'?"]
+    assert problems(tmp_path, "inner:\n  max_steps: 4\n") == [
+        "c.yaml:2: inner.max_steps: unknown key; did you mean 'max_steps'?"
+    ]
 
 
 def test_rules_between_fields_are_told_beside_other_problems(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_what_is_not_a_configuration(tmp_path: Path, text: str, message: str) ->
 
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "demo.yaml").write_text("")
-    with pytest.raises(ConfigError, match="demmo.yaml: there is no such file; did you mean 'demo.yaml'"):
+    with pytest.raises(ConfigError, match=r"demmo.yaml: there is no such file; did you mean 'demo.yaml'"):
         load(tmp_path / "demmo.yaml", Outer)
 
 
@@ -122,7 +124,13 @@ def test_overrides_win_and_nest(tmp_path: Path) -> None:
     )
 
 
-@given(st.builds(Outer, name=st.none() | st.text(), inner=st.builds(Inner, rate=st.floats(-1e9, 1e9), sizes=st.lists(st.integers()))))
+@given(
+    st.builds(
+        Outer,
+        name=st.none() | st.text(),
+        inner=st.builds(Inner, rate=st.floats(-1e9, 1e9), sizes=st.lists(st.integers())),
+    )
+)
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, config: Outer) -> None:
     file = tmp_path_factory.mktemp("round") / "c.yaml"
     file.write_text(dump(config), encoding="utf-8")

@@ -249,8 +249,12 @@ def _similar_file(path: Path) -> str:
 
 def _get(data: Any, path: KeyPath) -> Any:
     for part in path:
-        inside = isinstance(data, dict) or (isinstance(data, list) and isinstance(part, int) and part < len(data))
-        data = (data.get(part) if isinstance(data, dict) else data[int(part)]) if inside else None
+        if isinstance(data, dict):
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            return None
     return data
 
 
@@ -258,8 +262,10 @@ def _existing(data: Any, location: KeyPath) -> KeyPath:
     """The part of a pydantic location that leads through the data: it also names union members, which users do not."""
     path: list[str | int] = []
     for part in location:
-        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
-            data = data[part]
+        if (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        ):
+            data = data[int(part)]
         else:
             break
         path.append(part)

@@ -106,7 +106,9 @@ def test_each_field_has_a_docstring() -> None:
         for name, field in model.model_fields.items():
             kind = field.annotation
             nested = isinstance(kind, type) and issubclass(kind, BaseModel)
-            missing += undocumented(kind, f"{prefix}{name}.") if nested else [] if field.description else [prefix + name]
+            missing += (
+                undocumented(kind, f"{prefix}{name}.") if nested else [] if field.description else [prefix + name]
+            )
         return missing
 
     assert undocumented(TrainConfig) == ["model"]  # a section: its fields are dataclass fields with docstrings
@@ -131,5 +133,7 @@ def test_a_model_of_the_users_own_brings_its_own_section(tmp_path: Path, monkeyp
 
 
 def test_the_resolved_configuration_is_read_back(make_config: Callable[..., Any], tmp_path: Path) -> None:
-    config = make_config("training.optimization.betas=[0.8, 0.99]", "checkpointing.learning_dynamics.positions=random:3")
+    config = make_config(
+        "training.optimization.betas=[0.8, 0.99]", "checkpointing.learning_dynamics.positions=random:3"
+    )
     assert plain(read(tmp_path, dump(config))) == plain(config)

@@ -42,7 +42,11 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals =
 def test_an_interrupted_run_ends_with_the_same_bytes(
     train: Train, make_config: Any, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    options = ("training.max_steps=20", "checkpointing.save_every_n_steps=10", f"training.optimization.optimizer={optimizer}")
+    options = (
+        "training.max_steps=20",
+        "checkpointing.save_every_n_steps=10",
+        f"training.optimization.optimizer={optimizer}",
+    )
     whole = train(*options, "checkpointing.run_name=whole")
     with monkeypatch.context() as patch:
         kill_at(patch, 6)
@@ -53,7 +57,10 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert digests(continued, 20) == digests(whole, 20)
     for step in (10, 20):
         assert continued[step].meta == whole[step].meta
-    losses = [{entry["step"]: entry["train/loss"] for entry in run.metrics() if "train/loss" in entry} for run in (continued, whole)]
+    losses = [
+        {entry["step"]: entry["train/loss"] for entry in run.metrics() if "train/loss" in entry}
+        for run in (continued, whole)
+    ]
     assert {step: losses[0][step] for step in losses[1]} == losses[1]
 
 
@@ -64,7 +71,8 @@ def test_the_same_configuration_gives_the_same_bytes(train: Train) -> None:
 
 def test_the_stored_gradient_is_the_one_that_trained_the_model(train: Train) -> None:
     run = train(
-        "checkpointing.learning_dynamics.what=[gradients]", "training.optimization.optimizer=sgd", "training.optimization.grad_clip_norm=null",
+        "checkpointing.learning_dynamics.what=[gradients]", "training.optimization.optimizer=sgd",
+        "training.optimization.grad_clip_norm=null",
         "training.optimization.weight_decay=0", "training.optimization.lr=1.0", "checkpointing.save_every_n_steps=1",
         "checkpointing.learning_dynamics.layer_suffixes=[q_proj, k_proj, v_proj, o_proj, w_0, w_1, w_2, attention_norm,"
         " swiglu_norm, output_norm, embedding_proj, de_embedding_proj]",
@@ -89,7 +97,9 @@ def test_stored_activations_equal_a_forward_of_the_stored_weights(train: Train, 
             tokens_RS = torch.tensor(checkpoint.rows(split)["input_ids"].to_pylist())
             for address in checkpoint.select(kind="activations", split=split):
                 seen: list[torch.Tensor] = []
-                hook = model.get_submodule(address.module).register_forward_hook(lambda m, i, out, seen=seen: seen.append(out))
+                hook = model.get_submodule(address.module).register_forward_hook(
+                    lambda m, i, out, seen=seen: seen.append(out)
+                )
                 for row_S in tokens_RS:  # row by row: the order is part of the claim
                     with torch.no_grad():
                         model(row_S[None, :-1])
@@ -105,7 +115,9 @@ def test_stored_activations_equal_a_forward_of_the_stored_weights(train: Train, 
 def test_capture_changes_no_byte_of_the_weights(train: Train) -> None:
     watched = train("checkpointing.run_name=watched", "checkpointing.learning_dynamics.positions=all")
     blind = train(
-        "checkpointing.run_name=blind", "checkpointing.learning_dynamics.what=[]", "checkpointing.learning_dynamics.eval_data=null"
+        "checkpointing.run_name=blind",
+        "checkpointing.learning_dynamics.what=[]",
+        "checkpointing.learning_dynamics.eval_data=null",
     )
     assert not blind[6].select(kind="activations") + blind[6].select(kind="gradients")
     assert digests(watched, 6) == digests(blind, 6)
@@ -113,7 +125,11 @@ def test_capture_changes_no_byte_of_the_weights(train: Train) -> None:
 
 def test_accumulation_changes_rounding_only(train: Train) -> None:
     runs = [
-        train(f"checkpointing.run_name=a{n}", f"training.optimization.gradient_accumulation_steps={n}", "training.max_steps=2")
+        train(
+            f"checkpointing.run_name=a{n}",
+            f"training.optimization.gradient_accumulation_steps={n}",
+            "training.max_steps=2",
+        )
         for n in (1, 4)
     ]
     for address in runs[0][0].select(kind="gradients") + runs[0][0].select(kind="activations"):
@@ -137,8 +153,24 @@ def test_a_logged_step_tells_what_the_facts_ask_for(train: Train) -> None:
     assert first["lr"] == pytest.approx(0.005)
     assert first["train/perplexity"] == pytest.approx(math.exp(first["train/loss"]))
     groups = {name.split("/")[1] for name in first if name.startswith("update_ratio/")}
-    assert groups == {"embedding_proj", "attention", "attention_norm", "swiglu", "swiglu_norm", "output_norm", "de_embedding_proj"}
-    assert {"grad_norm", "clip_coefficient", "weight_norm", "tokens", "tokens_per_s", "share_of_peak", "loss_spikes"} <= set(first)
+    assert groups == {
+        "embedding_proj",
+        "attention",
+        "attention_norm",
+        "swiglu",
+        "swiglu_norm",
+        "output_norm",
+        "de_embedding_proj",
+    }
+    assert {
+        "grad_norm",
+        "clip_coefficient",
+        "weight_norm",
+        "tokens",
+        "tokens_per_s",
+        "share_of_peak",
+        "loss_spikes",
+    } <= set(first)
     assert {f"time/{phase}_s" for phase in ("data", "forward", "backward", "update", "save")} <= set(first)
     assert entries[1]["tokens"] == 2 * 8 * 16
 
@@ -156,7 +188,9 @@ def test_evaluation_is_by_source(train: Train) -> None:
     assert results["paloma/nats_per_token"] == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-def test_a_non_finite_gradient_skips_the_update_and_names_the_rows(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_finite_gradient_skips_the_update_and_names_the_rows(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = loop.measure
     calls = iter(range(100))
 
@@ -191,7 +225,9 @@ def test_a_second_process_on_the_same_run_is_refused_by_name(train: Train) -> No
 
 
 def test_rows_of_several_passes_are_permuted(train: Train) -> None:
-    run = train("training.max_steps=30", "checkpointing.save_every_n_steps=15", "monitoring.logging.log_every_n_steps=30")
+    run = train(
+        "training.max_steps=30", "checkpointing.save_every_n_steps=15", "monitoring.logging.log_every_n_steps=30"
+    )
     numbers = [run[step].rows("train")["row"].to_pylist() for step in (0, 15, 30)]
     assert numbers[0] == list(range(8))
     assert numbers[1] != list(range(8))
@@ -199,8 +235,6 @@ def test_rows_of_several_passes_are_permuted(train: Train) -> None:
     assert all(len(set(rows)) == 8 and max(rows) < 120 for rows in numbers)
 
 
-
-
 def test_a_module_that_is_not_called_is_refused(train: Train) -> None:
-    with pytest.raises(PicoError, match="de_embedding_proj ran 0 times in 2 micro-batch.*capture only gradients"):
+    with pytest.raises(PicoError, match=r"de_embedding_proj ran 0 times in 2 micro-batch.*capture only gradients"):
         train("checkpointing.learning_dynamics.layer_suffixes=[de_embedding_proj]")

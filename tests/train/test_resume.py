@@ -31,7 +31,9 @@ def test_keys_that_may_change_are_recorded(train: Train, capsys: pytest.CaptureF
     starts = run.environment["starts"]
     assert [start["step"] for start in starts] == [0, 6]
     assert starts[1]["changed"] == {"training.max_steps": [6, 8], "training.optimization.lr": [0.01, 0.02]}
-    assert "training.optimization.lr was 0.01 in this run until now and is 0.02 from step 6 on" in capsys.readouterr().err
+    assert (
+        "training.optimization.lr was 0.01 in this run until now and is 0.02 from step 6 on" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,9 @@ def test_other_data_under_the_same_name_are_refused(train: Train, toy_data: Path
     for file in toy_data.glob("*.parquet"):
         tokens = [row[::-1] for row in pq.read_table(file)["input_ids"].to_pylist()]
         pq.write_table(pa.table({"input_ids": tokens}), other / file.name)
-    with pytest.raises(PicoError, match=r"was trained on other data: fingerprint .* Point data.dataset.name to the same data"):
+    with pytest.raises(
+        PicoError, match=r"was trained on other data: fingerprint .* Point data.dataset.name to the same data"
+    ):
         train(f"data.dataset.name={other}")
 
 
@@ -101,7 +105,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 
 def test_a_run_may_be_protected(train: Train) -> None:
     train()
-    with pytest.raises(PicoError, match="holds a run already and checkpointing.training.auto_resume is false"):
+    with pytest.raises(PicoError, match=r"holds a run already and checkpointing.training.auto_resume is false"):
         train("checkpointing.training.auto_resume=false")
 
 
@@ -141,7 +145,9 @@ def test_data_that_do_not_fit(train: Train, override: str, message: str) -> None
 
 
 def test_a_token_beyond_the_vocabulary_is_named_before_it_is_used(train: Train) -> None:
-    with pytest.raises(DataError, match=r"train-00000-of-00001.parquet.*row \d+.*token id 6\d is outside of the vocabulary of 60"):
+    with pytest.raises(
+        DataError, match=r"train-00000-of-00001.parquet.*row \d+.*token id 6\d is outside of the vocabulary of 60"
+    ):
         train(
             "model.vocab_size=60", "data.tokenizer.vocab_size=60", "evaluation.metrics=null",
             "checkpointing.learning_dynamics.eval_data=null",

@@ -4,6 +4,7 @@ import logging
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     devices.set_determinism(config.training.deterministic)
     configure_logging(config.monitoring.logging.log_level)
     fabric = _fabric(config)
-    source = _open(config, config.data.dataset.name, "train", config.model.max_seq_len + 1)
+    with fabric.rank_zero_first():  # one process prepares or fetches, the others find it done
+        source = _open(config, config.data.dataset.name, "train", config.model.max_seq_len + 1)
     batches = _batches(config, fabric, source)
     text = Text(tokenizer_file(config, source), config.model.vocab_size)
     state = State(*_model_and_optimizers(config, fabric))
@@ -73,6 +75,7 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
         evaluated_rows=evaluated_rows,
         texts=_texts(config, state.model, text),
         peak_flops=devices.matmul_peak(fabric.device, devices.compute_dtype(config.training.fabric.precision)),
+        compiled=devices.want_compile(config.training, fabric.device),
         continued_from=continued_from,
     )
     for logger in job.loggers:
@@ -162,11 +165,14 @@ def _held_out(config: TrainConfig, name: str, split: str, source: Source) -> Sou
     """The rows called `name`; for `auto` those held out of the training data, else the published validation set if that is
     what the training data come with, else none, said once.
     """
-    if name != "auto":
-        return _open(config, name, split, None)
     own = config.data.dataset.name
+    place = name if name != "auto" else PUBLISHED_VALIDATION if own == "pico-lm/pretokenized-dolma" else own
+    # An embedded corpus is cut to the length that is asked for; other held-out rows may be shorter than training rows.
+    row_length = config.model.max_seq_len + 1 if place.startswith("embedded:") else None
+    if name != "auto":
+        return _open(config, place, split, row_length)
     try:
-        return _open(config, PUBLISHED_VALIDATION if own == "pico-lm/pretokenized-dolma" else own, "val", None)
+        return _open(config, place, "val", row_length)
     except DataError as error:
         log.warning("No held-out rows: %s. There will be no validation figures and no val captures.", error)
         return None
@@ -188,12 +194,18 @@ def _model_and_optimizers(config: TrainConfig, fabric: Fabric) -> tuple[Any, lis
 
 
 def _setup(config: TrainConfig, fabric: Fabric, state: State) -> Any:
-    """The model as Fabric wraps it. The optimizers stay bare: nothing here needs Fabric's own bookkeeping of them."""
+    """The model as Fabric wraps it, with a `compiled_loss` beside its `loss` where one is wanted.
+
+    The optimizers stay bare: nothing here needs Fabric's own bookkeeping of them.
+    """
+    methods = ["loss", "token_nats"]
     if devices.want_compile(config.training, fabric.device):
-        state.model.loss = torch.compile(state.model.loss)
+        compiled = torch.compile(type(state.model).loss, dynamic=False)  # all micro-batches of a run have one shape
+        state.model.compiled_loss = MethodType(compiled, state.model)  # Fabric takes methods only
+        methods.append("compiled_loss")
     model = fabric.setup_module(state.model)
-    model.mark_forward_method("loss")
-    model.mark_forward_method("token_nats")
+    for name in methods:
+        model.mark_forward_method(name)
     return model
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from picolm.errors import PicoError
 from picolm.models import MODELS
 from picolm.models.decoder import DecoderConfig
+from picolm.registry import Registry
 from picolm.schema import Rule, Section
 from picolm.train.evaluate import EVALUATIONS
 from picolm.train.optim import OPTIMIZERS, SCHEDULES
@@ -327,7 +328,7 @@ def _model_rules(config: TrainConfig) -> Iterator[Rule]:
 
 def _name_rules(config: TrainConfig) -> Iterator[Rule]:
     optimization = config.training.optimization
-    named = [
+    named: list[tuple[str, Registry[Any], str]] = [
         ("training.optimization.optimizer", OPTIMIZERS, optimization.optimizer),
         ("training.optimization.lr_scheduler", SCHEDULES, optimization.lr_scheduler),
         *(("evaluation.metrics", EVALUATIONS, name) for name in config.evaluation.metrics or ()),

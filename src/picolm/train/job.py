@@ -27,6 +27,7 @@ class Job:
     """One training run, ready to go on from `state.step`.
 
     model: what Fabric returned, around the bare model in `state`. texts: files that go into each checkpoint with weights.
+    compiled: whether the model has a `compiled_loss` beside its `loss`, to train with.
     continued_from: the step whose checkpoint this run went on from; that one is on disk already.
     """
 
@@ -47,6 +48,7 @@ class Job:
     evaluated_rows: Rows | None
     texts: dict[str, str | bytes]
     peak_flops: float
+    compiled: bool = False
     continued_from: int | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from picolm.address import Address
 from picolm.capture import capture
 from picolm.errors import PicoError
+from picolm.models import Loss
 from picolm.seeds import derive
 from picolm.train import report
 from picolm.train.evaluate import Evaluation, evaluate
@@ -39,8 +41,9 @@ def train(job: Job) -> None:
         due = job.plan.when_stopping(step) if stopping else job.plan.due(step)
         with job.stopwatch.time("data"):
             micro_batches = job.batches(step)
-        with watch(job, step, due) as captured:
-            gradient = measure(job, accumulate(job, step, micro_batches, job.tokens_per_step, due))
+        with watch(job, step, due, micro_batches) as captured:
+            loss = accumulate(job, step, micro_batches, job.tokens_per_step, due)
+        gradient = measure(job, loss)
         if due.dynamics:
             captured |= held_out(job, step)
         if due.evaluation and not stopping:
@@ -60,37 +63,62 @@ def train(job: Job) -> None:
         raise PicoError(report.hopeless(job))
 
 
-def accumulate(job: Job, step: int, micro_batches: Sequence[Tensor], tokens: int, due: Due) -> Tensor:
+def accumulate(job: Job, step: int, micro_batches: Sequence[Tensor], tokens: int, due: Due | None = None) -> Tensor:
     """Forward and backward over every micro-batch; returns the mean loss, in nats, over all `tokens` of all processes.
 
-    The gradients that the parameters hold afterwards are those of that mean.
+    The gradients that the parameters hold afterwards are those of that mean. due: of the step whose batch this is; None for
+    rows that are captured and not trained on.
     """
     world, nats = job.fabric.world_size, torch.zeros((), device=job.device)
     for index, tokens_BS in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with job.fabric.no_backward_sync(job.model, enabled=not last):
-            with job.stopwatch.time("forward"):
-                seed = derive(job.config.training.seeds.noise, "step", step, index, job.fabric.global_rank)
-                torch.manual_seed(seed)  # for a model that draws from the global generator: no state to carry along
-                noise = torch.Generator(job.device).manual_seed(seed)
-                loss = job.model.loss(tokens_BS.to(job.device, non_blocking=True), noise)
-            with job.stopwatch.time("backward"):
+            with job.stopwatch.time("forward" if due else "capture"):
+                loss = forward(job, step, index, tokens_BS, compiled=job.compiled and due is not None)
+            with job.stopwatch.time("backward" if due else "capture"):
                 job.fabric.backward(loss.nats * (world / tokens))  # DDP averages over processes
-        nats += loss.nats.detach()
-        if due.log and index == 0 and not last:
+        nats = nats + loss.nats.detach()
+        if due and due.log and index == 0 and not last:
             job.stopwatch.small = norm(job.gradients()) * len(micro_batches)
     total: Any = job.fabric.all_reduce(nats, reduce_op="sum")
     return total / tokens
 
 
+def forward(job: Job, step: int, index: int, tokens_BS: Tensor, *, compiled: bool) -> Loss:
+    """The loss of micro-batch `index` in the precision of the run; what is random in it is a function of the step."""
+    seed = derive(job.config.training.seeds.noise, "step", step, index, job.fabric.global_rank)
+    torch.manual_seed(seed)  # for a model that draws from the global generator: no state to carry along
+    noise = torch.Generator(job.device).manual_seed(seed)
+    loss = job.model.compiled_loss if compiled else job.model.loss
+    with job.fabric.autocast():  # on one device Fabric does so in `forward` only, not in other methods
+        return loss(tokens_BS.to(job.device, non_blocking=True), noise)
+
+
 @contextmanager
-def watch(job: Job, step: int, due: Due) -> Iterator[dict[Address, Tensor]]:
-    """Capture the training batch where it is due; gradients are read when backward is done, before they are clipped."""
+def watch(job: Job, step: int, due: Due, micro_batches: Sequence[Tensor]) -> Iterator[dict[Address, Tensor]]:
+    """Capture the training batch where it is due; gradients are read when backward is done, before they are clipped.
+
+    Hooks inside of a compiled loss would cut it into other pieces, which round differently: the run would no longer end with
+    the same bytes. There, the activations are those of a second, plain forward pass of the same weights.
+    """
     if not due.dynamics:
         yield {}
         return
-    with capture(job.taps, split="train", step=step, order=job.batches.rank_rows(step)) as captured:
-        yield captured
+    order = job.batches.rank_rows(step)
+    again = job.compiled and job.taps.activations
+    with job.stopwatch.time("capture"):
+        with capture(
+            replace(job.taps, activations=job.taps.activations and not again), split="train", step=step, order=order
+        ) as captured:
+            yield captured
+        if again:
+            with (
+                capture(replace(job.taps, gradients=False), split="train", step=step, order=order) as activations,
+                torch.no_grad(),
+            ):
+                for index, tokens_BS in enumerate(micro_batches):
+                    forward(job, step, index, tokens_BS, compiled=False)
+            captured |= activations
 
 
 def held_out(job: Job, step: int) -> dict[Address, Tensor]:
@@ -103,7 +131,7 @@ def held_out(job: Job, step: int) -> dict[Address, Tensor]:
     kept = [parameter.grad for parameter in job.state.model.parameters()]
     job.state.model.zero_grad()
     with capture(job.taps, split="val", step=step, order=order) as captured:
-        accumulate(job, step, micro_batches, job.captured_rows.tokens_RS[:, 1:].numel(), Due())
+        accumulate(job, step, micro_batches, job.captured_rows.tokens_RS[:, 1:].numel())
     for parameter, gradient in zip(job.state.model.parameters(), kept):
         parameter.grad = gradient
     return captured
@@ -151,7 +179,8 @@ def evaluation(job: Job) -> dict[str, float]:
             world=job.fabric.world_size,
             device=job.device,
         )
-        return evaluate(job.config.evaluation.metrics or (), context)
+        with job.fabric.autocast():
+            return evaluate(job.config.evaluation.metrics or (), context)
 
 
 def hopeless(job: Job) -> bool:

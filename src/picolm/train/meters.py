@@ -35,7 +35,7 @@ class Meters:
         spike = False
         if len(self.losses) == WINDOW:
             mean = sum(self.losses) / WINDOW
-            deviation = math.sqrt(sum((x - mean) ** 2 for x in self.losses) / WINDOW)
+            deviation = math.sqrt(sum((x - mean) * (x - mean) for x in self.losses) / WINDOW)
             spike = loss > mean + 6 * deviation
         if math.isfinite(loss):
             self.losses.append(loss)
@@ -47,7 +47,7 @@ class Meters:
 
         McCandlish et al. 2018, appendix A.1: unbiased estimates of G2 and S, averaged separately before they are divided.
         """
-        small, large = small_norm**2, large_norm**2
+        small, large = small_norm * small_norm, large_norm * large_norm  # infinite, where ** would raise
         signal = (large_rows * large - small_rows * small) / (large_rows - small_rows)
         noise = (small - large) / (1 / small_rows - 1 / large_rows)
         if math.isfinite(signal) and math.isfinite(noise):
@@ -71,12 +71,16 @@ class Stopwatch:
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Add the duration of the block to `phase`. On a GPU work is queued, so a phase also pays for what it waits for."""
-        start = time.perf_counter()
+        """Add the duration of the block to `phase`, without the phases inside of it: together they are the time that passed.
+
+        On a GPU work is queued, so a phase also pays for what it waits for.
+        """
+        start, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            inside = sum(self.seconds.values()) - before
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start - inside
 
     def report(self) -> tuple[float, int, dict[str, float]]:
         """(seconds, steps, {phase: seconds per step}) since the last report, which this one resets."""

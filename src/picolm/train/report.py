@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from picolm.address import Address
+from picolm.data.embedded import unigram_entropy
 from picolm.train.evaluate import Rows
 from picolm.train.job import Job
 from picolm.train.meters import UpdateSize, norm
@@ -15,6 +16,8 @@ from picolm.train.optim import learning_rate
 from picolm.train.plan import Due
 
 log = logging.getLogger("picolm")
+
+MOST_TOKENS_COUNTED = 50_000_000  # for the unigram entropy that a run ends with: about a second
 
 
 def step(job: Job, number: int, due: Due, gradient: Any, sizes: UpdateSize | None) -> None:
@@ -172,5 +175,13 @@ def farewell(job: Job) -> None:
         log.info("To go on: give the same command again.")
         return
     log.info("Trained %d steps; %d checkpoints are in %s.", job.state.step, len(steps), path)
+    losses = [entry["train/loss"] for entry in job.run.metrics() if "train/loss" in entry]
+    source = job.batches.source
+    if losses and len(source) * source.row_length <= MOST_TOKENS_COUNTED:
+        log.info(
+            "Loss in nats per token: %.3f at the start, %.3f now. A uniform guess has ln(%d) = %.3f, the best guess that "
+            "ignores the context (the unigram entropy of the corpus) %.3f.",
+            losses[0], losses[-1], job.config.model.vocab_size, math.log(job.config.model.vocab_size), unigram_entropy(source),
+        )  # fmt: skip
     log.info("See what they hold:   pico list %s", path)
     log.info("Let the model write:  pico generate %s --prompt 'The'", path)

@@ -1,0 +1,52 @@
+"""What the command line shows of work in progress and of its results."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from picolm.data.manifest import Manifest
+
+
+@contextmanager
+def phases() -> Iterator[Callable[[str, int, int | None], None]]:
+    """A function (what is being done, how much is done, of how much): a bar for each phase, or a line where nobody watches."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, object] = {}
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+                if not console.is_terminal:
+                    print(f"{what} …", file=sys.stderr)
+            bars.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield report
+
+
+def prepared(manifest: "Manifest", place: object) -> str:
+    """A prepared corpus in a few lines: what it holds, what was left out, and what to type next."""
+    rows = ", ".join(f"{manifest.rows(split):,} rows ({split})" for split in manifest.splits)
+    lines = [
+        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens: {rows} of {manifest.seq_len} + 1 tokens in {place}"
+    ]
+    if manifest.dropped_tokens:
+        lines.append(
+            f"{manifest.dropped_tokens:,} tokens at the ends of sources were too few for a row and are left out"
+        )
+    if manifest.bad_lines:
+        lines.append(
+            f"{manifest.bad_lines:,} lines could not be used, among them: {', '.join(manifest.first_bad_lines)}"
+        )
+    vocabulary = manifest.tokenizer["vocab_size"]
+    lines.append(
+        f"Train on it:  pico train configs/demo.yaml data.dataset.name={place} data.tokenizer.vocab_size={vocabulary} "
+        f"model.vocab_size={vocabulary} model.max_seq_len={manifest.seq_len} checkpointing.run_name=mine"
+    )
+    return "\n".join(lines)
