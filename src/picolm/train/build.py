@@ -189,7 +189,8 @@ def _sample(source: Source | None, max_rows: int | None, length: int, vocab_size
 def _model_and_optimizers(config: TrainConfig, fabric: Fabric) -> tuple[Any, list[torch.optim.Optimizer]]:
     model = MODELS.get(config.model.model_type)(config.model)
     model.init_parameters(torch.Generator().manual_seed(derive(config.training.seeds.init, "init")))
-    model = model.to(fabric.device)
+    # Not left to Fabric's set-up, which comes after a checkpoint is restored: float64 weights would pass through float32.
+    model = model.to(fabric.device, devices.weight_dtype(config.training.fabric.precision))
     return model, build_optimizers(model, model.parameter_roles(), config.training.optimization)
 
 

@@ -110,6 +110,11 @@ def compute_dtype(precision: str) -> torch.dtype:
     return next((dtype for prefix, dtype in named.items() if precision.startswith(prefix)), torch.float32)
 
 
+def weight_dtype(precision: str) -> torch.dtype:
+    """The element type in which `precision` keeps weights, gradients and moments."""
+    return torch.float32 if precision.endswith("-mixed") else compute_dtype(precision)
+
+
 def hardware() -> dict[str, object]:
     """What the run's environment.json says of the machine."""
     cpu = platform.processor() or platform.machine()
