@@ -56,5 +56,5 @@ class Model(Protocol):
     def modelling_files(self) -> dict[str, str]: ...
 
 
-MODELS: Registry[type[Model]] = Registry("model")
+MODELS: Registry[type[Any]] = Registry("model")  # classes that follow `Model`; Any, since they are nn.Modules too
 MODELS.add("pico_decoder")(Decoder)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# The probabilities of a layer are kept for the backward pass up to this many keys, and beyond it computed again, to the
-# same bits (a fifth of the time more): they grow with the square of the length, all other activations only with the length.
-KEEP_KEYS = 1024
+# The probabilities of a layer are kept for the backward pass where they take no more than this, and computed again beyond
+# it, to the same bits: they grow with the square of the length, and making them again costs a fifth of the time.
+KEEP_BYTES = 2**26
 
 
 def attention(q_BMTGD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, padding_BK: Tensor | None = None) -> Tensor:
@@ -66,11 +66,14 @@ class _BlockCausal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_PRD: Tensor, k_PKD: Tensor, v_PKD: Tensor, group: int) -> Tensor:
         out_PRD = torch.empty_like(q_PRD)
-        kept = []
+        kept: list[Tensor] = []
+        keep = (
+            q_PRD.shape[0] * q_PRD.shape[1] * k_PKD.shape[1] * q_PRD.element_size() <= 2 * KEEP_BYTES
+        )  # half is future
         for rows, end in _blocks(q_PRD, k_PKD, group):
             probabilities = _probabilities(q_PRD[:, rows], k_PKD[:, :end], group)
             out_PRD[:, rows] = probabilities @ v_PKD[:, :end]
-            if k_PKD.shape[1] <= KEEP_KEYS:
+            if keep:
                 kept.append(probabilities)
         ctx.group = group
         ctx.save_for_backward(q_PRD, k_PKD, v_PKD, *kept)
@@ -87,10 +90,10 @@ class _BlockCausal(torch.autograd.Function):
         for i, (rows, end) in enumerate(_blocks(q_PRD, k_PKD, ctx.group)):
             q, k, v, grad = q_PRD[:, rows], k_PKD[:, :end], v_PKD[:, :end], grad_PRD[:, rows]
             probabilities = kept[i] if kept else _probabilities(q, k, ctx.group)
-            grad_v[..., :end] += grad.mT @ probabilities
+            grad_v[..., :end].add_(grad.mT @ probabilities)  # `+=` would copy the slice onto itself
             grad_scores = torch._softmax_backward_data(grad @ v.mT, probabilities, -1, q.dtype)
             grad_q[:, rows] = grad_scores @ k
-            grad_k[..., :end] += q.mT @ grad_scores
+            grad_k[..., :end].add_(q.mT @ grad_scores)
         return grad_q, grad_k.mT.to(k_PKD.dtype), grad_v.mT.to(v_PKD.dtype), None
 
 
@@ -108,5 +111,5 @@ def _probabilities(q: Tensor, k: Tensor, group: int) -> Tensor:
     scores = q @ k.mT
     size = q.shape[1] // group
     future = torch.full((size, size), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    scores[..., -size:] += future.repeat_interleave(group, dim=0)  # a third of the time of masked_fill_
+    scores[..., -size:].add_(future.repeat_interleave(group, dim=0))  # a third of the time of masked_fill_
     return scores.softmax(-1)

@@ -8,6 +8,7 @@ sums in float32. In bfloat16 it takes less than half of the time of `linear_cros
 Legend: P positions, C positions of a chunk, H model width, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = {"cpu": 2**20, "other": 2**27}  # small enough for a CPU's cache, large enough to fill a GPU
+LOG2_E = 1 / math.log(2)
 LEAST_ROWS = 128  # each chunk adds to the whole gradient of the weight
 
 
@@ -47,8 +49,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target_C1 = targets_P[chunk, None]
             nats -= log_p_CV.gather(1, target_C1).sum()
             if needs_hidden or needs_weight:
-                grad_CV = log_p_CV.exp_()  # the gradient in the logits: p, less 1 at the target
-                grad_CV.scatter_(1, target_C1, grad_CV.gather(1, target_C1) - 1)
+                grad_CV = log_p_CV.mul_(LOG2_E).exp2_()  # exp, in a third of its time on a CPU
+                grad_CV.scatter_(1, target_C1, grad_CV.gather(1, target_C1) - 1)  # the gradient in the logits
                 grad_CV = grad_CV.to(hidden_PH.dtype)
                 if grad_hidden is not None:
                     torch.mm(grad_CV, weight, out=grad_hidden[chunk])
