@@ -1,25 +1,32 @@
 """What a configuration would do, without doing it: for `pico train --dry-run`. Needs no data and none of its devices."""
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
-from picolm.errors import PicoError
+from picolm.data import open_source
+from picolm.errors import DataError, PicoError
 from picolm.models import MODELS
 from picolm.schema import dump
 from picolm.train import devices
 from picolm.train.build import make_taps
 from picolm.train.config import TrainConfig
-from picolm.train.optim import OPTIMIZERS
+from picolm.train.optim import build_optimizers
 from picolm.train.plan import Plan
+from picolm.train.state import State
 
 
 def preview(config: TrainConfig) -> str:
     """The resolved configuration, and the figures of the run it describes, as text."""
-    with torch.device("meta"):
+    fabric = devices.resolve(config.training.fabric)
+    config = config.model_copy(update={"training": config.training.model_copy(update={"fabric": fabric})})
+    with FakeTensorMode():  # shapes and element types without values: no memory, no time
         model = MODELS.get(config.model.model_type)(config.model)
-    plan = Plan(config)
-    figures = _sizes(config, model) | _saving(config, model, plan)
+        figures = _sizes(config, model) | _saving(config, model, Plan(config))
     width = max(map(len, figures))
     lines = [f"{name:{width}}  {value}" for name, value in figures.items()]
     return dump(config) + "\n" + "\n".join(lines) + "\n" + "\n".join(_remarks(config))
@@ -46,37 +53,41 @@ def _memory(config: TrainConfig, model: Any) -> int:
 
     An estimate: per token and layer, a block keeps about 10 vectors of width d_model and 4 of its hidden width for backward.
     """
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    moments = _moments(config, model)
+    weights, moments = _bytes(config, model.parameters()), _moments(config, model)
     optimization, fabric = config.training.optimization, config.training.fabric
     devices_in_all = fabric.num_devices * fabric.num_nodes
     rows = config.data.dataloader.batch_size // (optimization.gradient_accumulation_steps * devices_in_all)
     shape = config.model
     hidden = getattr(shape, "activation_hidden_dim", 4 * getattr(shape, "d_model", 0))
     per_token = getattr(shape, "n_layers", 0) * (10 * getattr(shape, "d_model", 0) + 4 * hidden)
-    size = 2 if "16" in devices.resolve(fabric).precision else 4
+    size = devices.compute_dtype(fabric.precision).itemsize
     return 2 * weights + moments + (weights + moments) + size * rows * config.model.max_seq_len * per_token
 
 
+def _bytes(config: TrainConfig, tensors: Iterable[Tensor]) -> int:
+    """What weights, gradients or moments take in the precision of the run."""
+    return devices.weight_dtype(config.training.fabric.precision).itemsize * sum(tensor.numel() for tensor in tensors)
+
+
 def _moments(config: TrainConfig, model: Any) -> int:
-    """Bytes of optimizer state: what the optimizer itself makes of parameters of these shapes."""
-    name, momentum = config.training.optimization.optimizer, config.training.optimization.momentum
-    roles = model.parameter_roles()
-    per_role = {
-        "adamw": {},
-        "muon": {"matrix": 1},
-        "sgd": dict.fromkeys(("matrix", "embedding", "norm"), int(bool(momentum))),
-    }
-    factors = per_role.get(name, {}) if name in OPTIMIZERS else {}
-    return sum(4 * p.numel() * factors.get(roles[n], 2) for n, p in model.named_parameters())
+    """Bytes of optimizer state: that which one update leaves."""
+    optimizers = build_optimizers(model, model.parameter_roles(), config.training.optimization)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    return _bytes(config, State(model, optimizers).moments().values())
 
 
 def _saving(config: TrainConfig, model: Any, plan: Plan) -> dict[str, str]:
     steps = plan.saved_steps()
     captured = _captured(config, model)
-    size = {"weights": 4 * sum(p.numel() for p in model.parameters()), "optimizer": _moments(config, model)}
-    totals = {kind: size[kind] * sum(getattr(plan.due(step), kind) for step in steps) for kind in size}
-    totals["learning dynamics"] = captured * sum(plan.due(step).dynamics for step in steps)
+    totals = {
+        "weights": _bytes(config, model.parameters()) * sum(plan.due(step).weights for step in steps),
+        # before its first update an optimizer remembers nothing
+        "optimizer": _moments(config, model) * sum(plan.due(step).optimizer for step in steps if step > 0),
+        "learning dynamics": captured * sum(plan.due(step).dynamics for step in steps),
+    }
     shown = steps if len(steps) <= 20 else [*steps[:12], "…", *steps[-5:]]
     return {
         "saved steps": f"{len(steps)}: {', '.join(map(str, shown))}",
@@ -85,27 +96,54 @@ def _saving(config: TrainConfig, model: Any, plan: Plan) -> dict[str, str]:
     }
 
 
-def _captured(config: TrainConfig, model: Any) -> int:
-    """Bytes of the captures of one step, at most: the `val` split may have fewer rows than max_rows."""
-    taps, dynamics = make_taps(config, model), config.checkpointing.learning_dynamics
-    splits = 1 + (dynamics.eval_data is not None)
-    rows = min(dynamics.max_rows or config.data.dataloader.batch_size, config.data.dataloader.batch_size)
+def _captured(config: TrainConfig, model: nn.Module) -> int:
+    """Bytes of the captures of one step; at most, where the held-out rows are not at hand to be counted."""
+    taps = make_taps(config, model)
     positions = taps.positions_at(0, config.model.max_seq_len)
     count = config.model.max_seq_len if positions is None else len(positions)
-    weights = [p for module in taps.modules.values() for p in module.parameters(recurse=False)]
-    half = (
-        "16" in devices.resolve(config.training.fabric).precision
-        if dynamics.dtype == "auto"
-        else "16" in dynamics.dtype
-    )
-    activations = sum(p.shape[0] for p in weights) * rows * count * (2 if half else 4) * taps.activations
-    gradients = sum(4 * p.numel() for p in weights) * taps.gradients
-    return splits * (activations + gradients)
+    outputs = _outputs(config, model, taps.modules)
+    per_row = sum((taps.dtype or dtype).itemsize * count * width for width, dtype in outputs) * taps.activations
+    weights = (p for module in taps.modules.values() for p in module.parameters(recurse=False))
+    gradients = _bytes(config, weights) * taps.gradients
+    split_rows = (_rows(config, config.data.dataloader.batch_size), _held_out_rows(config))
+    return sum(rows * per_row + gradients for rows in split_rows if rows)
+
+
+def _outputs(config: TrainConfig, model: nn.Module, modules: Mapping[str, nn.Module]) -> list[tuple[int, torch.dtype]]:
+    """Width and element type of what the watched modules return."""
+    seen: list[Tensor] = []
+    hooks = [module.register_forward_hook(lambda *arguments: seen.append(arguments[-1])) for module in modules.values()]
+    precision = config.training.fabric.precision
+    mixed = precision.endswith("-mixed")
+    with torch.no_grad(), torch.autocast("cpu", devices.compute_dtype(precision), enabled=mixed):
+        model(torch.zeros(1, 2, dtype=torch.long))
+    for hook in hooks:
+        hook.remove()
+    return [(output.shape[-1], output.dtype if mixed else devices.weight_dtype(precision)) for output in seen]
+
+
+def _rows(config: TrainConfig, available: int) -> int:
+    limit = config.checkpointing.learning_dynamics.max_rows
+    return available if limit is None else min(available, limit)
+
+
+def _held_out_rows(config: TrainConfig) -> int:
+    """Rows of the `val` captures: counted where they are on disk, else as many as are wanted."""
+    dynamics, own = config.checkpointing.learning_dynamics, config.data.dataset.name
+    if dynamics.eval_data is None:
+        return 0
+    place = own if dynamics.eval_data == "auto" else dynamics.eval_data
+    if not Path(place).expanduser().exists():
+        return dynamics.max_rows or config.data.dataloader.batch_size
+    try:
+        return _rows(config, len(open_source(place, split="val")))
+    except DataError:
+        return 0
 
 
 def _remarks(config: TrainConfig) -> list[str]:
     try:
-        devices.check_available(devices.resolve(config.training.fabric))
+        devices.check_available(config.training.fabric)
     except PicoError as error:
         return [f"Not on this machine: {error}."]
     return []
