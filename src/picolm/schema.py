@@ -260,16 +260,13 @@ def _get(data: Any, path: KeyPath) -> Any:
 
 def _existing(data: Any, location: KeyPath) -> KeyPath:
     """The part of a pydantic location that leads through the data: it also names union members, which users do not."""
-    path: list[str | int] = []
+    path: KeyPath = ()
     for part in location:
-        if (isinstance(data, dict) and part in data) or (
-            isinstance(data, list) and isinstance(part, int) and part < len(data)
-        ):
-            data = data[int(part)]
-        else:
+        inside = part in data if isinstance(data, dict) else isinstance(data, list) and part in range(len(data))
+        if not inside:
             break
-        path.append(part)
-    return tuple(path)
+        data, path = data[part], (*path, part)
+    return path
 
 
 def _remove(data: Any, path: KeyPath) -> None:
