@@ -40,7 +40,10 @@ class Taps:
     seed: int = 0
 
     def positions_at(self, step: int, length: int) -> list[int] | None:
-        """The positions kept at `step` in sequences of `length` tokens; None where all are kept."""
+        """The positions kept at `step` in sequences of `length` tokens; None where all are kept.
+
+        Raises PicoError where a sequence is too short for a position that is asked for.
+        """
         if self.positions == "all":
             return None
         if self.positions == "last":
@@ -49,6 +52,12 @@ class Taps:
             count = min(int(self.positions.removeprefix("random:")), length)
             generator = torch.Generator().manual_seed(derive(self.seed, "positions", step))
             return sorted(torch.randperm(length, generator=generator)[:count].tolist())
+        beyond = [position for position in self.positions if not -length <= position < length]
+        if beyond:
+            raise PicoError(
+                f"checkpointing.learning_dynamics.positions: there is no position {beyond[0]} in rows of {length} inputs "
+                "(held-out rows may be shorter than training rows); -1 is the last one of any row"
+            )
         return [position % length for position in self.positions]
 
 

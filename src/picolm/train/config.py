@@ -133,7 +133,7 @@ class LearningDynamics(Section):
     layers: Literal["all"] | tuple[NonNegativeInt, ...] = "all"
     """Blocks that are recorded; modules outside of the blocks are not restricted by it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Element type on disk; `auto` keeps what was computed."""
+    """Element type of activations on disk; `auto` keeps what was computed. Gradients are kept as they are."""
     max_rows: PositiveInt | None = 1024
     """Rows of a batch whose activations are kept; null keeps all."""
 

@@ -124,5 +124,5 @@ def _sums_by_source(evaluation: Evaluation, labels: list[str], names: list[str])
 
 def _scores(name: str, nats: float, tokens: float, text_bytes: float) -> dict[str, float]:
     per_token = nats / tokens
-    scores = {name: math.exp(per_token) if per_token < 700 else math.inf, f"{name}/nats_per_token": per_token}
+    scores = {name: math.inf if per_token > 700 else math.exp(per_token), f"{name}/nats_per_token": per_token}
     return scores | ({f"{name}/bits_per_byte": nats / (math.log(2) * text_bytes)} if text_bytes else {})

@@ -48,7 +48,7 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
     loss = gradient.loss
     metrics: dict[str, Any] = {
         "train/loss": loss,
-        "train/perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "train/perplexity": math.inf if loss > 700 else math.exp(loss),
         "lr": rate,
         "tokens": number * job.tokens_per_step,
         "grad_norm": gradient.norm,
@@ -92,7 +92,7 @@ def save(job: Job, number: int, due: Due, captured: dict[Address, Tensor], gradi
         "gradient_norm": gradient.norm,
         "clip_coefficient": gradient.clip_coefficient,
         "learning_rate": learning_rate(number, job.config.training.optimization, job.plan.last),
-        "capture": {"positions": job.taps.positions_at(number, job.config.model.max_seq_len)} if due.dynamics else None,
+        "capture": _positions(job, number) if due.dynamics else None,
     }
     job.writer.submit(
         number,
@@ -106,6 +106,14 @@ def save(job: Job, number: int, due: Due, captured: dict[Address, Tensor], gradi
     )
     if not job.config.checkpointing.save_in_background:
         job.writer.wait()
+
+
+def _positions(job: Job, number: int) -> dict[str, list[int] | None]:
+    """Where in its rows the activations of a step were taken; None stands for everywhere. Held-out rows may be shorter."""
+    positions = {"positions": job.taps.positions_at(number, job.config.model.max_seq_len)}
+    if job.captured_rows is not None:
+        positions["val_positions"] = job.taps.positions_at(number, job.captured_rows.tokens_RS.shape[1] - 1)
+    return positions
 
 
 def _tables(job: Job, number: int) -> dict[str, dict[str, Any]]:
