@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -62,7 +63,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise PicoError("monitoring.save_to_tensorboard needs: pip install 'picolm[tensorboard]'") from error
-        self.writer = SummaryWriter(str(log_folder(config, run) / "tensorboard"))
+        logged = max((entry["step"] for entry in run.metrics()), default=-1)  # a continued run makes later ones again
+        self.writer = SummaryWriter(str(log_folder(config, run) / "tensorboard"), purge_step=logged + 1)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
@@ -84,20 +86,22 @@ class WeightsAndBiases:
             raise PicoError("monitoring.save_to_wandb needs: pip install 'picolm[wandb]'") from error
         from picolm.schema import plain
 
+        folder = log_folder(config, run)
         arguments: dict[str, Any] = {
             "project": config.monitoring.wandb.project or "pico",
             "entity": config.monitoring.wandb.entity or None,
             "name": config.checkpointing.run_name,
-            "id": config.checkpointing.run_name,
+            "id": _identity(folder / "wandb_id"),
             "resume": "allow",
-            "dir": str(log_folder(config, run)),
+            "dir": str(folder),
             "config": plain(config),
-            "settings": wandb.Settings(init_timeout=20, silent=True, console="off"),
+            "settings": wandb.Settings(init_timeout=20, finish_timeout=60, silent=True, console="off"),
         }
         try:
             self.session = wandb.init(**arguments)
         except Exception as error:  # no account, no network, a refused key: none of them may cost a run
             log.warning("Weights & Biases is out of reach (%s); writing an offline run instead.", error)
+            wandb.teardown()  # its service would say that the id is in use
             os.environ["WANDB_MODE"] = "offline"
             self.session = wandb.init(**arguments | {"mode": "offline", "resume": None})
 
@@ -112,6 +116,13 @@ class WeightsAndBiases:
             self.session.finish()
         except Exception as error:
             log.warning("Weights & Biases did not close: %s", error)
+
+
+def _identity(file: Path) -> str:
+    """What tells the run apart on the server: made once, so that a continued run goes on there, and a new one does not."""
+    if not file.exists():
+        file.write_text(secrets.token_hex(8))
+    return file.read_text()
 
 
 def log_folder(config: TrainConfig, run: Run) -> Path:

@@ -47,8 +47,10 @@ def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: S
     if checkpoint is not None:
         state.restore(checkpoint, checkpoint.meta)
         log.info("Continuing %s from step %d.", run.path, checkpoint.step)
-    elif problems:
-        log.warning("No whole checkpoint is left in %s; starting again from step 0.", run.path)
+    elif problems or run.steps:
+        log.warning(
+            "%s holds no whole checkpoint with weights and optimizer state; starting again from step 0.", run.path
+        )
     if writes:
         _record_start(run, config, environment, state.step)
     return checkpoint.step if checkpoint is not None else None

@@ -19,11 +19,15 @@ def config_of(run: Run) -> TrainConfig:
 
 
 def checkpoint_at(run: Run, step: int | None) -> Checkpoint:
-    """The checkpoint of `step`, or the latest. Raises StoreError, naming the steps there are."""
-    latest = run.latest()
-    if latest is None:
-        raise PicoError(f"{run.path} has no checkpoint yet")
-    return latest if step is None else run[step]
+    """The checkpoint of `step`, or the latest that holds weights. Raises PicoError, naming the steps there are."""
+    holding = [number for number in run if run[number].select(kind="weights")]
+    if step is None and not holding:
+        raise PicoError(f"{run.path} has no checkpoint with weights yet")
+    checkpoint = run[holding[-1] if step is None else step]
+    if checkpoint.step not in holding:
+        there = ", ".join(map(str, holding)) or "none"
+        raise PicoError(f"{checkpoint.path} was saved without weights (there are weights of steps: {there})")
+    return checkpoint
 
 
 def load_model(run: Run, step: int | None = None) -> Any:
@@ -40,6 +44,10 @@ def sample(place: str, step: int | None, prompt: str, *, max_new_tokens: int, se
 
     run = Run.open(place)
     checkpoint = checkpoint_at(run, step)
+    if "tokenizer.json" not in checkpoint.files:
+        raise PicoError(
+            f"{checkpoint.path} has no tokenizer.json: its data came without one, so it cannot read or write text"
+        )
     tokenizer = Tokenizer.from_str(checkpoint.read("tokenizer.json").decode())
     eos = json.loads(checkpoint.read("generation_config.json"))["eos_token_id"]
     tokens = tokenizer.encode(prompt).ids or [eos]  # nothing to go on from: the start of a document
