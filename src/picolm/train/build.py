@@ -95,13 +95,16 @@ def _named(config: TrainConfig) -> TrainConfig:
 
 def _fabric(config: TrainConfig) -> Fabric:
     chosen = config.training.fabric
-    fabric = Fabric(
-        accelerator=chosen.accelerator,
-        devices=chosen.num_devices,
-        num_nodes=chosen.num_nodes,
-        precision=chosen.precision,  # type: ignore[arg-type]  # the same words, checked by the schema
-        strategy=chosen.strategy,
-    )
+    try:
+        fabric = Fabric(
+            accelerator=chosen.accelerator,
+            devices=chosen.num_devices,
+            num_nodes=chosen.num_nodes,
+            precision=chosen.precision,  # type: ignore[arg-type]  # the same words, checked by the schema
+            strategy=chosen.strategy,
+        )
+    except Exception as error:  # a strategy that there is not, a package for the accelerator that is not installed
+        raise PicoError(f"training.fabric: {error}") from error
     fabric.launch()
     return fabric
 
