@@ -1,0 +1,203 @@
+"""Evaluation: every source has its say, sums do not depend on batches, and the units are what they are called."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from picolm.errors import DataError, PicoError
+from picolm.models import Decoder, DecoderConfig
+from picolm.train.evaluate import Evaluation, Rows, evaluate
+from picolm.train.sample import load_model
+from picolm.train.text import Text
+
+LENGTH = 16
+
+
+class Table:
+    """A data source in memory; row i consists of the number i."""
+
+    def __init__(self, labels: list[str] | None, rows: int | None = None):
+        self.all_labels, self.count = labels, rows if rows is not None else len(labels or ())
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        return np.repeat(np.asarray(numbers, dtype=np.int32)[:, None], LENGTH + 1, axis=1)
+
+    def labels(self, numbers: np.ndarray) -> list[str] | None:
+        return None if self.all_labels is None else [self.all_labels[number] for number in numbers]
+
+
+class Tokens(torch.nn.Module):
+    """A model whose loss at each token is a function of the token and the one before it."""
+
+    def token_nats(self, tokens_BS: Tensor) -> Tensor:
+        return (tokens_BS[:, 1:] * 0.01 + tokens_BS[:, :-1] * 0.003 + 0.1).float()
+
+
+def evaluation(
+    rows: Rows | None, batch_size: int = 4, model: Any = None, token_bytes: Tensor | None = None
+) -> Evaluation:
+    return Evaluation(model or Tokens(), rows, batch_size, token_bytes, rank=0, world=1, device=torch.device("cpu"))
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), limit=st.integers(1, 60), seed=st.integers(0, 9))
+def test_a_sample_takes_as_equal_a_share_of_each_source_as_there_is(sizes: list[int], limit: int, seed: int) -> None:
+    labels = [str(source) for source, size in enumerate(sizes) for _ in range(size)]
+    np.random.default_rng(seed).shuffle(labels)
+    rows = Rows.sample(Table(labels), limit, LENGTH + 1)
+    assert len(rows.tokens_RS) == len(rows.numbers) == min(limit, len(labels))
+    assert list(rows.numbers) == sorted(set(rows.numbers))
+    assert rows.tokens_RS[:, 0].tolist() == list(rows.numbers)
+    taken = Counter(labels[number] for number in rows.numbers)
+    most = max(taken.values())
+    assert all(taken[str(source)] >= min(size, most - 1) for source, size in enumerate(sizes))
+
+
+def test_without_sources_a_sample_is_the_first_rows() -> None:
+    assert Rows.sample(Table(None, 50), 7, 5).numbers.tolist() == list(range(7))
+    assert Rows.sample(Table(None, 50), None, 5).tokens_RS.shape == (50, 5)
+
+
+def test_every_row_belongs_to_one_process_and_one_micro_batch() -> None:
+    rows = Rows.sample(Table(None, 23), None, 5)
+    places = [place for rank in range(3) for some, _ in rows.micro_batches(4, rank, 3) for place in some]
+    assert sorted(places) == list(range(23))
+    assert all(torch.equal(tokens, rows.tokens_RS[some]) for some, tokens in rows.micro_batches(4, 1, 3))
+
+
+def test_results_do_not_depend_on_the_batch_size() -> None:
+    rows = Rows.sample(Table(["a", "b", "a", "c", "a", "a", "b"]), None, LENGTH + 1)
+    results = [evaluate(("paloma",), evaluation(rows, size)) for size in (1, 2, 3, 100)]
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-12)
+    nats_R = Tokens().token_nats(rows.tokens_RS).double()
+    assert results[0]["paloma/nats_per_token"] == pytest.approx(nats_R.mean().item())
+    assert results[0]["paloma/b"] == pytest.approx(math.exp(nats_R[[1, 6]].mean().item()))
+    assert set(results[0]) == {"paloma", "paloma/nats_per_token"} | {
+        f"paloma/{source}{unit}" for source in "abc" for unit in ("", "/nats_per_token")
+    }
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
+    model = Decoder(DecoderConfig(d_model=8, n_layers=1, attention_n_heads=2, attention_n_kv_heads=1, vocab_size=50,
+                                  activation_hidden_dim=8, max_seq_len=LENGTH))  # fmt: skip
+    torch.nn.init.zeros_(model.de_embedding_proj.weight)
+    results = evaluate(("paloma",), evaluation(Rows.sample(Table(None, 50), None, LENGTH + 1), model=model))
+    assert results["paloma"] == pytest.approx(50, rel=1e-6)
+
+
+def test_bits_per_byte_are_those_of_the_text(tmp_path: Path) -> None:
+    from picolm.data.tokenizer import train_tokenizer, write_tokenizer
+
+    text = "Le cœur a ses raisons, que la raison ne connaît point. " * 8
+    vocabulary = train_tokenizer([text], 300)
+    write_tokenizer(vocabulary, tmp_path, LENGTH)
+    tokens_S = vocabulary.tokenizer.encode(text).ids
+    rows = Rows(torch.tensor([tokens_S]), None, np.arange(1))
+    table_V = Text(tmp_path / "tokenizer.json", 320).token_bytes_V
+    results = evaluate(("paloma",), evaluation(rows, token_bytes=table_V))
+    nats = Tokens().token_nats(rows.tokens_RS).double().sum().item()
+    predicted = text.encode().removeprefix(
+        vocabulary.tokenizer.decode(tokens_S[:1]).encode()
+    )  # all but the first token
+    assert results["paloma/bits_per_byte"] == pytest.approx(nats / math.log(2) / len(predicted))
+    assert len(predicted) > len(tokens_S)
+
+
+def test_without_a_tokenizer_there_are_no_bits_per_byte_and_without_rows_nothing() -> None:
+    results = evaluate(("paloma",), evaluation(Rows.sample(Table(None, 3), None, 5)))
+    assert not [name for name in results if "byte" in name]
+    assert evaluate(("paloma",), evaluation(None)) == {}
+
+
+@pytest.mark.parametrize(("nats", "perplexity"), [(800.0, math.inf), (math.inf, math.inf), (math.nan, math.nan)])
+def test_a_hopeless_model_has_a_hopeless_perplexity(nats: float, perplexity: float) -> None:
+    model = Tokens()
+    model.token_nats = lambda tokens_BS: torch.full(tokens_BS[:, 1:].shape, nats)  # type: ignore[method-assign]
+    found = evaluate(("paloma",), evaluation(Rows.sample(Table(None, 3), None, 5), model=model))["paloma"]
+    assert found == perplexity or math.isnan(found) and math.isnan(perplexity)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_evaluation_leaves_the_model_as_it_was(
+    training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_lab_evaluation.py").write_text(
+        "import torch\n"
+        "def states(evaluation):\n"
+        "    return {'training': evaluation.model.training, 'grad': torch.is_grad_enabled()}\n"
+        "def broken(evaluation):\n"
+        "    raise ValueError\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    model = Tokens().train(training)
+    assert evaluate(("my_lab_evaluation:states",), evaluation(None, model=model)) == {"training": False, "grad": False}
+    assert model.training is training
+    with pytest.raises(ValueError):
+        evaluate(("my_lab_evaluation:broken",), evaluation(None, model=model))
+    assert model.training is training
+
+
+@pytest.fixture
+def short_val(toy_data: Path, tmp_path: Path) -> Path:
+    """The toy corpus with held-out rows that are one token shorter, as those of the published validation set are."""
+    folder = tmp_path / "short_val"
+    folder.mkdir()
+    for file in toy_data.glob("*.parquet"):
+        table = pq.read_table(file)
+        if file.name.startswith("val"):
+            tokens = pa.array([row[:-1] for row in table["input_ids"].to_pylist()], pa.list_(pa.int32()))
+            table = table.set_column(0, "input_ids", tokens)
+        pq.write_table(table, folder / file.name)
+    return folder
+
+
+def test_held_out_rows_may_be_one_token_shorter_than_training_rows(train: Callable[..., Any], short_val: Path) -> None:
+    run = train(
+        f"data.dataset.name={short_val}", "training.max_steps=2", "checkpointing.learning_dynamics.positions=[-1, 0]"
+    )
+    tokens_RS = torch.tensor(run[2].rows("val")["input_ids"].to_pylist())
+    assert tokens_RS.shape == (12, LENGTH)
+    model, seen = load_model(run, 2), {}
+    for address in run[2].select(kind="activations", split="val"):
+        model.get_submodule(address.module).register_forward_hook(lambda m, i, out, at=address: seen.update({at: out}))
+    nats_RT = model.token_nats(tokens_RS)
+    assert run.evaluation(2)["paloma/nats_per_token"] == pytest.approx(nats_RT.mean().item(), rel=1e-5)
+    assert run[2].meta["capture"] == {"positions": [15, 0], "val_positions": [14, 0]}
+    for address, output_RTH in seen.items():
+        torch.testing.assert_close(run[2][address], output_RTH[:, [14, 0]], atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_may_use_a_part_of_each_row(train: Callable[..., Any]) -> None:
+    run = train("training.max_steps=0", "evaluation.paloma.max_length=5", "evaluation.paloma.max_rows=4")
+    tokens_RS = torch.tensor(run[0].rows("val")["input_ids"].to_pylist())[:4, :6]
+    by_hand = load_model(run, 0).token_nats(tokens_RS).mean().item()
+    assert run.evaluation(0)["paloma/nats_per_token"] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_a_position_that_held_out_rows_do_not_have_is_named(train: Callable[..., Any], short_val: Path) -> None:
+    with pytest.raises(PicoError, match="there is no position 15 in rows of 15 inputs .held-out rows may be shorter"):
+        train(f"data.dataset.name={short_val}", "checkpointing.learning_dynamics.positions=[15]")
+
+
+def test_held_out_tokens_beyond_the_vocabulary_are_told_before_the_start(
+    train: Callable[..., Any], toy_data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    pq.write_table(pa.table({"input_ids": [[1] * 16 + [64]]}), folder / "val-00000-of-00001.parquet")
+    with pytest.raises(DataError, match="the held-out rows hold token id 64, outside of the vocabulary of 64"):
+        train(f"evaluation.paloma.dataset_name={folder}")
