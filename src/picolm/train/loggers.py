@@ -6,7 +6,6 @@ A logger takes (step, metrics) and never stops a run: what lies outside of this 
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -101,9 +100,12 @@ class WeightsAndBiases:
             self.session = wandb.init(**arguments)
         except Exception as error:  # no account, no network, a refused key: none of them may cost a run
             log.warning("Weights & Biases is out of reach (%s); writing an offline run instead.", error)
-            wandb.teardown()  # its service would say that the id is in use
-            os.environ["WANDB_MODE"] = "offline"
-            self.session = wandb.init(**arguments | {"mode": "offline", "resume": None})
+            offline = {
+                "mode": "offline",
+                "resume": None,
+                "id": secrets.token_hex(8),
+            }  # the other id may still be in use
+            self.session = wandb.init(**arguments | offline)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         try:
