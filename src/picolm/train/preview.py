@@ -1,6 +1,6 @@
 """What a configuration would do, without doing it: for `pico train --dry-run`. Needs no data and none of its devices."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from picolm.capture import Taps
 from picolm.data import open_source
 from picolm.errors import DataError, PicoError
 from picolm.models import MODELS
@@ -26,13 +27,15 @@ def preview(config: TrainConfig) -> str:
     config = config.model_copy(update={"training": config.training.model_copy(update={"fabric": fabric})})
     with FakeTensorMode():  # shapes and element types without values: no memory, no time
         model = MODELS.get(config.model.model_type)(config.model)
-        figures = _sizes(config, model) | _saving(config, model, Plan(config))
+        taps = make_taps(config, model)
+        moments, outputs = _moments(config, model), _outputs(config, model, taps)
+    figures = _sizes(config, model, moments) | _saving(config, model, moments, _captured(config, taps, outputs))
     width = max(map(len, figures))
     lines = [f"{name:{width}}  {value}" for name, value in figures.items()]
     return dump(config) + "\n" + "\n".join(lines) + "\n" + "\n".join(_remarks(config))
 
 
-def _sizes(config: TrainConfig, model: Any) -> dict[str, str]:
+def _sizes(config: TrainConfig, model: Any, moments: int) -> dict[str, str]:
     parameters = sum(p.numel() for p in model.parameters())
     roles = model.parameter_roles()
     embeddings = sum(p.numel() for name, p in model.named_parameters() if roles[name] == "embedding")
@@ -44,16 +47,16 @@ def _sizes(config: TrainConfig, model: Any) -> dict[str, str]:
         "tokens per step": f"{tokens:,}",
         "tokens in all": f"{tokens * steps:,} in {steps:,} steps",
         "compute": f"{flops:,} FLOP per token, {flops * tokens * steps:.3g} FLOP in all",
-        "memory": f"about {_gigabytes(_memory(config, model))} per device",
+        "memory": f"about {_gigabytes(_memory(config, model, moments))} per device",
     }
 
 
-def _memory(config: TrainConfig, model: Any) -> int:
+def _memory(config: TrainConfig, model: Any, moments: int) -> int:
     """Weights, gradients, moments, the snapshot that is being saved, and the activations of one micro-batch.
 
     An estimate: per token and layer, a block keeps about 10 vectors of width d_model and 4 of its hidden width for backward.
     """
-    weights, moments = _bytes(config, model.parameters()), _moments(config, model)
+    weights = _bytes(config, model.parameters())
     optimization, fabric = config.training.optimization, config.training.fabric
     devices_in_all = fabric.num_devices * fabric.num_nodes
     rows = config.data.dataloader.batch_size // (optimization.gradient_accumulation_steps * devices_in_all)
@@ -79,13 +82,13 @@ def _moments(config: TrainConfig, model: Any) -> int:
     return _bytes(config, State(model, optimizers).moments().values())
 
 
-def _saving(config: TrainConfig, model: Any, plan: Plan) -> dict[str, str]:
+def _saving(config: TrainConfig, model: Any, moments: int, captured: int) -> dict[str, str]:
+    plan = Plan(config)
     steps = plan.saved_steps()
-    captured = _captured(config, model)
     totals = {
         "weights": _bytes(config, model.parameters()) * sum(plan.due(step).weights for step in steps),
         # before its first update an optimizer remembers nothing
-        "optimizer": _moments(config, model) * sum(plan.due(step).optimizer for step in steps if step > 0),
+        "optimizer": moments * sum(plan.due(step).optimizer for step in steps if step > 0),
         "learning dynamics": captured * sum(plan.due(step).dynamics for step in steps),
     }
     shown = steps if len(steps) <= 20 else [*steps[:12], "…", *steps[-5:]]
@@ -96,12 +99,10 @@ def _saving(config: TrainConfig, model: Any, plan: Plan) -> dict[str, str]:
     }
 
 
-def _captured(config: TrainConfig, model: nn.Module) -> int:
+def _captured(config: TrainConfig, taps: Taps, outputs: list[tuple[int, torch.dtype]]) -> int:
     """Bytes of the captures of one step; at most, where the held-out rows are not at hand to be counted."""
-    taps = make_taps(config, model)
     positions = taps.positions_at(0, config.model.max_seq_len)
     count = config.model.max_seq_len if positions is None else len(positions)
-    outputs = _outputs(config, model, taps.modules)
     per_row = sum((taps.dtype or dtype).itemsize * count * width for width, dtype in outputs) * taps.activations
     weights = (p for module in taps.modules.values() for p in module.parameters(recurse=False))
     gradients = _bytes(config, weights) * taps.gradients
@@ -109,10 +110,12 @@ def _captured(config: TrainConfig, model: nn.Module) -> int:
     return sum(rows * per_row + gradients for rows in split_rows if rows)
 
 
-def _outputs(config: TrainConfig, model: nn.Module, modules: Mapping[str, nn.Module]) -> list[tuple[int, torch.dtype]]:
+def _outputs(config: TrainConfig, model: nn.Module, taps: Taps) -> list[tuple[int, torch.dtype]]:
     """Width and element type of what the watched modules return."""
     seen: list[Tensor] = []
-    hooks = [module.register_forward_hook(lambda *arguments: seen.append(arguments[-1])) for module in modules.values()]
+    hooks = [
+        module.register_forward_hook(lambda *arguments: seen.append(arguments[-1])) for module in taps.modules.values()
+    ]
     precision = config.training.fabric.precision
     mixed = precision.endswith("-mixed")
     with torch.no_grad(), torch.autocast("cpu", devices.compute_dtype(precision), enabled=mixed):

@@ -1,0 +1,98 @@
+"""The preview says what a run will be, without data, device or a file; and the run then is it."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from picolm.store import Run
+from picolm.store.listing import contents
+from picolm.train.preview import preview
+
+UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+
+
+def sizes(text: str) -> dict[str, float]:
+    """The bytes of the line `disk`, by kind."""
+    line = next(line for line in text.splitlines() if line.startswith("disk")).removeprefix("disk")
+    found = re.findall(r"([a-z][a-z ]*?)(?: about)? ([\d.e+]+) (B|kB|MB|GB|TB)", line)
+    return {name.strip(): float(number) * UNITS[unit] for name, number, unit in found}
+
+
+def test_the_figures_of_a_run(make_config: Callable[..., Any]) -> None:
+    text = preview(make_config("training.max_steps=10", "checkpointing.save_every_n_steps=4"))
+    embeddings, blocks, norm = 2 * 64 * 24, 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 48 + 2 * 24), 24
+    for line in (
+        f"parameters       {embeddings + blocks + norm:,} ({blocks + norm:,} without embeddings)",
+        "tokens per step  128",
+        "tokens in all    1,280 in 10 steps",
+        "saved steps      4: 0, 4, 8, 10",
+    ):
+        assert line in text.splitlines()
+    flops = 6 * (blocks + norm + 64 * 24 - 5 * 24 + 2 * 24 * 17)  # matrices and the output, and (16 + 1) / 2 keys twice
+    assert f"{flops:,} FLOP per token, {flops * 1280:.3g} FLOP in all" in text
+
+
+def test_the_configuration_is_shown_resolved(make_config: Callable[..., Any]) -> None:
+    text = preview(make_config("training.fabric.precision=auto", "training.fabric.accelerator=auto"))
+    shown = yaml.safe_load(text.split("\n\n")[0])
+    assert shown["training"]["fabric"]["precision"] in ("bf16-mixed", "32-true")
+    assert shown["training"]["fabric"]["accelerator"] in ("cpu", "cuda", "mps")
+    assert shown["training"]["optimization"]["betas"] == [0.9, 0.999]
+    assert shown["model"]["position_emb_theta"] == 10000.0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("training.fabric.precision=bf16-mixed", "checkpointing.learning_dynamics.max_rows=5"),
+        ("training.fabric.precision=64-true", "training.optimization.optimizer=muon"),
+        ("training.optimization.optimizer=sgd", "checkpointing.learning_dynamics.positions=all"),
+        ("training.optimization.optimizer=sgd", "training.optimization.momentum=0.9", "checkpointing.save_optimizer=last",
+         "checkpointing.save_weights=4", "checkpointing.save_schedule=log"),
+        ("checkpointing.learning_dynamics.layer_suffixes=[embedding_proj, attention, swiglu_norm, layers.1, w_0]",
+         "checkpointing.learning_dynamics.positions=random:3", "training.fabric.precision=bf16-mixed"),
+        ("checkpointing.learning_dynamics.dtype=float16", "checkpointing.learning_dynamics.eval_data=null",
+         "checkpointing.learning_dynamics.layers=[1]"),
+        ("checkpointing.learning_dynamics.what=[gradients]", "checkpointing.save_learning_dynamics=4"),
+    ],
+)  # fmt: skip
+def test_the_bytes_that_are_foretold_are_those_of_the_tensors_of_the_run(
+    make_config: Callable[..., Any], train: Callable[..., Run], overrides: tuple[str, ...]
+) -> None:
+    foretold = sizes(preview(make_config(*overrides)))
+    run = train(*overrides)
+    written = dict.fromkeys(("weights", "optimizer", "learning dynamics"), 0)
+    for step in run:
+        for address, record in run[step].manifest.tensors.items():
+            written[
+                "learning dynamics" if address.split else "weights" if address.kind == "weights" else "optimizer"
+            ] += record.bytes
+    assert foretold.pop("in all") == pytest.approx(sum(entry.minimum_bytes for entry in contents(run)), rel=0.01)
+    assert foretold == pytest.approx(written, rel=0.01)
+
+
+def test_nothing_is_needed_and_nothing_is_made(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    text = preview(
+        make_config("data.dataset.name=/nowhere/yet", "training.fabric.accelerator=cuda", "training.fabric.num_devices=4",
+                    "model.d_model=12288", "model.n_layers=48", "model.activation_hidden_dim=49152",
+                    "checkpointing.learning_dynamics.eval_data=somebody/rows")
+    )  # fmt: skip
+    assert sizes(text)["weights"] > 1e11
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_more_rows_at_once_take_more_memory(make_config: Callable[..., Any]) -> None:
+    def memory(accumulation: int) -> float:
+        text = preview(make_config(f"training.optimization.gradient_accumulation_steps={accumulation}"))
+        number, unit = re.findall(r"memory +about ([\d.]+) (\w+) per device", text)[0]
+        return float(number) * UNITS[unit]
+
+    assert memory(1) > memory(2) > memory(8)
+    parameters = 2 * 64 * 24 + 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 48 + 2 * 24) + 24
+    assert memory(8) > 7 * 4 * parameters  # weights, gradients, two moments, and the snapshot of all but the gradients
