@@ -78,7 +78,7 @@ def find_modules(
             )
             raise PicoError(
                 f"checkpointing.learning_dynamics.layer_suffixes: {suffix!r} matches no module"
-                f"{did_you_mean(suffix, known)} (there are: {', '.join(known)})"
+                f"{did_you_mean(suffix, [*known, *(name.rsplit('.', 1)[-1] for name in known)])} (there are: {', '.join(known)})"
             )
         layer_of = {name: Address("", "", name).layer for name in matching}
         found |= {n: m for n, m in matching.items() if layers == "all" or layer_of[n] is None or layer_of[n] in layers}
