@@ -51,7 +51,8 @@ def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: S
         log.warning(
             "%s holds no whole checkpoint with weights and optimizer state; starting again from step 0.", run.path
         )
-    if writes:
+    finished = checkpoint is not None and checkpoint.step >= config.training.max_steps
+    if writes and not finished:  # a finished run is left as it is
         _record_start(run, config, environment, state.step)
     return checkpoint.step if checkpoint is not None else None
 
