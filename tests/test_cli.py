@@ -71,10 +71,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "rows"
 
 
-@pytest.fixture
-def config(corpus: Path, tmp_path: Path) -> Path:
-    """The file of a small run of `STEPS` steps in `tmp_path`/runs/small."""
-    file = tmp_path / "small.yaml"
+def write_config(corpus: Path, folder: Path) -> Path:
+    """The file of a small run of `STEPS` steps in `folder`/runs/small."""
+    file = folder / "small.yaml"
     file.write_text(f"""\
 data: {{dataset: {{name: {corpus}}}, dataloader: {{batch_size: 8}}, tokenizer: {{vocab_size: 300}}}}
 model: {{d_model: 24, n_layers: 2, attention_n_heads: 4, attention_n_kv_heads: 2, activation_hidden_dim: 48,
@@ -83,17 +82,33 @@ training:
   max_steps: {STEPS}
   fabric: {{accelerator: cpu, precision: 32-true}}
   optimization: {{lr: 0.01, lr_warmup_steps: 2, gradient_accumulation_steps: 2}}
-checkpointing: {{run_name: small, runs_dir: {tmp_path}/runs, save_every_n_steps: {STEPS // 2}}}
+checkpointing: {{run_name: small, runs_dir: {folder}/runs, save_every_n_steps: {STEPS // 2}}}
 monitoring: {{logging: {{log_every_n_steps: 10}}}}
 """)
     return file
 
 
 @pytest.fixture
-def run(call: Call, config: Path, tmp_path: Path) -> Path:
-    """The folder of the finished run, cut short."""
-    assert call("train", config, "training.max_steps=4", "checkpointing.save_every_n_steps=2").code == 0
-    return tmp_path / "runs" / "small"
+def config(corpus: Path, tmp_path: Path) -> Path:
+    return write_config(corpus, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, argv = tmp_path_factory.mktemp("trained"), sys.argv
+    options = ["training.max_steps=4", "checkpointing.save_every_n_steps=2"]
+    sys.argv = ["pico", "train", str(write_config(corpus, folder)), *options]
+    with pytest.raises(SystemExit) as caught:
+        main()
+    sys.argv = argv
+    assert caught.value.code == 0
+    return folder / "runs" / "small"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """The folder of a finished run of 4 steps, to be damaged at will."""
+    return shutil.copytree(trained, tmp_path / "copy", symlinks=True)
 
 
 def flip(file: Path) -> None:
@@ -344,7 +359,7 @@ def test_a_terminal_shows_a_bar(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_is_no_traceback(call: Call, run: Path) -> None:
+def test_a_reader_that_goes_away_is_no_traceback(run: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([*COMMAND, "list", str(run)], stdout=writing, stderr=subprocess.PIPE, env=ENVIRONMENT)

@@ -1,6 +1,7 @@
 """The machine under the training: which device and precision, whether it is deterministic, and how fast it could be."""
 
 import ctypes
+import functools
 import os
 import platform
 import statistics
@@ -80,8 +81,9 @@ def _native_bfloat16(accelerator: str) -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+@functools.cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured FLOP/s of a large matrix product: what a model's speed is compared with. Takes about 0.1 s on a CPU."""
+    """Measured FLOP/s of a large matrix product: what a model's speed is compared with. Takes about 0.1 s on a CPU, once."""
     size = 1024 if device.type == "cpu" else 8192
     x, y = (torch.randn(size, size, dtype=torch.float32).to(device, dtype) for _ in range(2))
     seconds = [_timed_product(x, y) for _ in range(6)]
