@@ -2,14 +2,22 @@
 
 On GPUs the fused kernels of `scaled_dot_product_attention` win. On CPUs they do not: there this module multiplies
 blocks of queries with all the keys up to the block's end, as plain matrix products. The upper triangle is never computed,
-only the diagonal block needs a mask, and the query heads of a group share one product with their common keys. In
-bfloat16, at 512 positions and 12 heads, it takes 27 % (head size 32) to 30 % (head size 8) of the fused CPU kernel's time.
-The price is that in bfloat16 the scores are rounded before the softmax, as in any unfused implementation.
+only the diagonal block needs a mask, and the query heads of a group share one product with their common keys. The rest is
+to touch the scores seldom, which is what costs:
+
+- Weights are powers of two, not of e (the caller scales q by log2 e): exp2 takes half of the time of a softmax.
+- They are not normalized: a column of ones beside v makes the same product give their sum, and the output is divided.
+- Where the norms of q and k bound the scores, the largest score of a row is not looked for: nothing can overflow.
+- The gradient of a score is w_ij (g_i v_j - g_i out_i) / sum_i; the column of ones takes the difference, too.
+
+In bfloat16, at 512 positions and 12 heads of 8, this takes a fifth of the time of the fused CPU kernel. The price is that
+bfloat16 scores are rounded before the exponential, as in any unfused implementation.
 
 Legend: B rows, M key-value heads, G query heads per key-value head, T positions of queries, K positions of keys (the
 queries are the last T of them), D head size; P = B * M independent problems, R = T * G query rows, position-major.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,17 +25,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# The probabilities of a layer are kept for the backward pass where they take no more than this, and computed again beyond
-# it, to the same bits: they grow with the square of the length, and making them again costs a fifth of the time.
+# The weights of a layer are kept for the backward pass where they take no more than this, and computed again beyond it,
+# to the same bits: they grow with the square of the length, and making them again costs a fifth of the time.
 KEEP_BYTES = 2**26
+SAFE_SCORE = (
+    64.0  # 2^64, summed over keys and multiplied with values and gradients, stays far inside of float32's 2^±126
+)
 
 
 def attention(q_BMTGD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, padding_BK: Tensor | None = None) -> Tensor:
-    """softmax(q k^T) v over the keys up to each query's own position, [B, M, T, G, D]; q is already scaled.
+    """sum_j 2^(q k_j) v_j / sum_j 2^(q k_j) over the keys j up to each query's own position, [B, M, T, G, D].
 
     padding_BK: True at keys that only their own position may see (padding on the left of shorter prompts in a batch).
     """
-    if padding_BK is not None or q_BMTGD.device.type != "cpu":
+    if padding_BK is not None or q_BMTGD.device.type != "cpu" or q_BMTGD.dtype == torch.float16:
         return fused(q_BMTGD, k_BMKD, v_BMKD, padding_BK)
     return block_causal(q_BMTGD, k_BMKD, v_BMKD)
 
@@ -43,7 +54,7 @@ def fused(q_BMTGD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, padding_BK: Tensor | 
         mask = mask & (own_TK | ~padding_BK[:, None, None, :])
     q_BNTD = q_BMTGD.permute(0, 1, 3, 2, 4).flatten(1, 2)
     out_BNTD = scaled_dot_product_attention(
-        q_BNTD, k_BMKD, v_BMKD, mask, is_causal=mask is None and T > 1, scale=1.0, enable_gqa=G > 1
+        q_BNTD, k_BMKD, v_BMKD, mask, is_causal=mask is None and T > 1, scale=math.log(2), enable_gqa=G > 1
     )
     return out_BNTD.unflatten(1, (-1, G)).transpose(2, 3)
 
@@ -65,51 +76,60 @@ class _BlockCausal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_PRD: Tensor, k_PKD: Tensor, v_PKD: Tensor, group: int) -> Tensor:
-        out_PRD = torch.empty_like(q_PRD)
+        P, R, D = q_PRD.shape
+        v1_PKD = torch.cat((v_PKD, v_PKD.new_ones(P, v_PKD.shape[1], 1)), -1)
+        sums_PRD = q_PRD.new_empty(P, R, D + 1)
+        ctx.shift = not q_PRD.norm(dim=-1).amax() * k_PKD.norm(dim=-1).amax() <= SAFE_SCORE
         kept: list[Tensor] = []
-        keep = (
-            q_PRD.shape[0] * q_PRD.shape[1] * k_PKD.shape[1] * q_PRD.element_size() <= 2 * KEEP_BYTES
-        )  # half is future
+        bytes_kept = P * R * v_PKD.shape[1] * q_PRD.element_size() // 2
         for rows, end in _blocks(q_PRD, k_PKD, group):
-            probabilities = _probabilities(q_PRD[:, rows], k_PKD[:, :end], group)
-            out_PRD[:, rows] = probabilities @ v_PKD[:, :end]
-            if keep:
-                kept.append(probabilities)
+            weights = _weights(q_PRD[:, rows], k_PKD[:, :end], group, ctx.shift)
+            sums_PRD[:, rows] = torch.bmm(weights, v1_PKD[:, :end])
+            if bytes_kept <= KEEP_BYTES:
+                kept.append(weights)
+        exact = sums_PRD.to(torch.promote_types(q_PRD.dtype, torch.float32))
+        normalizer_PR1 = exact[..., D:].clone()
+        out_PRD = (exact[..., :D] / normalizer_PR1).to(q_PRD.dtype)
         ctx.group = group
-        ctx.save_for_backward(q_PRD, k_PKD, v_PKD, *kept)
+        ctx.save_for_backward(q_PRD, k_PKD, v1_PKD, out_PRD, normalizer_PR1, *kept)
         return out_PRD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_PRD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_PRD, k_PKD, v_PKD, *kept = ctx.saved_tensors
+        q_PRD, k_PKD, v1_PKD, out_PRD, normalizer_PR1, *kept = ctx.saved_tensors
+        exact = grad_PRD / normalizer_PR1  # float32, or float64
+        shared_PR1 = (exact * out_PRD).sum(-1, keepdim=True)
+        of_scores_PRD = (torch.cat((exact, -shared_PR1), -1) * math.log(2)).to(q_PRD.dtype)
+        of_sums_PRD = exact.to(q_PRD.dtype)
         grad_q = torch.empty_like(q_PRD)
-        exact = torch.promote_types(q_PRD.dtype, torch.float32)  # sums over blocks lose nothing to bfloat16
-        grad_k = torch.zeros_like(k_PKD.mT, dtype=exact, memory_format=torch.contiguous_format)
+        grad_k = exact.new_zeros(k_PKD.mT.shape)  # sums over blocks lose nothing to bfloat16
         grad_v = torch.zeros_like(grad_k)  # both [P, D, K]: the long side last is faster for small heads
         for i, (rows, end) in enumerate(_blocks(q_PRD, k_PKD, ctx.group)):
-            q, k, v, grad = q_PRD[:, rows], k_PKD[:, :end], v_PKD[:, :end], grad_PRD[:, rows]
-            probabilities = kept[i] if kept else _probabilities(q, k, ctx.group)
-            grad_v[..., :end].add_(grad.mT @ probabilities)  # `+=` would copy the slice onto itself
-            grad_scores = torch._softmax_backward_data(grad @ v.mT, probabilities, -1, q.dtype)
-            grad_q[:, rows] = grad_scores @ k
-            grad_k[..., :end].add_(q.mT @ grad_scores)
-        return grad_q, grad_k.mT.to(k_PKD.dtype), grad_v.mT.to(v_PKD.dtype), None
+            q, k = q_PRD[:, rows], k_PKD[:, :end]
+            weights = kept[i] if kept else _weights(q, k, ctx.group, ctx.shift)
+            grad_v[..., :end].add_(torch.bmm(of_sums_PRD[:, rows].mT, weights))  # `+=` would copy the slice onto itself
+            grad_scores = torch.bmm(of_scores_PRD[:, rows], v1_PKD[:, :end].mT).mul_(weights)
+            grad_q[:, rows] = torch.bmm(grad_scores, k)
+            grad_k[..., :end].add_(torch.bmm(q.mT, grad_scores))
+        return grad_q, grad_k.mT.to(k_PKD.dtype), grad_v.mT.to(k_PKD.dtype), None
 
 
 def _blocks(q_PRD: Tensor, k_PKD: Tensor, group: int) -> Iterator[tuple[slice, int]]:
-    """The query rows of each block and the end of the keys it sees. 64 positions, and at most 16 blocks, were fastest."""
+    """The query rows of each block and the end of the keys it sees; at most 8 blocks of at least 64 positions are fastest."""
     K, T = k_PKD.shape[1], q_PRD.shape[1] // group
-    size = max(64, -(-T // 16))
+    size = max(64, -(-T // 8))
     for start in range(0, T, size):
         stop = min(start + size, T)
         yield slice(start * group, stop * group), K - T + stop
 
 
-def _probabilities(q: Tensor, k: Tensor, group: int) -> Tensor:
-    """Of one block, whose diagonal is the last square of its scores."""
-    scores = q @ k.mT
+def _weights(q: Tensor, k: Tensor, group: int, shift: bool) -> Tensor:
+    """2^(q k^T) of one block, whose diagonal is the last square of its keys; shifted so that the largest of a row is 1."""
+    scores = torch.bmm(q, k.mT)
     size = q.shape[1] // group
     future = torch.full((size, size), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     scores[..., -size:].add_(future.repeat_interleave(group, dim=0))  # a third of the time of masked_fill_
-    return scores.softmax(-1)
+    if shift:
+        scores.sub_(scores.amax(-1, keepdim=True))
+    return scores.exp2_()

@@ -6,6 +6,7 @@ Legend: B rows, T positions of queries, K positions of keys, H model width, N qu
 G = N / M query heads per key-value head, D = H / N head size, F = D / 2 rotation frequencies.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from .attention import attention
+
+LOG2_E = 1 / math.log(2)
 
 
 class Cache(Protocol):
@@ -80,7 +83,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BTH: Tensor, rotations_TF2: Tensor, cache: Cache | None = None, padding_BK: Tensor | None = None
     ) -> Tensor:
-        M, scale = self.kv_heads, (x_BTH.shape[-1] // self.heads) ** -0.5
+        M, scale = self.kv_heads, LOG2_E * (x_BTH.shape[-1] // self.heads) ** -0.5  # for weights that are powers of two
         q_BTND = rotate(self.q_proj(x_BTH).unflatten(-1, (self.heads, -1)), rotations_TF2 * scale)
         k_BMTD = rotate(self.k_proj(x_BTH).unflatten(-1, (M, -1)), rotations_TF2).transpose(1, 2)
         v_BMTD = self.v_proj(x_BTH).unflatten(-1, (M, -1)).transpose(1, 2)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = {"cpu": 2**20, "other": 2**27}  # small enough for a CPU's cache, large enough to fill a GPU
+CHUNK_LOGITS = {"cpu": 2**22, "other": 2**27}  # 16 MiB in float32, half a GiB on a GPU
 LOG2_E = 1 / math.log(2)
-LEAST_ROWS = 128  # each chunk adds to the whole gradient of the weight
+LEAST_ROWS = 256  # each chunk adds to the whole gradient of the weight
 
 
 def linear_cross_entropy(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> Tensor:
