@@ -1,0 +1,310 @@
+"""One matrix and all that metrics share of it: each derived quantity is computed once, when first asked for, in float64.
+
+A `Matrix` is a tensor; a `Product` is a product of two factors that is never formed. Metrics ask either for `singular_values`,
+`points`, `basis`, … and do not know which it is. Activations are rows (inputs) by columns (features).
+
+Notation: matrix m x n, product (m x r)(r x n), attainable rank R; activations N x p; d directions of a centred matrix.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EPSILON = torch.finfo(torch.float64).eps
+# Largest and smallest magnitude accepted: squares of products of two stay within float64, and float32 lies within.
+LARGEST, SMALLEST = 1e70, 1e-70
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # kept as they are until entries are asked for
+
+Array = Tensor | np.ndarray
+
+
+class Undefined(ValueError):
+    """A metric has no value for this input. The message is the reason, ready for the table of results."""
+
+
+class Directions(NamedTuple):
+    """Thin singular value decomposition of centred activations, without the directions below the rank tolerance.
+
+    basis_Nd: orthonormal; scales_d: descending; loadings_dp: scales times the orthonormal directions among the features.
+    """
+
+    basis_Nd: Tensor
+    scales_d: Tensor
+    loadings_dp: Tensor
+
+
+class Matrix:
+    """A tensor seen as a matrix; a vector is one row, and more than two dimensions have entries but no spectrum.
+
+    Derived quantities stay until `release`. Quantities of activations (`centred` and after it) are of centred columns, scaled
+    to a Frobenius norm of 1: all that is measured with them is free of scale. Raises `Undefined` where there is no value.
+    """
+
+    def __init__(self, tensor: Array):
+        """tensor: floating point or integer, a torch tensor on any device or a numpy array."""
+        self._given = _as_tensor(tensor)
+
+    @staticmethod
+    def of(value: "Matrix | Array") -> "Matrix":
+        """`value` itself when it is a Matrix, so that its cached quantities are used."""
+        return value if isinstance(value, Matrix) else Matrix(value)
+
+    @staticmethod
+    def product(left: Array, right: Array, rank: int | None = None) -> "Product":
+        """The product of left (m x r) and right (r x n), not formed where that can be avoided; rank: at most that (default r)."""
+        return Product(left, right, rank)
+
+    @staticmethod
+    def sum_of_products(pairs: Sequence[tuple[Array, Array]], rank: int | None = None) -> "Product":
+        """The sum of left times right, as one product [left left …] [right; right; …]: gO V + O gV has rank 2 r at most."""
+        lefts, rights = ([_as_tensor(factor).double() for factor in side] for side in zip(*pairs, strict=True))
+        return Product(torch.cat(lefts, dim=1), torch.cat(rights, dim=0), rank)
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """The shape as given; `shape` is that of the matrix."""
+        return tuple(self._given.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n); a vector is 1 x n."""
+        if len(self.dimensions) > 2:
+            raise Undefined(f"has {len(self.dimensions)} dimensions {self.dimensions}; a matrix has two")
+        rows, columns = (1, 1, *self.dimensions)[-2:]
+        return rows, columns
+
+    @property
+    def rank(self) -> int:
+        """The attainable rank R: min(m, n), or less for a product."""
+        return min(self.shape)
+
+    @cached_property
+    def fault(self) -> str | None:
+        """Why nothing can be computed from the entries (none, NaN, infinity), None when all is well."""
+        return _fault(self._given)
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """All entries in float64, in the shape given. Only metrics of entries ask a product for them, and then it is formed."""
+        return self._given.double()
+
+    def dense(self) -> Tensor:
+        """The entries as a matrix, float64 [m, n]."""
+        return self.entries.reshape(self.shape)
+
+    @cached_property
+    def singular_values(self) -> Tensor:
+        """All R of them, descending, float64."""
+        return torch.linalg.svdvals(self.dense())
+
+    @cached_property
+    def singular_spaces(self) -> tuple[Tensor, Tensor]:
+        """Left [m, R] and right [n, R] singular vectors, by descending singular value; up to sign."""
+        left, _, right = torch.linalg.svd(self.dense(), full_matrices=False)
+        return left, right.mT
+
+    @cached_property
+    def frobenius(self) -> float:
+        return float(torch.linalg.vector_norm(self.entries))
+
+    def dot(self, other: "Matrix") -> float:
+        """The sum of the products of entries."""
+        return float(self.entries.flatten() @ other.entries.flatten())
+
+    def minus(self, other: "Matrix") -> "Matrix":
+        return Matrix(self.entries - other.entries)
+
+    @cached_property
+    def points(self) -> Tensor:
+        """The rows up to a rotation of the features [N, p]: inner products and distances of rows are those of the matrix."""
+        return self.dense()
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """The points minus their mean, scaled to unit norm."""
+        points = self.points
+        if len(points) < 2:
+            raise Undefined(f"has {len(points)} row; activations are rows (inputs) by columns (features), two at least")
+        centred = points - points.mean(0)
+        norm = torch.linalg.vector_norm(centred)
+        if norm <= len(points) * EPSILON * torch.linalg.vector_norm(points):
+            raise Undefined("all rows are equal: nothing is left after centring")
+        return centred / norm
+
+    @cached_property
+    def directions(self) -> Directions:
+        """Singular vectors of the centred points above max(N, p) eps s_1: the rank tolerance of `matrix_rank`."""
+        basis, scales, features = torch.linalg.svd(self.centred, full_matrices=False)
+        count = int((scales > max(self.centred.shape) * EPSILON * scales[0]).sum())
+        loadings = self._in_features(scales[:count, None] * features[:count])
+        return Directions(basis[:, :count], scales[:count], loadings)
+
+    def _in_features(self, rows: Tensor) -> Tensor:
+        """From the coordinates of `points` to those of the features."""
+        return rows
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Inner products of the centred points [N, N]."""
+        return self.centred @ self.centred.mT
+
+    @cached_property
+    def gram_norm(self) -> float:
+        """Frobenius norm of the Gram matrix, which is that of the p x p one too; from the smaller of the two."""
+        rows, columns = self.centred.shape
+        product = self.gram if rows < columns else self.centred.mT @ self.centred
+        return float(torch.linalg.vector_norm(product))
+
+    @cached_property
+    def squared_lengths(self) -> Tensor:
+        """Of the centred points [N]: the diagonal of the Gram matrix."""
+        return self.centred.square().sum(1)
+
+    @cached_property
+    def distance_ranks(self) -> Tensor:
+        """Ranks of the distances between all pairs of points, ties shared, centred and of unit norm [N (N - 1) / 2]."""
+        ranks = _ranks(torch.pdist(self.centred))
+        ranks -= ranks.mean()
+        norm = torch.linalg.vector_norm(ranks)
+        if norm == 0:
+            raise Undefined("all pairs of rows are equally far apart: their distances have no order")
+        return ranks.div_(norm)
+
+    def neighbours(self, k: int) -> Tensor:
+        """Whether point j is among the k nearest of point i by cosine, itself left out; ties at the border all count [N, N]."""
+        if k not in self._neighbours:
+            self._neighbours[k] = _neighbours(self.centred, k)
+        return self._neighbours[k]
+
+    @cached_property
+    def _neighbours(self) -> dict[int, Tensor]:
+        return {}
+
+    def release(self) -> Self:
+        """Forget all derived quantities, the copy in float64 too; they are computed anew when asked for."""
+        for name in list(vars(self)):
+            if isinstance(getattr(type(self), name, None), cached_property):
+                delattr(self, name)
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({' x '.join(map(str, self.dimensions))})"
+
+
+class Product(Matrix):
+    """left (m x r) times right (r x n), through an r x r core: QR of both factors, and the product of what is not orthogonal."""
+
+    def __init__(self, left: Array, right: Array, rank: int | None = None):
+        self.left, self.right = _as_tensor(left), _as_tensor(right)
+        if self.left.ndim != 2 or self.right.ndim != 2 or self.left.shape[1] != self.right.shape[0]:
+            raise ValueError(f"{tuple(self.left.shape)} times {tuple(self.right.shape)} is not a product of matrices")
+        self._rank = rank
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def rank(self) -> int:
+        attainable = min(*self.left.shape, self.right.shape[1])
+        return attainable if self._rank is None else min(self._rank, attainable)
+
+    @cached_property
+    def fault(self) -> str | None:
+        return _fault(self.left, self.right)
+
+    @cached_property
+    def entries(self) -> Tensor:
+        return self.left.double() @ self.right.double()
+
+    @cached_property
+    def _right_qr(self) -> tuple[Tensor, Tensor]:
+        q, r = torch.linalg.qr(self.right.double().mT)
+        return q, r
+
+    @cached_property
+    def core(self) -> Tensor:
+        """Has the singular values of the product; r x r, or less where a factor has fewer rows or columns."""
+        triangle = torch.linalg.qr(self.left.double(), mode="r").R
+        return triangle @ self._right_qr[1].mT
+
+    @cached_property
+    def singular_values(self) -> Tensor:
+        return torch.linalg.svdvals(self.core)[: self.rank]
+
+    @cached_property
+    def singular_spaces(self) -> tuple[Tensor, Tensor]:
+        q_left, triangle = torch.linalg.qr(self.left.double())
+        q_right, triangle_right = self._right_qr
+        left, _, right = torch.linalg.svd(triangle @ triangle_right.mT, full_matrices=False)
+        return (q_left @ left)[:, : self.rank], (q_right @ right.mT)[:, : self.rank]
+
+    @cached_property
+    def frobenius(self) -> float:
+        return float(torch.linalg.vector_norm(self.core))
+
+    def dot(self, other: Matrix) -> float:
+        if not isinstance(other, Product):
+            return super().dot(other)
+        lefts = self.left.double().mT @ other.left.double()
+        return float((lefts * (self.right.double() @ other.right.double().mT)).sum())
+
+    def minus(self, other: Matrix) -> Matrix:
+        if not isinstance(other, Product):
+            return super().minus(other)
+        return Matrix.sum_of_products([(self.left, self.right), (-other.left, other.right)])
+
+    @cached_property
+    def points(self) -> Tensor:
+        """Rows of left R' [N, min(r, p)]: with right' = Q R, those of the product are these, turned by Q'."""
+        return self.left.double() @ self._right_qr[1].mT
+
+    def _in_features(self, rows: Tensor) -> Tensor:
+        return rows @ self._right_qr[0].mT
+
+
+def _as_tensor(value: Any) -> Tensor:
+    tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    if tensor.is_complex():
+        raise TypeError(f"a tensor of {tensor.dtype} has no metrics here; give its real and imaginary parts")
+    return tensor if tensor.dtype in _FLOATS else tensor.double()
+
+
+def _fault(*tensors: Tensor) -> str | None:
+    if any(tensor.numel() == 0 for tensor in tensors):
+        return "holds no entries"
+    # The extremes alone tell: NaN and infinity pass through them, and no tensor of booleans is made.
+    largest = [float(tensor.abs().max()) for tensor in tensors]
+    if all(value == 0 or SMALLEST <= value <= LARGEST for value in largest):
+        return None
+    total = sum(tensor.numel() for tensor in tensors)
+    for name, test in (("NaN", torch.isnan), ("infinity", torch.isinf)):
+        count = sum(int(test(tensor).sum()) for tensor in tensors)
+        if count:
+            return f"holds {name} at {count} of {total} entries"
+    extreme = max(largest) if max(largest) > LARGEST else min(filter(None, largest))
+    return f"its largest entry is {extreme:.0e}: beyond what can be squared in float64; rescale it"
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 0, equal values sharing the mean of theirs, float64."""
+    ordered, order = values.sort()
+    _, counts = ordered.unique_consecutive(return_counts=True)
+    mean_ranks = counts.cumsum(0) - (counts + 1) / 2
+    return torch.empty_like(values).scatter_(0, order, mean_ranks.repeat_interleave(counts).to(values.dtype))
+
+
+def _neighbours(centred: Tensor, k: int) -> Tensor:
+    if k >= len(centred):
+        raise Undefined(f"has {len(centred)} rows; {k} neighbours of a row take {k + 1} at least")
+    lengths = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    if (lengths <= len(centred) * EPSILON).any():
+        raise Undefined(f"row {int(lengths.argmin())} is the mean of all rows: it has no direction")
+    directions = centred / lengths
+    cosines = (directions @ directions.mT).fill_diagonal_(-torch.inf)
+    border = cosines.topk(k, dim=1).values[:, -1:]
+    return cosines >= border - centred.shape[1] * EPSILON  # equal rows may differ in the last bit

@@ -1,0 +1,195 @@
+"""What a metric is: a function of one or two matrices that gives a number, and the facts that an analysis needs about it.
+
+`@metric("name")` turns a function into a `Metric` and registers it; `as_metric` takes any function of a user. Parameters
+annotated `Matrix` get one, with all it shares; others get a float64 tensor, or a numpy array if annotated so. Keyword-only
+parameters are the options of the metric, in Python and in YAML alike, checked by their annotation.
+"""
+
+import functools
+import inspect
+import math
+import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from picolm.analyze.matrix import Array, Matrix, Undefined
+from picolm.errors import PicoError
+from picolm.registry import Registry, did_you_mean
+
+DATA_TYPES = frozenset({"weights", "gradients", "activations"})
+Needs = Literal["none", "rows", "shape"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a metric. annotation: its type, with limits; default: `inspect.Parameter.empty` when it must be given."""
+
+    name: str
+    annotation: Any
+    default: Any
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    @functools.cached_property
+    def _type(self) -> TypeAdapter[Any]:
+        return TypeAdapter(Any if self.annotation is inspect.Parameter.empty else self.annotation)
+
+    def problem(self, value: Any) -> str | None:
+        """`should be 'left' or 'right', not 'top'`, None when `value` is fine."""
+        try:
+            self._type.validate_python(value, strict=True)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].replace("Input should", "should")
+            return f"{message}, not {value!r}"
+        return None
+
+
+class Metric:
+    """A callable: `cka(x, y, debiased=True)` takes tensors, numpy arrays or matrices and returns a float.
+
+    name; arity: 1 or 2 matrices; of: the data types it is defined for; options: by name; needs: what a pair must have in
+    common (as many `rows`, the same `shape`, `none`); symmetric: whether the order of a pair does not matter; summary: one line.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., float],
+        name: str,
+        of: Collection[str] = DATA_TYPES,
+        needs: Needs = "none",
+        symmetric: bool = False,
+    ):
+        functools.update_wrapper(self, function)
+        self.function, self.name = function, name
+        self.of, self.needs, self.symmetric = frozenset(of), needs, symmetric
+        self.__signature__ = inspect.signature(function)
+        matrices, options = _parameters(function, name)
+        self._forms = tuple(matrices.values())
+        self.arity = len(matrices)
+        self.options: Mapping[str, Option] = options
+        self.summary = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+
+    def __call__(self, *matrices: Matrix | Array, **options: Any) -> float:
+        """The value. Raises `Undefined` with the reason where there is none; infinity is a value, NaN never is."""
+        if len(matrices) != self.arity:
+            raise TypeError(
+                f"{self.name} is a metric of {self.arity} tensor{'s'[: self.arity - 1]}, given {len(matrices)}"
+            )
+        if problems := self.problems(options):
+            raise TypeError("; ".join(f"{self.name}: {key}: {complaint}" for key, complaint in problems.items()))
+        given = [Matrix.of(matrix) for matrix in matrices]
+        self._check(given)
+        try:
+            value = float(self.function(*(form(matrix) for form, matrix in zip(self._forms, given)), **options))
+        except torch.linalg.LinAlgError as error:
+            raise Undefined(f"the decomposition did not converge: {error}") from error
+        if math.isnan(value):
+            raise Undefined(f"{self.name} is not a number here")
+        return value
+
+    def _check(self, given: list[Matrix]) -> None:
+        for place, matrix in zip(("the first ", "the second "), given):
+            if matrix.fault is not None:
+                raise Undefined((place if len(given) > 1 else "") + matrix.fault)
+        if self.needs == "rows" and given[0].shape[0] != given[1].shape[0]:
+            raise Undefined(
+                f"{given[0].shape[0]} rows against {given[1].shape[0]}: {self.name} compares activations of the same inputs, "
+                "or matrices with matching rows"
+            )
+        if self.needs == "shape" and given[0].dimensions != given[1].dimensions:
+            shapes = " against ".join(str(matrix.dimensions) for matrix in given)
+            raise Undefined(f"{shapes}: {self.name} compares tensors of one shape")
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The options that must be given."""
+        return tuple(name for name, option in self.options.items() if option.required)
+
+    def check_option(self, name: str, value: Any) -> str | None:
+        """What is wrong with the value of one option, None when it is fine."""
+        if name not in self.options:
+            return f"unknown option{did_you_mean(name, self.options)} (there are: {', '.join(self.options) or 'none'})"
+        return self.options[name].problem(value)
+
+    def problems(self, options: Mapping[str, Any]) -> dict[str, str]:
+        """All that is wrong with `options`, by name: unknown ones, wrong values, and those that must be given."""
+        found = {name: self.check_option(name, value) for name, value in options.items()}
+        missing = {name: "must be given" for name in self.required if name not in options}
+        return {name: complaint for name, complaint in found.items() if complaint is not None} | missing
+
+    def __reduce__(self) -> Any:
+        """By name when that finds this very object, as for a function."""
+        registered = METRICS.get(self.name) is self if self.name in METRICS else False
+        return self.function.__qualname__ if registered else (as_metric, (self.function,))
+
+    def __repr__(self) -> str:
+        return f"<metric {self.name}{self.__signature__}>"
+
+
+METRICS: Registry[Metric] = Registry("metric")
+
+
+def metric(
+    name: str, *, of: Collection[str] = DATA_TYPES, needs: Needs = "none", symmetric: bool = False
+) -> Callable[[Callable[..., float]], Metric]:
+    """Register the decorated function under `name`; the facts are those of `Metric`."""
+
+    def register(function: Callable[..., float]) -> Metric:
+        return METRICS.add(name)(Metric(function, name, of, needs, symmetric))
+
+    return register
+
+
+def as_metric(part: Any) -> Metric:
+    """`part` itself when it is a Metric; a plain function of one or two tensors becomes one. Raises PicoError otherwise."""
+    if isinstance(part, Metric):
+        return part
+    if not callable(part):
+        raise PicoError(f"{part!r} is no metric: a metric is a function of one or two tensors that returns a number")
+    return Metric(part, getattr(part, "__name__", type(part).__name__))
+
+
+def _parameters(
+    function: Callable[..., Any], name: str
+) -> tuple[dict[str, Callable[[Matrix], Any]], dict[str, Option]]:
+    """How to hand over each matrix, and the options."""
+    hints = _type_hints(function)
+    matrices: dict[str, Callable[[Matrix], Any]] = {}
+    options: dict[str, Option] = {}
+    for key, parameter in inspect.signature(function).parameters.items():
+        annotation = hints.get(key, parameter.annotation)
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            options[key] = Option(key, annotation, parameter.default)
+        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise PicoError(
+                f"metric {name}: {parameter} tells neither how many tensors it takes nor which options it has"
+            )
+        elif parameter.default is not parameter.empty:
+            raise PicoError(f"metric {name}: {key} has a default; an option stands behind a `*`: (x, *, {parameter})")
+        else:
+            matrices[key] = _form(annotation)
+    if len(matrices) not in (1, 2):
+        raise PicoError(f"metric {name} takes {len(matrices)} tensors; a metric takes one, or two to compare")
+    return matrices, options
+
+
+def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except (NameError, TypeError, AttributeError):  # names that only a type checker sees, or a callable object
+        return {}
+
+
+def _form(annotation: Any) -> Callable[[Matrix], Any]:
+    if annotation is Matrix:
+        return lambda matrix: matrix
+    if annotation is np.ndarray or typing.get_origin(annotation) is np.ndarray:
+        return lambda matrix: matrix.entries.numpy()
+    return lambda matrix: matrix.entries

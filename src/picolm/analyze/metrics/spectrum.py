@@ -1,0 +1,95 @@
+"""How the singular values of a matrix are spread: ranks that are not whole numbers, conditioning, the weight of the tail.
+
+Notation: singular values s_1 >= … >= s_R of a matrix of attainable rank R; a vector is a matrix of one row.
+"""
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+from torch.special import entr
+
+from picolm.analyze.matrix import EPSILON, Matrix, Undefined
+from picolm.analyze.metrics.metric import metric
+
+SMALLEST_FIT = 50
+
+
+def _relative(x: Matrix) -> Tensor:
+    """Singular values over the largest."""
+    values = x.singular_values
+    if values[0] == 0:
+        raise Undefined("is zero: all singular values are 0")
+    return values / values[0]
+
+
+@metric("effective_rank")
+def effective_rank(x: Matrix) -> float:
+    """Effective rank: the exponential of the entropy of the singular values as shares of their sum, from 1 to R.
+
+    exp(-sum p ln p), p = s / sum s, 0 ln 0 = 0 (Roy and Vetterli, EUSIPCO 2007). Undefined for zero.
+    """
+    values = _relative(x)
+    return min(math.exp(float(entr(values / values.sum()).sum())), float(x.rank))
+
+
+@metric("per")
+def per(x: Matrix) -> float:
+    """Proportional effective rank: effective rank over the attainable rank R, from 1/R to 1.
+
+    R is min(m, n), and the size of a head for a product of its factors, of which only s_1..s_R count (Diehl Martinez et
+    al., Tending Towards Stability, 2024). Undefined for zero.
+    """
+    return effective_rank(x) / x.rank
+
+
+@metric("stable_rank")
+def stable_rank(x: Matrix) -> float:
+    """Stable rank: squared Frobenius norm over squared spectral norm, from 1 to R.
+
+    sum s^2 / s_1^2 (Rudelson and Vershynin, J. ACM 2007). Undefined for zero.
+    """
+    return float(_relative(x).square().sum())
+
+
+@metric("participation_ratio")
+def participation_ratio(x: Matrix) -> float:
+    """Participation ratio of the squared singular values: how many share the variance, from 1 to R.
+
+    (sum s^2)^2 / sum s^4 (Gao et al., bioRxiv 214262, 2017, there of a covariance; nothing is centred here). Undefined for zero.
+    """
+    squares = _relative(x).square()
+    return float(squares.sum() ** 2 / squares.square().sum())
+
+
+@metric("condition_number")
+def condition_number(x: Matrix) -> float:
+    """Condition number: largest over smallest of the R singular values; infinity for a singular matrix, zero too.
+
+    s_1 / s_R. Below max(m, n) eps s_1, the rounding of s_1, s_R cannot be told from 0: such a matrix is singular.
+    """
+    values = x.singular_values
+    if values[-1] <= max(x.shape) * EPSILON * values[0]:
+        return math.inf
+    return float(values[0] / values[-1])
+
+
+@metric("spectral_alpha")
+def spectral_alpha(x: Matrix, *, k: Annotated[int, Field(ge=SMALLEST_FIT)]) -> float:
+    """Exponent of the power law in the tail of the squared singular values, by Hill's estimator on the k largest.
+
+    1 + k / sum_{i<=k} ln(lambda_i / lambda_{k+1}), lambda = s^2: the exponent of the density, one more than the tail index of
+    Hill (Annals of Statistics 3, 1975; of spectra: Zhou et al., Temperature Balancing, 2023). No k is right for all matrices,
+    so it has to be given; a fit on fewer than 50 values is refused. Undefined where R <= k, where the rank is below k + 1, and
+    where the k + 1 largest are equal.
+    """
+    if x.rank <= k:
+        raise Undefined(f"has {x.rank} singular values; a fit on the {k} largest takes {k + 1}")
+    values = _relative(x)[: k + 1]
+    if values[k] <= max(x.shape) * EPSILON:
+        raise Undefined(f"singular value {k + 1} is 0: the {k} largest have no border")
+    logs = 2 * (values[:k] / values[k]).log().sum()
+    if logs <= 4 * k * max(x.shape) * EPSILON:
+        raise Undefined(f"the {k + 1} largest singular values are equal: there is no tail to fit")
+    return float(1 + k / logs)
