@@ -54,7 +54,8 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     captured_rows, evaluated_rows = _held_out_rows(config, source)
     first = fabric.is_global_zero
     environment = _environment(config, fabric, batches, text)
-    run = open_run(config, environment, stack, writes=first)
+    with fabric.rank_zero_first():  # one process makes the folder, the others find it
+        run = open_run(config, environment, stack, writes=first)
     configure_logging(config.monitoring.logging.log_level, log_folder(config, run) / "train.log")
     continued_from = restore(config, environment, run, state, writes=first)
     job = Job(
