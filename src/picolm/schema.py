@@ -188,7 +188,8 @@ class Document:
     def _rules(self, config: Section | None, wrong: set[str]) -> None:
         for keys, message in config.problems() if config is not None else ():
             if not any(key == bad or key.startswith(bad + ".") for key in keys for bad in wrong):
-                self.found.append(self._at(tuple(keys[0].split(".")), message))
+                path = tuple(int(part) if part.isdigit() else part for part in keys[0].split("."))
+                self.found.append(self._at(path, message))
 
     def _at(self, path: KeyPath, message: str) -> Problem:
         known = next(

@@ -15,6 +15,7 @@ from picolm.capture.taps import find_modules
 from picolm.data import Source, open_source
 from picolm.data.batches import Batches
 from picolm.errors import DataError, PicoError
+from picolm.logs import configure_logging
 from picolm.models import MODELS
 from picolm.schema import plain
 from picolm.seeds import derive
@@ -26,7 +27,7 @@ from picolm.train.job import Job
 from picolm.train.loggers import build_loggers, log_folder
 from picolm.train.optim import build_optimizers
 from picolm.train.plan import Plan
-from picolm.train.progress import Progress, configure_logging
+from picolm.train.progress import Progress
 from picolm.train.resume import open_run, restore
 from picolm.train.signals import StopSignal
 from picolm.train.state import State

@@ -6,13 +6,14 @@ A logger takes (step, metrics) and never stops a run: what lies outside of this 
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from picolm.errors import PicoError
 from picolm.registry import Registry
+from picolm.schema import plain
+from picolm.tracking import Session
 
 if TYPE_CHECKING:
     from picolm.store import Run
@@ -79,52 +80,14 @@ class WeightsAndBiases:
     """Weights & Biases; without an account or a connection it writes an offline run, to be sent with `wandb sync`."""
 
     def __init__(self, config: TrainConfig, run: Run):
-        try:
-            import wandb
-        except ImportError as error:
-            raise PicoError("monitoring.save_to_wandb needs: pip install 'picolm[wandb]'") from error
-        from picolm.schema import plain
-
-        folder = log_folder(config, run)
-        arguments: dict[str, Any] = {
-            "project": config.monitoring.wandb.project or "pico",
-            "entity": config.monitoring.wandb.entity or None,
-            "name": config.checkpointing.run_name,
-            "id": _identity(folder / "wandb_id"),
-            "resume": "allow",
-            "dir": str(folder),
-            "config": plain(config),
-            "settings": wandb.Settings(init_timeout=20, finish_timeout=60, silent=True, console="off"),
-        }
-        try:
-            self.session = wandb.init(**arguments)
-        except Exception as error:  # no account, no network, a refused key: none of them may cost a run
-            log.warning("Weights & Biases is out of reach (%s); writing an offline run instead.", error)
-            offline = {
-                "mode": "offline",
-                "resume": None,
-                "id": secrets.token_hex(8),
-            }  # the other id may still be in use
-            self.session = wandb.init(**arguments | offline)
+        chosen, name = config.monitoring.wandb, str(config.checkpointing.run_name)
+        self.session = Session(chosen.project, chosen.entity, name, log_folder(config, run), plain(config))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        try:
-            self.session.log(metrics, step=step)
-        except Exception as error:
-            log.warning("Weights & Biases took nothing at step %d: %s", step, error)
+        self.session.log(metrics, step)
 
     def close(self) -> None:
-        try:
-            self.session.finish()
-        except Exception as error:
-            log.warning("Weights & Biases did not close: %s", error)
-
-
-def _identity(file: Path) -> str:
-    """What tells the run apart on the server: made once, so that a continued run goes on there, and a new one does not."""
-    if not file.exists():
-        file.write_text(secrets.token_hex(8))
-    return file.read_text()
+        self.session.close()
 
 
 def log_folder(config: TrainConfig, run: Run) -> Path:

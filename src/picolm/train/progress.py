@@ -1,7 +1,6 @@
 """A progress bar where somebody watches, plain lines where nobody does."""
 
 import logging
-import sys
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -78,26 +77,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-class _Screen(logging.Handler):
-    """Writes to whatever sys.stderr is at the time: a progress bar puts itself in its place."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
-
-
-def configure_logging(level: str, file: Any = None) -> None:
-    """Plain lines on stderr and, where `file` is given, the same with the time in that file."""
-    log.setLevel(level)
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
-    screen = _Screen()
-    screen.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(screen)
-    if file is not None:
-        written = logging.FileHandler(file, encoding="utf-8")
-        written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(written)
-    log.propagate = False

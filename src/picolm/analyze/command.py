@@ -1,0 +1,81 @@
+"""`pico analyze`, from its configuration to its table."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from picolm.analyze import table
+from picolm.analyze.config import AnalysisConfig
+from picolm.analyze.engine import Outcome, analyze, plan
+from picolm.logs import configure_logging
+from picolm.schema import dump, load, plain
+from picolm.tracking import Session
+
+log = logging.getLogger("picolm")
+
+
+def analyze_runs(
+    config_path: Path,
+    overrides: Iterable[str],
+    places: list[str],
+    *,
+    workers: int = 1,
+    strict: bool = False,
+    csv: bool = False,
+    aggregated: bool = False,
+    dry_run: bool = False,
+) -> Outcome | None:
+    """Run the analysis of a YAML file on the runs at `places` (default: those it names), and write what came out."""
+    config = load(config_path, AnalysisConfig, overrides)
+    places = places or list(config.runs)
+    if dry_run:
+        print(dump(config) + "\n" + plan(config, places))
+        return None
+    folder = Path(config.monitoring.output_dir) / config.analysis_name
+    folder.mkdir(parents=True, exist_ok=True)
+    configure_logging("INFO", folder / "analysis.log")
+    outcome = _with_bar(config, places, workers, strict)
+    path = table.write(outcome.rows, folder, csv)
+    if aggregated:
+        table.aggregate(table.load(folder)).to_parquet(folder / "aggregated.parquet")
+    if config.monitoring.save_to_wandb:
+        _to_wandb(config, outcome.rows)
+    Console(width=max(Console().width, 110)).print(table.summary(outcome.rows))
+    log.info(
+        "%d values, %d of them computed now from %d tensors; %d things were missing. The table is %s.",
+        len(outcome.rows), outcome.computed, outcome.read, len(outcome.absent), path,
+    )  # fmt: skip
+    return outcome
+
+
+def _with_bar(config: AnalysisConfig, places: list[str], workers: int, strict: bool) -> Outcome:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("analyzing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        return analyze(
+            config,
+            places,
+            workers=workers,
+            strict=strict,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _to_wandb(config: AnalysisConfig, rows: list[dict[str, Any]]) -> None:
+    """The JSON files' values by step, as pico-analyze logs them; a server out of reach costs no result."""
+    chosen, folder = config.monitoring.wandb, Path(config.monitoring.output_dir) / config.analysis_name
+    session = Session(chosen.project, chosen.entity, config.analysis_name, folder, plain(config))
+    for name, values in sorted(table.json_files(rows).items(), key=lambda item: _step(item[0])):
+        metric = name.rsplit("/", 1)[-1].removesuffix(".json")
+        session.log({f"{metric}/{key}": value for key, value in values.items() if value is not None}, _step(name))
+    session.close()
+
+
+def _step(name: str) -> int:
+    return int(name.split("step_", 1)[1].split("/")[0])

@@ -1,0 +1,288 @@
+"""Which matrices of a checkpoint are measured: one tensor, one head of it, or a circuit of several.
+
+A component is a function of a checkpoint that yields operands: a name, a head, a digest of what the matrix is made of, and how
+to load it, so that nothing is read before it is needed. What a checkpoint does not hold is yielded as an `Absent`. A user's own
+component may simply yield pairs (Address, Tensor).
+
+Notation: d = d_model, D = size of a head, h a query head, g = h // (heads / key-value heads) the head of keys and values it uses.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
+
+from picolm.address import Address, has_suffix
+from picolm.analyze.matrix import Matrix
+from picolm.errors import PicoError
+from picolm.registry import Registry
+
+Layers = Literal["all"] | Sequence[int]
+KINDS = ("weights", "gradients", "activations")
+
+
+class Operand(NamedTuple):
+    """A matrix to be measured. digest: what its content follows from; equal digests are equal matrices."""
+
+    address: Address
+    head: int | None
+    digest: str
+    load: Callable[[], Matrix]
+
+
+class Absent(NamedTuple):
+    """Something that was asked for and that the checkpoint does not hold."""
+
+    what: str
+
+
+class ComponentFunction(Protocol):
+    """(checkpoint, *, data_type, split, layer_suffixes, layers, heads, model) -> operands; model: that section of the run."""
+
+    def __call__(self, checkpoint: Any, **asked: Any) -> Iterator[Any]: ...
+
+
+COMPONENTS: Registry[ComponentFunction] = Registry("component")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def component(name: str, kinds: Sequence[str] | None = None) -> Callable[[Function], Function]:
+    """Register a component, with the data types that it can give (None: any that a checkpoint holds)."""
+
+    def register(function: Function) -> Function:
+        function.kinds = kinds  # type: ignore[attr-defined]
+        COMPONENTS.add(name)(function)
+        return function
+
+    return register
+
+
+def operands(checkpoint: Any, name: str, **asked: Any) -> Iterator[Operand | Absent]:
+    """What component `name` finds in `checkpoint`; pairs (Address, Tensor) of a user's component become operands."""
+    for found in COMPONENTS.get(name)(checkpoint, **asked):
+        if isinstance(found, Operand | Absent):
+            yield found
+        else:
+            address, tensor = found
+            digest = hashlib.sha256(tensor.detach().double().contiguous().numpy().tobytes()).hexdigest()
+            yield Operand(Address(*address), None, digest, partial(Matrix, tensor))
+
+
+@component("simple")
+def simple(
+    checkpoint: Any, *, data_type: str, split: str, layer_suffixes: Any, layers: Layers, **_: Any
+) -> Iterator[Operand | Absent]:
+    """Tensors as they are: weights, gradients, activations or optimizer moments of modules by the end of their names."""
+    suffixes = (layer_suffixes,) if isinstance(layer_suffixes, str) else layer_suffixes or (None,)
+    for suffix in suffixes:
+        found = _matching(checkpoint, data_type, split, suffix, layers)
+        for address in found:
+            yield Operand(address, None, checkpoint.digest(address), _loader(checkpoint, address))
+        yield from _absent(found, data_type, split, suffix or "anything", layers)
+
+
+@component("mlp", kinds=KINDS)
+def mlp(checkpoint: Any, *, layer_suffixes: Any, **asked: Any) -> Iterator[Operand | Absent]:
+    """The output projection of the MLPs (swiglu.w_2): its weights, its gradients, and what it adds to the residual stream."""
+    yield from simple(checkpoint, layer_suffixes=layer_suffixes or "swiglu.w_2", **asked)
+
+
+@component("embedding", kinds=KINDS)
+def embedding(checkpoint: Any, *, layer_suffixes: Any, layers: Layers, **asked: Any) -> Iterator[Operand | Absent]:
+    """The token embedding (layer_suffixes: de_embedding_proj for the output layer)."""
+    yield from simple(checkpoint, layer_suffixes=layer_suffixes or "embedding_proj", layers="all", **asked)
+
+
+@component("residual", kinds=("activations",))
+def residual(
+    checkpoint: Any, *, data_type: str, split: str, layers: Layers, model: Mapping[str, Any], **_: Any
+) -> Iterator[Operand | Absent]:
+    """The residual stream after each block, where the run captured whole blocks (layer_suffixes: [layers.0, layers.1, …])."""
+    for layer in range(model["n_layers"]) if layers == "all" else layers:
+        address = Address(data_type, split, f"layers.{layer}")
+        if address in checkpoint:
+            yield Operand(address, None, checkpoint.digest(address), _loader(checkpoint, address))
+        else:
+            yield Absent(f"{address} (the run has to capture whole blocks: layer_suffixes: [layers.{layer}])")
+
+
+@component("per_head", kinds=KINDS)
+def per_head(
+    checkpoint: Any,
+    *,
+    data_type: str,
+    split: str,
+    layer_suffixes: Any,
+    layers: Layers,
+    model: Mapping[str, Any],
+    **_: Any,
+) -> Iterator[Operand | Absent]:
+    """The part of each head in the projections of the attention: rows of q, k and v, columns of o."""
+    suffixes = (layer_suffixes,) if isinstance(layer_suffixes, str) else layer_suffixes or ("attention.v_proj",)
+    for suffix in suffixes:
+        found = _matching(checkpoint, data_type, split, suffix, layers)
+        for address in found:
+            yield from _heads_of(checkpoint, address, model)
+        yield from _absent(found, data_type, split, suffix, layers)
+
+
+def _heads_of(checkpoint: Any, address: Address, model: Mapping[str, Any]) -> Iterator[Operand]:
+    projection, size = address.module.rsplit(".", 1)[-1], model["d_model"] // model["attention_n_heads"]
+    counts = {"q_proj": "attention_n_heads", "o_proj": "attention_n_heads"}
+    if projection not in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        raise PicoError(f"per_head: {address.module} has no heads; it splits q_proj, k_proj, v_proj and o_proj")
+    if projection == "o_proj" and address.kind == "activations":
+        raise PicoError("per_head: the output of o_proj is a sum over heads and cannot be split; use ov_circuit")
+    by_column = projection == "o_proj" or address.kind == "activations"
+    for head in range(model[counts.get(projection, "attention_n_kv_heads")]):
+        part = slice(head * size, (head + 1) * size)
+
+        def load(part: slice = part) -> Matrix:
+            tensor = rows_of(checkpoint[address])
+            return Matrix(tensor[:, part] if by_column else tensor[part])
+
+        yield Operand(address, head, digest_of(checkpoint.digest(address), "head", head, size), load)
+
+
+@component("ov_circuit", kinds=KINDS)
+def ov_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
+    """What a head moves: weights W_O[:, h] W_V[g] (d x d, rank D; Elhage et al. 2021); activations: those of W_V[g] through
+    W_O[:, h]; gradients: the first-order change gO V + O gV. Without heads: the sum over the heads of a layer.
+    """
+    yield from _circuit(
+        checkpoint, "ov_circuit", ("output_layer", "attention.o_proj"), ("value_layer", "attention.v_proj"), **asked
+    )
+
+
+@component("qk_circuit", kinds=("weights", "gradients"))
+def qk_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
+    """What a head looks for: weights W_Q[h]^T W_K[g] (d x d, rank D), before the rotation by position; gradients: the
+    first-order change gQ^T K + Q^T gK. Without heads: the sum over the heads of a layer.
+    """
+    yield from _circuit(
+        checkpoint, "qk_circuit", ("query_layer", "attention.q_proj"), ("key_layer", "attention.k_proj"), **asked
+    )
+
+
+def _circuit(
+    checkpoint: Any,
+    name: str,
+    outer: tuple[str, str],
+    inner: tuple[str, str],
+    *,
+    data_type: str,
+    split: str,
+    layer_suffixes: Any,
+    layers: Layers,
+    heads: bool,
+    model: Mapping[str, Any],
+    **_: Any,
+) -> Iterator[Operand | Absent]:
+    """outer, inner: key and default of the two layers whose product the circuit is."""
+    outer_suffix, inner_suffix = (_suffix(layer_suffixes, key, default) for key, default in (outer, inner))
+    for layer in range(model["n_layers"]) if layers == "all" else layers:
+        names = f"layers.{layer}.{outer_suffix}", f"layers.{layer}.{inner_suffix}"
+        needed = _needed(data_type, split, *names)
+        missing = [address for address in needed if address not in checkpoint]
+        if missing:
+            yield Absent(" and ".join(map(str, missing)))
+            continue
+        address = Address(data_type, "" if data_type == "weights" else split, f"layers.{layer}.{name}")
+        digests = [checkpoint.digest(part) for part in needed]
+        for head in range(model["attention_n_heads"]) if heads else (None,):
+
+            def load(head: int | None = head, needed: list[Address] = needed) -> Matrix:
+                tensors = [rows_of(checkpoint[part]) for part in needed]
+                return _product(name, data_type, tensors, head, model)
+
+            shape = [model[key] for key in ("d_model", "attention_n_heads", "attention_n_kv_heads")]
+            yield Operand(address, head, digest_of(name, data_type, head, *shape, *digests), load)
+
+
+def _suffix(layer_suffixes: Any, key: str, default: str) -> str:
+    return (
+        getattr(layer_suffixes, key, default)
+        if not isinstance(layer_suffixes, Mapping)
+        else layer_suffixes.get(key, default)
+    )
+
+
+def _needed(data_type: str, split: str, outer: str, inner: str) -> list[Address]:
+    """What a circuit is made of, outer before inner, weights before gradients."""
+    weights = [Address("weights", "", outer), Address("weights", "", inner)]
+    if data_type == "weights":
+        return weights
+    if data_type == "activations":
+        return [weights[0], Address("activations", split, inner)]
+    return [*weights, Address("gradients", split, outer), Address("gradients", split, inner)]
+
+
+def _product(name: str, data_type: str, tensors: list[Tensor], head: int | None, model: Mapping[str, Any]) -> Matrix:
+    """The circuit as a product of two factors. Left factors are d x r, right ones r x d (activations: N x r and r x d)."""
+    count, groups = model["attention_n_heads"], model["attention_n_kv_heads"]
+    size = model["d_model"] // count
+    width = size if head is not None else groups * size
+
+    def outer(
+        tensor: Tensor,
+    ) -> Tensor:  # of o_proj the columns, of q_proj the rows of a head; summed over a group without heads
+        columns = tensor if name == "ov_circuit" else tensor.T
+        if head is not None:
+            return columns[:, head * size : (head + 1) * size].double()
+        return columns.double().unflatten(1, (groups, count // groups, size)).sum(2).flatten(1)
+
+    def inner(tensor: Tensor, dimension: int) -> Tensor:
+        group = (head or 0) // (count // groups)
+        return (tensor if head is None else tensor.narrow(dimension, group * size, size)).double()
+
+    if data_type == "activations":
+        return Matrix.product(inner(tensors[1], 1), outer(tensors[0]).T, rank=width)
+    if data_type == "weights":
+        return Matrix.product(outer(tensors[0]), inner(tensors[1], 0), rank=width)
+    left, right, left_gradient, right_gradient = tensors
+    return Matrix.sum_of_products([(outer(left_gradient), inner(right, 0)), (outer(left), inner(right_gradient, 0))])
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """Activations at several positions [R, P, H] as R P rows; everything else as it is."""
+    return tensor.flatten(0, 1) if tensor.ndim == 3 else tensor
+
+
+def digest_of(*parts: Any) -> str:
+    """A digest of what a derived matrix follows from."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _loader(checkpoint: Any, address: Address) -> Callable[[], Matrix]:
+    return lambda: Matrix(rows_of(checkpoint[address]))
+
+
+def _matching(checkpoint: Any, kind: str, split: str, suffix: str | None, layers: Layers) -> list[Address]:
+    batchless = kind not in ("gradients", "activations")
+    candidates = checkpoint.select(kind=kind, split="" if batchless else split)
+    return [
+        address
+        for address in candidates
+        if (suffix is None or has_suffix(address.module, suffix))
+        and (layers == "all" or address.layer is None or address.layer in layers)
+    ]
+
+
+def _absent(found: list[Address], kind: str, split: str, suffix: str, layers: Layers) -> Iterator[Absent]:
+    """What was asked for by number and not found, or all of it."""
+    place = f"{kind}/{split} of" if kind in ("gradients", "activations") else f"{kind} of"
+    if not found:
+        yield Absent(f"{place} {suffix}")
+    elif layers != "all" and any(address.layer is not None for address in found):
+        there = {address.layer for address in found}
+        yield from (Absent(f"{place} layers.{layer}.{suffix}") for layer in layers if layer not in there)
+
+
+def available(checkpoint: Any) -> str:
+    """What a checkpoint holds, for messages: `gradients/train: attention.o_proj, …; …`."""
+    held: dict[str, dict[str, None]] = {}
+    for address in checkpoint:
+        held.setdefault("/".join(filter(None, address[:2])), {})[address.suffix] = None
+    return "; ".join(f"{kind}: {', '.join(suffixes)}" for kind, suffixes in held.items())

@@ -1,0 +1,234 @@
+"""From a configuration and runs to the values of the long table.
+
+Work is cut into steps: all that is asked of one step is planned by names and digests alone, what was computed before is looked
+up, and only then are the tensors read that are still needed, one matrix at a time. So memory does not grow with the number of
+steps, nothing is computed twice, and steps can be spread over processes. Comparing every step with every other one is cut by
+tensor instead (`steps x` one tensor in memory).
+"""
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+from picolm.analyze.components import COMPONENTS, Operand, digest_of
+from picolm.analyze.config import Component, Entry, Target
+from picolm.analyze.matrix import Matrix
+from picolm.analyze.metrics import METRICS, Undefined, as_metric
+from picolm.analyze.pairing import Place, check_same_rows, partner_places, partners
+from picolm.analyze.reading import Reader, Readers
+from picolm.analyze.values import Value
+
+
+class Task(NamedTuple):
+    """One metric of one component: an entry of the configuration with one of its components."""
+
+    metric: Any
+    options: tuple[tuple[str, Any], ...]
+    component: Component
+    split: str
+    target: Target | None
+
+    @property
+    def identity(self) -> str:
+        """What the value follows from, beside the matrices."""
+        return digest_of(
+            self.metric.name, code_of(self.metric.name), code_of(self.component.component_name), self.options
+        )
+
+
+class Cell(NamedTuple):
+    """One value to be: its task, its operand, the partner it is compared with, and the key under which it is known."""
+
+    task: Task
+    place: Place
+    operand: Operand
+    against: Place | None
+    partner: Operand | None
+    key: str
+
+
+@dataclass
+class Work:
+    """What one step asks for: values to be, and what is not there."""
+
+    cells: list[Cell] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+
+def tasks_of(entries: Iterable[Entry]) -> list[Task]:
+    """The tasks of a configuration, in its order."""
+    tasks = []
+    for entry in entries:
+        metric = as_metric(METRICS.get(entry.metric_name))
+        target = entry.compared_with if metric.arity == 2 else None
+        split = entry.data_split or ("val" if metric.arity == 2 else "train")
+        options = tuple(sorted(entry.options.items()))
+        for component in entry.components or default_components(metric):
+            tasks.append(Task(metric, options, component, split, target))
+    return tasks
+
+
+def default_components(metric: Any) -> tuple[Component, ...]:
+    """What a metric is computed on when its entry does not say: activations of the OV circuits and MLPs for those that need
+    rows, captured weights and gradients for the others.
+    """
+    if metric.arity == 2 and metric.needs == "rows":
+        return (
+            Component(component_name="ov_circuit", data_type="activations"),
+            Component(component_name="mlp", data_type="activations"),
+        )
+    kinds = [kind for kind in ("weights", "gradients") if kind in metric.of]
+    suffixes = ("attention.v_proj", "attention.o_proj", "swiglu.w_2")
+    return tuple(Component(data_type=kind, layer_suffixes=suffixes) for kind in kinds)
+
+
+@cache
+def code_of(function: Any) -> str:
+    """A digest of the source that computes a metric or a component: an edited formula is computed anew."""
+    modules = (inspect.getmodule(function), sys.modules[Matrix.__module__])
+    return hashlib.sha256(
+        "".join(inspect.getsource(module) for module in modules if module is not None).encode()
+    ).hexdigest()
+
+
+def plan_step(readers: Readers, place: Place, tasks: Iterable[Task], steps: Mapping[str, list[int]]) -> Work:
+    """All values that `tasks` ask of one step. Reads no tensor. Raises PicoError for comparisons that make no sense."""
+    work = Work()
+    reader = readers.at(*place)
+    if reader is None:
+        work.absent.append(f"step {place.step} of {place.run}: there is no such checkpoint")
+        return work
+    for task in tasks:
+        found, absent = reader.operands(task.component, task.split)
+        work.absent += [f"{reader.name}: no {missing.what}" for missing in absent]
+        if task.target is None:
+            work.cells += [Cell(task, place, operand, None, None, _key(task, operand)) for operand in found]
+        else:
+            _plan_pairs(readers, reader, place, task, found, steps, work)
+    work.absent = list(dict.fromkeys(work.absent))
+    return work
+
+
+def _plan_pairs(
+    readers: Readers,
+    reader: Reader,
+    place: Place,
+    task: Task,
+    found: list[Operand],
+    steps: Mapping[str, list[int]],
+    work: Work,
+) -> None:
+    assert task.target is not None
+    run = task.target.run or place.run
+    for other in partner_places(task.target, place, steps[run], task.metric.symmetric):
+        fixed = task.target.checkpoint not in ("previous", "same")
+        other_reader = reader if other == place else readers.at(*other, pin=fixed)
+        if other_reader is None:
+            work.absent.append(f"step {other.step} of {other.run}, to compare with: there is no such checkpoint")
+            continue
+        candidates, absent = other_reader.operands(task.component, task.split)
+        work.absent += [f"{other_reader.name}, to compare with: no {missing.what}" for missing in absent]
+        for operand in found:
+            check_same_rows(reader, other_reader, operand.address)
+            for partner in partners(operand, candidates, task.target):
+                if task.target.layer == "all" and other == place and task.metric.symmetric and _after(partner, operand):
+                    continue  # the mirror image is written from the pair that is computed
+                work.cells.append(Cell(task, place, operand, other, partner, _key(task, operand, partner)))
+
+
+def _after(partner: Operand, operand: Operand) -> bool:
+    return (partner.address.layer or 0) > (operand.address.layer or 0)
+
+
+def _key(task: Task, *matrices: Operand) -> str:
+    digests = [matrix.digest for matrix in matrices]
+    return digest_of(task.identity, sorted(digests) if task.metric.symmetric else digests)
+
+
+def compute(cells: Iterable[Cell], known: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
+    """The values of those cells that are not known yet, one matrix after the other."""
+    by_operand: dict[str, list[Cell]] = {}
+    unknown = (cell for cell in cells if cell.key not in known)
+    for cell in sorted(
+        unknown, key=lambda cell: -1 if cell.operand.address.layer is None else cell.operand.address.layer
+    ):
+        by_operand.setdefault(cell.operand.digest, []).append(cell)
+    uses = _uses(by_operand)
+    matrices: dict[str, Matrix] = {}
+    done: set[str] = set()
+    for group in by_operand.values():
+        for cell in group:
+            operands = [cell.operand, *([cell.partner] if cell.partner is not None else [])]
+            for operand in operands:
+                if operand.digest not in matrices:
+                    matrices[operand.digest] = operand.load()
+            if cell.key not in done:
+                done.add(cell.key)
+                yield cell.key, _value(cell.task, [matrices[operand.digest] for operand in operands])
+            for operand in operands:
+                uses[operand.digest] -= 1
+                if not uses[operand.digest]:
+                    del matrices[
+                        operand.digest
+                    ]  # so that one matrix is held at a time, and partners as long as they serve
+
+
+def _uses(by_operand: Mapping[str, list[Cell]]) -> dict[str, int]:
+    uses: dict[str, int] = {}
+    for cell in (cell for group in by_operand.values() for cell in group):
+        for operand in filter(None, (cell.operand, cell.partner)):
+            uses[operand.digest] = uses.get(operand.digest, 0) + 1
+    return uses
+
+
+def _value(task: Task, matrices: list[Matrix]) -> Value:
+    try:
+        return Value(float(task.metric(*matrices, **dict(task.options))))
+    except Undefined as undefined:
+        return Value(None, str(undefined))
+
+
+def rows_of(cell: Cell, value: Value) -> Iterator[dict[str, Any]]:
+    """The rows of the long table that a value gives: one, or two where it also stands for the pair the other way round."""
+    yield _row(cell.task, cell.place, cell.operand, cell.against, cell.partner, value)
+    if is_mirrored(cell):
+        assert cell.against is not None
+        assert cell.partner is not None
+        yield _row(cell.task, cell.against, cell.partner, cell.place, cell.operand, value)
+
+
+def _row(
+    task: Task, place: Place, operand: Operand, against: Place | None, partner: Operand | None, value: Value
+) -> dict[str, Any]:
+    kind, split, module = operand.address
+    compared = (against.run, against.step, partner.address.layer) if against and partner else (None, None, None)
+    return {
+        "run": place.run,
+        "step": place.step,
+        "split": split,
+        "component": task.component.component_name,
+        "kind": kind,
+        "layer": operand.address.layer,
+        "head": operand.head,
+        "module": module,
+        "metric": task.metric.name,
+        "options": " ".join(f"{key}={option}" for key, option in task.options),
+        "value": value.value,
+        **dict(zip(("against_run", "against_step", "against_layer"), compared)),
+        "reason": value.reason,
+        "asked_split": task.split,
+    }
+
+
+def is_mirrored(cell: Cell) -> bool:
+    """Whether the value also stands for the pair the other way round, which is not planned on its own."""
+    target = cell.task.target
+    if target is None or cell.partner is None or cell.against is None or not cell.task.metric.symmetric:
+        return False
+    layers = target.layer == "all" and cell.against == cell.place and _after(cell.operand, cell.partner)
+    steps = target.checkpoint == "all" and cell.against.run == cell.place.run and cell.against.step < cell.place.step
+    return layers or steps

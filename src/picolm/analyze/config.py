@@ -1,0 +1,190 @@
+"""The analysis configuration: which metrics of which components, at which steps, compared with what.
+
+Keys are those of the published analysis files, with new ones beside them. A metric's own options are keys of its entry; which
+there are is read from the signature of the metric.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from picolm.analyze.components import COMPONENTS
+from picolm.analyze.metrics import METRICS, as_metric
+from picolm.errors import PicoError
+from picolm.registry import Registry, did_you_mean
+from picolm.schema import Rule, Section
+
+
+class StepRange(Section):
+    start: NonNegativeInt = 0
+    """First step."""
+    end: NonNegativeInt
+    """Last step, included where it is on the grid, never overrun."""
+    step: PositiveInt
+    """Distance between steps."""
+
+
+class EachStep(Section):
+    every: PositiveInt
+    """Steps divisible by this."""
+
+
+class Suffixes(Section):
+    output_layer: str = "attention.o_proj"
+    """The output projection, for OV circuits."""
+    value_layer: str = "attention.v_proj"
+    """The value projection, for OV circuits."""
+    query_layer: str = "attention.q_proj"
+    """The query projection, for QK circuits."""
+    key_layer: str = "attention.k_proj"
+    """The key projection, for QK circuits."""
+
+
+class Component(Section):
+    component_name: str = "simple"
+    """simple, per_head, ov_circuit, qk_circuit, residual, mlp, embedding, or my_lab.module:attribute."""
+    data_type: str = "weights"
+    """weights, gradients, activations, or the name of an optimizer moment such as exp_avg."""
+    layer_suffixes: str | tuple[str, ...] | Suffixes | None = None
+    """Which modules: ends of their names in whole words; for circuits the names of their two layers."""
+    layers: Literal["all"] | tuple[NonNegativeInt, ...] = "all"
+    """Which blocks."""
+    heads: bool = True
+    """Circuits head by head; false takes all heads of a layer together."""
+
+
+class Target(Section):
+    checkpoint: NonNegativeInt | Literal["first", "last", "previous", "same", "all"] = "same"
+    """The step to compare with; `all` compares every pair of steps; `same` is for other runs and layers."""
+    run: str | None = None
+    """Another run, at the same step unless `checkpoint` says otherwise."""
+    layer: NonNegativeInt | Literal["same", "all"] = "same"
+    """The layer to compare with; `all` compares every pair of layers."""
+
+
+class Entry(BaseModel):
+    """One metric with its components, its options and what it compares with."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    metric_name: str
+    """A metric (`pico list metrics` shows all), or my_lab.module:attribute."""
+    data_split: Literal["train", "val"] | None = None
+    """Split of gradients and activations (default: val where the rows have to be the same at each step, else train)."""
+    components: tuple[Component, ...] | None = None
+    """What it is computed on (default: what suits the metric)."""
+    target_checkpoint: NonNegativeInt | Literal["first", "last", "previous"] | None = None
+    """The step to compare with, as published; `target` says more."""
+    target: Target | None = None
+    """What a metric of two tensors compares with (default: the last step)."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The metric's own options, as given."""
+        return dict(self.model_extra or {})
+
+    @property
+    def compared_with(self) -> Target:
+        """The target, whichever key gave it."""
+        if self.target is not None:
+            return self.target
+        return Target(checkpoint="last" if self.target_checkpoint is None else self.target_checkpoint)
+
+
+class Wandb(Section):
+    project: str = ""
+    """Weights & Biases project."""
+    entity: str = ""
+    """Weights & Biases entity."""
+
+
+class PicoReport(Section):
+    lab_hash: str = ""
+    """Accepted as published; nothing is sent."""
+    experiment_name: str = ""
+    """Accepted as published; nothing is sent."""
+    auto_commit: bool = True
+    """Accepted as published; nothing is committed."""
+
+
+class Monitoring(Section):
+    output_dir: str = "analysis_results"
+    """Folder of all analyses."""
+    save_to_wandb: bool = False
+    """Log to Weights & Biases too (extra `wandb`)."""
+    wandb: Wandb = Wandb()
+    save_to_picolabs: bool = False
+    """Accepted as published; nothing is sent to Pico Labs."""
+    pico_report: PicoReport = PicoReport()
+
+
+class AnalysisConfig(Section):
+    """A whole analysis; only `metrics` is needed."""
+
+    analysis_name: str = "analysis"
+    """Name of the folder of results."""
+    runs: tuple[str, ...] = ()
+    """The runs to read; `--run` on the command line replaces them."""
+    steps: Literal["all", "log"] | tuple[NonNegativeInt, ...] | StepRange | EachStep = "all"
+    """all, log (0, 1, and each first step at least twice the one before), a list, {start, end, step}, or {every: k}."""
+    metrics: Annotated[tuple[Entry, ...], Field(min_length=1)]
+    """What is computed."""
+    monitoring: Monitoring = Monitoring()
+
+    def problems(self) -> Iterator[Rule]:
+        for index, entry in enumerate(self.metrics):
+            for keys, message in entry_problems(entry):
+                yield tuple(f"metrics.{index}.{key}" for key in keys), message
+        name = self.analysis_name
+        if not name or name in (".", "..") or "/" in name or "\0" in name:
+            yield ("analysis_name",), f"{name!r} cannot be the name of a folder"
+
+
+def entry_problems(entry: Entry) -> Iterator[Rule]:
+    """What is wrong with one metric: its name, its options, its components, its target."""
+    try:
+        metric = as_metric(METRICS.get(entry.metric_name))
+    except PicoError as error:
+        yield ("metric_name",), str(error)
+        return
+    fields = [*Entry.model_fields, *metric.options]
+    for key, value in entry.options.items():
+        if key not in metric.options:
+            there = f" (options of {metric.name}: {', '.join(metric.options) or 'none'})"
+            yield (key,), "unknown key" + (did_you_mean(key, fields) or there)
+        elif (complaint := metric.check_option(key, value)) is not None:
+            yield (key,), complaint
+    for key in metric.required:
+        if key not in entry.options:
+            yield ("metric_name",), f"{metric.name} needs the option {key}"
+    compares = entry.target is not None or entry.target_checkpoint is not None
+    if metric.arity == 1 and compares:
+        key = "target" if entry.target is not None else "target_checkpoint"
+        yield (key,), f"{metric.name} measures one tensor and compares with nothing"
+    if entry.target is not None and entry.target_checkpoint is not None:
+        yield ("target", "target_checkpoint"), "give target or target_checkpoint, not both"
+    for index, component in enumerate(entry.components or ()):
+        yield from component_problems(f"components.{index}", component, metric)
+
+
+def component_problems(where: str, component: Component, metric: Any) -> Iterator[Rule]:
+    """What is wrong with one component of a metric."""
+    registry: Registry[Any] = COMPONENTS
+    try:
+        part = registry.get(component.component_name)
+    except PicoError as error:
+        yield (f"{where}.component_name",), str(error)
+        return
+    kinds = getattr(part, "kinds", None)
+    if kinds is not None and component.data_type not in kinds:
+        yield (
+            (f"{where}.data_type",),
+            (f"{component.component_name} has no {component.data_type}; it gives {', '.join(kinds)}"),
+        )
+    measured = component.data_type if component.data_type in ("gradients", "activations") else "weights"
+    if measured not in metric.of:
+        yield (
+            (f"{where}.data_type",),
+            (f"{metric.name} is not defined for {component.data_type}; it measures {', '.join(sorted(metric.of))}"),
+        )

@@ -1,0 +1,227 @@
+"""Running an analysis: which steps, in which processes, with what is known already; and what was missing."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from picolm.analyze.components import available
+from picolm.analyze.compute import Cell, Task, compute, plan_step, rows_of, tasks_of
+from picolm.analyze.config import AnalysisConfig, EachStep, StepRange
+from picolm.analyze.pairing import Place
+from picolm.analyze.reading import Readers
+from picolm.analyze.values import Value, Values
+from picolm.errors import PicoError
+from picolm.store import Run
+
+log = logging.getLogger("picolm")
+
+
+@dataclass
+class Outcome:
+    """What an analysis gave: rows of the long table, how many values were computed anew, how many tensors were read."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    computed: int = 0
+    read: int = 0
+    found: set[int] = field(default_factory=set)  # numbers of the tasks that found something
+
+    def add(self, other: "Outcome") -> None:
+        self.rows += other.rows
+        self.absent += other.absent
+        self.computed += other.computed
+        self.read += other.read
+        self.found |= other.found
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work for one process: one step, or one layer at all steps where every step is compared with every other."""
+
+    places: tuple[Place, ...]
+    tasks: tuple[int, ...]
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """An analysis, as it is sent to each process: everything by value."""
+
+    config: AnalysisConfig
+    runs: tuple[tuple[str, str], ...]  # (name, place)
+    values: Path
+
+
+def chosen_steps(config: AnalysisConfig, there: list[int]) -> tuple[list[int], list[int]]:
+    """(the steps to analyze, those that were asked for by number and are not there)."""
+    asked = config.steps
+    if asked == "all":
+        return there, []
+    if asked == "log":
+        chosen: list[int] = []
+        for step in there:
+            if not chosen or step >= 2 * chosen[-1]:
+                chosen.append(step)
+        return chosen + ([there[-1]] if there and there[-1] not in chosen else []), []
+    if isinstance(asked, EachStep):
+        return [step for step in there if step % asked.every == 0], []
+    wanted = range(asked.start, asked.end + 1, asked.step) if isinstance(asked, StepRange) else asked
+    return [step for step in wanted if step in there], [step for step in wanted if step not in there]
+
+
+def analyze(
+    config: AnalysisConfig,
+    places: Iterable[str],
+    *,
+    workers: int = 1,
+    strict: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Outcome:
+    """All values of an analysis of the runs at `places`. Raises PicoError for what can match nothing at all, and, when
+    `strict`, for anything that is missing.
+    """
+    runs = _open(config, places)
+    folder = Path(config.monitoring.output_dir)
+    ask = Ask(config, tuple((name, place) for name, (place, _) in runs.items()), folder / ".values.sqlite")
+    outcome = Outcome()
+    units = list(_units(config, {name: run for name, (_, run) in runs.items()}, outcome))
+    with closing(Values(ask.values)) as values:
+        for done, (part, new) in enumerate(_results(ask, units, workers), start=1):
+            values.add(new)
+            outcome.add(part)
+            progress(done, len(units))
+    _report(outcome, ask, strict)
+    return outcome
+
+
+def _open(config: AnalysisConfig, places: Iterable[str]) -> dict[str, tuple[str, Run]]:
+    """The runs by name; those that are only compared with come along. Raises PicoError for two of one name."""
+    runs: dict[str, tuple[str, Run]] = {}
+    for place in places:
+        run = Run.open(place)
+        if run.name in runs:
+            raise PicoError(
+                f"two runs are called {run.name}: {runs[run.name][0]} and {place}; rename one of the folders"
+            )
+        if not run.steps:
+            raise PicoError(f"{place} holds no checkpoint yet")
+        runs[run.name] = place, run
+    if not runs:
+        raise PicoError("which run? give --run FOLDER, --repo_id with --branch, or `runs:` in the configuration")
+    return runs
+
+
+def _units(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) -> Iterator[Unit]:
+    tasks = tasks_of(config.metrics)
+    for task in tasks:
+        if task.target is not None and task.target.run is not None and task.target.run not in runs:
+            raise PicoError(
+                f"{task.metric.name} compares with run {task.target.run!r}, which is not given (there are: {', '.join(runs)})"
+            )
+    every = tuple(i for i, task in enumerate(tasks) if task.target is not None and task.target.checkpoint == "all")
+    others = tuple(i for i in range(len(tasks)) if i not in every)
+    for name, run in runs.items():
+        steps, missing = chosen_steps(config, run.steps)
+        outcome.absent += [f"step {step} of {name}: there is no such checkpoint" for step in missing]
+        if others:
+            yield from (Unit((Place(name, step),), others) for step in steps)
+        if every:
+            layers = run.config.get("model", {}).get("n_layers", 0)
+            yield from (
+                Unit(tuple(Place(name, step) for step in steps), every, layer) for layer in [-1, *range(layers)]
+            )
+
+
+def _results(ask: Ask, units: list[Unit], workers: int) -> Iterator[tuple[Outcome, dict[str, Value]]]:
+    if workers == 1:
+        yield from (run_unit(ask, unit) for unit in units)
+        return
+    from joblib import Parallel, delayed
+
+    yield from Parallel(n_jobs=workers, return_as="generator")(delayed(_in_worker)(ask, unit) for unit in units)
+
+
+def _in_worker(ask: Ask, unit: Unit) -> tuple[Outcome, dict[str, Value]]:
+    import torch
+
+    torch.set_num_threads(1)  # the workers share the cores
+    return run_unit(ask, unit)
+
+
+@cache
+def _readers(runs: tuple[tuple[str, str], ...]) -> Readers:
+    """The open runs of this process: a target that many steps are compared with is read once in each."""
+    return Readers({name: Run.open(place) for name, place in runs})
+
+
+def run_unit(ask: Ask, unit: Unit) -> tuple[Outcome, dict[str, Value]]:
+    """The rows of one piece of work, and the values that were computed for it."""
+    readers, all_tasks = _readers(ask.runs), tasks_of(ask.config.metrics)
+    tasks = [all_tasks[number] for number in unit.tasks]
+    steps = {name: chosen_steps(ask.config, run.steps)[0] for name, run in readers.runs.items()}
+    before = readers.tensors_read
+    cells, outcome = _cells(readers, unit, tasks, steps)
+    outcome.found = {number for number, task in zip(unit.tasks, tasks) if any(cell.task is task for cell in cells)}
+    with closing(Values(ask.values)) as values:
+        known = values.get(cell.key for cell in cells)
+    new = dict(compute(cells, known))
+    known |= new
+    outcome.rows = [row for cell in cells for row in rows_of(cell, known[cell.key])]
+    outcome.computed, outcome.read = len(new), readers.tensors_read - before
+    return outcome, new
+
+
+def _cells(
+    readers: Readers, unit: Unit, tasks: list[Task], steps: Mapping[str, list[int]]
+) -> tuple[list[Cell], Outcome]:
+    outcome, cells = Outcome(), []
+    for place in unit.places:
+        work = plan_step(readers, place, tasks, steps)
+        outcome.absent += work.absent if unit.layer in (None, -1) else []
+        for cell in work.cells:
+            layer = cell.operand.address.layer
+            if unit.layer is None or (-1 if layer is None else layer) == unit.layer:
+                cells.append(cell)
+    return cells, outcome
+
+
+def _report(outcome: Outcome, ask: Ask, strict: bool) -> None:
+    """Say what is missing; raise where nothing at all was found for a metric, or anything is missing and `strict`."""
+    tasks, readers = tasks_of(ask.config.metrics), _readers(ask.runs)
+    for number, task in enumerate(tasks):
+        if number not in outcome.found:
+            run = next(iter(readers.runs.values()))
+            raise PicoError(
+                f"{task.metric.name} of {task.component.component_name} ({task.component.data_type}, split {task.split}, "
+                f"{task.component.layer_suffixes or 'default layers'}) finds nothing at any step. "
+                f"Step {run.steps[-1]} of {run.name} holds {available(run[run.steps[-1]])}"
+            )
+    outcome.absent = list(dict.fromkeys(outcome.absent))
+    for line in outcome.absent:
+        log.warning("Skipped: %s", line)
+    if outcome.absent and strict:
+        raise PicoError(f"{len(outcome.absent)} things that were asked for are missing (--strict)")
+
+
+def plan(config: AnalysisConfig, places: Iterable[str]) -> str:
+    """What an analysis would do, as text: values, tensors and files by run. Reads manifests only."""
+    runs, outcome = _open(config, places), Outcome()
+    opened = {name: run for name, (_, run) in runs.items()}
+    readers, tasks = Readers(opened), tasks_of(config.metrics)
+    steps = {name: chosen_steps(config, run.steps)[0] for name, run in opened.items()}
+    values = 0
+    for unit in _units(config, opened, outcome):
+        cells, part = _cells(readers, unit, [tasks[number] for number in unit.tasks], steps)
+        outcome.add(part)
+        values += sum(1 for cell in cells for _ in rows_of(cell, Value(None)))
+    files = {str(opened[name][step].location(address)) for name, step, address in readers.asked}
+    lines = [f"{len(tasks)} metrics of components, {sum(map(len, steps.values()))} steps of {len(opened)} run(s)"]
+    lines += [
+        f"{values} values from {len(readers.asked)} tensors in {len(files)} files:",
+        *(f"  {file}" for file in sorted(files)),
+    ]
+    return "\n".join(lines + [f"Missing: {line}" for line in dict.fromkeys(outcome.absent)])

@@ -1,0 +1,74 @@
+"""What a matrix is compared with: one idea for steps, layers, runs and sizes.
+
+A pairing says where the partner of an operand is: at another step, in another run, in another layer, or at each of them. Two
+matrices of activations may be compared only where their rows belong to the same inputs; that is checked by digest.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from picolm.address import Address
+from picolm.analyze.components import Operand
+from picolm.analyze.config import Target
+from picolm.analyze.reading import Reader
+from picolm.errors import PicoError
+
+log = logging.getLogger("picolm")
+
+
+class Place(NamedTuple):
+    """One step of one run."""
+
+    run: str
+    step: int
+
+
+def partner_places(target: Target, at: Place, steps: list[int], symmetric: bool) -> list[Place]:
+    """Where the partners of an operand at `at` are; nothing for the first step compared with the previous one.
+
+    steps: all steps of the run that is compared with. With `all`, a symmetric metric meets each pair of steps once.
+    """
+    run = target.run or at.run
+    if target.checkpoint == "all":
+        return [Place(run, step) for step in steps if not (symmetric and run == at.run and step > at.step)]
+    named = {
+        "first": steps[:1],
+        "last": steps[-1:],
+        "same": [at.step],
+        "previous": [s for s in steps if s < at.step][-1:],
+    }
+    chosen = named[target.checkpoint] if isinstance(target.checkpoint, str) else [target.checkpoint]
+    itself = Place(run, at.step) == at and target.run is not None and target.layer == "same"
+    return [Place(run, step) for step in chosen if not (itself and step == at.step)]
+
+
+def partners(operand: Operand, candidates: list[Operand], target: Target) -> Iterator[Operand]:
+    """The operands among `candidates` that `target` pairs with `operand`: the same name, head, and layer as asked for."""
+    for candidate in candidates:
+        if _name(candidate) != _name(operand) or candidate.head != operand.head:
+            continue
+        layer = candidate.address.layer
+        if target.layer == "all" or layer == (operand.address.layer if target.layer == "same" else target.layer):
+            yield candidate
+
+
+def _name(operand: Operand) -> str:
+    return operand.address.suffix
+
+
+def check_same_rows(first: Reader, second: Reader, address: Address) -> None:
+    """Refuse to compare activations of different inputs. Raises PicoError that says what to do."""
+    if address.kind != "activations" or first is second:
+        return
+    ours, theirs = first.rows_digest(address.split), second.rows_digest(address.split)
+    if ours is None or theirs is None:
+        first.readers.say_once(
+            f"The rows behind {address.kind}/{address.split} are not stored everywhere: taken for the same unchecked."
+        )
+    elif ours != theirs or first.positions(address.split) != second.positions(address.split):
+        hint = "; compare the val split, whose rows are the same at each step" if address.split == "train" else ""
+        raise PicoError(
+            f"{address.kind}/{address.split} of {first.name} and of {second.name} belong to different inputs, or "
+            f"positions of them, and cannot be compared{hint}"
+        )

@@ -1,0 +1,118 @@
+"""Reading a step while it is analyzed: each tensor once, and a count of what was asked for and what was read."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from picolm.address import Address
+from picolm.analyze.components import Absent, Operand, operands
+from picolm.analyze.config import Component
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from picolm.store import Checkpoint, Run
+
+log = logging.getLogger("picolm")
+
+KEPT = 8  # tensors of one step: two components of four each
+
+
+class Reader(Mapping[Address, "Tensor"]):
+    """A checkpoint whose last few tensors are kept: the heads of a layer are made of the same ones, one after the other."""
+
+    def __init__(self, checkpoint: "Checkpoint", run: "Run", readers: "Readers"):
+        self.checkpoint, self.run, self.readers = checkpoint, run, readers
+        self._tensors: OrderedDict[Address, Tensor] = OrderedDict()
+        self._operands: dict[tuple[Component, str], tuple[list[Operand], list[Absent]]] = {}
+        self._rows: dict[str, str | None] = {}
+
+    @property
+    def name(self) -> str:
+        """For messages: `step 200 of demo`."""
+        return f"step {self.checkpoint.step} of {self.run.name}"
+
+    def digest(self, address: Address) -> str:
+        self.readers.asked.add((self.run.name, self.checkpoint.step, address))
+        return self.checkpoint.digest(address)
+
+    def __getitem__(self, address: Address) -> "Tensor":
+        if address not in self._tensors:
+            self.readers.tensors_read += 1
+            self._tensors[address] = self.checkpoint[address]
+            if len(self._tensors) > KEPT:
+                self._tensors.popitem(last=False)
+        return self._tensors[address]
+
+    def __iter__(self) -> Iterator[Address]:
+        return iter(self.checkpoint)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint)
+
+    def __contains__(self, address: object) -> bool:
+        return address in self.checkpoint
+
+    def select(self, **patterns: str) -> list[Address]:
+        return self.checkpoint.select(**patterns)
+
+    def operands(self, component: Component, split: str) -> tuple[list[Operand], list[Absent]]:
+        """What a component finds here, and what it does not."""
+        key = (component, split)
+        if key not in self._operands:
+            asked: dict[str, Any] = {
+                name: getattr(component, name) for name in ("data_type", "layer_suffixes", "layers", "heads")
+            }
+            found = list(
+                operands(self, component.component_name, split=split, model=self.run.config.get("model", {}), **asked)
+            )
+            present = [operand for operand in found if isinstance(operand, Operand)]
+            self._operands[key] = present, [absent for absent in found if isinstance(absent, Absent)]
+        return self._operands[key]
+
+    def rows_digest(self, split: str) -> str | None:
+        """Which inputs the activations of `split` belong to; None where that is not stored."""
+        if split not in self._rows:
+            self._rows[split] = self.checkpoint.rows_digest(split)
+        return self._rows[split]
+
+    def positions(self, split: str) -> list[int] | None:
+        """Which positions of each input the activations belong to; None for all, and where that is not stored."""
+        captured = self.checkpoint.meta.get("capture") or {}
+        return captured.get("val_positions" if split == "val" else "positions")
+
+
+class Readers:
+    """The readers of the steps in use: those that are pinned, and the last two others."""
+
+    def __init__(self, runs: Mapping[str, "Run"]):
+        self.runs = runs
+        self.pinned: dict[tuple[str, int], Reader] = {}
+        self._recent: OrderedDict[tuple[str, int], Reader] = OrderedDict()
+        self.tensors_read = 0
+        self.asked: set[tuple[str, int, Address]] = (
+            set()
+        )  # run, step and name of all tensors whose digests were looked at
+        self._said: set[str] = set()
+
+    def at(self, run: str, step: int, pin: bool = False) -> Reader | None:
+        """The reader of a step, None where the run does not have it."""
+        key = (run, step)
+        reader = self.pinned.get(key) or self._recent.get(key)
+        if reader is None:
+            if step not in self.runs[run]:
+                return None
+            reader = Reader(self.runs[run][step], self.runs[run], self)
+        if pin:
+            self.pinned[key] = reader
+        elif key not in self.pinned:
+            self._recent[key] = reader
+            while len(self._recent) > 2:
+                self._recent.popitem(last=False)
+        return reader
+
+    def say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning(text)

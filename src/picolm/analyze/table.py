@@ -1,0 +1,163 @@
+"""The long table: one row per value, and what is written from it.
+
+Columns: run, step, split, component, kind, layer, head, module, metric, options, value, against_run, against_step,
+against_layer, reason. A missing value is null and says why in `reason`; infinity is a value.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+TEXT = ("run", "split", "component", "kind", "module", "metric", "options", "against_run", "reason")
+COLUMNS = (
+    "run", "step", "split", "component", "kind", "layer", "head", "module", "metric", "options", "value",
+    "against_run", "against_step", "against_layer", "reason",
+)  # fmt: skip
+RESULTS = "results.parquet"
+
+
+def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) -> Path:
+    """Write results.parquet, the JSON files of each step and, when asked, results.csv; each file is there whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True, exist_ok=True)
+    types = {name: pa.string() if name in TEXT else pa.float64() if name == "value" else pa.int64() for name in COLUMNS}
+    table = pa.Table.from_pylist(
+        [{name: row[name] for name in COLUMNS} for row in rows], schema=pa.schema(list(types.items()))
+    )
+    aside = folder / f".{RESULTS}"
+    pq.write_table(table, aside)
+    aside.replace(folder / RESULTS)
+    for name, values in json_files(rows).items():
+        _write_text(folder / name, json.dumps(values, indent=1) + "\n")
+    if csv:
+        _write_text(folder / "results.csv", load(folder).to_csv(index=False))
+    return folder / RESULTS
+
+
+def load(place: str | Path) -> "pd.DataFrame":
+    """The long table of an analysis, from its folder or its file, as a pandas data frame (layers and heads as Int64)."""
+    import pandas as pd
+
+    path = Path(place)
+    frame = pd.read_parquet(path / RESULTS if path.is_dir() else path)
+    return frame.astype(dict.fromkeys(("layer", "head", "against_step", "against_layer"), "Int64"))
+
+
+def json_files(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """`step_N/<metric>_<split>.json` -> {name: value}, as pico-analyze writes them.
+
+    With several runs each has a folder of its own; where a metric occurs with several options they become part of the file's
+    name. Values that compare with several layers or steps have no place in this format and are only in the table.
+    """
+    rows = list(rows)
+    several = len({row["run"] for row in rows}) > 1
+    variants: dict[str, set[str]] = {}
+    partners: dict[tuple[Any, ...], set[Any]] = {}
+    for row in rows:
+        variants.setdefault(row["metric"], set()).add(row["options"])
+        partners.setdefault(_identity(row), set()).add((row["against_run"], row["against_step"], row["against_layer"]))
+    files: dict[str, dict[str, float | None]] = {}
+    for row in rows:
+        if len(partners[_identity(row)]) > 1:
+            continue
+        options = "_" + row["options"].replace(" ", "_") if len(variants[row["metric"]]) > 1 and row["options"] else ""
+        folder = f"{row['run']}/step_{row['step']}" if several else f"step_{row['step']}"
+        files.setdefault(f"{folder}/{row['metric']}{options}_{row['asked_split']}.json", {})[json_name(row)] = row[
+            "value"
+        ]
+    return files
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("run", "step", "split", "kind", "module", "head", "metric", "options"))
+
+
+def json_name(row: Mapping[str, Any]) -> str:
+    """The name of a value in the JSON files: `layers.0.swiglu.w_2.weights`, `layers.0.ov_circuit.activations.heads.3`."""
+    return f"{row['module']}.{row['kind']}" + ("" if row["head"] is None else f".heads.{row['head']}")
+
+
+def summary(rows: Iterable[Mapping[str, Any]]) -> "Table":
+    """For a terminal: the mean over layers and heads of each metric at the first and the last step, and how it went."""
+    from rich import box
+    from rich.table import Table
+
+    series: dict[tuple[str, ...], dict[int, list[float]]] = {}
+    missing: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        key = (
+            row["run"],
+            " ".join(filter(None, (row["metric"], row["options"]))),
+            row["component"],
+            row["kind"],
+            row["split"],
+        )
+        steps = series.setdefault(key, {})
+        if row["value"] is None:
+            missing[key] = missing.get(key, 0) + 1
+        else:
+            steps.setdefault(row["step"], []).append(row["value"])
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("run", "metric", "component", "kind", "split"):
+        shown.add_column(heading, overflow="fold")
+    for heading in ("values", "missing", "first", "last", "over steps"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for name, steps in series.items():
+        means = [sum(steps[step]) / len(steps[step]) for step in sorted(steps)]
+        ends = [f"{mean:.4g}" for mean in (means[0], means[-1])] if means else ["", ""]
+        count = sum(map(len, steps.values()))
+        shown.add_row(*name, str(count), str(missing.get(name, 0) or ""), *ends, sparkline(means))
+    return shown
+
+
+def sparkline(values: list[float], width: int = 16) -> str:
+    """Eight levels of blocks for a series, at most `width` of them; a space where a value is not finite."""
+    chosen = values if len(values) <= width else [values[i * (len(values) - 1) // (width - 1)] for i in range(width)]
+    finite = [value for value in chosen if math.isfinite(value)]
+    if not finite:
+        return ""
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / span)] if math.isfinite(value) else " " for value in chosen)
+
+
+def aggregate(frame: "pd.DataFrame", *, draws: int = 1000, confidence: float = 0.95, seed: int = 0) -> "pd.DataFrame":
+    """Mean, standard deviation (n - 1), percentile bootstrap interval of the mean and n over runs that differ in their seed.
+
+    Values that stand for the same step, matrix, metric and partner are taken together; infinite and missing ones are left out
+    and counted. With one run there is no deviation and no interval.
+    """
+    import numpy as np
+    import pandas as pd
+
+    keys = [name for name in COLUMNS if name not in ("run", "value", "reason", "against_run")]
+    generator = np.random.default_rng(seed)
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    records = []
+    for key, group in frame.groupby(keys, dropna=False, sort=False):
+        values = group["value"].to_numpy(dtype=float)
+        finite = values[np.isfinite(values)]
+        record = dict(zip(keys, key)) | {"n": len(finite), "left_out": len(values) - len(finite)}
+        low = high = deviation = None
+        if len(finite) > 1:
+            deviation = finite.std(ddof=1)
+            means = finite[generator.integers(0, len(finite), (draws, len(finite)))].mean(1)
+            low, high = np.quantile(means, tails)
+        records.append(
+            record | {"mean": finite.mean() if len(finite) else None, "std": deviation, "low": low, "high": high}
+        )
+    return pd.DataFrame(records)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

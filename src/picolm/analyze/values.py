@@ -1,0 +1,45 @@
+"""Values that were computed before, by what they follow from: the digests of the matrices, the metric, its options, its code."""
+
+import sqlite3
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Value(NamedTuple):
+    """A number, or the reason why there is none."""
+
+    value: float | None
+    reason: str = ""
+
+
+class Values:
+    """A table on disk, key -> value; every batch that was added survives an interruption."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(path)
+        with self._database:
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS computed (key TEXT PRIMARY KEY, value REAL, reason TEXT)"
+            )
+
+    def get(self, keys: Iterable[str]) -> dict[str, Value]:
+        """Those of the values that are known."""
+        found: dict[str, Value] = {}
+        wanted = list(dict.fromkeys(keys))
+        for start in range(0, len(wanted), 500):  # SQLite bounds the number of parameters of a query
+            batch = wanted[start : start + 500]
+            marks = ",".join("?" * len(batch))
+            rows = self._database.execute(f"SELECT key, value, reason FROM computed WHERE key IN ({marks})", batch)
+            found |= {key: Value(value, reason) for key, value, reason in rows}
+        return found
+
+    def add(self, values: Mapping[str, Value]) -> None:
+        """Keep values; all of a batch or, after a crash, none of it."""
+        with self._database:
+            rows = [(key, value.value, value.reason) for key, value in values.items()]
+            self._database.executemany("INSERT OR REPLACE INTO computed VALUES (?, ?, ?)", rows)
+
+    def close(self) -> None:
+        self._database.close()

@@ -1,0 +1,56 @@
+"""The one door to Weights & Biases. What lies outside of this machine may be out of reach; no run and no analysis ends for it."""
+
+import logging
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from picolm.errors import PicoError
+
+log = logging.getLogger("picolm")
+
+
+class Session:
+    """One run on the server, or in `folder` to be sent later with `wandb sync`. Raises PicoError without the package."""
+
+    def __init__(self, project: str, entity: str, name: str, folder: Path, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError as error:
+            raise PicoError("monitoring.save_to_wandb needs: pip install 'picolm[wandb]'") from error
+        arguments: dict[str, Any] = {
+            "project": project or "pico",
+            "entity": entity or None,
+            "name": name,
+            "id": _identity(folder / "wandb_id"),
+            "resume": "allow",
+            "dir": str(folder),
+            "config": dict(config),
+            "settings": wandb.Settings(init_timeout=20, finish_timeout=60, silent=True, console="off"),
+        }
+        try:
+            self._run = wandb.init(**arguments)
+        except Exception as error:  # no account, no network, a refused key
+            log.warning("Weights & Biases is out of reach (%s); writing an offline run instead.", error)
+            # the other id may still be in use
+            self._run = wandb.init(**arguments | {"mode": "offline", "resume": None, "id": secrets.token_hex(8)})
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        try:
+            self._run.log(dict(values), step=step)
+        except Exception as error:
+            log.warning("Weights & Biases took nothing at step %d: %s", step, error)
+
+    def close(self) -> None:
+        try:
+            self._run.finish()
+        except Exception as error:
+            log.warning("Weights & Biases did not close: %s", error)
+
+
+def _identity(file: Path) -> str:
+    """What tells the run apart on the server: made once, so that a continued run goes on there, and a new one does not."""
+    if not file.exists():
+        file.write_text(secrets.token_hex(8))
+    return file.read_text()
