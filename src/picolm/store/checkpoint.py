@@ -1,20 +1,15 @@
-"""One step on disk as a mapping from address to tensor: a tensor is read, and checked, when it is asked for."""
+"""One step as a mapping from address to tensor, whoever wrote it: what the rest of the package reads."""
 
 import hashlib
-import io
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from picolm.address import Address
 from picolm.errors import StoreError
 from picolm.registry import did_you_mean
-from picolm.store.files import FileRecord, digest_file, load_json
-from picolm.store.layout import MANIFEST, STATE, inside, kind_of_file
-from picolm.store.manifest import Manifest, TensorRecord
-from picolm.store.tensors import TensorPlace, read_header, read_tensor, tensor_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,179 +23,108 @@ class Missing(StoreError, KeyError):
 
 
 class Checkpoint(Mapping[Address, "Tensor"]):
-    """The state at one step. Raises StoreError when the directory holds no manifest, or one that is damaged."""
+    """The state at one step. `checkpoint[address]` reads a tensor, and checks it, when it is asked for.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.manifest = Manifest.from_bytes(_manifest_bytes(path), str(path / MANIFEST))
-        self._headers: dict[str, dict[str, TensorPlace]] = {}
+    path: where it is, for people; a directory when it is on this machine. step: the number of updates before it.
+    """
 
-    @property
-    def step(self) -> int:
-        return self.manifest.step
+    path: Path
+    step: int
 
     @property
-    def files(self) -> Mapping[str, FileRecord]:
-        """Size and digest of each file by its name inside of the step, without the manifest."""
-        return self.manifest.files
+    @abstractmethod
+    def meta(self) -> Mapping[str, Any]:
+        """What was recorded beside the tensors: `step`; `capture` (the positions of the activations); counters, …"""
 
-    @cached_property
-    def meta(self) -> dict[str, Any]:
-        """What the trainer recorded beside the tensors: counters, random states, position in the schedule."""
-        return load_json(self.read(STATE))
+    @property
+    @abstractmethod
+    def files(self) -> Collection[str]:
+        """Names of the files of the step, relative to it."""
 
-    def record(self, address: Address) -> TensorRecord:
-        """Shape, element type and digest of a tensor, without reading it. Raises Missing."""
-        if address in self.manifest.tensors:
-            return self.manifest.tensors[address]
-        raise Missing(f"{self.path} has no {Address(*address)}{self._nearest(Address(*address))}")
+    @abstractmethod
+    def __getitem__(self, address: Address) -> "Tensor":
+        """The tensor, on the CPU, as stored. Raises Missing, or StoreError when its file is damaged."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The content of a file of the step. Raises Missing, or StoreError."""
+
+    @abstractmethod
+    def rows(self, split: str) -> "pa.Table":
+        """The rows that the activations and gradients of `split` belong to, in their order; columns as stored.
+
+        Raises Missing when the step does not keep them.
+        """
+
+    @abstractmethod
+    def digest(self, address: Address) -> str:
+        """Hexadecimal identity of a tensor's content, without reading the tensor. Raises Missing."""
+
+    @abstractmethod
+    def location(self, address: Address) -> str:
+        """The file that holds a tensor, for people. Raises Missing."""
+
+    @abstractmethod
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes stored, by kind: weights, optimizer, activations, gradients, data, tokenizer, other."""
+
+    @property
+    @abstractmethod
+    def minimum_bytes(self) -> int:
+        """Elements x element size of every tensor; 0 when that is not known without reading them."""
+
+    @abstractmethod
+    def verify(self) -> list[str]:
+        """What is wrong with it, one sentence each, having read everything; empty: all is well."""
 
     def select(self, *, kind: str = "*", split: str = "*", module: str = "*") -> list[Address]:
         """The addresses whose parts match shell patterns, layers in order; empty when none does."""
         patterns = (kind, split, module)
         return [address for address in self if all(map(fnmatchcase, address, patterns))]
 
-    def files_by_kind(self) -> dict[str, list[str]]:
-        """Names of the files by what they hold: `weights`, `optimizer`, `activations`, `gradients`, `data` (the rows
-        behind the captures), `tokenizer`, and `other` (code and metadata, the manifest too).
+    def rows_digest(self, split: str) -> str | None:
+        """sha-256 of the token ids of `rows(split)`, in order, as little-endian int64; None where they are not stored.
+
+        The same for the same rows in any format, so it tells whether two captures belong to the same inputs.
         """
-        kinds = {record.file: address.kind for address, record in self.manifest.tensors.items()}
-        files: dict[str, list[str]] = {"other": [MANIFEST]}
-        for name in self.files:
-            files.setdefault(kind_of_file(name, kinds.get(name)), []).append(name)
-        return files
-
-    def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes on disk, by the kinds of `files_by_kind`."""
-        sizes = {name: record.bytes for name, record in self.files.items()}
-        sizes[MANIFEST] = len(self.manifest.to_bytes())
-        return {kind: sum(sizes[name] for name in names) for kind, names in self.files_by_kind().items()}
-
-    def __getitem__(self, address: Address) -> "Tensor":
-        """The tensor, on the CPU, as stored. Raises Missing, or StoreError when its bytes are not the recorded ones."""
-        record = self.record(address)
-        path = inside(self.path, record.file)
         try:
-            if record.file not in self._headers:
-                self._headers[record.file] = read_header(path)
-            tensor = read_tensor(path, self._place(record))
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be read ({error.strerror}); {address} was in it") from error
-        if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != record.sha256:
-            raise StoreError(f"{path}: the bytes of {address} are not those that were written; run `pico verify`")
-        return tensor
-
-    def __iter__(self) -> Iterator[Address]:
-        return iter(self.manifest.tensors)
-
-    def __len__(self) -> int:
-        return len(self.manifest.tensors)
-
-    def __contains__(self, address: object) -> bool:
-        return address in self.manifest.tensors
+            return digest_of_rows(self.rows(split), str(self.path))
+        except Missing:
+            return None
 
     __eq__ = object.__eq__  # a Mapping would compare by reading every tensor
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+        return f"{type(self).__name__}({str(self.path)!r})"
 
-    def read(self, name: str) -> bytes:
-        """The content of a file of the step. Raises Missing, or StoreError when it is not what was written."""
-        if name not in self.files:
-            raise Missing(f"{self.path} has no file {name!r}{did_you_mean(name, self.files)}")
-        path = inside(self.path, name)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
-        if hashlib.sha256(data).hexdigest() != self.files[name].sha256:
-            raise StoreError(f"{path}: not the bytes that were written; run `pico verify`")
-        return data
+    def _missing(self, address: Address) -> Missing:
+        return absence(str(self.path), address, list(self))
 
-    def rows(self, split: str) -> "pa.Table":
-        """The rows that the activations and gradients of `split` belong to, in their order; columns as committed."""
-        import pyarrow.parquet as pq
 
-        ending = f"/{split}_data.parquet"
-        tables = [name for name in self.files if name.endswith("_data.parquet")]
-        for name in tables:
-            if ("/" + name).endswith(ending):
-                return pq.read_table(io.BytesIO(self.read(name)))
-        raise Missing(f"{self.path} has no rows of {split!r} (there are: {', '.join(tables) or 'none'})")
+def absence(where: str, address: Address, there: list[Address]) -> Missing:
+    """`… has no …; did you mean …`, then the modules with its kind and split, or else the kinds that are there."""
+    nearest = did_you_mean(str(address), [str(other) for other in there if other.module])
+    modules = [other.module for other in there if other[:2] == address[:2]]
+    if modules:
+        shown = ", ".join(modules[:12]) + (f", … {len(modules)} in all" if len(modules) > 12 else "")
+        return Missing(f"{where} has no {address}{nearest} ({'/'.join(address[:2])} is there for: {shown})")
+    kinds = sorted({"/".join(other[:2]).rstrip("/") for other in there})
+    return Missing(f"{where} has no {address}{nearest} (it holds: {', '.join(kinds) or 'no tensors'})")
 
-    def verify(self) -> list[str]:
-        """Recompute every digest; one sentence per file that is damaged, missing or unknown; empty: all is well."""
-        try:
-            if _manifest_bytes(self.path) != self.manifest.to_bytes():
-                return [f"{self.path / MANIFEST}: changed since it was opened"]
-            damaged = [_file_problem(self.path, name, record) for name, record in self.files.items()]
-            return [problem for problem in damaged if problem] + self._unknown() + self._misplaced(damaged)
-        except StoreError as error:
-            return [str(error)]
 
-    def _place(self, record: TensorRecord) -> TensorPlace:
-        place = self._headers[record.file].get(record.key)
-        if place is None or (place.shape, place.dtype) != (record.shape, record.dtype):
+def digest_of_rows(table: "pa.Table", where: str) -> str | None:
+    """sha-256 of the column `input_ids` as little-endian int64, row after row; None without such a column."""
+    import pyarrow as pa
+
+    if "input_ids" not in table.column_names:
+        return None
+    digest = hashlib.sha256()
+    for chunk in table.column("input_ids").chunks:
+        ids = chunk.flatten()
+        if not pa.types.is_integer(ids.type) or ids.null_count or chunk.null_count:
             raise StoreError(
-                f"{self.path / record.file}: {record.key!r} is not as the manifest says; run `pico verify`"
+                f"{where}: the rows' column input_ids holds {chunk.type}, or gaps; expected lists of token ids"
             )
-        return place
-
-    def _nearest(self, address: Address) -> str:
-        """`; did you mean …` among all, then the modules with this kind and split, or else the kinds there are."""
-        suggestion = did_you_mean(str(address), map(str, self))
-        modules = [other.module for other in self if other[:2] == address[:2]]
-        if modules:
-            shown = ", ".join(modules[:12]) + (f", … {len(modules)} in all" if len(modules) > 12 else "")
-            return f"{suggestion} ({'/'.join(address[:2])} is there for: {shown})"
-        kinds = sorted({"/".join(other[:2]).rstrip("/") for other in self})
-        return f"{suggestion} (it holds: {', '.join(kinds) or 'no tensors'})"
-
-    def _unknown(self) -> list[str]:
-        """Files and links on disk that the manifest does not name, and directories that hold none of its files."""
-        expected = {MANIFEST, *self.files}
-        expected |= {str(parent) for name in self.files for parent in Path(name).parents}
-        found = (str(path.relative_to(self.path)) for path in sorted(self.path.rglob("*")))
-        return [f"{self.path / name}: not in the manifest" for name in found if name not in expected]
-
-    def _misplaced(self, damaged: list[str]) -> list[str]:
-        """Tensors whose record does not agree with the header of an otherwise intact file."""
-        broken = {name for name, problem in zip(self.files, damaged) if problem}
-        problems = []
-        for name in sorted({record.file for record in self.manifest.tensors.values()} - broken):
-            header = read_header(self.path / name)
-            stored = {
-                record.key: (record.shape, record.dtype)
-                for record in self.manifest.tensors.values()
-                if record.file == name
-            }
-            if stored != {key: (place.shape, place.dtype) for key, place in header.items()}:
-                problems.append(f"{self.path / name}: its tensors are not those of the manifest")
-        return problems
-
-
-def _manifest_bytes(path: Path) -> bytes:
-    try:
-        return inside(path, MANIFEST).read_bytes()
-    except OSError as error:
-        raise StoreError(f"{path / MANIFEST}: cannot be read ({error.strerror}); not a whole checkpoint") from error
-
-
-def _file_problem(root: Path, name: str, record: FileRecord) -> str:
-    path = root / name
-    try:
-        if path.is_symlink():
-            return f"{path}: a symbolic link where a file was written"
-        found = digest_file(inside(root, name))
-    except FileNotFoundError:
-        return f"{path}: missing"
-    except OSError as error:
-        return f"{path}: cannot be read ({error.strerror})"
-    except StoreError as error:
-        return str(error)
-    if found.bytes != record.bytes:
-        return f"{path}: {found.bytes} bytes where {record.bytes} were written"
-    if found.sha256 != record.sha256:
-        return f"{path}: damaged; its sha-256 is {found.sha256[:12]}…, not {record.sha256[:12]}… as written"
-    return ""
+        digest.update(ids.to_numpy(zero_copy_only=False).astype("<i8"))
+    return digest.hexdigest()

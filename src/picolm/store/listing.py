@@ -18,7 +18,7 @@ KINDS = ("weights", "optimizer", "activations", "gradients", "data", "tokenizer"
 class StepContents:
     """One step on disk.
 
-    bytes: by kind, see `Checkpoint.files_by_kind`; empty when the step is damaged.
+    bytes: by kind, see `Checkpoint.bytes_by_kind`; empty when the step is damaged.
     minimum_bytes: elements x element size of every tensor the step holds, which no format can undercut.
     problem: why its manifest cannot be read, empty when it can.
     """
@@ -74,8 +74,7 @@ def _contents(run: Run, step: int) -> StepContents:
         checkpoint = run[step]
     except StoreError as error:
         return StepContents(step, {}, 0, str(error))
-    minimum = sum(record.bytes for record in checkpoint.manifest.tensors.values())
-    return StepContents(step, checkpoint.bytes_by_kind(), minimum)
+    return StepContents(step, checkpoint.bytes_by_kind(), checkpoint.minimum_bytes)
 
 
 def _kinds(steps: list[StepContents]) -> list[str]:

@@ -80,7 +80,7 @@ class Manifest:
     def _parsed(cls, content: Mapping[str, Any], where: str) -> "Manifest":
         files = {check_name(name, where): FileRecord(**entry) for name, entry in content["files"].items()}
         tensors = {}
-        for name in sorted(content["tensors"], key=_natural):
+        for name in sorted(content["tensors"], key=natural):
             entry = content["tensors"][name]
             record = TensorRecord(**{**entry, "shape": tuple(entry["shape"])})
             if record.file not in files or record.dtype not in DTYPES:
@@ -107,6 +107,6 @@ def _canonical(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
-def _natural(text: str) -> list[tuple[bool, int, str]]:
+def natural(text: str) -> list[tuple[bool, int, str]]:
     """Sorts layers.2 before layers.10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]+)", text)]

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from picolm.errors import StoreError
-from picolm.store.checkpoint import Checkpoint
 from picolm.store.compose import make_directories, write_manifest
 from picolm.store.files import sync_directory, write_bytes
 from picolm.store.layout import LATEST, inside, step_directory
 from picolm.store.manifest import Manifest
+from picolm.store.sealed import SealedCheckpoint
 
 logger = logging.getLogger(__name__)
 _REPLACED = ".replaced"
@@ -34,7 +34,7 @@ def set_aside(checkpoints: Path, step: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_thinned(partial: Path, checkpoint: Checkpoint, drop: Collection[str]) -> Manifest:
+def write_thinned(partial: Path, checkpoint: SealedCheckpoint, drop: Collection[str]) -> Manifest:
     """The step again without the files of some kinds. What stays is linked, not copied; its digests stay as they are."""
     dropped = {name for kind in drop for name in checkpoint.files_by_kind().get(kind, [])}
     old = checkpoint.manifest
@@ -127,12 +127,12 @@ def _link(source: Path, target: Path) -> None:
         write_bytes(target, source.read_bytes())
 
 
-def _whole(target: Path) -> Checkpoint | None:
+def _whole(target: Path) -> SealedCheckpoint | None:
     """The step that is there; None when it is damaged and of no use to anybody."""
     if target.is_symlink() or not target.is_dir():
         raise StoreError(f"{target}: not a directory of this run; move it out of the way")
     try:
-        existing = Checkpoint(target)
+        existing = SealedCheckpoint(target)
         problems = existing.verify()
     except StoreError as error:
         problems = [str(error)]

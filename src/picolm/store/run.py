@@ -5,7 +5,7 @@ reader sees whole steps only, at any moment, and a crash costs the step that was
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,17 @@ from picolm.store.layout import MANIFEST, RUN, Directories, inside, step_directo
 from picolm.store.lock import RunLock
 from picolm.store.publish import exchange, point_latest, publish, set_aside, sweep, write_thinned
 from picolm.store.records import Records, read_directories
+from picolm.store.sealed import SealedCheckpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Run(Records, Mapping[int, Checkpoint]):
-    """The steps of a run by number; whole ones only. Made by `Run.create` and `Run.open`."""
+    """The steps of a run by number; whole ones only. Made by `Run.create` and `Run.open`.
+
+    Runs of other formats are subclasses: they read the same, and refuse to be written when their lock is taken.
+    """
 
     def __init__(self, path: Path, directories: Directories):
         super().__init__(path, directories)
@@ -67,7 +71,10 @@ class Run(Records, Mapping[int, Checkpoint]):
             if run is not None:
                 return run
         found = "it is another kind of directory" if Path(place).is_dir() else "there is no such directory"
-        raise StoreError(f"{place}: no run here ({found}); expected {RUN} in it, or checkpoints/step_N/{MANIFEST}")
+        raise StoreError(
+            f"{place}: no run here ({found}); expected {RUN} in it, or checkpoints/step_N/{MANIFEST}, or a run of "
+            "pico-train (checkpoints/step_N/learning_dynamics), or hub:OWNER/REPOSITORY@BRANCH"
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -87,15 +94,31 @@ class Run(Records, Mapping[int, Checkpoint]):
 
     def __getitem__(self, step: int) -> Checkpoint:
         """Raises Missing, naming the steps there are, or StoreError when the step is damaged."""
+        return self._sealed(step)
+
+    def _sealed(self, step: int) -> SealedCheckpoint:
         path = self.step_path(step)
         if not path.exists():
-            raise Missing(f"{self.path} has no step {step} (there are: {_short(self.steps)})")
+            raise self._no_step(step)
         if path.is_symlink():
             raise StoreError(f"{path}: a symbolic link is not a step; put the directory itself there")
-        checkpoint = Checkpoint(path)
+        checkpoint = SealedCheckpoint(path)
         if checkpoint.step != step:
             raise StoreError(f"{path}: holds step {checkpoint.step}; the directory was renamed")
         return checkpoint
+
+    def prefetch(
+        self,
+        steps: Iterable[int],
+        addresses: Collection[Address],
+        *,
+        rows: Collection[str] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Bring what is going to be read close: the files that hold `addresses`, and the rows of the splits `rows`.
+
+        progress: called with the number of files that are there and of all that are fetched. Nothing to do on disk.
+        """
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.steps)
@@ -141,9 +164,9 @@ class Run(Records, Mapping[int, Checkpoint]):
     def problems(self, step: int) -> list[str]:
         """What is wrong with a step, every digest recomputed; empty when all is well."""
         try:
-            checkpoint = self[step]
+            checkpoint = self._sealed(step)
             found = checkpoint.verify()
-            replaced = found and self[step].manifest.digest != checkpoint.manifest.digest
+            replaced = found and self._sealed(step).manifest.digest != checkpoint.manifest.digest
         except StoreError as error:
             return [str(error)]
         return self.problems(step) if replaced else found  # thinned by its writer while we were reading
@@ -195,7 +218,7 @@ class Run(Records, Mapping[int, Checkpoint]):
         if "other" in drop:
             raise StoreError(f"step {step}: the kind 'other' cannot be dropped; a step is nothing without its metadata")
         with self.lock(), self._commits, disk_errors(f"step {step}, thinned,", self.path):
-            checkpoint = self[step]
+            checkpoint = self._sealed(step)
             if set(drop) & set(checkpoint.files_by_kind()):
                 with set_aside(self.checkpoints_path, step) as partial:
                     write_thinned(partial, checkpoint, drop)
@@ -211,16 +234,19 @@ class Run(Records, Mapping[int, Checkpoint]):
         try:
             state = (self.step_path(step) / MANIFEST).stat()
             if self._seen.get(step) != (state.st_ino, state.st_mtime_ns):
-                self[step]
+                self._sealed(step)
                 self._seen[step] = (state.st_ino, state.st_mtime_ns)
         except (OSError, StoreError):
             return False
         return not self.step_path(step).is_symlink()
 
+    def _no_step(self, step: int) -> Missing:
+        return Missing(f"{self.path} has no step {step} (there are: {_short(self.steps)})")
+
     def _parent(self, step: int) -> dict[str, Any] | None:
         """Step and digest of the newest checkpoint before `step`."""
         earlier = [other for other in self.steps if other < step]
-        return {"step": earlier[-1], "digest": self[earlier[-1]].manifest.digest} if earlier else None
+        return {"step": earlier[-1], "digest": self._sealed(earlier[-1]).manifest.digest} if earlier else None
 
 
 def open_ours(place: str) -> Run | None:

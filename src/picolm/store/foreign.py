@@ -1,0 +1,143 @@
+"""Files that others wrote: pickled tensors, read without running the code that a pickle may hold, safetensors, Arrow.
+
+`torch.save` writes zip archives. Their names and shapes are read first, through a memory map; before the first tensor is handed
+out, the whole file is held against its checksums (torch itself does not look at them).
+"""
+
+import pickle
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from picolm.errors import StoreError
+from picolm.store.tensors import TensorPlace, read_header, read_tensor
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
+
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+class PickledTensors:
+    """A mapping from key to tensor as `torch.save` wrote it. Raises StoreError for anything else, or a damaged file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._is_zip = _is_zip(path)  # torch up to 1.5 wrote another format, which has no checksums
+        self._tensors = _load(path, self._is_zip)
+        self._checked = not self._is_zip
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def __getitem__(self, key: str) -> "Tensor":
+        """The tensor, in memory of its own. Raises StoreError when the file is not as it was written."""
+        self.check()
+        return self._tensors[key].detach().clone()
+
+    def check(self) -> None:
+        """Raises StoreError when a checksum does not hold. Reads the file once."""
+        if not self._checked:
+            _check(self.path)
+            self._checked = True
+
+
+class SafeTensors:
+    """The tensors of a safetensors file by key."""
+
+    def __init__(self, path: Path):
+        self.path, self._places = path, _header(path)
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._places)
+
+    def __getitem__(self, key: str) -> "Tensor":
+        try:
+            return read_tensor(self.path, self._places[key])
+        except OSError as error:
+            raise StoreError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+    def check(self) -> None:
+        """The format has no checksums; that its header fits its size was seen when it was opened."""
+
+
+def _header(path: Path) -> dict[str, TensorPlace]:
+    try:
+        return read_header(path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_arrow(path: Path | None, where: str) -> "pa.Table":
+    """A table in Arrow's stream format. Raises StoreError when it is damaged or ends too early."""
+    import pyarrow as pa
+
+    if path is None:
+        raise StoreError(f"{where}: missing, though the data set beside it lists it")
+    try:
+        data = path.read_bytes()
+        table = pa.ipc.open_stream(data).read_all()
+    except (OSError, pa.ArrowInvalid, pa.ArrowSerializationError) as error:
+        raise StoreError(f"{where}: damaged, or not an Arrow stream ({str(error).splitlines()[0]})") from error
+    if not data.endswith(_END_OF_STREAM):  # a reader takes a file that was cut between two batches for a whole one
+        raise StoreError(f"{where}: ends too early; fetch or copy it again")
+    return table
+
+
+def _load(path: Path, is_zip: bool) -> Mapping[str, "Tensor"]:
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise StoreError(f"{path}: {_refusal(str(error))}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path}: damaged, or not a file of torch.save ({_first_line(error)})") from error
+    strangers = (
+        [key for key, value in content.items() if not _is_entry(key, value)] if isinstance(content, dict) else None
+    )
+    if strangers is None or strangers:
+        found = type(content).__name__ if strangers is None else f"{strangers[0]!r}"
+        raise StoreError(f"{path}: holds {found}, where a mapping from names to tensors was expected")
+    return content
+
+
+def _is_entry(key: Any, value: Any) -> bool:
+    import torch
+
+    return isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _check(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise StoreError(f"{path}: damaged ({_first_line(error)})") from error
+    if damaged is not None:
+        raise StoreError(f"{path}: damaged: the checksum of its part {damaged!r} does not hold; fetch or copy it again")
+
+
+def _refusal(message: str) -> str:
+    """What the restricted unpickler objected to, in our words: its own advice is to run the code."""
+    objection = next((line for line in message.splitlines() if "nsupported" in line or "not allowed" in line), "")
+    if "GLOBAL" in objection or "class" in objection or "REDUCE" in objection:
+        return f"holds code, not only tensors ({objection.strip()[:120]}); it is not loaded, because that would run the code"
+    return f"damaged, or holds more than tensors ({_first_line(message)})"
+
+
+def _first_line(error: object) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

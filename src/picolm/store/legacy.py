@@ -1,0 +1,276 @@
+"""Runs that pico-train wrote, read as ours are: the same addresses, lazily, and without running what their pickles hold.
+
+    runs/NAME/training_config.yaml
+    runs/NAME/checkpoints/step_N/    model.safetensors (or pytorch_model.bin), config.json, tokenizer files
+        fabric_state/                the state of its training; not read
+        learning_dynamics/           {train,val}_{activations,weights,gradients}.pt, {train,val}_data/ (an Arrow data set)
+
+Where the files of a step lie is behind `StepFiles`, so that a copy of such a run on the Hub is read by the same code.
+
+Names of tensors may carry the prefix of a wrapper (`_forward_module.`, `pico_decoder.`); their identity starts at the module
+of the model. Weights come from the file of the model, and from those that were captured where a step has no such file.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from picolm.address import Address
+from picolm.errors import StoreError
+from picolm.registry import did_you_mean
+from picolm.store.checkpoint import Checkpoint, Missing, absence
+from picolm.store.files import digest_file
+from picolm.store.foreign import PickledTensors, SafeTensors, read_arrow
+from picolm.store.layout import Directories, kind_of_file
+from picolm.store.manifest import natural
+from picolm.store.roworder import RowOrder, lookup
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
+
+SPLITS = ("train", "val")
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+STATE = "fabric_state"
+DYNAMICS = Directories.learning_dynamics_dir
+_PAIRS = [("weights", ""), *((kind, split) for split in SPLITS for kind in ("activations", "gradients"))]
+_MODULE = re.compile(r"(?:^|\.)((?:layers\.\d+\.|embedding_proj|output_norm|de_embedding_proj).*)$")
+
+
+class StepFiles(Protocol):
+    """The files of one step, by their names relative to it. where: the step, for people."""
+
+    where: Path
+
+    def has(self, name: str) -> bool:
+        """Whether the step has a file, as far as that is known without fetching it."""
+        ...
+
+    def find(self, name: str) -> Path | None:
+        """The path of a file on this machine, fetched if need be; None when the step has no such file."""
+        ...
+
+    def identity(self, name: str) -> str:
+        """A digest of the content of a file that the step has."""
+        ...
+
+    def sizes(self) -> dict[str, int]:
+        """Every file of the step, and its bytes."""
+        ...
+
+
+class LocalFiles:
+    """A step in a directory."""
+
+    def __init__(self, where: Path):
+        self.where = where
+
+    def has(self, name: str) -> bool:
+        return (self.where / name).is_file()
+
+    def find(self, name: str) -> Path | None:
+        return self.where / name if self.has(name) else None
+
+    def identity(self, name: str) -> str:
+        try:
+            return digest_file(self.where / name).sha256
+        except OSError as error:
+            raise StoreError(f"{self.where / name}: cannot be read ({error.strerror})") from error
+
+    def sizes(self) -> dict[str, int]:
+        files = (path for path in sorted(self.where.rglob("*")) if path.is_file())
+        return {str(path.relative_to(self.where)): path.stat().st_size for path in files}
+
+
+class LegacyCheckpoint(Checkpoint):
+    """A step as pico-train leaves it. dynamics: the folder of what was captured.
+
+    known: {file: {module: key}} as found in other steps of the run, used and added to where looking into a file means to fetch
+    it; None looks into each file.
+    """
+
+    def __init__(
+        self, step: int, files: StepFiles, order: RowOrder, dynamics: str = DYNAMICS,
+        meta: Mapping[str, Any] | None = None, known: dict[str, dict[str, str]] | None = None,
+    ):  # fmt: skip
+        self.step, self.path = step, files.where
+        self._files, self._order, self._dynamics, self._known = files, order, dynamics, known
+        self._meta = {"step": step, **(meta or {})}
+        self._opened: dict[str, tuple[PickledTensors | SafeTensors, dict[str, str]]] = {}
+        self._identities: dict[str, str] = {}
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        return self._meta
+
+    @property
+    def files(self) -> list[str]:
+        return list(self._files.sizes())
+
+    @property
+    def minimum_bytes(self) -> int:
+        return 0  # would take reading every file
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        kinds: dict[str, int] = {}
+        for name, size in self._files.sizes().items():
+            kind = self._kind(name)
+            kinds[kind] = kinds.get(kind, 0) + size
+        return kinds
+
+    def file_of(self, kind: str, split: str) -> str | None:
+        """The name of the file that holds the tensors of a kind and split, None when the step has none."""
+        return next((name for name in self._candidates(kind, split) if self._files.has(name)), None)
+
+    def select(self, *, kind: str = "*", split: str = "*", module: str = "*") -> list[Address]:
+        """As for any checkpoint; looks only into files that can hold what is asked for."""
+        pairs = [pair for pair in _PAIRS if fnmatchcase(pair[0], kind) and fnmatchcase(pair[1], split)]
+        return [Address(*pair, name) for pair in pairs for name in self._modules(*pair) if fnmatchcase(name, module)]
+
+    def __getitem__(self, address: Address) -> "Tensor":
+        address = Address(*address)
+        file = self._holding(address)
+        tensors, keys = self._open(file)
+        if address.module not in keys:
+            raise self._missing(address)
+        tensor = tensors[keys[address.module]]
+        return self._order.restore(tensor) if address.kind == "activations" else tensor
+
+    def __iter__(self) -> Iterator[Address]:
+        return iter(self.select())
+
+    def __len__(self) -> int:
+        return len(self.select())
+
+    def __contains__(self, address: object) -> bool:
+        return isinstance(address, tuple) and len(address) == 3 and address[2] in self._modules(*address[:2])
+
+    def digest(self, address: Address) -> str:
+        """Of the digest of the file, the key in it, and for activations of the order in which their rows are taken."""
+        address = Address(*address)
+        file = self._holding(address)
+        if file not in self._identities:
+            self._identities[file] = self._files.identity(file)
+        order = self._order.tag if address.kind == "activations" else ""
+        key = self._modules(address.kind, address.split)[address.module]
+        return hashlib.sha256("\n".join((self._identities[file], key, order)).encode()).hexdigest()
+
+    def location(self, address: Address) -> str:
+        return str(self.path / self._holding(Address(*address)))
+
+    def read(self, name: str) -> bytes:
+        path = self._files.find(name)
+        if path is None:
+            raise Missing(f"{self.path} has no file {name!r}{did_you_mean(name, self.files)}")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def rows(self, split: str) -> "pa.Table":
+        import pyarrow as pa
+
+        paths = [(name, self._files.find(name)) for name in self.row_files(split)]
+        if not paths:
+            raise Missing(f"{self.path} has no rows of {split!r} ({self._dynamics}/{split}_data)")
+        return pa.concat_tables([read_arrow(path, str(self.path / name)) for name, path in paths])
+
+    def row_files(self, split: str) -> list[str]:
+        """The Arrow files of the rows of a split, in their order; none when the step does not keep them."""
+        folder = f"{self._dynamics}/{split}_data"
+        try:
+            listed = json.loads(self.read(f"{folder}/state.json"))["_data_files"]
+            return [f"{folder}/{entry['filename']}" for entry in listed]
+        except Missing:
+            return [name for name in self.files if name.startswith(f"{folder}/") and name.endswith(".arrow")]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self.path / folder}/state.json: damaged ({error})") from error
+
+    def verify(self) -> list[str]:
+        """Which of the files that are read are damaged. pico-train keeps no digests: only what breaks a format is found."""
+        problems = []
+        for check in [self._check_tensors(*pair) for pair in _PAIRS] + [self._check_rows(split) for split in SPLITS]:
+            try:
+                check()
+            except Missing:
+                pass
+            except StoreError as error:
+                problems.append(str(error))
+        return problems
+
+    def _check_tensors(self, kind: str, split: str) -> Callable[[], object]:
+        return lambda: (file := self.file_of(kind, split)) and self._open(file)[0].check()
+
+    def _check_rows(self, split: str) -> Callable[[], object]:
+        return lambda: self.rows(split)
+
+    def _candidates(self, kind: str, split: str) -> list[str]:
+        """The files that may hold a kind and split; the first that is there does."""
+        if (kind, split) == ("weights", ""):
+            return [*MODEL_FILES, *(f"{self._dynamics}/{other}_weights.pt" for other in SPLITS)]
+        return [f"{self._dynamics}/{split}_{kind}.pt"] if (kind, split) in _PAIRS else []
+
+    def _holding(self, address: Address) -> str:
+        file = self.file_of(address.kind, address.split)
+        if file is None or address.module not in self._modules(address.kind, address.split):
+            raise self._missing(address)
+        return file
+
+    def _modules(self, kind: str, split: str) -> Mapping[str, str]:
+        """The key in its file of each module that has a tensor of this kind and split."""
+        file = self.file_of(kind, split)
+        if file is None:
+            return {}
+        if self._known is not None and file in self._known and file not in self._opened:
+            return self._known[file]
+        return self._open(file)[1]
+
+    def _open(self, file: str) -> tuple[PickledTensors | SafeTensors, dict[str, str]]:
+        """A file, opened once, and the key of each module in it."""
+        if file not in self._opened:
+            path = self._files.find(file)
+            if path is None:
+                raise Missing(f"{self.path} has no file {file!r}")
+            tensors = SafeTensors(path) if file.endswith(".safetensors") else PickledTensors(path)
+            self._opened[file] = tensors, _by_module(tensors.keys, str(path))
+        if self._known is not None:
+            self._known.setdefault(file, self._opened[file][1])
+        return self._opened[file]
+
+    def _missing(self, address: Address) -> Missing:
+        """Looks only into the file that could hold it."""
+        there = [Address(*pair, name) for pair in [address[:2]] for name in self._modules(*pair)]
+        return absence(str(self.path), address, there or [Address(*pair, "") for pair in _PAIRS if self.file_of(*pair)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}  # files stay here when a step travels to another process
+
+    def _kind(self, name: str) -> str:
+        if name.startswith(STATE):
+            return "optimizer"
+        if name.startswith(f"{self._dynamics}/") and not name.endswith(".pt"):
+            return "data"
+        kinds = [kind for kind, split in _PAIRS if name in self._candidates(kind, split)]
+        return kind_of_file(name, kinds[0] if kinds else None)
+
+
+def _by_module(keys: list[str], where: str) -> dict[str, str]:
+    """The key of each module, layers in order; the name of a wrapper before it and `.weight` behind it are left off."""
+    modules: dict[str, str] = {}
+    for key in sorted(keys, key=natural):
+        match = _MODULE.search(key)
+        module = (match[1] if match else key).removesuffix(".weight")
+        if module in modules:
+            raise StoreError(f"{where}: {modules[module]!r} and {key!r} are both {module}; which is meant is not known")
+        modules[module] = key
+    return modules
+
+
+def capture_meta(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The positions of the activations, as our own steps record them: the configuration names one, counted from either end."""
+    positions = [lookup(config, "checkpointing.learning_dynamics.sequence_idx", -1)]
+    return {"capture": {"positions": positions, "val_positions": positions}}

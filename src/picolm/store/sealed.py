@@ -1,0 +1,187 @@
+"""A step of ours: whole, and sealed by a manifest with a digest of every tensor and file in it."""
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from picolm.address import Address
+from picolm.errors import StoreError
+from picolm.registry import did_you_mean
+from picolm.store.checkpoint import Checkpoint, Missing
+from picolm.store.files import FileRecord, digest_file, load_json
+from picolm.store.layout import MANIFEST, STATE, inside, kind_of_file
+from picolm.store.manifest import Manifest, TensorRecord
+from picolm.store.tensors import TensorPlace, read_header, read_tensor, tensor_bytes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
+
+
+class SealedCheckpoint(Checkpoint):
+    """A step with a manifest. Raises StoreError when the directory holds none, or one that is damaged."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.manifest = Manifest.from_bytes(self._manifest_bytes(), str(path / MANIFEST))
+        self.step = self.manifest.step
+        self._headers: dict[str, dict[str, TensorPlace]] = {}
+
+    def locate(self, name: str) -> Path:
+        """The path of a file of the step on this machine."""
+        return inside(self.path, name)
+
+    @property
+    def files(self) -> Mapping[str, FileRecord]:
+        """Size and digest of each file by its name inside of the step, without the manifest."""
+        return self.manifest.files
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """What the trainer recorded beside the tensors: counters, random states, position in the schedule."""
+        return load_json(self.read(STATE))
+
+    def record(self, address: Address) -> TensorRecord:
+        """Shape, element type and digest of a tensor, without reading it. Raises Missing."""
+        if address in self.manifest.tensors:
+            return self.manifest.tensors[address]
+        raise self._missing(Address(*address))
+
+    def digest(self, address: Address) -> str:
+        """The sha-256 of its elements in row-major order, as recorded."""
+        return self.record(address).sha256
+
+    def location(self, address: Address) -> str:
+        return str(self.path / self.record(address).file)
+
+    def files_by_kind(self) -> dict[str, list[str]]:
+        """Names of the files by what they hold: `weights`, `optimizer`, `activations`, `gradients`, `data` (the rows
+        behind the captures), `tokenizer`, and `other` (code and metadata, the manifest too).
+        """
+        kinds = {record.file: address.kind for address, record in self.manifest.tensors.items()}
+        files: dict[str, list[str]] = {"other": [MANIFEST]}
+        for name in self.files:
+            files.setdefault(kind_of_file(name, kinds.get(name)), []).append(name)
+        return files
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes on disk, by the kinds of `files_by_kind`."""
+        sizes = {name: record.bytes for name, record in self.files.items()}
+        sizes[MANIFEST] = len(self.manifest.to_bytes())
+        return {kind: sum(sizes[name] for name in names) for kind, names in self.files_by_kind().items()}
+
+    @property
+    def minimum_bytes(self) -> int:
+        return sum(record.bytes for record in self.manifest.tensors.values())
+
+    def __getitem__(self, address: Address) -> "Tensor":
+        record = self.record(address)
+        path = self.locate(record.file)
+        try:
+            if record.file not in self._headers:
+                self._headers[record.file] = read_header(path)
+            tensor = read_tensor(path, self._place(record))
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error.strerror}); {address} was in it") from error
+        if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != record.sha256:
+            raise StoreError(f"{path}: the bytes of {address} are not those that were written; run `pico verify`")
+        return tensor
+
+    def __iter__(self) -> Iterator[Address]:
+        return iter(self.manifest.tensors)
+
+    def __len__(self) -> int:
+        return len(self.manifest.tensors)
+
+    def __contains__(self, address: object) -> bool:
+        return address in self.manifest.tensors
+
+    def read(self, name: str) -> bytes:
+        if name not in self.files:
+            raise Missing(f"{self.path} has no file {name!r}{did_you_mean(name, self.files)}")
+        path = self.locate(name)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+        if hashlib.sha256(data).hexdigest() != self.files[name].sha256:
+            raise StoreError(f"{path}: not the bytes that were written; run `pico verify`")
+        return data
+
+    def rows(self, split: str) -> "pa.Table":
+        import pyarrow.parquet as pq
+
+        ending = f"/{split}_data.parquet"
+        tables = [name for name in self.files if name.endswith("_data.parquet")]
+        for name in tables:
+            if ("/" + name).endswith(ending):
+                return pq.read_table(io.BytesIO(self.read(name)))
+        raise Missing(f"{self.path} has no rows of {split!r} (there are: {', '.join(tables) or 'none'})")
+
+    def verify(self) -> list[str]:
+        """Recompute every digest; one sentence per file that is damaged, missing or unknown; empty: all is well."""
+        try:
+            if self._manifest_bytes() != self.manifest.to_bytes():
+                return [f"{self.path / MANIFEST}: changed since it was opened"]
+            damaged = [self._file_problem(name, record) for name, record in self.files.items()]
+            return [problem for problem in damaged if problem] + self._unknown() + self._misplaced(damaged)
+        except StoreError as error:
+            return [str(error)]
+
+    def _place(self, record: TensorRecord) -> TensorPlace:
+        place = self._headers[record.file].get(record.key)
+        if place is None or (place.shape, place.dtype) != (record.shape, record.dtype):
+            raise StoreError(
+                f"{self.path / record.file}: {record.key!r} is not as the manifest says; run `pico verify`"
+            )
+        return place
+
+    def _unknown(self) -> list[str]:
+        """Files and links on disk that the manifest does not name, and directories that hold none of its files."""
+        expected = {MANIFEST, *self.files}
+        expected |= {str(parent) for name in self.files for parent in Path(name).parents}
+        found = (str(path.relative_to(self.path)) for path in sorted(self.path.rglob("*")))
+        return [f"{self.path / name}: not in the manifest" for name in found if name not in expected]
+
+    def _misplaced(self, damaged: list[str]) -> list[str]:
+        """Tensors whose record does not agree with the header of an otherwise intact file."""
+        broken = {name for name, problem in zip(self.files, damaged) if problem}
+        problems = []
+        for name in sorted({record.file for record in self.manifest.tensors.values()} - broken):
+            header = read_header(self.locate(name))
+            stored = {
+                record.key: (record.shape, record.dtype)
+                for record in self.manifest.tensors.values()
+                if record.file == name
+            }
+            if stored != {key: (place.shape, place.dtype) for key, place in header.items()}:
+                problems.append(f"{self.path / name}: its tensors are not those of the manifest")
+        return problems
+
+    def _manifest_bytes(self) -> bytes:
+        try:
+            return self.locate(MANIFEST).read_bytes()
+        except OSError as error:
+            why = f"cannot be read ({error.strerror}); not a whole checkpoint"
+            raise StoreError(f"{self.path / MANIFEST}: {why}") from error
+
+    def _file_problem(self, name: str, record: FileRecord) -> str:
+        path = self.path / name
+        try:
+            if path.is_symlink():
+                return f"{path}: a symbolic link where a file was written"
+            found = digest_file(self.locate(name))
+        except FileNotFoundError:
+            return f"{path}: missing"
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
+        except StoreError as error:
+            return str(error)
+        if found.bytes != record.bytes:
+            return f"{path}: {found.bytes} bytes where {record.bytes} were written"
+        if found.sha256 != record.sha256:
+            return f"{path}: damaged; its sha-256 is {found.sha256[:12]}…, not {record.sha256[:12]}… as written"
+        return ""
