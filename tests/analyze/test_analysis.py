@@ -240,7 +240,7 @@ def test_seeds_are_aggregated(analyze: Analyze, tmp_path: Path) -> None:
 
 
 def test_a_value_that_is_missing_says_why(analyze: Analyze) -> None:
-    _, frame = analyze("metrics: [{metric_name: spectral_alpha, components: [{layer_suffixes: w_2}]}]")
+    _, frame = analyze("metrics: [{metric_name: spectral_alpha, k: 50, components: [{layer_suffixes: w_2}]}]")
     assert frame["value"].isna().all()
     assert frame["reason"].str.contains("24|50").all()
 
@@ -270,12 +270,14 @@ def test_metrics_and_components_of_the_users_own(
     [
         ("metrics: []", "metrics: []"),
         ("metrics: [{metric_name: ckaa}]", "unknown metric 'ckaa'; did you mean 'cka'?"),
-        ("metrics:\n  - metric_name: norm\n    norm_typ: inf", "analysis.yaml:3: metrics.0.norm_typ: unknown key; did you mean 'norm_type'?"),
+        ("metrics:\n  - metric_name: norm\n    norm_typ: inf",
+         "analysis.yaml:3: metrics.0.norm_typ: unknown key; did you mean 'norm_type'?"),
         ("metrics: [{metric_name: norm, norm_type: big}]", "metrics.0.norm_type"),
         ("metrics: [{metric_name: gini, target_checkpoint: 4}]", "gini measures one tensor and compares with nothing"),
         ("metrics: [{metric_name: gini, components: [{component_name: qk_circuit, data_type: activations}]}]",
          "qk_circuit has no activations; it gives weights, gradients"),
-        ("metrics: [{metric_name: gini, components: [{component_name: simpel}]}]", "unknown component 'simpel'; did you mean 'simple'?"),
+        ("metrics: [{metric_name: gini, components: [{component_name: simpel}]}]",
+         "unknown component 'simpel'; did you mean 'simple'?"),
         ("metrics: [{metric_name: gini}]\nsteps: {begin: 4}", "steps"),
         ("metrics: [{metric_name: cka, target: {checkpoint: first}, target_checkpoint: 4}]", "not both"),
     ],

@@ -35,9 +35,8 @@ class Task(NamedTuple):
     @property
     def identity(self) -> str:
         """What the value follows from, beside the matrices."""
-        return digest_of(
-            self.metric.name, code_of(self.metric.name), code_of(self.component.component_name), self.options
-        )
+        codes = code_of(self.metric.function), code_of(COMPONENTS.get(self.component.component_name))
+        return digest_of(self.metric.name, *codes, self.options)
 
 
 class Cell(NamedTuple):

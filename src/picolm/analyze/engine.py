@@ -84,6 +84,7 @@ def analyze(
     """All values of an analysis of the runs at `places`. Raises PicoError for what can match nothing at all, and, when
     `strict`, for anything that is missing.
     """
+    _readers.cache_clear()  # a run may have changed since the last analysis in this process
     runs = _open(config, places)
     folder = Path(config.monitoring.output_dir)
     ask = Ask(config, tuple((name, place) for name, (place, _) in runs.items()), folder / ".values.sqlite")
