@@ -13,6 +13,7 @@ help:
 
 demo: .venv/.demo
 	$(BIN)/pico train configs/demo.yaml
+	$(BIN)/pico analyze configs/analyses/demo.yaml --run runs/demo
 
 test: .venv/.dev
 	$(BIN)/pytest -n 2 --dist worksteal

@@ -161,15 +161,25 @@ def prepare_data(
 
 
 @app.command("list")
-def list_run(run: RunArgument) -> None:
-    """Show the steps of a run, what each holds and how many bytes it takes."""
+def list_run(
+    run: Annotated[
+        str, typer.Argument(help="A run, or the word metrics or components.", metavar="RUN|metrics|components")
+    ],
+) -> None:
+    """Show the steps of a run, what each holds and how many bytes it takes; or all metrics, or all components."""
     from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, 116)  # wrapped by the terminal rather than cut off
+    if run in ("metrics", "components") and not Path(run).exists():
+        from picolm.terminal import parts
+
+        console.print(parts(run))
+        return
 
     from picolm.store import Run
     from picolm.store.listing import contents, table
 
-    console = Console()
-    console.width = max(console.width, 116)  # wrapped by the terminal rather than cut off
     console.print(table(contents(Run.open(run))))
 
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from picolm.data.manifest import Manifest
 
 
@@ -50,3 +52,30 @@ def prepared(manifest: "Manifest", place: object) -> str:
         f"model.vocab_size={vocabulary} model.max_seq_len={manifest.seq_len} checkpointing.run_name=mine"
     )
     return "\n".join(lines)
+
+
+def parts(family: str) -> "Table":
+    """The metrics or the components, with a line on each, for `pico list`."""
+    import inspect
+
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from picolm.analyze.components import COMPONENTS
+    from picolm.analyze.metrics import METRICS
+
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("metric", "of", "options", "") if family == "metrics" else ("component", "of", ""):
+        shown.add_column(heading, overflow="fold")
+    if family == "metrics":
+        for name in METRICS:
+            metric = METRICS.get(name)
+            kind = "one tensor" if metric.arity == 1 else "two tensors"
+            shown.add_row(name, kind, ", ".join(metric.options), escape(metric.summary))
+    else:
+        for name in COMPONENTS:
+            part = COMPONENTS.get(name)
+            text = " ".join((inspect.getdoc(part) or "").split())
+            shown.add_row(name, ", ".join(part.kinds or ("anything",)), escape(text))
+    return shown

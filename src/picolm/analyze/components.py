@@ -10,7 +10,7 @@ Notation: d = d_model, D = size of a head, h a query head, g = h // (heads / key
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -38,13 +38,8 @@ class Absent(NamedTuple):
     what: str
 
 
-class ComponentFunction(Protocol):
-    """(checkpoint, *, data_type, split, layer_suffixes, layers, heads, model) -> operands; model: that section of the run."""
-
-    def __call__(self, checkpoint: Any, **asked: Any) -> Iterator[Any]: ...
-
-
-COMPONENTS: Registry[ComponentFunction] = Registry("component")
+# (checkpoint, *, data_type, split, layer_suffixes, layers, heads, model) -> operands; `model` is that section of the run's YAML
+COMPONENTS: Registry[Any] = Registry("component")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

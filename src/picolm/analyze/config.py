@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from picolm.analyze.components import COMPONENTS
 from picolm.analyze.metrics import METRICS, as_metric
 from picolm.errors import PicoError
-from picolm.registry import Registry, did_you_mean
+from picolm.registry import did_you_mean
 from picolm.schema import Rule, Section
 
 
@@ -170,9 +170,8 @@ def entry_problems(entry: Entry) -> Iterator[Rule]:
 
 def component_problems(where: str, component: Component, metric: Any) -> Iterator[Rule]:
     """What is wrong with one component of a metric."""
-    registry: Registry[Any] = COMPONENTS
     try:
-        part = registry.get(component.component_name)
+        part = COMPONENTS.get(component.component_name)
     except PicoError as error:
         yield (f"{where}.component_name",), str(error)
         return
