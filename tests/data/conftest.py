@@ -1,20 +1,16 @@
 """Rows, shards and texts for the tests of the data sources."""
 
-import hashlib
 import json
-import re
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.hub_server import FakeHub, Folder, clients_of
 
 LENGTH = 9  # tokens in a row: 8 inputs and the shifted targets
 
@@ -121,112 +117,13 @@ def story() -> Callable[[int], str]:
     return tell
 
 
-class FakeHub(ThreadingHTTPServer):
-    """A data set repository `lab/rows` on a loopback address, that answers as the Hub does to what a reader asks.
-
-    folder: its files. faults: {part of a path: [503, "cut", …]}, each used up by one request. log: (method, path, range).
-    """
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), _Answers)
-        self.folder = folder
-        self.faults: defaultdict[str, list[Any]] = defaultdict(list)
-        self.log: list[tuple[str, str, str | None]] = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    @property
-    def commit(self) -> str:
-        """Changes with the names and contents of the files, as a commit does."""
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        return hashlib.sha1(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
-
-    def requests(self, method: str, part: str) -> list[str | None]:
-        """The ranges asked for in the requests whose path holds `part`."""
-        return [asked for verb, path, asked in self.log if verb == method and part in path]
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that goes away is no trouble
-
-
-class _Answers(BaseHTTPRequestHandler):
-    server: FakeHub
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.server.log.append((self.command, path, self.headers.get("Range")))
-        faults = next((faults for part, faults in self.server.faults.items() if part in path and faults), [])
-        fault = faults.pop(0) if faults and self.command == "GET" else None
-        if isinstance(fault, int):
-            return self._send(fault, b"busy")
-        found = re.match(r"/(?:api/)?datasets/([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", path)
-        if found is None or found[1] != "lab/rows":
-            return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
-        if found[3] not in ("main", self.server.commit):
-            return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        if found[2] == "resolve":
-            return self._send_file(self.server.folder / found[4], cut=fault == "cut")
-        content = {"id": "lab/rows", "sha": self.server.commit} if found[2] == "revision" else self._tree()
-        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
-
-    def _tree(self) -> list[dict[str, Any]]:
-        folder = self.server.folder
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return [
-            {"type": "file", "path": path.relative_to(folder).as_posix(), "size": path.stat().st_size,
-             "oid": hashlib.sha1(path.read_bytes()).hexdigest()}
-            for path in files
-        ]  # fmt: skip
-
-    def _send_file(self, path: Path, cut: bool) -> None:
-        if not path.is_file():
-            return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
-        content, status, headers = (
-            path.read_bytes(),
-            200,
-            {"X-Repo-Commit": self.server.commit, "Accept-Ranges": "bytes"},
-        )
-        headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
-        if asked := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            first, last = int(asked[1]), int(asked[2] or len(content) - 1)
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-            content, status = content[first : last + 1], 206
-        self._send(status, content, headers, cut=len(content) // 2 if cut else None)
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None, cut: int | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content[:cut])
-        if cut is not None:
-            self.close_connection = True
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """The loopback Hub over an empty repository; its clients use a cache of their own and do not wait between attempts."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    (tmp_path / "repository").mkdir()
-    with FakeHub(tmp_path / "repository") as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    """A Hub with an empty data set `lab/rows`; its clients use a cache of their own and do not wait between attempts."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    with FakeHub({"datasets/lab/rows": Folder(folder)}).serving() as server, clients_of(monkeypatch, tmp_path):
         yield server
         for thread in threading.enumerate():
             if thread.name.startswith("ahead"):
                 thread.join()
-        huggingface_hub.close_session()
-        server.shutdown()

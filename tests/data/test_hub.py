@@ -109,28 +109,6 @@ def test_patience_ends(hub: Any, opened: Any, write_shards: Write) -> None:
         source.rows(np.array([0]))
 
 
-def test_waits_grow_and_only_what_may_pass_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    from picolm.data.network import persist
-
-    waits, calls = list[float](), list[Exception]()
-    monkeypatch.setattr("time.sleep", waits.append)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-    def fail(error: Exception) -> None:
-        calls.append(error)
-        raise error
-
-    with pytest.raises(DataError, match=r"x: could not be fetched from the Hub \(.*\): gone"):
-        persist(lambda: fail(ConnectionError("gone")), "x")
-    assert waits == [1, 2, 4, 8]
-    assert len(calls) == 5
-    with pytest.raises(KeyError, match="a bug"):
-        persist(lambda: fail(KeyError("a bug")), "x")
-    with pytest.raises(DataError, match=r"x: could not be fetched .*No space left"):
-        persist(lambda: fail(OSError(28, "No space left on device")), "x")
-    assert len(calls) == 7
-
-
 def test_a_server_that_is_away_is_named(hub: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"lab/rows at main: could not be fetched from the Hub \(http://127.0.0.1:9\)"):
         open_hub("lab/rows", cache_dir=tmp_path, endpoint="http://127.0.0.1:9")
@@ -173,14 +151,16 @@ def test_the_fingerprint_outlives_a_new_card_but_not_new_rows(hub: Any, opened: 
     assert opened().fingerprint != before
 
 
-def test_a_prepared_folder_is_the_same_data_set_on_the_hub(hub: Any, opened: Any, write_texts: Any, story: Any) -> None:
+def test_a_prepared_folder_is_the_same_data_set_on_the_hub(
+    hub: Any, opened: Any, write_texts: Any, story: Any, tmp_path: Path
+) -> None:
     from picolm.data import open_source
     from picolm.data.prepare import prepare
 
-    out = hub.folder.parent / "prepared"
+    out = tmp_path / "prepared"
     texts = write_texts({f"{i}.txt": story(i) for i in range(40)})
     prepare([texts], out, vocab_size=300, seq_len=16, val_fraction=0.2)
-    shutil.copytree(out, hub.folder, dirs_exist_ok=True)
+    shutil.copytree(out, tmp_path / "repository", dirs_exist_ok=True)
     for split in ("train", "val"):
         here, there = open_source(str(out), split=split), opened(split=split)
         assert there.fingerprint == here.fingerprint

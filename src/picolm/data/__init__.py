@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 
 from picolm.errors import DataError
+from picolm.network import cache_folder
 from picolm.registry import Registry, did_you_mean
 
 
@@ -85,11 +86,6 @@ def open_source(
     return factory(
         place, split=split, row_length=row_length, vocab_size=vocab_size, cache_dir=cache_dir or cache_folder()
     )
-
-
-def cache_folder() -> Path:
-    """`$PICO_CACHE`, else `~/.cache/pico`."""
-    return Path(os.environ.get("PICO_CACHE") or "~/.cache/pico").expanduser()
 
 
 def _find(name: str) -> tuple[SourceFactory, str]:

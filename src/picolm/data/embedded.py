@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from picolm.data import SOURCES, Source, cache_folder
+from picolm.data import SOURCES, Source
 from picolm.data.documents import TextFile
 from picolm.data.manifest import digest_of
 from picolm.data.parquet import open_parquet
 from picolm.errors import DataError
+from picolm.network import cache_folder
 from picolm.registry import Registry
 
 CORPORA: Registry[Callable[[], list[TextFile]]] = Registry("embedded corpus")

@@ -21,13 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from picolm.data import SOURCES, cache_folder
+from picolm.data import SOURCES
 from picolm.data.ahead import Ahead
 from picolm.data.decode import Footer, read_footer
 from picolm.data.manifest import FILE, Manifest, digest_of, parse_manifest
-from picolm.data.network import is_offline, persist
 from picolm.data.parquet import ShardedRows, check_length, rows_fingerprint, shards_of
 from picolm.errors import DataError
+from picolm.network import cache_folder, fetch, is_offline, persist
 
 _FOOTER_BYTES = 1 << 16
 _TIMEOUT_S = 30.0
@@ -43,13 +43,7 @@ class Repository:
 
     def fetch(self, file: str) -> Path:
         """The local path of one of its files, downloaded if it is not in the Hub's cache."""
-        import huggingface_hub
-
-        def download() -> str:
-            options: dict[str, Any] = {"repo_type": "dataset", "revision": self.commit, "endpoint": self.endpoint}
-            return huggingface_hub.hf_hub_download(self.name, file, tqdm_class=_silent_bar(), **options)
-
-        return Path(persist(download, f"{self.name}: {file}", self.endpoint))
+        return fetch(self.name, file, self.commit, DataError, self.endpoint, repo_type="dataset")
 
     def read_tail(self, file: str, size: int, tail_bytes: int) -> bytes:
         """The last bytes of one of its files, without the rest."""
@@ -64,7 +58,7 @@ class Repository:
             hf_raise_for_status(response)
             return response.content[-tail_bytes:]  # a server that knows no ranges sends all of it
 
-        return persist(read, f"{self.name}: {file}", self.endpoint)
+        return persist(read, f"{self.name}: {file}", DataError, self.endpoint)
 
     def read_footer(self, file: str, size: int) -> Footer:
         """The footer of one of its shards, without the rest (parquet ends with footer, 4 bytes of its length, `PAR1`)."""
@@ -159,7 +153,10 @@ def _commit(name: str, revision: str, endpoint: str | None) -> str:
     from huggingface_hub import HfApi
 
     info = persist(
-        lambda: HfApi(endpoint=endpoint).dataset_info(name, revision=revision), f"{name} at {revision}", endpoint
+        lambda: HfApi(endpoint=endpoint).dataset_info(name, revision=revision),
+        f"{name} at {revision}",
+        DataError,
+        endpoint,
     )
     if info.sha is None:
         raise DataError(f"{name}: the server names no commit for the revision {revision!r}")
@@ -177,7 +174,7 @@ def _survey(repository: Repository, split: str, row_length: int | None) -> Index
         )
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
-    listed = persist(list_files, repository.name, repository.endpoint)
+    listed = persist(list_files, repository.name, DataError, repository.endpoint)
     manifest = _manifest(repository) if FILE in listed else None
     if manifest is not None:
         rows = {shard.file: shard.rows for shard in manifest.splits.get(split, [])}
@@ -223,14 +220,3 @@ def _save(index: Index, path: Path) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(asdict(index)), encoding="utf-8")
     os.replace(aside, path)
-
-
-def _silent_bar() -> type:
-    """A progress bar that does not draw over the one of the training."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **options: Any):
-            super().__init__(*args, **options | {"disable": True})
-
-    return Silent

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from picolm.data.network import persist
 from picolm.errors import DataError
+from picolm.network import fetch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -75,7 +75,7 @@ def find_tokenizer(place: str | Path) -> Path:
         raise DataError(
             f"{place}: is no tokenizer.json, no folder with one, and not the form owner/name of a Hub repository"
         )
-    return _download(str(place), "tokenizer.json")
+    return fetch(str(place), "tokenizer.json", None, DataError)
 
 
 def check_size(vocab_size: int) -> None:
@@ -161,16 +161,10 @@ def _configured_end(place: str | Path, file: Path) -> str | None:
     beside = file.with_name("tokenizer_config.json")
     if not beside.is_file() and not Path(place).expanduser().exists():
         try:
-            beside = _download(str(place), "tokenizer_config.json")
+            beside = fetch(str(place), "tokenizer_config.json", None, DataError)
         except DataError:
             return None  # not every repository has one
     if not beside.is_file():
         return None
     token = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _download(repository: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    return Path(persist(lambda: hf_hub_download(repository, file), f"{repository}: {file}"))

@@ -1,0 +1,215 @@
+"""A Hugging Face Hub on a loopback address, that answers as the Hub does to what a reader asks."""
+
+import hashlib
+import json
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+PAGE = 4  # commits in a page of their list
+LARGE = (".pt", ".safetensors", ".bin")  # kept by their sha-256, as large files are
+
+
+class Commit(NamedTuple):
+    sha: str
+    title: str
+    files: dict[str, bytes]
+
+
+class Repository(Protocol):
+    def commits(self, revision: str) -> list[Commit] | None:
+        """From the newest commit of a branch, or from the commit of that id, backwards; None for an unknown revision."""
+        ...
+
+    branches: list[str]
+
+
+class Folder:
+    """A repository with one branch and one commit: the files that lie in a folder now."""
+
+    branches = ["main"]  # noqa: RUF012
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def commit(self) -> Commit:
+        paths = sorted(path for path in self.path.rglob("*") if path.is_file())
+        files = {path.relative_to(self.path).as_posix(): path.read_bytes() for path in paths}
+        sha = hashlib.sha1(b"".join(name.encode() + content for name, content in files.items())).hexdigest()
+        return Commit(sha, "all", files)
+
+    def commits(self, revision: str) -> list[Commit] | None:
+        return [self.commit] if revision in ("main", self.commit.sha) else None
+
+
+class History:
+    """A repository with branches of commits, each a snapshot of all files."""
+
+    def __init__(self) -> None:
+        self._branches: dict[str, list[Commit]] = {"main": [Commit("0" * 40, "initial commit", {})]}
+
+    @property
+    def branches(self) -> list[str]:
+        return list(self._branches)
+
+    def commit(self, branch: str, title: str, files: dict[str, bytes]) -> str:
+        """Add files, or new content of files, to those of the commit before; returns the id of the commit."""
+        commits = self._branches.setdefault(branch, [])
+        before = commits[0].files if commits else {}
+        sha = hashlib.sha1(f"{branch} {len(commits)} {title}".encode()).hexdigest()
+        commits.insert(0, Commit(sha, title, before | files))
+        return sha
+
+    def commits(self, revision: str) -> list[Commit] | None:
+        if revision in self._branches:
+            return self._branches[revision]
+        return next(
+            (commits[i:] for commits in self._branches.values() for i, c in enumerate(commits) if c.sha == revision),
+            None,
+        )
+
+
+class FakeHub(ThreadingHTTPServer):
+    """The server.
+
+    repositories: by `datasets/owner/name` or `models/owner/name`. secret: those that may not be read.
+    faults: {part of a path: [503, (429, {"Retry-After": "7"}), "cut", …]}, each used up by one GET of such a path.
+    log: (method, path, range) of each request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, repositories: dict[str, Repository] | None = None):
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.repositories = repositories or {}
+        self.faults: defaultdict[str, list[Any]] = defaultdict(list)
+        self.log: list[tuple[str, str, str | None]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def requests(self, method: str, part: str) -> list[str | None]:
+        """The ranges asked for in the requests whose path holds `part`."""
+        return [asked for verb, path, asked in self.log if verb == method and part in path]
+
+    @contextmanager
+    def serving(self) -> Iterator["FakeHub"]:
+        with self:
+            threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+            yield self
+            self.shutdown()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that goes away is no trouble
+
+
+@contextmanager
+def clients_of(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
+    """Clients in this process go online, use a cache in `folder`, and do not wait between attempts."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub_cache"))
+    monkeypatch.setenv("PICO_CACHE", str(folder / "pico_cache"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    yield
+    huggingface_hub.close_session()
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        path = unquote(parts.path)
+        self.server.log.append((self.command, path, self.headers.get("Range")))
+        faults = next((faults for part, faults in self.server.faults.items() if part in path and faults), [])
+        fault = faults.pop(0) if faults and self.command == "GET" else None
+        if isinstance(fault, int | tuple):
+            status, headers = fault if isinstance(fault, tuple) else (fault, {})
+            return self._send(status, b"busy", headers)
+        form = r"/(?:api/)?(?:(datasets|models)/)?([^/]+/[^/]+)/(revision|tree|resolve|commits|refs)/?([^/]*)/?(.*)"
+        found = re.fullmatch(form, path)
+        repository = self.server.repositories.get(f"{found[1] or 'models'}/{found[2]}") if found else None
+        if found is None or repository is None:
+            status = 401 if found and found[2].startswith("secret/") else 404
+            return self._send(status, b"", {"X-Error-Code": "RepoNotFound"})
+        if found[3] == "refs":
+            branches = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": "0" * 40} for name in repository.branches
+            ]
+            return self._send_json({"branches": branches, "tags": [], "converts": []})
+        commits = repository.commits(found[4])
+        if commits is None:
+            return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        self._answer(
+            found[3], commits, found[2], found[5], int(parse_qs(parts.query).get("p", ["0"])[0]), fault == "cut"
+        )
+
+    def _answer(self, what: str, commits: list[Commit], name: str, path: str, page: int, cut: bool) -> None:
+        if what == "resolve":
+            return self._send_file(commits[0], path, cut)
+        if what == "revision":
+            return self._send_json({"id": name, "sha": commits[0].sha})
+        if what == "tree":
+            return self._send_json(
+                [_entry(file, content) for file, content in commits[0].files.items() if file.startswith(path)]
+            )
+        listed = [
+            {"id": c.sha, "title": c.title, "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+            for c in commits[page * PAGE : (page + 1) * PAGE]
+        ]
+        more = len(commits) > (page + 1) * PAGE
+        following = f"{self.server.url}{urlsplit(self.path).path}?p={page + 1}"
+        self._send_json(listed, {"Link": f'<{following}>; rel="next"'} if more else {})
+
+    def _send_file(self, commit: Commit, name: str, cut: bool) -> None:
+        if name not in commit.files:
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.sha})
+        content, status = commit.files[name], 200
+        headers = {"X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes", "ETag": f'"{_oid(name, content)}"'}
+        if asked := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            first, last = int(asked[1]), int(asked[2] or len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            content, status = content[first : last + 1], 206
+        self._send(status, content, headers, cut=len(content) // 2 if cut else None)
+
+    def _send_json(self, content: Any, headers: dict[str, str] | None = None) -> None:
+        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})})
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None, cut: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+def _oid(name: str, content: bytes) -> str:
+    if name.endswith(LARGE):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _entry(name: str, content: bytes) -> dict[str, Any]:
+    oid = _oid(name, content)
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": oid}
+    return entry | ({"lfs": {"oid": oid, "size": len(content), "pointerSize": 130}} if name.endswith(LARGE) else {})
