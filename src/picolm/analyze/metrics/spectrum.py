@@ -80,9 +80,9 @@ def spectral_alpha(x: Matrix, *, k: Annotated[int, Field(ge=SMALLEST_FIT)]) -> f
     """Exponent of the power law in the tail of the squared singular values, by Hill's estimator on the k largest.
 
     1 + k / sum_{i<=k} ln(lambda_i / lambda_{k+1}), lambda = s^2: the exponent of the density, one more than the tail index of
-    Hill (Annals of Statistics 3, 1975; of spectra: Zhou et al., Temperature Balancing, 2023). No k is right for all matrices,
-    so it has to be given; a fit on fewer than 50 values is refused. Undefined where R <= k, where the rank is below k + 1, and
-    where the k + 1 largest are equal.
+    Hill (Annals of Statistics 3, 1975; of spectra: Zhou et al., Temperature Balancing, NeurIPS 2023, whose program counts the
+    border lambda_{k+1} too: k + 1 over the same sum). No k is right for all matrices, so it has to be given; a fit on fewer
+    than 50 values is refused. Undefined where R <= k, where the rank is below k + 1, and where the k + 1 largest are equal.
     """
     if x.rank <= k:
         raise Undefined(f"has {x.rank} singular values; a fit on the {k} largest takes {k + 1}")
