@@ -18,7 +18,7 @@ from picolm.analyze.components import COMPONENTS, Operand, digest_of
 from picolm.analyze.config import Component, Entry, Target
 from picolm.analyze.matrix import Matrix
 from picolm.analyze.metrics import METRICS, Undefined, as_metric
-from picolm.analyze.pairing import Place, check_same_rows, partner_places, partners
+from picolm.analyze.pairing import Place, by_name, check_same_rows, partner_places, partners
 from picolm.analyze.reading import Reader, Readers
 from picolm.analyze.values import Value
 
@@ -124,16 +124,17 @@ def _plan_pairs(
     assert task.target is not None
     run = task.target.run or place.run
     for other in partner_places(task.target, place, steps[run], task.metric.symmetric):
-        fixed = task.target.checkpoint not in ("previous", "same")
-        other_reader = reader if other == place else readers.at(*other, pin=fixed)
+        kept = has_fixed_target(task) or task.target.checkpoint == "all"
+        other_reader = reader if other == place else readers.at(*other, pin=kept)
         if other_reader is None:
             work.absent.append(f"step {other.step} of {other.run}, to compare with: there is no such checkpoint")
             continue
         candidates, absent = other_reader.operands(task.component, task.split)
         work.absent += [f"{other_reader.name}, to compare with: no {missing.what}" for missing in absent]
+        index = by_name(candidates)
         for operand in found:
             check_same_rows(reader, other_reader, operand.address)
-            for partner in partners(operand, candidates, task.target):
+            for partner in partners(operand, index, task.target):
                 if task.target.layer == "all" and other == place and task.metric.symmetric and _after(partner, operand):
                     continue  # the mirror image is written from the pair that is computed
                 work.cells.append(Cell(task, place, operand, other, partner, _key(task, operand, partner)))
@@ -148,37 +149,50 @@ def _key(task: Task, *matrices: Operand) -> str:
     return digest_of(task.identity, sorted(digests) if task.metric.symmetric else digests)
 
 
-def compute(cells: Iterable[Cell], known: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
-    """The values of those cells that are not known yet, one matrix after the other."""
-    by_operand: dict[str, list[Cell]] = {}
+def compute(
+    cells: Iterable[Cell], known: Mapping[str, Value], fixed: dict[str, Matrix] | None = None
+) -> Iterator[tuple[str, Value]]:
+    """The values of those cells that are not known yet, one matrix after the other.
+
+    fixed: matrices of a step that all others are compared with, kept from one call to the next with all that is derived from
+    them; the others are let go when their last value is done.
+    """
     unknown = (cell for cell in cells if cell.key not in known)
-    for cell in sorted(
-        unknown, key=lambda cell: -1 if cell.operand.address.layer is None else cell.operand.address.layer
-    ):
-        by_operand.setdefault(cell.operand.digest, []).append(cell)
-    uses = _uses(by_operand)
-    matrices: dict[str, Matrix] = {}
+    ordered = sorted(
+        unknown, key=_layer_and_matrix
+    )  # the tensors of a layer are read once for all that is made of them
+    uses, held, fixed = _uses(ordered), dict[str, Matrix](), {} if fixed is None else fixed
     done: set[str] = set()
-    for group in by_operand.values():
-        for cell in group:
-            operands = [cell.operand, *([cell.partner] if cell.partner is not None else [])]
-            for operand in operands:
-                if operand.digest not in matrices:
-                    matrices[operand.digest] = operand.load()
-            if cell.key not in done:
-                done.add(cell.key)
-                yield cell.key, _value(cell.task, [matrices[operand.digest] for operand in operands])
-            for operand in operands:
-                uses[operand.digest] -= 1
-                if not uses[operand.digest]:
-                    del matrices[
-                        operand.digest
-                    ]  # so that one matrix is held at a time, and partners as long as they serve
+    for cell in ordered:
+        pair = [cell.operand, *([cell.partner] if cell.partner is not None else [])]
+        for operand in pair:
+            if operand.digest not in held:
+                held[operand.digest] = fixed.get(operand.digest) or operand.load()
+        if cell.partner is not None and has_fixed_target(cell.task):
+            fixed[cell.partner.digest] = held[cell.partner.digest]
+        if cell.key not in done:
+            done.add(cell.key)
+            yield cell.key, _value(cell.task, [held[operand.digest] for operand in pair])
+        for operand in pair:
+            uses[operand.digest] -= 1
+            if not uses[operand.digest]:
+                held.pop(operand.digest, None)
 
 
-def _uses(by_operand: Mapping[str, list[Cell]]) -> dict[str, int]:
+def has_fixed_target(task: Task) -> bool:
+    """Whether all steps are compared with the same one."""
+    return task.target is not None and task.target.checkpoint not in ("previous", "same", "all")
+
+
+def _layer_and_matrix(cell: Cell) -> tuple[int, str]:
+    layer = cell.operand.address.layer
+    return -1 if layer is None else layer, cell.operand.digest
+
+
+def _uses(cells: Iterable[Cell]) -> dict[str, int]:
+    """How many values each matrix is needed for."""
     uses: dict[str, int] = {}
-    for cell in (cell for group in by_operand.values() for cell in group):
+    for cell in cells:
         for operand in filter(None, (cell.operand, cell.partner)):
             uses[operand.digest] = uses.get(operand.digest, 0) + 1
     return uses

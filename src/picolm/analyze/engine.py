@@ -169,7 +169,7 @@ def run_unit(ask: Ask, unit: Unit) -> tuple[Outcome, dict[str, Value]]:
     outcome.found = {number for number, task in zip(unit.tasks, tasks) if any(cell.task is task for cell in cells)}
     with closing(Values(ask.values)) as values:
         known = values.get(cell.key for cell in cells)
-    new = dict(compute(cells, known))
+    new = dict(compute(cells, known, readers.fixed))
     known |= new
     outcome.rows = [row for cell in cells for row in rows_of(cell, known[cell.key])]
     outcome.computed, outcome.read = len(new), readers.tensors_read - before

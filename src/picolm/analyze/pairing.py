@@ -5,7 +5,7 @@ matrices of activations may be compared only where their rows belong to the same
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from picolm.address import Address
@@ -15,6 +15,8 @@ from picolm.analyze.reading import Reader
 from picolm.errors import PicoError
 
 log = logging.getLogger("picolm")
+
+Name = tuple[str, int | None]  # the name inside of a block, and the head
 
 
 class Place(NamedTuple):
@@ -43,18 +45,21 @@ def partner_places(target: Target, at: Place, steps: list[int], symmetric: bool)
     return [Place(run, step) for step in chosen if not (itself and step == at.step)]
 
 
-def partners(operand: Operand, candidates: list[Operand], target: Target) -> Iterator[Operand]:
-    """The operands among `candidates` that `target` pairs with `operand`: the same name, head, and layer as asked for."""
+def by_name(candidates: list[Operand]) -> dict[Name, list[Operand]]:
+    """Operands of one name and head, in all their layers."""
+    index: dict[Name, list[Operand]] = {}
     for candidate in candidates:
-        if _name(candidate) != _name(operand) or candidate.head != operand.head:
-            continue
+        index.setdefault((candidate.address.suffix, candidate.head), []).append(candidate)
+    return index
+
+
+def partners(operand: Operand, index: Mapping[Name, list[Operand]], target: Target) -> Iterator[Operand]:
+    """The operands that `target` pairs with `operand`: the same name, head, and layer as asked for."""
+    own = operand.address.layer
+    for candidate in index.get((operand.address.suffix, operand.head), ()):
         layer = candidate.address.layer
-        if target.layer == "all" or layer == (operand.address.layer if target.layer == "same" else target.layer):
+        if target.layer == "all" or layer == (own if target.layer == "same" else target.layer):
             yield candidate
-
-
-def _name(operand: Operand) -> str:
-    return operand.address.suffix
 
 
 def check_same_rows(first: Reader, second: Reader, address: Address) -> None:

@@ -12,6 +12,7 @@ from picolm.analyze.config import Component
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from picolm.analyze.matrix import Matrix
     from picolm.store import Checkpoint, Run
 
 log = logging.getLogger("picolm")
@@ -91,6 +92,7 @@ class Readers:
         self.pinned: dict[tuple[str, int], Reader] = {}
         self._recent: OrderedDict[tuple[str, int], Reader] = OrderedDict()
         self.tensors_read = 0
+        self.fixed: dict[str, Matrix] = {}  # by digest: those of the step that all others are compared with
         self.asked: set[tuple[str, int, Address]] = (
             set()
         )  # run, step and name of all tensors whose digests were looked at

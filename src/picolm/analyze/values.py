@@ -18,7 +18,9 @@ class Values:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(path)
+        self._database = sqlite3.connect(path, timeout=60)
+        self._database.execute("PRAGMA journal_mode=WAL")  # a reader in each process beside the one writer
+        self._database.execute("PRAGMA synchronous=NORMAL")
         with self._database:
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS computed (key TEXT PRIMARY KEY, value REAL, reason TEXT)"
