@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# The weights of a layer are kept for the backward pass where they take no more than this, and computed again beyond it,
-# to the same bits: they grow with the square of the length, and making them again costs a fifth of the time.
-KEEP_BYTES = 2**26
+# Of each layer, so many bytes of weights are kept for the backward pass; the rest is computed again, to the same bits.
+# They grow with the square of the length, and making all of them again would take a fifth of the time.
+KEEP_BYTES = 48 * 2**20
 SAFE_SCORE = (
     64.0  # 2^64, summed over keys and multiplied with values and gradients, stays far inside of float32's 2^±126
 )
@@ -81,11 +81,12 @@ class _BlockCausal(torch.autograd.Function):
         sums_PRD = q_PRD.new_empty(P, R, D + 1)
         ctx.shift = not q_PRD.norm(dim=-1).amax() * k_PKD.norm(dim=-1).amax() <= SAFE_SCORE
         kept: list[Tensor] = []
-        bytes_kept = P * R * v_PKD.shape[1] * q_PRD.element_size() // 2
+        room = KEEP_BYTES
         for rows, end in _blocks(q_PRD, k_PKD, group):
             weights = _weights(q_PRD[:, rows], k_PKD[:, :end], group, ctx.shift)
             sums_PRD[:, rows] = torch.bmm(weights, v1_PKD[:, :end])
-            if bytes_kept <= KEEP_BYTES:
+            room -= weights.nbytes
+            if room >= 0:
                 kept.append(weights)
         exact = sums_PRD.to(torch.promote_types(q_PRD.dtype, torch.float32))
         normalizer_PR1 = exact[..., D:].clone()
@@ -107,7 +108,7 @@ class _BlockCausal(torch.autograd.Function):
         grad_v = torch.zeros_like(grad_k)  # both [P, D, K]: the long side last is faster for small heads
         for i, (rows, end) in enumerate(_blocks(q_PRD, k_PKD, ctx.group)):
             q, k = q_PRD[:, rows], k_PKD[:, :end]
-            weights = kept[i] if kept else _weights(q, k, ctx.group, ctx.shift)
+            weights = kept[i] if i < len(kept) else _weights(q, k, ctx.group, ctx.shift)
             grad_v[..., :end].add_(torch.bmm(of_sums_PRD[:, rows].mT, weights))  # `+=` would copy the slice onto itself
             grad_scores = torch.bmm(of_scores_PRD[:, rows], v1_PKD[:, :end].mT).mul_(weights)
             grad_q[:, rows] = torch.bmm(grad_scores, k)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 CHUNK_LOGITS = {"cpu": 2**22, "other": 2**27}  # 16 MiB in float32, half a GiB on a GPU
 LOG2_E = 1 / math.log(2)
-LEAST_ROWS = 256  # each chunk adds to the whole gradient of the weight
+LEAST_ROWS = 256  # each chunk passes over the whole weight and its gradient
 
 
 def linear_cross_entropy(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> Tensor:
@@ -45,17 +45,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight = weight_VH.to(hidden_PH.dtype)
         nats = torch.zeros((), dtype=exact, device=hidden_PH.device)
         for chunk in _chunks(hidden_PH, weight_VH):
-            log_p_CV = _log_softmax(hidden_PH[chunk], weight)
-            target_C1 = targets_P[chunk, None]
-            nats -= log_p_CV.gather(1, target_C1).sum()
-            if needs_hidden or needs_weight:
-                grad_CV = log_p_CV.mul_(LOG2_E).exp2_()  # exp, in a third of its time on a CPU
-                grad_CV.scatter_(1, target_C1, grad_CV.gather(1, target_C1) - 1)  # the gradient in the logits
-                grad_CV = grad_CV.to(hidden_PH.dtype)
-                if grad_hidden is not None:
-                    torch.mm(grad_CV, weight, out=grad_hidden[chunk])
-                if grad_weight is not None:
-                    grad_weight += grad_CV.mT @ hidden_PH[chunk]
+            of_hidden = grad_hidden[chunk] if grad_hidden is not None else None
+            nats += _add_chunk(hidden_PH[chunk], weight, targets_P[chunk, None], of_hidden, grad_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VH.dtype
         return nats
@@ -78,6 +69,28 @@ def _chunks(hidden_PH: Tensor, weight_VH: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
+def _add_chunk(
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    target_C1: Tensor,
+    grad_hidden_CH: Tensor | None,
+    grad_weight_VH: Tensor | None,
+) -> Tensor:
+    """Fill in the gradient of the hidden states, add to that of the weight; returns the chunk's nats."""
+    values_CV = _log_softmax(hidden_CH, weight_VH)
+    nats = -values_CV.gather(1, target_C1).sum()
+    if grad_hidden_CH is None and grad_weight_VH is None:
+        return nats
+    values_CV.mul_(LOG2_E).exp2_()  # exp, in a third of its time on a CPU
+    values_CV.scatter_(1, target_C1, values_CV.gather(1, target_C1) - 1)  # the gradient in the logits
+    values_CV = values_CV.to(hidden_CH.dtype)
+    if grad_hidden_CH is not None:
+        torch.mm(values_CV, weight_VH, out=grad_hidden_CH)
+    if grad_weight_VH is not None:
+        grad_weight_VH.add_(values_CV.mT @ hidden_CH)
+    return nats
+
+
 def _log_softmax(hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-    logits_CV = hidden_CH @ weight_VH.mT
-    return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)).log_softmax(-1)
+    exact = torch.promote_types(hidden_CH.dtype, torch.float32)
+    return (hidden_CH @ weight_VH.mT).to(exact).log_softmax(-1)
