@@ -40,11 +40,12 @@ def fetch(
     revision: str | None,
     failure: type[PicoError],
     endpoint: str | None = None,
+    name: str | None = None,
     **options: Any,
 ) -> Path:
     """The path of a file of a repository in the Hub's cache, downloaded if it is not there. Raises `failure`.
 
-    endpoint None: that of the environment. options: of `hf_hub_download`.
+    endpoint None: that of the environment. name: what the file is called in messages. options: of `hf_hub_download`.
     """
     from huggingface_hub import hf_hub_download
 
@@ -53,7 +54,7 @@ def fetch(
             repository, file, revision=revision, endpoint=endpoint, tqdm_class=_silent_bar(), **options
         )
 
-    return Path(persist(download, f"{repository}: {file}", failure, endpoint))
+    return Path(persist(download, name or f"{repository}: {file}", failure, endpoint))
 
 
 def persist(call: Callable[[], Result], name: str, failure: type[PicoError], endpoint: str | None = None) -> Result:

@@ -77,6 +77,12 @@ class Checkpoint(Mapping[Address, "Tensor"]):
     def verify(self) -> list[str]:
         """What is wrong with it, one sentence each, having read everything; empty: all is well."""
 
+    def fetch(self, addresses: Collection[Address], rows: Collection[str] = ()) -> None:
+        """Bring the files close that hold `addresses` (their parts may be shell patterns) and the rows of the splits `rows`.
+
+        Nothing to do on disk; what the step does not have is passed over. Raises StoreError.
+        """
+
     def select(self, *, kind: str = "*", split: str = "*", module: str = "*") -> list[Address]:
         """The addresses whose parts match shell patterns, layers in order; empty when none does."""
         patterns = (kind, split, module)

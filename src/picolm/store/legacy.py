@@ -14,7 +14,7 @@ of the model. Weights come from the file of the model, and from those that were 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -189,6 +189,14 @@ class LegacyCheckpoint(Checkpoint):
             return [name for name in self.files if name.startswith(f"{folder}/") and name.endswith(".arrow")]
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.path / folder}/state.json: damaged ({error})") from error
+
+    def fetch(self, addresses: Collection[Address], rows: Collection[str] = ()) -> None:
+        for pair in _PAIRS:
+            if any(all(map(fnmatchcase, pair, pattern[:2])) for pattern in addresses):
+                next((path for name in self._candidates(*pair) if (path := self._files.find(name))), None)
+        for split in rows:
+            for name in self.row_files(split):
+                self._files.find(name)
 
     def verify(self) -> list[str]:
         """Which of the files that are read are damaged. pico-train keeps no digests: only what breaks a format is found."""

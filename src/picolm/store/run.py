@@ -115,9 +115,9 @@ class Run(Records, Mapping[int, Checkpoint]):
         rows: Collection[str] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Bring what is going to be read close: the files that hold `addresses`, and the rows of the splits `rows`.
+        """Bring close what is going to be read, as `Checkpoint.fetch` says. Nothing to do on disk.
 
-        progress: called with the number of files that are there and of all that are fetched. Nothing to do on disk.
+        progress: called with the number of steps that are there and of all that are fetched.
         """
 
     def __iter__(self) -> Iterator[int]:

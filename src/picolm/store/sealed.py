@@ -114,12 +114,15 @@ class SealedCheckpoint(Checkpoint):
     def rows(self, split: str) -> "pa.Table":
         import pyarrow.parquet as pq
 
-        ending = f"/{split}_data.parquet"
-        tables = [name for name in self.files if name.endswith("_data.parquet")]
-        for name in tables:
-            if ("/" + name).endswith(ending):
-                return pq.read_table(io.BytesIO(self.read(name)))
-        raise Missing(f"{self.path} has no rows of {split!r} (there are: {', '.join(tables) or 'none'})")
+        name = self.rows_file(split)
+        if name is None:
+            there = [name for name in self.files if name.endswith("_data.parquet")]
+            raise Missing(f"{self.path} has no rows of {split!r} (there are: {', '.join(there) or 'none'})")
+        return pq.read_table(io.BytesIO(self.read(name)))
+
+    def rows_file(self, split: str) -> str | None:
+        """The file that holds the rows of a split, None when the step does not keep them."""
+        return next((name for name in self.files if ("/" + name).endswith(f"/{split}_data.parquet")), None)
 
     def verify(self) -> list[str]:
         """Recompute every digest; one sentence per file that is damaged, missing or unknown; empty: all is well."""

@@ -1,0 +1,229 @@
+"""Runs on the Hugging Face Hub: a branch is a run, and the titles of its commits say what they hold.
+
+    Saving HF Model -- Step N                          model.safetensors, config.json
+    Saving Learning Dynamics Data (train) -- Step N    learning_dynamics/train_…; (val) likewise
+    Saving Evaluation Results -- Step N                eval_results/step_N.json
+    Saving Training Config -- Step 0                   training_config.yaml
+
+The files of step N are those of these commits, where the newest of one title counts. A commit that holds a manifest.json is a
+step of ours. The list of commits is kept in the cache folder, and only what is new is asked for. A file is fetched when it is
+read, or ahead of that by `prefetch`, into the Hub's own cache, and never again.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from picolm.address import Address
+from picolm.errors import StoreError
+from picolm.network import is_offline
+from picolm.store.checkpoint import Checkpoint, Missing
+from picolm.store.files import load_json
+from picolm.store.layout import CONFIG, MANIFEST, Directories, step_directory
+from picolm.store.legacy import DYNAMICS, SPLITS, LegacyCheckpoint, capture_meta
+from picolm.store.repository import Branch, Commit
+from picolm.store.roworder import RowOrder, lookup
+from picolm.store.run import OPENERS, Run
+from picolm.store.sealed import SealedCheckpoint
+
+_PLACE = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@(.+))?")
+_TITLE = re.compile(r"Saving (.+) -- Step (\d+)")
+_MODEL, _EVALUATION, _CONFIG = "HF Model", "Evaluation Results", "Training Config"
+_DYNAMICS = {split: f"Learning Dynamics Data ({split})" for split in SPLITS}
+_PARTS = {_MODEL, *_DYNAMICS.values()}
+_THREADS = 8
+
+
+class HubRun(Run):
+    """A run on a branch of a repository; it is read and never written."""
+
+    def __init__(self, branch: Branch, commits: list[Commit]):
+        super().__init__(Path(branch.place), Directories())
+        self.branch, self._history = branch, commits
+        self._titled: dict[int, dict[str, str]] = {}  # step -> {what it holds: commit}, from the newest commit back
+        for commit in commits:
+            if match := _TITLE.fullmatch(commit.title.strip()):
+                self._titled.setdefault(int(match[2]), {}).setdefault(match[1], commit.sha)
+        self._known: dict[str, dict[str, str]] = {}
+
+    @property
+    def name(self) -> str:
+        """The name of the branch, which is that of the run; of the repository for its main branch."""
+        return self.branch.name if self.branch.name != "main" else self.branch.repository.split("/")[1]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration as it was written; empty where it was not kept."""
+        path = self.branch.find(CONFIG, self._titled.get(0, {}).get(_CONFIG, self._history[0].sha))
+        try:
+            return yaml.safe_load(path.read_text()) or {} if path else {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise StoreError(f"{self.path}: {CONFIG} cannot be read ({error})") from error
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of which there is something to read, ascending."""
+        return sorted(step for step in self._titled if step in self)
+
+    def step_directories(self) -> list[int]:
+        return self.steps
+
+    def __contains__(self, step: object) -> bool:
+        return isinstance(step, int) and bool(_PARTS & self._titled.get(step, {}).keys())
+
+    def __getitem__(self, step: int) -> Checkpoint:
+        if step not in self:
+            raise self._no_step(step)
+        where = self.path / step_directory(step)
+        if self._is_ours:
+            return HubCheckpoint(self.branch, self._newest(step), where, step)
+        names = str(lookup(self.config, "checkpointing.learning_dynamics_dir", DYNAMICS))
+        files = HubFiles(self.branch, self._titled[step], where, names, self._known)
+        return LegacyCheckpoint(step, files, self._order, names, capture_meta(self.config), self._known)
+
+    def evaluation(self, step: int) -> dict[str, Any] | None:
+        commit = self._titled.get(step, {}).get(_EVALUATION)
+        name = f"{self.directories.eval_results_dir}/{step_directory(step)}.json"
+        path = self.branch.find(name, commit) if commit else None
+        return load_json(path.read_bytes()) if path else None
+
+    def prefetch(
+        self,
+        steps: Iterable[int],
+        addresses: Collection[Address],
+        *,
+        rows: Collection[str] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Fetch them in parallel. Raises StoreError for the first that cannot be had; what was fetched until then, stays."""
+        wanted = [step for step in steps if step in self]
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="hub") as pool:
+            running = [pool.submit(lambda step: self[step].fetch(addresses, rows), step) for step in wanted]
+            try:
+                for done, future in enumerate(as_completed(running), start=1):
+                    future.result()
+                    if progress is not None:
+                        progress(done, len(wanted))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def problems(self, step: int) -> list[str]:
+        return self[step].verify()
+
+    def lock(self) -> AbstractContextManager[None]:
+        raise StoreError(f"{self.path}: a run on the Hub can be read and analyzed, not added to")
+
+    def __reduce__(self) -> tuple[type["HubRun"], tuple[Branch, list[Commit]]]:  # type: ignore[override]
+        return HubRun, (self.branch, self._history)  # another process sees the same commits
+
+    @cached_property
+    def _is_ours(self) -> bool:
+        """Whether its steps are in our layout; one of them tells."""
+        return self.branch.find(MANIFEST, self._newest(self.steps[-1])) is not None
+
+    @cached_property
+    def _order(self) -> RowOrder:
+        return RowOrder(self.config, str(self.path))
+
+    def _newest(self, step: int) -> str:
+        """The newest of the commits that make a step."""
+        return next(commit for title, commit in self._titled[step].items() if title in _PARTS)
+
+
+class HubFiles:
+    """The files of a step in the commits that hold them. known: the files whose content was seen in some step of the run."""
+
+    def __init__(self, branch: Branch, titled: Mapping[str, str], where: Path, dynamics: str, known: Collection[str]):
+        self.where = where
+        self._branch, self._titled, self._dynamics, self._known = branch, titled, dynamics, known
+        self._identities: dict[str, str | None] = {}
+
+    def has(self, name: str) -> bool:
+        """Taken for granted where another step of the run has it."""
+        return self._commit(name) is not None and (name in self._known or self._identity(name) is not None)
+
+    def find(self, name: str) -> Path | None:
+        commit = self._commit(name)
+        return self._branch.find(name, commit) if commit else None
+
+    def identity(self, name: str) -> str:
+        identity = self._identity(name)
+        if identity is None:
+            raise Missing(f"{self.where} has no file {name!r}")
+        return identity
+
+    def sizes(self) -> dict[str, int]:
+        commits = {commit: self._branch.sizes(commit) for title, commit in self._titled.items() if title in _PARTS}
+        return {
+            name: size
+            for commit, sizes in commits.items()
+            for name, size in sizes.items()
+            if self._commit(name) == commit
+        }
+
+    def _identity(self, name: str) -> str | None:
+        commit = self._commit(name)
+        if name not in self._identities and commit is not None:
+            self._identities[name] = self._branch.identity(name, commit)
+        return self._identities.get(name)
+
+    def _commit(self, name: str) -> str | None:
+        """The commit that a file is part of. A commit shows all files of the branch, those of other steps too."""
+        split = next((split for split in SPLITS if name.startswith(f"{self._dynamics}/{split}_")), None)
+        return self._titled.get(_DYNAMICS[split] if split else _MODEL)
+
+
+class HubCheckpoint(SealedCheckpoint):
+    """A step of ours in a commit."""
+
+    def __init__(self, branch: Branch, commit: str, where: Path, step: int):
+        self._branch, self._commit = branch, commit
+        super().__init__(where)
+        if self.step != step:
+            raise StoreError(f"{where}: its commit {commit[:8]} holds step {self.step}")
+
+    def locate(self, name: str) -> Path:
+        path = self._branch.find(name, self._commit)
+        if path is None:
+            raise StoreError(f"{self.path / name}: not in commit {self._commit[:8]}")
+        return path
+
+    def fetch(self, addresses: Collection[Address], rows: Collection[str] = ()) -> None:
+        matching = [a for a in self if any(all(map(fnmatchcase, a, pattern)) for pattern in addresses)]
+        for name in {self.record(address).file for address in matching} | {self.rows_file(split) for split in rows}:
+            if name is not None:
+                self.locate(name)
+
+
+def open_hub(place: str) -> Run | None:
+    """The run that `hub:OWNER/REPOSITORY@BRANCH` names. Raises StoreError when there is none."""
+    if not place.startswith("hub:"):
+        return None
+    match = _PLACE.fullmatch(place)
+    if match is None:
+        raise StoreError(f"{place!r} is not of the form hub:OWNER/REPOSITORY@BRANCH")
+    return open_branch(Branch(match[1], match[2] or "main"))
+
+
+def open_branch(branch: Branch) -> Run:
+    """The run on a branch. Raises StoreError when its commits hold none."""
+    commits = branch.commits()
+    run = HubRun(branch, commits)
+    if not run.steps:
+        others = f" (branches: {', '.join(branch.names())})" if not is_offline() else ""
+        raise StoreError(
+            f"{branch.place}: no run here: none of its {len(commits)} commits is called 'Saving {_MODEL} -- Step N' or "
+            f"'Saving {_DYNAMICS['train']} -- Step N'; each run is a branch{others}"
+        )
+    return run
+
+
+OPENERS.append(open_hub)

@@ -1,0 +1,172 @@
+"""A branch of a repository on the Hugging Face Hub: its commits, and files as they were at one of them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from picolm.errors import StoreError
+from picolm.network import cache_folder, fetch, is_offline, persist
+from picolm.store.files import digest_file, disk_errors, write_atomically
+
+_TIMEOUT_S = 30.0
+
+
+class Commit(NamedTuple):
+    """One commit: its id and the first line of its message."""
+
+    sha: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A branch of a model repository. endpoint None: the Hub of the environment. Everything raises StoreError."""
+
+    repository: str
+    name: str = "main"
+    endpoint: str | None = None
+
+    @property
+    def place(self) -> str:
+        """`hub:OWNER/REPOSITORY@BRANCH`, as it is given to `Run.open`."""
+        return f"hub:{self.repository}@{self.name}"
+
+    def commits(self) -> list[Commit]:
+        """All commits from the newest back. Asks for those since the last time only; in offline mode for none."""
+        known = self._saved()
+        if is_offline():
+            if not known:
+                raise StoreError(
+                    f"{self.place}: offline mode (HF_HUB_OFFLINE) is on, and this machine has never read this branch; switch "
+                    "it off once"
+                )
+            return known
+        commits = self._since(known)
+        if commits != known:
+            self._save(commits)
+        return commits
+
+    def find(self, file: str, commit: str) -> Path | None:
+        """The path of a file as of a commit, fetched unless it is in the Hub's cache; None when the commit has none."""
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        there = self._cached(file, commit)
+        if isinstance(there, str):
+            return Path(there)
+        if there is not None:
+            return None
+        try:
+            return fetch(self.repository, file, commit, StoreError, self.endpoint, name=f"{self.place}: {file}")
+        except StoreError as error:
+            if isinstance(error.__cause__, RemoteEntryNotFoundError):
+                return None
+            raise
+
+    def identity(self, file: str, commit: str) -> str | None:
+        """What the Hub knows a file by (the sha-256 of a large one), without fetching it; None when the commit has none."""
+        there = self._cached(file, commit)
+        if isinstance(there, str):
+            path = Path(there)
+            linked = path.readlink() if path.is_symlink() else None
+            return linked.name if linked is not None and linked.parent.name == "blobs" else digest_file(path).sha256
+        return self._ask_identity(file, commit) if there is None else None
+
+    def sizes(self, commit: str) -> dict[str, int]:
+        """Every file as of a commit, and its bytes."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        def ask() -> dict[str, int]:
+            tree = HfApi(endpoint=self.endpoint).list_repo_tree(self.repository, recursive=True, revision=commit)
+            return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+
+        return persist(ask, self.place, StoreError, self.endpoint)
+
+    def names(self) -> list[str]:
+        """The branches of the repository."""
+        from huggingface_hub import HfApi
+
+        refs = persist(
+            lambda: HfApi(endpoint=self.endpoint).list_repo_refs(self.repository), self.place, StoreError, self.endpoint
+        )
+        return [branch.name for branch in refs.branches]
+
+    def _since(self, known: list[Commit]) -> list[Commit]:
+        """Page by page from the newest back, until one that is known; what comes before that one is known as well."""
+        from huggingface_hub import constants
+
+        url: str | None = (
+            f"{self.endpoint or constants.ENDPOINT}/api/models/{self.repository}/commits/{quote(self.name, safe='')}"
+        )
+        commits: list[Commit] = []
+        while url is not None:
+            page, url = self._page(url)
+            for commit in page:
+                if known and commit == known[0]:
+                    return commits + known
+                commits.append(commit)
+        return commits
+
+    def _page(self, url: str) -> tuple[list[Commit], str | None]:
+        """A page of the list of commits, and the address of the next one."""
+        from huggingface_hub import get_session
+        from huggingface_hub.errors import RevisionNotFoundError
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        def ask() -> Any:
+            response = get_session().get(url, headers=build_hf_headers(), follow_redirects=True, timeout=_TIMEOUT_S)
+            hf_raise_for_status(response)
+            return response
+
+        try:
+            response = persist(ask, self.place, StoreError, self.endpoint)
+        except StoreError as error:
+            if isinstance(error.__cause__, RevisionNotFoundError):
+                there = ", ".join(self.names())
+                raise StoreError(
+                    f"{self.repository} has no branch {self.name!r} on the Hub (there are: {there})"
+                ) from error
+            raise
+        try:
+            commits = [Commit(entry["id"], entry["title"]) for entry in response.json()]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self.place}: {url} does not answer as a Hub does; check HF_ENDPOINT") from error
+        return commits, response.links.get("next", {}).get("url")
+
+    def _cached(self, file: str, commit: str) -> Any:
+        """The path of a file in the Hub's cache, another object when it is known that there is none, None when not known."""
+        from huggingface_hub import try_to_load_from_cache
+
+        return try_to_load_from_cache(self.repository, file, revision=commit)
+
+    def _ask_identity(self, file: str, commit: str) -> str | None:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        url = hf_hub_url(self.repository, file, revision=commit, endpoint=self.endpoint)
+
+        def ask() -> str | None:
+            try:
+                return get_hf_file_metadata(url, endpoint=self.endpoint).etag
+            except RemoteEntryNotFoundError:
+                return None
+
+        return persist(ask, f"{self.place}: {file}", StoreError, self.endpoint)
+
+    @property
+    def _list_path(self) -> Path:
+        branch = f"{self.repository.replace('/', '--')}@{quote(self.name, safe='')}"
+        return cache_folder() / "hub" / f"{branch}--commits.json"
+
+    def _saved(self) -> list[Commit]:
+        try:
+            return [Commit(*entry) for entry in json.loads(self._list_path.read_bytes())]
+        except (OSError, ValueError, TypeError):
+            return []  # it can be asked for again
+
+    def _save(self, commits: list[Commit]) -> None:
+        with disk_errors("the list of commits", self._list_path):
+            self._list_path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._list_path, json.dumps(commits).encode())
