@@ -97,6 +97,7 @@ def analyze(
     ] = None,
     branch: Annotated[str | None, typer.Option(help="… and its branch.")] = None,
     workers: Annotated[int, typer.Option(help="Processes to spread the steps over; -1 for all cores.")] = 1,
+    backend: Annotated[str, typer.Option(help="Where the processes are: loky (here), dask or ray.")] = "loky",
     strict: Annotated[bool, typer.Option("--strict", help="Anything that is missing is an error.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Write results.csv too.")] = False,
     aggregate: Annotated[
@@ -112,9 +113,14 @@ def analyze(
     from picolm.analyze.command import analyze_runs
 
     places = [*(run or []), *([f"hub:{repo_id}@{branch}"] if repo_id else [])]
-    analyze_runs(
-        config_path, overrides, places, workers=workers, strict=strict, csv=csv, aggregated=aggregate, dry_run=dry_run
-    )
+    options: dict[str, Any] = {
+        "workers": workers,
+        "backend": backend,
+        "strict": strict,
+        "csv": csv,
+        "aggregated": aggregate,
+    }
+    analyze_runs(config_path, overrides, places, dry_run=dry_run, **options)
 
 
 def _config_and_overrides(

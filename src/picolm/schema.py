@@ -9,6 +9,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -278,9 +279,14 @@ def _remove(data: Any, path: KeyPath) -> None:
         _remove(data, path[:-1])
 
 
+@cache
+def _json_schema(schema: type[BaseModel]) -> dict[str, Any]:
+    return schema.model_json_schema()
+
+
 def _fields_at(schema: type[BaseModel], path: KeyPath) -> dict[str, Any]:
     """The JSON-schema properties of the section at `path`."""
-    whole = schema.model_json_schema()
+    whole = _json_schema(schema)
     node: dict[str, Any] = whole
     for part in (None, *path):
         node = node if part is None else node.get("properties", {}).get(part, {})

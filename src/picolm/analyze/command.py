@@ -23,6 +23,7 @@ def analyze_runs(
     places: list[str],
     *,
     workers: int = 1,
+    backend: str = "loky",
     strict: bool = False,
     csv: bool = False,
     aggregated: bool = False,
@@ -37,7 +38,7 @@ def analyze_runs(
     folder = Path(config.monitoring.output_dir) / config.analysis_name
     folder.mkdir(parents=True, exist_ok=True)
     configure_logging("INFO", folder / "analysis.log")
-    outcome = _with_bar(config, places, workers, strict)
+    outcome = _with_bar(config, places, workers=workers, backend=backend, strict=strict)
     path = table.write(outcome.rows, folder, csv)
     if aggregated:
         table.aggregate(table.load(folder)).to_parquet(folder / "aggregated.parquet")
@@ -51,20 +52,18 @@ def analyze_runs(
     return outcome
 
 
-def _with_bar(config: AnalysisConfig, places: list[str], workers: int, strict: bool) -> Outcome:
+def _with_bar(config: AnalysisConfig, places: list[str], **options: Any) -> Outcome:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("analyzing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        return analyze(
-            config,
-            places,
-            workers=workers,
-            strict=strict,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return analyze(config, places, progress=show, **options)
 
 
 def _to_wandb(config: AnalysisConfig, rows: list[dict[str, Any]]) -> None:

@@ -1,6 +1,8 @@
 """Running an analysis: which steps, in which processes, with what is known already; and what was missing."""
 
+import importlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -78,6 +80,7 @@ def analyze(
     places: Iterable[str],
     *,
     workers: int = 1,
+    backend: str = "loky",
     strict: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Outcome:
@@ -91,7 +94,7 @@ def analyze(
     outcome = Outcome()
     units = list(_units(config, {name: run for name, (_, run) in runs.items()}, outcome))
     with closing(Values(ask.values)) as values:
-        for done, (part, new) in enumerate(_results(ask, units, workers), start=1):
+        for done, (part, new) in enumerate(_results(ask, units, workers, backend), start=1):
             values.add(new)
             outcome.add(part)
             progress(done, len(units))
@@ -137,13 +140,30 @@ def _units(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) ->
             )
 
 
-def _results(ask: Ask, units: list[Unit], workers: int) -> Iterator[tuple[Outcome, dict[str, Value]]]:
-    if workers == 1:
+def _results(ask: Ask, units: list[Unit], workers: int, backend: str) -> Iterator[tuple[Outcome, dict[str, Value]]]:
+    if workers == 1 and backend == "loky":
         yield from (run_unit(ask, unit) for unit in units)
         return
-    from joblib import Parallel, delayed
+    from joblib import Parallel, delayed, parallel_config
 
-    yield from Parallel(n_jobs=workers, return_as="generator")(delayed(_in_worker)(ask, unit) for unit in units)
+    with parallel_config(**_cluster(backend)):
+        yield from Parallel(n_jobs=workers, return_as="generator")(delayed(_in_worker)(ask, unit) for unit in units)
+
+
+def _cluster(backend: str) -> dict[str, Any]:
+    """What joblib needs to know of a backend. Raises PicoError for one that is unknown or not installed."""
+    if backend == "loky":
+        return {"backend": backend}
+    try:
+        if backend == "dask":
+            importlib.import_module("distributed")
+            return {"backend": backend, "scheduler_host": os.environ.get("DASK_SCHEDULER_ADDRESS")}
+        if backend == "ray":
+            importlib.import_module("ray.util.joblib").register_ray()
+            return {"backend": backend}
+    except ImportError as error:
+        raise PicoError(f"--backend {backend} needs its package: pip install {error.name}") from error
+    raise PicoError(f"unknown backend {backend!r} (there are: loky, dask, ray)")
 
 
 def _in_worker(ask: Ask, unit: Unit) -> tuple[Outcome, dict[str, Value]]:

@@ -1,0 +1,46 @@
+"""The same analysis on a cluster: a real one of two processes on this machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from picolm.analyze.command import analyze_runs
+from picolm.analyze.table import load
+from picolm.errors import PicoError
+
+ANALYSIS = "metrics: [{metric_name: norm, components: [{layer_suffixes: w_2}]}]\nmonitoring: {output_dir: %s}\n"
+CLUSTER = """
+import os, subprocess, sys
+from distributed import LocalCluster
+if __name__ == "__main__":
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        environment = {**os.environ, "DASK_SCHEDULER_ADDRESS": cluster.scheduler_address}
+        sys.exit(subprocess.run(sys.argv[1:], env=environment).returncode)
+"""
+
+
+@pytest.mark.slow
+def test_dask_gives_the_same_table(runs: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    for name in ("here", "there"):
+        (tmp_path / f"{name}.yaml").write_text(ANALYSIS % (tmp_path / name))
+    analyze_runs(tmp_path / "here.yaml", [], [str(runs["narrow"])])
+    (tmp_path / "cluster.py").write_text(CLUSTER)
+    pico = [sys.executable, "-c", "from picolm.cli import main; main()", "analyze", str(tmp_path / "there.yaml")]
+    words = ["--run", str(runs["narrow"]), "--workers", "-1", "--backend", "dask"]
+    command = [sys.executable, str(tmp_path / "cluster.py"), *pico, *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(load(tmp_path / "here" / "analysis"), load(tmp_path / "there" / "analysis"))
+
+
+def test_an_unknown_backend_is_told(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(ANALYSIS % tmp_path)
+    with pytest.raises(PicoError, match=r"unknown backend 'spark' \(there are: loky, dask, ray\)"):
+        analyze_runs(tmp_path / "a.yaml", [], [str(runs["narrow"])], backend="spark")
