@@ -127,6 +127,7 @@ def clients_of(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
 class _Answers(BaseHTTPRequestHandler):
     server: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for the client to acknowledge its headers
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -173,7 +174,7 @@ class _Answers(BaseHTTPRequestHandler):
         ]
         more = len(commits) > (page + 1) * PAGE
         following = f"{self.server.url}{urlsplit(self.path).path}?p={page + 1}"
-        self._send_json(listed, {"Link": f'<{following}>; rel="next"'} if more else {})
+        self._send_json(listed, {"Link": f'<{following}>; rel="next"'} if more else {}, cut)
 
     def _send_file(self, commit: Commit, name: str, cut: bool) -> None:
         if name not in commit.files:
@@ -186,8 +187,9 @@ class _Answers(BaseHTTPRequestHandler):
             content, status = content[first : last + 1], 206
         self._send(status, content, headers, cut=len(content) // 2 if cut else None)
 
-    def _send_json(self, content: Any, headers: dict[str, str] | None = None) -> None:
-        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})})
+    def _send_json(self, content: Any, headers: dict[str, str] | None = None, cut: bool = False) -> None:
+        data = json.dumps(content).encode()
+        self._send(200, data, {"Content-Type": "application/json", **(headers or {})}, len(data) // 2 if cut else None)
 
     def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None, cut: int | None = None) -> None:
         self.send_response(status)

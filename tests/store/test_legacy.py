@@ -71,6 +71,13 @@ def test_the_digest_of_rows_is_that_of_their_ids_as_int64(run: Run) -> None:
     assert checkpoint.rows_digest("train") == hashlib.sha256(IDS.long().numpy().tobytes()).hexdigest()
     assert checkpoint.rows_digest("val") is None
     assert checkpoint.rows_digest("other") is None
+    flat = run.commit(1, {}, meta={}, tables={"train": {"input_ids": [1, 2]}, "val": {"input_ids": [[1], None]}})
+    with pytest.raises(
+        StoreError, match=r"step_1: the column input_ids of its rows holds int64; expected lists of token ids"
+    ):
+        flat.rows_digest("train")
+    with pytest.raises(StoreError, match=r"step_1: the column input_ids of its rows has gaps"):
+        flat.rows_digest("val")
 
 
 def test_layers_come_in_order_and_names_lose_their_wrappers(legacy: Path) -> None:
@@ -365,6 +372,12 @@ def test_it_is_read_and_never_written(legacy: Path) -> None:
     with pytest.raises(StoreError, match="written by pico-train"):
         run.thin(0, {"gradients"})
     assert sorted(legacy.rglob("*")) == before
+
+
+def test_fetching_ahead_costs_nothing_on_disk(legacy: Path, opened_files: list[str]) -> None:
+    run = Run.open(legacy)
+    run.prefetch([0, 1000], [V0], rows=["train"], progress=lambda done, total: pytest.fail("nothing is fetched"))
+    assert opened_files == []
 
 
 def test_it_travels_to_another_process(legacy: Path) -> None:

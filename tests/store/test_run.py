@@ -222,8 +222,8 @@ def test_open_says_what_it_expected(run: Run, tmp_path: Path, place: str, found:
 
 
 def test_open_takes_further_formats(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("picolm.store.run.OPENERS", [*OPENERS, lambda place: run if place.startswith("hub:") else None])
-    assert Run.open("hub:pico-lm/x@y") is run
+    monkeypatch.setattr("picolm.store.run.OPENERS", [*OPENERS, lambda place: run if place.startswith("zoo:") else None])
+    assert Run.open("zoo:lab/x") is run
 
 
 def test_a_run_is_created_once(run: Run) -> None:

@@ -125,12 +125,14 @@ def digest_of_rows(table: "pa.Table", where: str) -> str | None:
 
     if "input_ids" not in table.column_names:
         return None
+    column = table.column("input_ids")
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(test(column.type) for test in lists) or not pa.types.is_integer(column.type.value_type):
+        raise StoreError(f"{where}: the column input_ids of its rows holds {column.type}; expected lists of token ids")
     digest = hashlib.sha256()
-    for chunk in table.column("input_ids").chunks:
+    for chunk in column.chunks:
         ids = chunk.flatten()
-        if not pa.types.is_integer(ids.type) or ids.null_count or chunk.null_count:
-            raise StoreError(
-                f"{where}: the rows' column input_ids holds {chunk.type}, or gaps; expected lists of token ids"
-            )
+        if chunk.null_count or ids.null_count:
+            raise StoreError(f"{where}: the column input_ids of its rows has gaps; expected lists of token ids")
         digest.update(ids.to_numpy(zero_copy_only=False).astype("<i8"))
     return digest.hexdigest()

@@ -104,6 +104,8 @@ class HubRun(Run):
     ) -> None:
         """Fetch them in parallel. Raises StoreError for the first that cannot be had; what was fetched until then, stays."""
         wanted = [step for step in steps if step in self]
+        if wanted:
+            self[wanted[0]]  # what is the same for all steps is asked for once, not by each thread
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="hub") as pool:
             running = [pool.submit(lambda step: self[step].fetch(addresses, rows), step) for step in wanted]
             try:
