@@ -14,7 +14,7 @@ from picolm.analyze.components import available
 from picolm.analyze.compute import Cell, Task, compute, plan_step, rows_of, tasks_of
 from picolm.analyze.config import AnalysisConfig, EachStep, StepRange
 from picolm.analyze.pairing import Place
-from picolm.analyze.reading import Readers
+from picolm.analyze.reading import MODEL, Readers
 from picolm.analyze.values import Value, Values
 from picolm.errors import PicoError
 from picolm.store import Run
@@ -93,6 +93,7 @@ def analyze(
     ask = Ask(config, tuple((name, place) for name, (place, _) in runs.items()), folder / ".values.sqlite")
     outcome = Outcome()
     units = list(_units(config, {name: run for name, (_, run) in runs.items()}, outcome))
+    _fetch_ahead(ask, units, progress)
     with closing(Values(ask.values)) as values:
         for done, (part, new) in enumerate(_results(ask, units, workers, backend), start=1):
             values.add(new)
@@ -134,7 +135,7 @@ def _units(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) ->
         if others:
             yield from (Unit((Place(name, step),), others) for step in steps)
         if every:
-            layers = run.config.get("model", {}).get("n_layers", 0)
+            layers = (MODEL | run.config.get("model", {}))["n_layers"]
             yield from (
                 Unit(tuple(Place(name, step) for step in steps), every, layer) for layer in [-1, *range(layers)]
             )
@@ -208,6 +209,22 @@ def _cells(
             if unit.layer is None or (-1 if layer is None else layer) == unit.layer:
                 cells.append(cell)
     return cells, outcome
+
+
+def _fetch_ahead(ask: Ask, units: list[Unit], progress: Callable[[int, int], None]) -> None:
+    """Bring what the analysis needs of runs that are elsewhere: only those files, several at a time."""
+    readers, tasks = _readers(ask.runs), tasks_of(ask.config.metrics)
+    elsewhere = [name for name, run in readers.runs.items() if type(run).prefetch is not Run.prefetch]
+    if not elsewhere:
+        return
+    steps = {name: chosen_steps(ask.config, run.steps)[0] for name, run in readers.runs.items()}
+    for unit in units:
+        _cells(readers, unit, [tasks[number] for number in unit.tasks], steps)
+    for name in elsewhere:
+        asked = {(step, address) for run, step, address in readers.asked if run == name}
+        log.info("Fetching what is needed of %d steps of %s.", len({step for step, _ in asked}), name)
+        addresses = {address for _, address in asked}
+        readers.runs[name].prefetch(sorted({step for step, _ in asked}), addresses, progress=progress)
 
 
 def _report(outcome: Outcome, ask: Ask, strict: bool) -> None:

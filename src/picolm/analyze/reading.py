@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("picolm")
 
+# The published defaults, for configurations that say only what differs.
+MODEL = {"d_model": 768, "n_layers": 12, "attention_n_heads": 12, "attention_n_kv_heads": 4}
 KEPT = 8  # tensors of one step: two components of four each
 
 
@@ -66,7 +68,9 @@ class Reader(Mapping[Address, "Tensor"]):
                 name: getattr(component, name) for name in ("data_type", "layer_suffixes", "layers", "heads")
             }
             found = list(
-                operands(self, component.component_name, split=split, model=self.run.config.get("model", {}), **asked)
+                operands(
+                    self, component.component_name, split=split, model=MODEL | self.run.config.get("model", {}), **asked
+                )
             )
             present = [operand for operand in found if isinstance(operand, Operand)]
             self._operands[key] = present, [absent for absent in found if isinstance(absent, Absent)]
