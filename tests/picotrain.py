@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 import yaml
 from safetensors.torch import save_file
+from tests.hub_server import History
 from torch import Tensor
 
 from picolm.address import Address
@@ -108,3 +109,22 @@ def write_run(
         write_step(folder / "checkpoints" / f"step_{step}", content(step), sub_batch=sub_batch, **options)
     (folder / "checkpoints" / "latest").symlink_to(f"step_{steps[-1]}")
     return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def push_step(history: History, branch: str, step: int, folder: Path) -> None:
+    """As pico-train does: one commit for each artefact of a step."""
+    files = files_of(folder)
+    model = {name: data for name, data in files.items() if "/" not in name}
+    history.commit(branch, f"Saving HF Model -- Step {step}", model)
+    history.commit(branch, f"Saving Fabric Checkpoint -- Step {step}", {"checkpoint/checkpoint.pt": b"state %d" % step})
+    for split in ("train", "val"):
+        part = {name: data for name, data in files.items() if name.startswith(f"learning_dynamics/{split}_")}
+        history.commit(branch, f"Saving Learning Dynamics Data ({split}) -- Step {step}", part)
+    results = json.dumps({"paloma": 50.0 + step}).encode()
+    history.commit(branch, f"Saving Evaluation Results -- Step {step}", {f"eval_results/step_{step}.json": results})

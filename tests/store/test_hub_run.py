@@ -1,6 +1,5 @@
 """Runs on the Hub, against a loopback server: found by titles, fetched as needed and once, in parallel, with patience."""
 
-import json
 import os
 import pickle
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.hub_server import FakeHub, History, clients_of
-from tests.picotrain import configuration, content, write_run
+from tests.picotrain import configuration, content, files_of, push_step, write_run
 
 from picolm.address import Address
 from picolm.errors import StoreError
@@ -25,25 +24,6 @@ GRADIENT = Address("gradients", "val", "layers.10.swiglu.w_2")
 WEIGHT = Address("weights", "", "layers.1.attention.o_proj")
 IDS = torch.arange(21 * 5).reshape(21, 5)
 STEPS = [0, 1000, 2000]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-
-
-def push_step(history: History, branch: str, step: int, folder: Path) -> None:
-    """As pico-train does: one commit for each artefact of a step."""
-    files = files_of(folder)
-    model = {name: data for name, data in files.items() if "/" not in name}
-    history.commit(branch, f"Saving HF Model -- Step {step}", model)
-    history.commit(branch, f"Saving Fabric Checkpoint -- Step {step}", {"checkpoint/checkpoint.pt": b"state %d" % step})
-    for split in ("train", "val"):
-        part = {name: data for name, data in files.items() if name.startswith(f"learning_dynamics/{split}_")}
-        history.commit(branch, f"Saving Learning Dynamics Data ({split}) -- Step {step}", part)
-    results = json.dumps({"paloma": 50.0 + step}).encode()
-    history.commit(branch, f"Saving Evaluation Results -- Step {step}", {f"eval_results/step_{step}.json": results})
 
 
 @pytest.fixture
