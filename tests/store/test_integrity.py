@@ -182,3 +182,24 @@ def test_a_tensor_table_that_disagrees_with_the_file_is_found(run: Run, content:
     assert run.problems(0) == [f"{checkpoint.path / record.file}: its tensors are not those of the manifest"]
     with pytest.raises(StoreError, match="is not as the manifest says"):
         run[0][address]
+
+
+def test_a_step_that_its_writer_replaces_during_verification_is_reported_or_whole(
+    run: Run, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the digests of its files and a look at their headers, a file may go: that is a sentence, not an exception."""
+    from picolm.store import sealed
+
+    checkpoint = run.commit(0, **content)
+    real = sealed.read_header
+
+    def thinned_meanwhile(path: Path) -> Any:
+        monkeypatch.setattr(sealed, "read_header", real)
+        run.thin(0, {"optimizer", "activations", "gradients"})
+        return real(path)
+
+    monkeypatch.setattr(sealed, "read_header", thinned_meanwhile)
+    (problem,) = checkpoint.verify()
+    assert "cannot be read (No such file or directory)" in problem
+    monkeypatch.setattr(sealed, "read_header", thinned_meanwhile)
+    assert run.problems(0) == []

@@ -133,6 +133,8 @@ class SealedCheckpoint(Checkpoint):
             return [problem for problem in damaged if problem] + self._unknown() + self._misplaced(damaged)
         except StoreError as error:
             return [str(error)]
+        except OSError as error:  # replaced by its writer between the digests and the headers
+            return [f"{error.filename}: cannot be read ({error.strerror})"]
 
     def _place(self, record: TensorRecord) -> TensorPlace:
         place = self._headers[record.file].get(record.key)
