@@ -110,7 +110,7 @@ def capture_cost(job: Job, repeats: int = 12) -> None:
     for repeat in range(2 * repeats):
         due, micro_batches = Due(dynamics=repeat % 2 == 1), job.batches(repeat // 2)
         start = time.perf_counter()
-        with watch(job, repeat // 2, due):
+        with watch(job, repeat // 2, due, micro_batches):
             measure(job, accumulate(job, repeat // 2, micro_batches, job.tokens_per_step, due))
         seconds[due.dynamics].append(time.perf_counter() - start)
         job.state.model.zero_grad()

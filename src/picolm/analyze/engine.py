@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from picolm.address import Address
 from picolm.analyze.components import available
 from picolm.analyze.compute import Cell, Task, compute, plan_step, rows_of, tasks_of
 from picolm.analyze.config import AnalysisConfig, EachStep, StepRange
@@ -93,7 +94,7 @@ def analyze(
     ask = Ask(config, tuple((name, place) for name, (place, _) in runs.items()), folder / ".values.sqlite")
     outcome = Outcome()
     units = list(_units(config, {name: run for name, (_, run) in runs.items()}, outcome))
-    _fetch_ahead(ask, units, progress)
+    _fetch_ahead(ask, progress)
     with closing(Values(ask.values)) as values:
         for done, (part, new) in enumerate(_results(ask, units, workers, backend), start=1):
             values.add(new)
@@ -211,20 +212,24 @@ def _cells(
     return cells, outcome
 
 
-def _fetch_ahead(ask: Ask, units: list[Unit], progress: Callable[[int, int], None]) -> None:
-    """Bring what the analysis needs of runs that are elsewhere: only those files, several at a time."""
-    readers, tasks = _readers(ask.runs), tasks_of(ask.config.metrics)
-    elsewhere = [name for name, run in readers.runs.items() if type(run).prefetch is not Run.prefetch]
-    if not elsewhere:
-        return
-    steps = {name: chosen_steps(ask.config, run.steps)[0] for name, run in readers.runs.items()}
-    for unit in units:
-        _cells(readers, unit, [tasks[number] for number in unit.tasks], steps)
-    for name in elsewhere:
-        asked = {(step, address) for run, step, address in readers.asked if run == name}
-        log.info("Fetching what is needed of %d steps of %s.", len({step for step, _ in asked}), name)
-        addresses = {address for _, address in asked}
-        readers.runs[name].prefetch(sorted({step for step, _ in asked}), addresses, progress=progress)
+def _fetch_ahead(ask: Ask, progress: Callable[[int, int], None]) -> None:
+    """Bring what the analysis needs of runs that are elsewhere: only those kinds of files, several at a time."""
+    tasks = tasks_of(ask.config.metrics)
+    wanted = {pattern for task in tasks for pattern in _patterns(task)}
+    rows = {task.split for task in tasks if task.target is not None and task.component.data_type == "activations"}
+    for name, run in _readers(ask.runs).runs.items():
+        if type(run).prefetch is not Run.prefetch:
+            steps = chosen_steps(ask.config, run.steps)[0]
+            log.info("Fetching what is needed of %d steps of %s.", len(steps), name)
+            run.prefetch(steps, wanted, rows=rows, progress=progress)
+
+
+def _patterns(task: Task) -> Iterator[Address]:
+    """What a task reads, as patterns of addresses; circuits are made of weights too."""
+    kind = task.component.data_type
+    yield Address(kind, task.split if kind in ("gradients", "activations") else "", "*")
+    if task.component.component_name in ("ov_circuit", "qk_circuit"):
+        yield Address("weights", "", "*")
 
 
 def _report(outcome: Outcome, ask: Ask, strict: bool) -> None:
