@@ -80,10 +80,11 @@ class _BlockCausal(torch.autograd.Function):
         v1_PKD = torch.cat((v_PKD, v_PKD.new_ones(P, v_PKD.shape[1], 1)), -1)
         sums_PRD = q_PRD.new_empty(P, R, D + 1)
         ctx.shift = not q_PRD.norm(dim=-1).amax() * k_PKD.norm(dim=-1).amax() <= SAFE_SCORE
+        future = _future(q_PRD, group)
         kept: list[Tensor] = []
         room = KEEP_BYTES
         for rows, end in _blocks(q_PRD, k_PKD, group):
-            weights = _weights(q_PRD[:, rows], k_PKD[:, :end], group, ctx.shift)
+            weights = _weights(q_PRD[:, rows], k_PKD[:, :end], future, ctx.shift)
             sums_PRD[:, rows] = torch.bmm(weights, v1_PKD[:, :end])
             room -= weights.nbytes
             if room >= 0:
@@ -103,12 +104,13 @@ class _BlockCausal(torch.autograd.Function):
         shared_PR1 = (exact * out_PRD).sum(-1, keepdim=True)
         of_scores_PRD = (torch.cat((exact, -shared_PR1), -1) * math.log(2)).to(q_PRD.dtype)
         of_sums_PRD = exact.to(q_PRD.dtype)
+        future = _future(q_PRD, ctx.group)
         grad_q = torch.empty_like(q_PRD)
         grad_k = exact.new_zeros(k_PKD.mT.shape)  # sums over blocks lose nothing to bfloat16
         grad_v = torch.zeros_like(grad_k)  # both [P, D, K]: the long side last is faster for small heads
         for i, (rows, end) in enumerate(_blocks(q_PRD, k_PKD, ctx.group)):
             q, k = q_PRD[:, rows], k_PKD[:, :end]
-            weights = kept[i] if i < len(kept) else _weights(q, k, ctx.group, ctx.shift)
+            weights = kept[i] if i < len(kept) else _weights(q, k, future, ctx.shift)
             grad_v[..., :end].add_(torch.bmm(of_sums_PRD[:, rows].mT, weights))  # `+=` would copy the slice onto itself
             grad_scores = torch.bmm(of_scores_PRD[:, rows], v1_PKD[:, :end].mT).mul_(weights)
             grad_q[:, rows] = torch.bmm(grad_scores, k)
@@ -116,21 +118,32 @@ class _BlockCausal(torch.autograd.Function):
         return grad_q, grad_k.mT.to(k_PKD.dtype), grad_v.mT.to(k_PKD.dtype), None
 
 
+def _block_size(q_PRD: Tensor, group: int) -> int:
+    """In positions; blocks of 64, or of an eighth of the length in whole vectors of the CPU, were the fastest."""
+    return max(64, 32 * -(-q_PRD.shape[1] // (group * 256)))
+
+
 def _blocks(q_PRD: Tensor, k_PKD: Tensor, group: int) -> Iterator[tuple[slice, int]]:
-    """The query rows of each block and the end of the keys it sees; at most 8 blocks of at least 64 positions are fastest."""
-    K, T = k_PKD.shape[1], q_PRD.shape[1] // group
-    size = max(64, -(-T // 8))
+    """The query rows of each block, and the end of the keys it sees."""
+    K, T, size = k_PKD.shape[1], q_PRD.shape[1] // group, _block_size(q_PRD, group)
     for start in range(0, T, size):
         stop = min(start + size, T)
         yield slice(start * group, stop * group), K - T + stop
 
 
-def _weights(q: Tensor, k: Tensor, group: int, shift: bool) -> Tensor:
-    """2^(q k^T) of one block, whose diagonal is the last square of its keys; shifted so that the largest of a row is 1."""
+def _future(q_PRD: Tensor, group: int) -> Tensor:
+    """What to add to the scores of a block with the last square of its keys: -inf where the key is later."""
+    size = _block_size(q_PRD, group)
+    future = torch.full((size, size), float("-inf"), dtype=q_PRD.dtype, device=q_PRD.device).triu(1)
+    return future.repeat_interleave(group, dim=0)
+
+
+def _weights(q: Tensor, k: Tensor, future: Tensor, shift: bool) -> Tensor:
+    """2^(q k^T) of one block, 0 at later keys; with `shift` relative to the largest of each row."""
     scores = torch.bmm(q, k.mT)
-    size = q.shape[1] // group
-    future = torch.full((size, size), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    scores[..., -size:].add_(future.repeat_interleave(group, dim=0))  # a third of the time of masked_fill_
+    rows = q.shape[1]
+    size = future.shape[1] * rows // future.shape[0]
+    scores[..., -size:].add_(future[:rows, :size])  # a third of the time of masked_fill_
     if shift:
         scores.sub_(scores.amax(-1, keepdim=True))
     return scores.exp2_()
