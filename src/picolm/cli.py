@@ -19,6 +19,11 @@ app = typer.Typer(
 data = typer.Typer(help="Prepare corpora.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
+ConfigArguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG] [KEY=VALUE]…", help="A YAML file; then keys that differ from it."),
+]
+ConfigPath = Annotated[Path | None, typer.Option("--config_path", "--config-path", help="The same as CONFIG.")]
 RunArgument = Annotated[str, typer.Argument(help="A run: its folder, for example runs/demo.", metavar="RUN")]
 
 
@@ -53,13 +58,8 @@ def pico(
 
 @app.command()
 def train(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[CONFIG] [KEY=VALUE]…", help="A YAML file; then keys that differ from it."),
-    ] = None,
-    config_path: Annotated[
-        Path | None, typer.Option("--config_path", "--config-path", help="The same as CONFIG.")
-    ] = None,
+    arguments: ConfigArguments = None,
+    config_path: ConfigPath = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and exit.")] = False,
 ) -> None:
     """Train a model as a YAML file says, or go on with the run of that name."""
@@ -82,13 +82,8 @@ def train(
 
 @app.command()
 def analyze(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[CONFIG] [KEY=VALUE]…", help="A YAML file; then keys that differ from it."),
-    ] = None,
-    config_path: Annotated[
-        Path | None, typer.Option("--config_path", "--config-path", help="The same as CONFIG.")
-    ] = None,
+    arguments: ConfigArguments = None,
+    config_path: ConfigPath = None,
     run: Annotated[
         list[str] | None, typer.Option("--run", "--run_path", help="A run to analyze; may be given again.")
     ] = None,
@@ -192,13 +187,13 @@ def list_run(
 @app.command()
 def verify(run: RunArgument) -> None:
     """Recompute every digest of a run and say what does not hold."""
-    from picolm.store import Run
+    from picolm.store import Run, listing
 
     opened = Run.open(run)
-    problems = [problem for step in opened.step_directories() for problem in opened.problems(step)]
+    steps = dict(listing.verify(opened))
+    problems = [problem for found in steps.values() for problem in found]
     for problem in problems:
         print(problem, file=sys.stderr)
-    steps = opened.step_directories()
     if problems or not steps:
         raise PicoError(f"{len(problems)} problem(s) in {len(steps)} checkpoints of {run}")
     kept = type(opened) is Run
