@@ -1,0 +1,47 @@
+"""`pico analyze`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from picolm.cli.app import app
+from picolm.cli.arguments import ConfigArguments, ConfigPath, config_and_overrides
+from picolm.errors import PicoError
+
+
+@app.command()
+def analyze(
+    arguments: ConfigArguments = None,
+    config_path: ConfigPath = None,
+    run: Annotated[
+        list[str] | None, typer.Option("--run", "--run_path", help="A run to analyze; may be given again.")
+    ] = None,
+    repo_id: Annotated[
+        str | None, typer.Option("--repo_id", "--repo-id", help="A run on the Hub: its repository …")
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="… and its branch.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes to spread the steps over; -1 for all cores.")] = 1,
+    backend: Annotated[str, typer.Option(help="Where the processes are: loky (here), dask or ray.")] = "loky",
+    strict: Annotated[bool, typer.Option("--strict", help="Anything that is missing is an error.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Write results.csv too.")] = False,
+    aggregate: Annotated[
+        bool, typer.Option("--aggregate", help="Mean and interval over the runs: aggregated.parquet.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be read and computed, and exit.")] = False,
+) -> None:
+    """Measure how weights, gradients and activations of runs change, as a YAML file says."""
+    config_path, overrides = config_and_overrides("analyze", config_path, arguments)
+    if (repo_id is None) != (branch is None):
+        raise PicoError("--repo_id and --branch belong together: give both, or --run FOLDER")
+
+    from picolm.analyze.command import analyze_runs
+
+    places = [*(run or []), *([f"hub:{repo_id}@{branch}"] if repo_id else [])]
+    options: dict[str, Any] = {
+        "workers": workers,
+        "backend": backend,
+        "strict": strict,
+        "csv": csv,
+        "aggregated": aggregate,
+    }
+    analyze_runs(config_path, overrides, places, dry_run=dry_run, **options)

@@ -1,0 +1,73 @@
+"""Commands that look at a run: `list`, `verify`, `generate`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from picolm.cli.app import app
+from picolm.cli.arguments import RunArgument
+from picolm.errors import PicoError
+
+
+@app.command("list")
+def list_run(
+    run: Annotated[
+        str, typer.Argument(help="A run, or the word metrics or components.", metavar="RUN|metrics|components")
+    ],
+) -> None:
+    """Show the steps of a run, what each holds and how many bytes it takes; or all metrics, or all components."""
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, 116)  # wrapped by the terminal rather than cut off
+    if run in ("metrics", "components") and not Path(run).exists():
+        from picolm.terminal import parts
+
+        console.print(parts(run))
+        return
+
+    from picolm.store import Run
+    from picolm.store.listing import contents, table
+
+    console.print(table(contents(Run.open(run))))
+
+
+@app.command()
+def verify(run: RunArgument) -> None:
+    """Recompute every digest of a run and say what does not hold."""
+    from picolm.store import Run, listing
+
+    opened = Run.open(run)
+    steps = dict(listing.verify(opened))
+    problems = [problem for found in steps.values() for problem in found]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems or not steps:
+        raise PicoError(f"{len(problems)} problem(s) in {len(steps)} checkpoints of {run}")
+    kept = type(opened) is Run
+    print(
+        f"{len(steps)} checkpoints of {run}: "
+        + ("every digest holds" if kept else "all can be read; their format keeps no digests")
+    )
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
+    step: Annotated[int | None, typer.Option(help="Which checkpoint (default: the latest).")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens that hold this probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Let a checkpoint write on from a prompt."""
+    from picolm.train.sample import sample
+
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    print(sample(run, step, prompt, max_new_tokens=max_new_tokens, seed=seed, **options))

@@ -1,0 +1,32 @@
+"""`pico train`."""
+
+from typing import Annotated
+
+import typer
+
+from picolm.cli.app import app
+from picolm.cli.arguments import ConfigArguments, ConfigPath, config_and_overrides
+
+
+@app.command()
+def train(
+    arguments: ConfigArguments = None,
+    config_path: ConfigPath = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and exit.")] = False,
+) -> None:
+    """Train a model as a YAML file says, or go on with the run of that name."""
+    config_path, words = config_and_overrides("train", config_path, arguments)
+
+    from picolm.schema import load
+    from picolm.train.config import schema_for
+
+    config = load(config_path, schema_for, words)
+    if dry_run:
+        from picolm.train.preview import preview
+
+        print(preview(config))
+        return
+
+    from picolm.train import run_training
+
+    raise typer.Exit(run_training(config))
