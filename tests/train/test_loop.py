@@ -14,6 +14,7 @@ import torch
 from picolm.address import Address
 from picolm.errors import PicoError, StoreError
 from picolm.store import Run
+from picolm.store.identity import stored_weights_digest
 from picolm.train import loop, report, run_training
 from picolm.train.sample import load_model
 
@@ -238,3 +239,16 @@ def test_rows_of_several_passes_are_permuted(train: Train) -> None:
 def test_a_module_that_is_not_called_is_refused(train: Train) -> None:
     with pytest.raises(PicoError, match=r"de_embedding_proj ran 0 times in 2 micro-batch.*capture only gradients"):
         train("checkpointing.learning_dynamics.layer_suffixes=[de_embedding_proj]")
+
+
+def test_what_is_logged_of_the_weights_is_of_those_that_the_step_has(train: Train) -> None:
+    run = train("monitoring.logging.log_every_n_steps=2", "monitoring.logging.digest_every_n_steps=1")
+    lines = {entry["step"]: entry for entry in run.metrics()}
+    assert list(lines) == list(range(7))
+    assert len({line["weights_digest"] for line in lines.values()}) == 7  # each update changes them
+    for step in run:
+        weights = [run[step][address].double() for address in run[step].select(kind="weights")]
+        assert lines[step]["weights_digest"] == stored_weights_digest(run[step])
+        assert lines[step]["weight_norm"] == pytest.approx(
+            float(torch.cat([w.flatten() for w in weights]).norm()), rel=1e-6
+        )

@@ -84,10 +84,19 @@ def test_evaluation_and_log_have_their_own_cadence(make_config: Any) -> None:
         assert not any(never.due(step).evaluation for step in steps)
 
 
+def test_digests_come_with_the_log_unless_asked_for_otherwise(make_config: Any) -> None:
+    options = ("training.max_steps=9", "monitoring.logging.log_every_n_steps=6")
+    for chosen, steps in (("null", [0, 6, 9]), ("4", [0, 4, 8, 9]), ("0", [])):
+        found = plan(make_config, *options, f"monitoring.logging.digest_every_n_steps={chosen}")
+        assert [step for step in range(10) if found.due(step).digest] == steps
+
+
 def test_a_stop_saves_what_it_takes_to_continue_and_what_was_due_anyway(make_config: Any) -> None:
     found = plan(make_config, "checkpointing.save_weights=last", "checkpointing.save_optimizer=last")
     assert found.when_stopping(3) == Due(weights=True, optimizer=True, log=True)
-    assert found.when_stopping(4) == Due(weights=True, optimizer=True, dynamics=True, evaluation=True, log=True)
+    assert found.when_stopping(4) == Due(
+        weights=True, optimizer=True, dynamics=True, evaluation=True, log=True, digest=True
+    )
 
 
 def test_a_run_holds_what_the_plan_says(train: Train, make_config: Any) -> None:

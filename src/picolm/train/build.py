@@ -28,7 +28,7 @@ from picolm.train.loggers import build_loggers, log_folder
 from picolm.train.optim import build_optimizers
 from picolm.train.plan import Plan
 from picolm.train.progress import Progress
-from picolm.train.resume import open_run, restore
+from picolm.train.resume import open_run, restore, retention
 from picolm.train.signals import StopSignal
 from picolm.train.state import State
 from picolm.train.text import Text
@@ -40,7 +40,24 @@ PUBLISHED_VALIDATION = "pico-lm/pretokenized-paloma-tinsy"
 
 
 def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
-    """A job ready to run; what has to be closed in the end is put on `stack`. Raises PicoError for whatever cannot work."""
+    """A job of a run of its own: new, or brought to where it goes on from. What has to be closed is put on `stack`."""
+    job = equip(config, stop)
+    config, first = job.config, job.fabric.is_global_zero
+    environment = _environment(config, job.fabric, job.batches, job.text)
+    with job.fabric.rank_zero_first():  # one process makes the folder, the others find it
+        job.run = open_run(config, environment, stack, writes=first)
+    configure_logging(config.monitoring.logging.log_level, log_folder(config, job.run) / "train.log")
+    job.continued_from = restore(config, environment, job.run, job.state, writes=first)
+    if first:
+        job.writer = stack.enter_context(BackgroundWriter(job.run, retention(config, job.run)))
+        job.loggers = build_loggers(config, job.run)
+    for logger in job.loggers:
+        stack.callback(logger.close)
+    return job
+
+
+def equip(config: TrainConfig, stop: StopSignal) -> Job:
+    """A job at step 0 that keeps nothing: device, data, model, optimizers. Raises PicoError for whatever cannot work."""
     config = _named(config)
     devices.tune_allocator()
     devices.set_determinism(config.training.deterministic)
@@ -48,41 +65,26 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     fabric = _fabric(config)
     with fabric.rank_zero_first():  # one process prepares or fetches, the others find it done
         source = _open(config, config.data.dataset.name, "train", config.model.max_seq_len + 1)
-    batches = _batches(config, fabric, source)
     text = Text(tokenizer_file(config, source), config.model.vocab_size)
     state = State(*_model_and_optimizers(config, fabric))
-    taps = make_taps(config, state.model)
     captured_rows, evaluated_rows = _held_out_rows(config, source)
-    first = fabric.is_global_zero
-    environment = _environment(config, fabric, batches, text)
-    with fabric.rank_zero_first():  # one process makes the folder, the others find it
-        run = open_run(config, environment, stack, writes=first)
-    configure_logging(config.monitoring.logging.log_level, log_folder(config, run) / "train.log")
-    continued_from = restore(config, environment, run, state, writes=first)
-    job = Job(
+    return Job(
         config=config,
         fabric=fabric,
         model=_setup(config, fabric, state),
         state=state,
-        batches=batches,
-        taps=taps,
+        batches=_batches(config, fabric, source),
+        taps=make_taps(config, state.model),
         plan=Plan(config),
-        run=run,
-        writer=stack.enter_context(BackgroundWriter(run)) if first else None,
-        loggers=build_loggers(config, run) if first else [],
         text=text,
         stop=stop,
-        progress=Progress(config.data.dataloader.batch_size * config.model.max_seq_len, shown=first),
+        progress=Progress(config.data.dataloader.batch_size * config.model.max_seq_len, shown=fabric.is_global_zero),
         captured_rows=captured_rows,
         evaluated_rows=evaluated_rows,
         texts=_texts(config, state.model, text),
         peak_flops=devices.matmul_peak(fabric.device, devices.compute_dtype(config.training.fabric.precision)),
         compiled=devices.want_compile(config.training, fabric.device),
-        continued_from=continued_from,
     )
-    for logger in job.loggers:
-        stack.callback(logger.close)
-    return job
 
 
 def _named(config: TrainConfig) -> TrainConfig:

@@ -20,6 +20,7 @@ from picolm.train.optim import OPTIMIZERS, SCHEDULES
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Cadence = Literal["all", "last"] | PositiveInt
+Retained = Literal["all"] | Annotated[str, Field(pattern=r"^(last|every) [1-9]\d*$")]
 
 
 class Dataset(Section):
@@ -150,6 +151,17 @@ class AutoResume(Section):
     """Continue from the latest whole checkpoint of the run of this name."""
 
 
+class Keep(Section):
+    """What of older checkpoints stays; the newest one that training can go on from always does."""
+
+    weights: Retained = "all"
+    """Checkpoints whose weights stay on disk: all, `last N`, or `every N` (steps divisible by N, and the newest)."""
+    optimizer: Retained = "all"
+    """Checkpoints whose optimizer state stays on disk: all, `last N` or `every N`; only these can be continued from."""
+    dynamics: Retained = "all"
+    """Checkpoints whose activations and gradients stay on disk: all, `last N` or `every N`."""
+
+
 class EvaluationResults(Section):
     eval_results_dir: str = "eval_results"
     """Folder of the evaluation results inside the run."""
@@ -180,6 +192,7 @@ class Checkpointing(Section):
     """Which checkpoints hold the optimizer state; training can only be continued from these."""
     save_learning_dynamics: Cadence = "all"
     """Which checkpoints hold activations and gradients."""
+    keep: Keep = Keep()
     save_in_background: bool = True
     """Write checkpoints while training goes on; false waits for the disk."""
     save_to_hf: bool | None = False
@@ -216,6 +229,9 @@ class Logging(Section):
     """Least level that is shown and written to logs/."""
     log_every_n_steps: PositiveInt = 100
     """Steps between lines of metrics.jsonl."""
+    digest_every_n_steps: NonNegativeInt | None = None
+    """Steps between digests of the weights in metrics.jsonl, which `pico replay --verify` compares (default: at each logged
+    step; 0: never)."""
 
 
 class Wandb(Section):

@@ -15,7 +15,8 @@ from picolm.train.config import TrainConfig
 from picolm.train.evaluate import Rows
 from picolm.train.loggers import Logger
 from picolm.train.meters import Stopwatch
-from picolm.train.plan import Plan
+from picolm.train.optim import learning_rate
+from picolm.train.plan import Schedule
 from picolm.train.progress import Progress
 from picolm.train.signals import StopSignal
 from picolm.train.state import State
@@ -28,6 +29,8 @@ class Job:
 
     model: what Fabric returned, around the bare model in `state`. texts: files that go into each checkpoint with weights.
     compiled: whether the model has a `compiled_loss` beside its `loss`, to train with.
+    run, writer: None where nothing is kept, and on all processes but the first (no writer).
+    about: what the manifests of its checkpoints say besides (replayed from, forked from).
     continued_from: the step whose checkpoint this run went on from; that one is on disk already.
     """
 
@@ -37,10 +40,7 @@ class Job:
     state: State
     batches: Batches
     taps: Taps
-    plan: Plan
-    run: Run
-    writer: BackgroundWriter | None
-    loggers: list[Logger]
+    plan: Schedule
     text: Text
     stop: StopSignal
     progress: Progress
@@ -49,7 +49,11 @@ class Job:
     texts: dict[str, str | bytes]
     peak_flops: float
     compiled: bool = False
+    run: Run | None = None
+    writer: BackgroundWriter | None = None
+    loggers: list[Logger] = field(default_factory=list)
     continued_from: int | None = None
+    about: dict[str, Any] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
@@ -60,6 +64,10 @@ class Job:
     def tokens_per_step(self) -> int:
         """Predicted tokens of one step, over all processes."""
         return self.config.data.dataloader.batch_size * self.config.model.max_seq_len
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of the update from `step` to `step + 1`."""
+        return learning_rate(step, self.config.training.optimization, self.config.training.max_steps)
 
     def gradients(self) -> list[Tensor]:
         """The gradients that the parameters hold now."""

@@ -18,7 +18,6 @@ from picolm.train import report
 from picolm.train.evaluate import Evaluation, evaluate
 from picolm.train.job import Job
 from picolm.train.meters import UpdateSize, norm
-from picolm.train.optim import learning_rate
 from picolm.train.plan import Due
 
 
@@ -44,6 +43,7 @@ def train(job: Job) -> None:
         with watch(job, step, due, micro_batches) as captured:
             loss = accumulate(job, step, micro_batches, job.tokens_per_step, due)
         gradient = measure(job, loss)
+        state_metrics = report.state(job, due)
         if due.dynamics:
             captured |= held_out(job, step)
         if due.evaluation and not stopping:
@@ -54,7 +54,7 @@ def train(job: Job) -> None:
         sizes = None
         if step < job.plan.last and not stopping:
             sizes = update(job, step, gradient, due)
-        report.step(job, step, due, gradient, sizes)
+        report.step(job, step, due, gradient, state_metrics, sizes)
         if stopping:
             break
     if job.writer is not None:
@@ -146,7 +146,7 @@ def measure(job: Job, loss: Tensor) -> Gradient:
 
 def update(job: Job, step: int, gradient: Gradient, due: Due) -> UpdateSize | None:
     """The update from `step` to `step + 1`; one with a non-finite loss or gradient is skipped and counted."""
-    state, optimization = job.state, job.config.training.optimization
+    state, rate = job.state, job.learning_rate(step)
     sizes = UpdateSize(state.model) if due.log else None
     with job.stopwatch.time("update"):
         if gradient.finite:
@@ -154,7 +154,7 @@ def update(job: Job, step: int, gradient: Gradient, due: Due) -> UpdateSize | No
                 torch._foreach_mul_(job.gradients(), gradient.clip_coefficient)
             for optimizer in state.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, optimization, job.plan.last)
+                    group["lr"] = rate
                 optimizer.step()
         for optimizer in state.optimizers:
             optimizer.zero_grad()

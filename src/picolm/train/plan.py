@@ -1,6 +1,6 @@
 """What happens at which step: a pure function of the configuration and the step."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from picolm.train.config import Cadence, TrainConfig
 
@@ -13,11 +13,22 @@ class Due(NamedTuple):
     dynamics: bool = False
     evaluation: bool = False
     log: bool = False
+    digest: bool = False
 
     @property
     def checkpoint(self) -> bool:
         """Whether anything of the step is kept."""
         return self.weights or self.optimizer or self.dynamics
+
+
+class Schedule(Protocol):
+    """What the loop asks: where to end, and what is due at a step."""
+
+    last: int
+
+    def due(self, step: int) -> Due: ...
+
+    def when_stopping(self, step: int) -> Due: ...
 
 
 class Plan:
@@ -27,6 +38,8 @@ class Plan:
         self.checkpointing, self.evaluation = config.checkpointing, config.evaluation
         self.last = config.training.max_steps
         self.log_every = config.monitoring.logging.log_every_n_steps
+        chosen = config.monitoring.logging.digest_every_n_steps
+        self.digest_every = self.log_every if chosen is None else chosen
 
     def due(self, step: int) -> Due:
         """What is due at `step`."""
@@ -40,6 +53,7 @@ class Plan:
             evaluation=bool(self.evaluation.metrics)
             and (kept if every is None else step % every == 0 or step == self.last),
             log=step % self.log_every == 0 or step == self.last,
+            digest=self.digest_every > 0 and (step % self.digest_every == 0 or step == self.last),
         )
 
     def when_stopping(self, step: int) -> Due:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from picolm.address import Address
 from picolm.data.embedded import unigram_entropy
+from picolm.store.identity import weights_digest
 from picolm.train.evaluate import Rows
 from picolm.train.job import Job
 from picolm.train.meters import UpdateSize, norm
-from picolm.train.optim import learning_rate
 from picolm.train.plan import Due
 
 log = logging.getLogger("picolm")
@@ -20,17 +20,32 @@ log = logging.getLogger("picolm")
 MOST_TOKENS_COUNTED = 50_000_000  # for the unigram entropy that a run ends with: about a second
 
 
-def step(job: Job, number: int, due: Due, gradient: Any, sizes: UpdateSize | None) -> None:
+def state(job: Job, due: Due) -> dict[str, Any]:
+    """What is logged of the weights of a step: read before the update makes them those of the next."""
+    metrics: dict[str, Any] = {}
+    if due.log:
+        metrics["weight_norm"] = norm(parameter.detach() for parameter in job.state.model.parameters())
+    if due.digest:
+        with job.stopwatch.time("digest"):
+            metrics["weights_digest"] = weights_digest(job.state.weights())
+    return metrics
+
+
+def step(
+    job: Job, number: int, due: Due, gradient: Any, state_metrics: dict[str, Any], sizes: UpdateSize | None
+) -> None:
     """Take note of a step and, where it is due, log its metrics. `sizes` is None where no update was made."""
     meters = job.state.meters
     if meters.observe_loss(gradient.loss):
         log.warning(
             "Step %d: the loss jumped to %.4f, over 6 standard deviations above its recent mean.", number, gradient.loss
         )
-    rate = learning_rate(number, job.config.training.optimization, job.plan.last)
+    rate = job.learning_rate(number)
     job.stopwatch.steps += 1
     job.progress.advance(number, gradient.loss, rate)
     if not due.log:
+        for logger in job.loggers if state_metrics else ():
+            logger.log(number, state_metrics)
         return
     optimization = job.config.training.optimization
     micro_batches = optimization.gradient_accumulation_steps
@@ -38,7 +53,7 @@ def step(job: Job, number: int, due: Due, gradient: Any, sizes: UpdateSize | Non
         rows = job.config.data.dataloader.batch_size
         small_rows = rows // micro_batches // job.fabric.world_size
         meters.observe_noise(small_rows, job.stopwatch.small, rows, gradient.norm)
-    metrics = _quantities(job, number, gradient, rate, sizes) | _speed(job)
+    metrics = _quantities(job, number, gradient, rate, sizes) | state_metrics | _speed(job)
     for logger in job.loggers:
         logger.log(number, metrics)
     job.progress.line(number, job.plan.last, metrics)
@@ -53,7 +68,6 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
         "tokens": number * job.tokens_per_step,
         "grad_norm": gradient.norm,
         "clip_coefficient": gradient.clip_coefficient,
-        "weight_norm": norm(parameter.detach() for parameter in job.state.model.parameters()),
         "loss_spikes": job.state.meters.spikes,
         "skipped_updates": job.state.skipped_updates,
     }
@@ -91,7 +105,7 @@ def save(job: Job, number: int, due: Due, captured: dict[Address, Tensor], gradi
         "loss": gradient.loss,
         "gradient_norm": gradient.norm,
         "clip_coefficient": gradient.clip_coefficient,
-        "learning_rate": learning_rate(number, job.config.training.optimization, job.plan.last),
+        "learning_rate": job.learning_rate(number),
         "capture": _positions(job, number) if due.dynamics else None,
     }
     job.writer.submit(
@@ -102,6 +116,7 @@ def save(job: Job, number: int, due: Due, captured: dict[Address, Tensor], gradi
         tables=_tables(job, number) if due.dynamics else {},
         weight_prefix=job.state.model.state_prefix,
         parameters=list(job.state.model.state_dict()),
+        about=job.about,
         replace=True,  # a step found there is damaged, or from beyond the checkpoint that this run went on from
     )
     if not job.config.checkpointing.save_in_background:
@@ -135,7 +150,7 @@ def _columns(job: Job, rows: Rows, limit: int | None) -> dict[str, Any]:
 
 def evaluation(job: Job, number: int, results: dict[str, float]) -> None:
     """Write the results of an evaluation beside the run and to the loggers."""
-    if job.writer is None or not results:
+    if job.writer is None or job.run is None or not results:
         return
     job.run.write_evaluation(number, results)
     for logger in job.loggers:
@@ -158,9 +173,10 @@ def skipped(job: Job, number: int, gradient: Any) -> None:
 
 def hopeless(job: Job) -> str:
     """The message of a run that ends because too many updates were skipped."""
+    saved = f", which is saved in {job.run.path}" if job.run is not None else ""
     return (
-        f"{job.state.skipped_in_a_row} updates in a row had a non-finite loss or gradient; stopped at step {job.state.step}, "
-        f"which is saved in {job.run.path}. A smaller training.optimization.lr, a longer lr_warmup_steps or "
+        f"{job.state.skipped_in_a_row} updates in a row had a non-finite loss or gradient; stopped at step "
+        f"{job.state.step}{saved}. A smaller training.optimization.lr, a longer lr_warmup_steps or "
         "training.fabric.precision=32-true may help; metrics.jsonl names the rows"
     )
 
@@ -175,7 +191,7 @@ def _ranges(rows: list[int]) -> str:
 def farewell(job: Job) -> None:
     """Say in a few lines what was made, where, and how to go on."""
     job.progress.__exit__(None, None, None)
-    if job.writer is None:
+    if job.writer is None or job.run is None:
         return
     path, steps = job.run.path, job.run.steps
     if job.stop.received is not None:
