@@ -37,6 +37,16 @@ class Checkpoint(Mapping[Address, "Tensor"]):
         """What was recorded beside the tensors: `step`; `capture` (the positions of the activations); counters, …"""
 
     @property
+    def about(self) -> Mapping[str, Any]:
+        """What is known of its origin and is no part of its state: `replayed`, `thinned`, …"""
+        return {}
+
+    @property
+    def dropped(self) -> set[str]:
+        """Names of the files that were deleted since it was written, see `Run.thin`."""
+        return {name for entry in self.about.get("thinned", []) for name in entry["without"]}
+
+    @property
     @abstractmethod
     def files(self) -> Collection[str]:
         """Names of the files of the step, relative to it."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from picolm.errors import StoreError
 from picolm.store.compose import make_directories, write_manifest
 from picolm.store.files import sync_directory, write_bytes
-from picolm.store.layout import LATEST, inside, step_directory
+from picolm.store.layout import LATEST, MANIFEST, STATE, inside, step_directory
 from picolm.store.manifest import Manifest
 from picolm.store.sealed import SealedCheckpoint
 
@@ -26,7 +26,7 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 @contextmanager
 def set_aside(checkpoints: Path, step: int) -> Iterator[Path]:
     """A new directory that readers do not see; it is gone at the end unless it was published."""
-    partial = checkpoints / f".{step_directory(step)}{_PARTIAL}{uuid.uuid4().hex[:8]}"
+    partial = _name_aside(checkpoints, step)
     partial.mkdir()
     try:
         yield partial
@@ -34,10 +34,27 @@ def set_aside(checkpoints: Path, step: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def discard(checkpoints: Path, step: int) -> None:
+    """Delete a step: for readers it is gone at once; what an interruption leaves of it, `sweep` removes."""
+    aside = _name_aside(checkpoints, step)
+    os.rename(checkpoints / step_directory(step), aside)
+    sync_directory(checkpoints)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _name_aside(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f".{step_directory(step)}{_PARTIAL}{uuid.uuid4().hex[:8]}"
+
+
 def write_thinned(partial: Path, checkpoint: SealedCheckpoint, drop: Collection[str]) -> Manifest:
-    """The step again without the files of some kinds. What stays is linked, not copied; its digests stay as they are."""
-    dropped = {name for kind in drop for name in checkpoint.files_by_kind().get(kind, [])}
-    old = checkpoint.manifest
+    """The step again without the files of some kinds. What stays is linked, not copied; its digests stay as they are.
+
+    With the weights goes what is there for them alone: tokenizer, configuration and modelling code.
+    """
+    kinds, old = checkpoint.files_by_kind(), checkpoint.manifest
+    dropped = {name for kind in drop for name in kinds.get(kind, [])}
+    if "weights" in drop:
+        dropped |= {name for kind in ("tokenizer", "other") for name in kinds.get(kind, [])} - {STATE, MANIFEST}
     files = {name: record for name, record in old.files.items() if name not in dropped}
     tensors = {address: record for address, record in old.tensors.items() if record.file in files}
     make_directories(partial, files)

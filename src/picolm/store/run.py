@@ -17,7 +17,7 @@ from picolm.store.compose import Content, write_step
 from picolm.store.files import disk_errors
 from picolm.store.layout import MANIFEST, RUN, Directories, inside, step_directory, step_of
 from picolm.store.lock import RunLock
-from picolm.store.publish import exchange, point_latest, publish, set_aside, sweep, write_thinned
+from picolm.store.publish import discard, exchange, point_latest, publish, set_aside, sweep, write_thinned
 from picolm.store.records import Records, read_directories
 from picolm.store.sealed import SealedCheckpoint
 
@@ -36,7 +36,7 @@ class Run(Records, Mapping[int, Checkpoint]):
         self.checkpoints_path = inside(path, directories.checkpoints_dir)
         self._lock = RunLock(path / ".lock")
         self._commits = threading.Lock()
-        self._seen: dict[int, tuple[int, int]] = {}  # manifests found whole: step -> inode, time of change
+        self._seen: dict[int, tuple[int, ...]] = {}  # manifests found whole: step -> inode, size, times of change
 
     @staticmethod
     def create(
@@ -162,13 +162,14 @@ class Run(Records, Mapping[int, Checkpoint]):
         return None, problems
 
     def problems(self, step: int) -> list[str]:
-        """What is wrong with a step, every digest recomputed; empty when all is well."""
+        """What is wrong with a step, every digest recomputed; empty when all is well, or its writer has deleted it."""
+        there = self.step_path(step).exists()
         try:
             checkpoint = self._sealed(step)
             found = checkpoint.verify()
             replaced = found and self._sealed(step).manifest.digest != checkpoint.manifest.digest
         except StoreError as error:
-            return [str(error)]
+            return [] if there and not self.step_path(step).exists() else [str(error)]
         return self.problems(step) if replaced else found  # thinned by its writer while we were reading
 
     def commit(
@@ -225,17 +226,27 @@ class Run(Records, Mapping[int, Checkpoint]):
                     exchange(partial, self.step_path(step))
         return self[step]
 
+    def remove(self, step: int) -> None:
+        """Delete a step as a whole. Raises Missing when there is none."""
+        with self.lock(), self._commits, disk_errors(f"the deletion of step {step}", self.path):
+            if step not in self.step_directories():
+                raise self._no_step(step)
+            discard(self.checkpoints_path, step)
+            if (left := self.steps) and left[-1] < step:
+                point_latest(self.checkpoints_path, left[-1])
+
     def lock(self) -> AbstractContextManager[None]:
         """Hold this while writing the run. Raises StoreError, naming the holder, when another process does."""
         return self._lock.held()
 
     def _is_whole(self, step: int) -> bool:
-        """Whether its manifest is; read again only when the file is another one than last time."""
+        """Whether its manifest is; read again only when the file is another one than last time, or was written to."""
         try:
             state = (self.step_path(step) / MANIFEST).stat()
-            if self._seen.get(step) != (state.st_ino, state.st_mtime_ns):
+            identity = (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+            if self._seen.get(step) != identity:
                 self._sealed(step)
-                self._seen[step] = (state.st_ino, state.st_mtime_ns)
+                self._seen[step] = identity
         except (OSError, StoreError):
             return False
         return not self.step_path(step).is_symlink()

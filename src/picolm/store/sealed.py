@@ -39,6 +39,10 @@ class SealedCheckpoint(Checkpoint):
         """Size and digest of each file by its name inside of the step, without the manifest."""
         return self.manifest.files
 
+    @property
+    def about(self) -> Mapping[str, Any]:
+        return self.manifest.about
+
     @cached_property
     def meta(self) -> dict[str, Any]:
         """What the trainer recorded beside the tensors: counters, random states, position in the schedule."""

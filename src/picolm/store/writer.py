@@ -10,18 +10,20 @@ from torch import Tensor
 
 from picolm.address import Address
 from picolm.store.checkpoint import Checkpoint
+from picolm.store.retention import Retention
 from picolm.store.run import Run
 
 
 class BackgroundWriter:
     """Commits steps to a run from a thread of its own. Use as a context manager, or call `close`.
 
+    retention: what is done about older steps once a new one is whole.
     snapshot_s, waiting_s, writing_s: seconds spent so far copying tensors, waiting for the previous step to be written
     (both hold up the training), and writing (which does not).
     """
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, run: Run, retention: Retention | None = None):
+        self.run, self.retention = run, retention
         self.snapshot_s = self.waiting_s = self.writing_s = 0.0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
         self._under_way: Future[Checkpoint] | None = None
@@ -74,6 +76,9 @@ class BackgroundWriter:
     def _commit(self, step: int, snapshot: Mapping[Address, Tensor], arguments: Mapping[str, Any]) -> Checkpoint:
         start = time.perf_counter()
         try:
-            return self.run.commit(step, snapshot, **arguments)
+            checkpoint = self.run.commit(step, snapshot, **arguments)
+            if self.retention is not None:
+                self.retention.apply(step)
+            return checkpoint
         finally:
             self.writing_s += time.perf_counter() - start

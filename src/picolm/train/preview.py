@@ -1,5 +1,6 @@
 """What a configuration would do, without doing it: for `pico train --dry-run`. Needs no data and none of its devices."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from picolm.capture import Taps
 from picolm.data import open_source
 from picolm.errors import DataError, PicoError
 from picolm.models import MODELS
-from picolm.schema import dump
+from picolm.schema import dump, plain
+from picolm.store.retention import surplus
 from picolm.train import devices
 from picolm.train.build import make_taps
 from picolm.train.config import TrainConfig
@@ -86,11 +88,11 @@ def _moments(config: TrainConfig, model: Any) -> int:
 def _saving(config: TrainConfig, model: Any, moments: int, captured: int) -> dict[str, str]:
     plan = Plan(config)
     steps = plan.saved_steps()
+    kept = _kept(config, plan, steps)
     totals = {
-        "weights": _bytes(config, model.parameters()) * sum(plan.due(step).weights for step in steps),
-        # before its first update an optimizer remembers nothing
-        "optimizer": moments * sum(plan.due(step).optimizer for step in steps if step > 0),
-        "learning dynamics": captured * sum(plan.due(step).dynamics for step in steps),
+        "weights": _bytes(config, model.parameters()) * kept["weights"],
+        "optimizer": moments * kept["optimizer"],
+        "learning dynamics": captured * kept["dynamics"],
     }
     shown = steps if len(steps) <= 20 else [*steps[:12], "…", *steps[-5:]]
     return {
@@ -98,6 +100,17 @@ def _saving(config: TrainConfig, model: Any, moments: int, captured: int) -> dic
         "disk": ", ".join(f"{kind} {_gigabytes(value)}" for kind, value in totals.items())
         + f", in all about {_gigabytes(sum(totals.values()))}",
     }
+
+
+def _kept(config: TrainConfig, plan: Plan, steps: list[int]) -> Counter[str]:
+    """Of how many steps each part is on disk in the end, when `checkpointing.keep` has been applied."""
+    due = {step: plan.due(step) for step in steps}
+    held = {step: {part for part in ("weights", "optimizer", "dynamics") if getattr(due[step], part)} for step in steps}
+    held.get(0, set()).discard("optimizer")  # before its first update an optimizer remembers nothing
+    going = surplus(
+        held, plain(config.checkpointing.keep), [step for step in steps if due[step].weights and due[step].optimizer]
+    )
+    return Counter(part for step, parts in held.items() for part in parts - going.get(step, set()))
 
 
 def _captured(config: TrainConfig, taps: Taps, outputs: list[tuple[int, torch.dtype]]) -> int:

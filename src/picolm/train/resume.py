@@ -9,7 +9,9 @@ from typing import Any
 
 from picolm.errors import PicoError
 from picolm.schema import flatten, plain
-from picolm.store import Directories, Run
+from picolm.store import Checkpoint, Directories, Run
+from picolm.store.layout import OPTIMIZER, WEIGHTS
+from picolm.store.retention import Retention
 from picolm.train.config import TrainConfig
 from picolm.train.state import State
 
@@ -41,7 +43,7 @@ def open_run(config: TrainConfig, environment: dict[str, Any], stack: ExitStack,
 
 def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: State, writes: bool) -> int | None:
     """Bring `state` to the newest whole checkpoint that training can go on from; returns its step, None for a fresh start."""
-    checkpoint, problems = run.latest_whole(accept=lambda checkpoint: bool(checkpoint.meta.get("resumable")))
+    checkpoint, problems = run.latest_whole(accept=resumable)
     for problem in problems:
         log.warning("Damaged checkpoint: %s", problem)
     if checkpoint is not None:
@@ -55,6 +57,16 @@ def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: S
     if writes and not finished:  # a finished run is left as it is
         _record_start(run, config, environment, state.step)
     return checkpoint.step if checkpoint is not None else None
+
+
+def resumable(checkpoint: Checkpoint) -> bool:
+    """Whether training can go on from it: it was saved with weights and optimizer state, and still has them."""
+    return bool(checkpoint.meta.get("resumable")) and not {WEIGHTS, OPTIMIZER} & checkpoint.dropped
+
+
+def retention(config: TrainConfig, run: Run) -> Retention:
+    """What becomes of the older checkpoints of a run."""
+    return Retention(run, plain(config.checkpointing.keep), resumable)
 
 
 def _directories(config: TrainConfig) -> Directories:
