@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from picolm.data.manifest import Manifest
+    from picolm.train.inspection import Batch
 
 
 @contextmanager
@@ -79,3 +80,20 @@ def parts(family: str) -> "Table":
             text = " ".join((inspect.getdoc(part) or "").split())
             shown.add_row(name, ", ".join(part.kinds or ("anything",)), escape(text))
     return shown
+
+
+def batch_rows(batch: "Batch", characters: int) -> Iterator[str]:
+    """A heading and the beginning of the text for each row of a batch, with its mean loss where it was measured."""
+    texts = batch.text.decode(batch.rows.tokens_RS)
+    for place, number in enumerate(batch.rows.numbers.tolist()):
+        heading = [f"row {number}", batch.where[place]]
+        if batch.rows.labels is not None:
+            heading.append(batch.rows.labels[place])
+        if batch.before_RT is not None:
+            heading.append(f"loss {batch.before_RT[place].mean():.4f} before the update")
+            heading.append(
+                f"{batch.after_RT[place].mean():.4f} after" if batch.after_RT is not None else "no update after it"
+            )
+        yield " · ".join(heading)
+        text = " ".join(map(str, batch.rows.tokens_RS[place].tolist())) if texts is None else texts[place]
+        yield "  " + text[:characters].replace("\n", "\n  ") + (" …" if len(text) > characters else "") + "\n"

@@ -4,7 +4,7 @@ import os
 import sys
 
 # isort: off
-from picolm.cli import training, analysis, runs, corpora  # noqa: F401  # in the order that `pico --help` shows
+from picolm.cli import training, again, analysis, runs, corpora  # noqa: F401  # in the order that `pico --help` shows
 
 # isort: on
 from picolm.cli.app import app

@@ -28,9 +28,10 @@ from picolm.train.loggers import build_loggers, log_folder
 from picolm.train.optim import build_optimizers
 from picolm.train.plan import Plan
 from picolm.train.progress import Progress
-from picolm.train.resume import open_run, restore, retention
+from picolm.train.resume import FORKED, open_run, restore, retention
 from picolm.train.signals import StopSignal
 from picolm.train.state import State
+from picolm.train.strategies import make_strategy
 from picolm.train.text import Text
 
 log = logging.getLogger("picolm")
@@ -46,8 +47,14 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     environment = _environment(config, job.fabric, job.batches, job.text)
     with job.fabric.rank_zero_first():  # one process makes the folder, the others find it
         job.run = open_run(config, environment, stack, writes=first)
-    configure_logging(config.monitoring.logging.log_level, log_folder(config, job.run) / "train.log")
+    if first:
+        configure_logging(config.monitoring.logging.log_level, log_folder(config, job.run) / "train.log")
     job.continued_from = restore(config, environment, job.run, job.state, writes=first)
+    parent = job.run.environment.get(FORKED)
+    if parent is not None:
+        job.about = {FORKED: parent}
+        if job.continued_from == parent["step"]:
+            job.continued_from = None  # saved again: now with what its own first batch does to it
     if first:
         job.writer = stack.enter_context(BackgroundWriter(job.run, retention(config, job.run)))
         job.loggers = build_loggers(config, job.run)
@@ -63,17 +70,23 @@ def equip(config: TrainConfig, stop: StopSignal) -> Job:
     devices.set_determinism(config.training.deterministic)
     configure_logging(config.monitoring.logging.log_level)
     fabric = _fabric(config)
+    if not fabric.is_global_zero:
+        configure_logging("ERROR")  # what all processes would say, the first one says
+    config = _same_name(config, fabric)
     with fabric.rank_zero_first():  # one process prepares or fetches, the others find it done
-        source = _open(config, config.data.dataset.name, "train", config.model.max_seq_len + 1)
+        batches = open_batches(config, fabric.global_rank, fabric.world_size)
+    source = batches.source
     text = Text(tokenizer_file(config, source), config.model.vocab_size)
-    state = State(*_model_and_optimizers(config, fabric))
+    model = _model(config, fabric)
+    wrapped = _setup(config, fabric, model)  # before the optimizers: sharding puts other parameters in place of these
+    state = State(model, build_optimizers(model, model.parameter_roles(), config.training.optimization))
     captured_rows, evaluated_rows = _held_out_rows(config, source)
     return Job(
         config=config,
         fabric=fabric,
-        model=_setup(config, fabric, state),
+        model=wrapped,
         state=state,
-        batches=_batches(config, fabric, source),
+        batches=batches,
         taps=make_taps(config, state.model),
         plan=Plan(config),
         text=text,
@@ -97,6 +110,13 @@ def _named(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"training": training, "checkpointing": checkpointing})
 
 
+def _same_name(config: TrainConfig, fabric: Fabric) -> TrainConfig:
+    """`config` with the name that the first process chose: clocks differ, and processes start one after the other."""
+    name = fabric.broadcast(config.checkpointing.run_name)
+    checkpointing = config.checkpointing.model_copy(update={"run_name": name})
+    return config.model_copy(update={"checkpointing": checkpointing})
+
+
 def _fabric(config: TrainConfig) -> Fabric:
     chosen = config.training.fabric
     try:
@@ -105,8 +125,10 @@ def _fabric(config: TrainConfig) -> Fabric:
             devices=chosen.num_devices,
             num_nodes=chosen.num_nodes,
             precision=chosen.precision,  # type: ignore[arg-type]  # the same words, checked by the schema
-            strategy=chosen.strategy,
+            strategy=make_strategy(chosen),
         )
+    except PicoError:
+        raise
     except Exception as error:  # a strategy that there is not, a package for the accelerator that is not installed
         raise PicoError(f"training.fabric: {error}") from error
     fabric.launch()
@@ -124,13 +146,14 @@ def _open(config: TrainConfig, name: str, split: str, row_length: int | None) ->
     )
 
 
-def _batches(config: TrainConfig, fabric: Fabric, source: Source) -> Batches:
+def open_batches(config: TrainConfig, rank: int = 0, world: int = 1) -> Batches:
+    """The training rows of one process, by step."""
     return Batches(
-        source,
+        _open(config, config.data.dataset.name, "train", config.model.max_seq_len + 1),
         rows_per_step=config.data.dataloader.batch_size,
         accumulation=config.training.optimization.gradient_accumulation_steps,
-        rank=fabric.global_rank,
-        world=fabric.world_size,
+        rank=rank,
+        world=world,
         seed=config.training.seeds.data,
         shuffle=config.data.dataset.shuffle,
         length=config.model.max_seq_len,
@@ -193,28 +216,26 @@ def _sample(source: Source | None, max_rows: int | None, length: int, vocab_size
     return rows
 
 
-def _model_and_optimizers(config: TrainConfig, fabric: Fabric) -> tuple[Any, list[torch.optim.Optimizer]]:
+def _model(config: TrainConfig, fabric: Fabric) -> Any:
     model = MODELS.get(config.model.model_type)(config.model)
     model.init_parameters(torch.Generator().manual_seed(derive(config.training.seeds.init, "init")))
-    # Not left to Fabric's set-up, which comes after a checkpoint is restored: float64 weights would pass through float32.
-    model = model.to(fabric.device, devices.weight_dtype(config.training.fabric.precision))
-    return model, build_optimizers(model, model.parameter_roles(), config.training.optimization)
+    return model.to(fabric.device, devices.weight_dtype(config.training.fabric.precision))
 
 
-def _setup(config: TrainConfig, fabric: Fabric, state: State) -> Any:
+def _setup(config: TrainConfig, fabric: Fabric, model: Any) -> Any:
     """The model as Fabric wraps it, with a `compiled_loss` beside its `loss` where one is wanted.
 
     The optimizers stay bare: nothing here needs Fabric's own bookkeeping of them.
     """
     methods = ["loss", "token_nats"]
     if devices.want_compile(config.training, fabric.device):
-        compiled = torch.compile(type(state.model).loss, dynamic=False)  # all micro-batches of a run have one shape
-        state.model.compiled_loss = MethodType(compiled, state.model)  # Fabric takes methods only
+        compiled = torch.compile(type(model).loss, dynamic=False)  # all micro-batches of a run have one shape
+        model.compiled_loss = MethodType(compiled, model)  # Fabric takes methods only
         methods.append("compiled_loss")
-    model = fabric.setup_module(state.model)
+    wrapped = fabric.setup_module(model)
     for name in methods:
-        model.mark_forward_method(name)
-    return model
+        wrapped.mark_forward_method(name)
+    return wrapped
 
 
 def make_taps(config: TrainConfig, model: torch.nn.Module) -> Taps:
@@ -246,13 +267,11 @@ def _texts(config: TrainConfig, model: Any, text: Text) -> dict[str, str | bytes
 def _environment(config: TrainConfig, fabric: Fabric, batches: Batches, text: Text) -> dict[str, Any]:
     """Versions, hardware, code revision and data of this start."""
     import hashlib
-    import importlib.metadata as metadata
     import platform
 
-    packages = ("picolm", "torch", "lightning-fabric", "tokenizers", "safetensors", "pyarrow", "numpy")
     return {
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in packages},
+        "packages": devices.package_versions(),
         "hardware": devices.hardware(),
         "world_size": fabric.world_size,
         "seeds": plain(config.training.seeds),

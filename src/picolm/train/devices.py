@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -125,6 +126,12 @@ def hardware() -> dict[str, object]:
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"platform": platform.platform(), "cpu": cpu, "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def package_versions() -> dict[str, str]:
+    """The versions that decide what is computed."""
+    names = ("picolm", "torch", "lightning-fabric", "tokenizers", "safetensors", "pyarrow", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def want_compile(training: Training, device: torch.device) -> bool:

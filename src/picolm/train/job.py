@@ -1,5 +1,6 @@
 """Everything the loop needs, in one place. `build` makes it from a configuration; `loop` runs it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ class Job:
     compiled: whether the model has a `compiled_loss` beside its `loss`, to train with.
     run, writer: None where nothing is kept, and on all processes but the first (no writer).
     about: what the manifests of its checkpoints say besides (replayed from, forked from).
+    watchers: called with (job, step) when the gradient of a step is there and its weights are not yet updated.
     continued_from: the step whose checkpoint this run went on from; that one is on disk already.
     """
 
@@ -54,6 +56,7 @@ class Job:
     loggers: list[Logger] = field(default_factory=list)
     continued_from: int | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    watchers: "Sequence[Callable[[Job, int], None]]" = ()
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     @property

@@ -6,19 +6,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from picolm.address import Address
 from picolm.capture import capture
+from picolm.capture.taps import Order
 from picolm.errors import PicoError
-from picolm.models import Loss
+from picolm.models import Loss, Noise
 from picolm.seeds import derive
 from picolm.train import report
 from picolm.train.evaluate import Evaluation, evaluate
 from picolm.train.job import Job
 from picolm.train.meters import UpdateSize, norm
 from picolm.train.plan import Due
+from picolm.train.strategies import keeps_shards, reshard
 
 
 class Gradient(NamedTuple):
@@ -41,9 +44,11 @@ def train(job: Job) -> None:
         with job.stopwatch.time("data"):
             micro_batches = job.batches(step)
         with watch(job, step, due, micro_batches) as captured:
-            loss = accumulate(job, step, micro_batches, job.tokens_per_step, due)
+            loss = accumulate(job, step, micro_batches, job.batches.rank_rows(step), job.tokens_per_step, due)
         gradient = measure(job, loss)
         state_metrics = report.state(job, due)
+        for watcher in job.watchers:
+            watcher(job, step)
         if due.dynamics:
             captured |= held_out(job, step)
         if due.evaluation and not stopping:
@@ -63,32 +68,50 @@ def train(job: Job) -> None:
         raise PicoError(report.hopeless(job))
 
 
-def accumulate(job: Job, step: int, micro_batches: Sequence[Tensor], tokens: int, due: Due | None = None) -> Tensor:
+def accumulate(
+    job: Job, step: int, micro_batches: Sequence[Tensor], order: Order, tokens: int, due: Due | None = None
+) -> Tensor:
     """Forward and backward over every micro-batch; returns the mean loss, in nats, over all `tokens` of all processes.
 
-    The gradients that the parameters hold afterwards are those of that mean. due: of the step whose batch this is; None for
-    rows that are captured and not trained on.
+    The gradients that the parameters hold afterwards are those of that mean. order: the places of the rows of each
+    micro-batch in the global batch; one without places does not count. due: of the step whose batch this is; None for rows
+    that are captured and not trained on.
     """
-    world, nats = job.fabric.world_size, torch.zeros((), device=job.device)
-    for index, tokens_BS in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
-        with job.fabric.no_backward_sync(job.model, enabled=not last):
+    world, nats, split = job.fabric.world_size, torch.zeros((), device=job.device), "train" if due else "val"
+    for index, (tokens_BS, places) in enumerate(zip(micro_batches, order, strict=True)):
+        last, counts = index == len(micro_batches) - 1, float(len(places) > 0)
+        with job.fabric.no_backward_sync(job.model, enabled=not (last or keeps_shards(job.fabric))):
             with job.stopwatch.time("forward" if due else "capture"):
-                loss = forward(job, step, index, tokens_BS, compiled=job.compiled and due is not None)
+                loss = forward(job, step, places, tokens_BS, split, compiled=job.compiled and due is not None)
             with job.stopwatch.time("backward" if due else "capture"):
-                job.fabric.backward(loss.nats * (world / tokens))  # DDP averages over processes
-        nats = nats + loss.nats.detach()
+                job.fabric.backward(loss.nats * (counts * world / tokens))  # DDP averages over processes
+        nats = nats + counts * loss.nats.detach()
         if due and due.log and index == 0 and not last:
-            job.stopwatch.small = norm(job.gradients()) * len(micro_batches)
+            job.stopwatch.small = small_batch(job, len(tokens_BS), len(micro_batches))
     total: Any = job.fabric.all_reduce(nats, reduce_op="sum")
     return total / tokens
 
 
-def forward(job: Job, step: int, index: int, tokens_BS: Tensor, *, compiled: bool) -> Loss:
-    """The loss of micro-batch `index` in the precision of the run; what is random in it is a function of the step."""
-    seed = derive(job.config.training.seeds.noise, "step", step, index, job.fabric.global_rank)
-    torch.manual_seed(seed)  # for a model that draws from the global generator: no state to carry along
-    noise = torch.Generator(job.device).manual_seed(seed)
+def small_batch(job: Job, rows: int, micro_batches: int) -> tuple[int, float]:
+    """After the first micro-batch: its rows, and the norm of its gradient, the root mean square over the processes.
+
+    A sharded model has averaged its gradient over all processes by then; other gradients are each process's own.
+    """
+    own = norm(job.gradients()) * micro_batches
+    if job.fabric.world_size == 1 or keeps_shards(job.fabric):
+        return rows * job.fabric.world_size, own
+    squared: Any = job.fabric.all_reduce(torch.tensor(own * own, device=job.device), reduce_op="mean")
+    return rows, math.sqrt(squared)
+
+
+def forward(
+    job: Job, step: int, places: Sequence[int] | np.ndarray, tokens_BS: Tensor, split: str, *, compiled: bool
+) -> Loss:
+    """The loss of one micro-batch in the precision of the run; what is random in it is a function of step and row."""
+    seed, rows = job.config.training.seeds.noise, places if len(places) else [-1]
+    seeds = [derive(seed, f"{split} row", step, int(row)) for row in rows]
+    torch.manual_seed(seeds[0])  # for a model that draws from the global generator: no state to carry along
+    noise = Noise(seeds, job.device)
     loss = job.model.compiled_loss if compiled else job.model.loss
     with job.fabric.autocast():  # on one device Fabric does so in `forward` only, not in other methods
         return loss(tokens_BS.to(job.device, non_blocking=True), noise)
@@ -116,8 +139,9 @@ def watch(job: Job, step: int, due: Due, micro_batches: Sequence[Tensor]) -> Ite
                 capture(replace(job.taps, gradients=False), split="train", step=step, order=order) as activations,
                 torch.no_grad(),
             ):
-                for index, tokens_BS in enumerate(micro_batches):
-                    forward(job, step, index, tokens_BS, compiled=False)
+                for places, tokens_BS in zip(order, micro_batches, strict=True):
+                    forward(job, step, places, tokens_BS, "train", compiled=False)
+            reshard(job.model)
             captured |= activations
 
 
@@ -131,7 +155,7 @@ def held_out(job: Job, step: int) -> dict[Address, Tensor]:
     kept = [parameter.grad for parameter in job.state.model.parameters()]
     job.state.model.zero_grad()
     with capture(job.taps, split="val", step=step, order=order) as captured:
-        accumulate(job, step, micro_batches, job.captured_rows.tokens_RS[:, 1:].numel())
+        accumulate(job, step, micro_batches, order, job.captured_rows.tokens_RS[:, 1:].numel())
     for parameter, gradient in zip(job.state.model.parameters(), kept):
         parameter.grad = gradient
     return captured

@@ -20,6 +20,7 @@ log = logging.getLogger("picolm")
 # What makes another experiment of a run. Where the data lie may change; what they are is told by their fingerprint.
 FIXED = ("model.", "data.", "training.seeds.", "training.optimization.optimizer")
 FREE = ("data.dataset.name", "data.dataset.cache_dir", "data.tokenizer.name", "model.batch_size")
+FORKED = "forked_from"  # in the environment of a run: the run and step that its first checkpoint comes from
 UNIMPORTANT = ("checkpointing.runs_dir", "checkpointing.run_name")
 
 
@@ -28,7 +29,7 @@ def open_run(config: TrainConfig, environment: dict[str, Any], stack: ExitStack,
     path = Path(config.checkpointing.runs_dir).expanduser() / str(config.checkpointing.run_name)
     if not (path / "run.json").exists():
         if writes:
-            Run.create(path, plain(config), environment | {"starts": []}, _directories(config))
+            Run.create(path, plain(config), environment | {"starts": []}, directories(config))
     elif not config.checkpointing.training.auto_resume:
         raise PicoError(
             f"{path} holds a run already and checkpointing.training.auto_resume is false; choose another "
@@ -49,6 +50,10 @@ def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: S
     if checkpoint is not None:
         state.restore(checkpoint, checkpoint.meta)
         log.info("Continuing %s from step %d.", run.path, checkpoint.step)
+    elif FORKED in run.environment:
+        raise PicoError(
+            f"{run.path} is a fork whose first checkpoint is not there or not whole; delete the folder and fork again"
+        )
     elif problems or run.steps:
         log.warning(
             "%s holds no whole checkpoint with weights and optimizer state; starting again from step 0.", run.path
@@ -69,7 +74,7 @@ def retention(config: TrainConfig, run: Run) -> Retention:
     return Retention(run, plain(config.checkpointing.keep), resumable)
 
 
-def _directories(config: TrainConfig) -> Directories:
+def directories(config: TrainConfig) -> Directories:
     names = config.checkpointing
     return Directories(
         checkpoints_dir=names.checkpoints_dir,
@@ -88,8 +93,8 @@ def _check_same_experiment(run: Run, config: TrainConfig, environment: Mapping[s
             f"{run.path} is another experiment; these keys cannot change within a run:\n" + "\n".join(lines) + "\n"
             "Choose another checkpointing.run_name, or put these values back"
         )
-    before, now = run.environment["data"], environment["data"]
-    if before["fingerprint"] != now["fingerprint"]:
+    before, now = run.environment.get("data"), environment["data"]
+    if before and before["fingerprint"] != now["fingerprint"]:  # a fork that has not started yet has none
         raise PicoError(
             f"{run.path} was trained on other data: fingerprint {before['fingerprint'][:12]}… ({before['rows']} rows of "
             f"{before['name']}), now {now['fingerprint'][:12]}… ({now['rows']} rows of {now['name']}). Point "
@@ -114,8 +119,9 @@ def _record_start(run: Run, config: TrainConfig, environment: dict[str, Any], st
     changed = changes(run.config, plain(config))
     for key, (old, new) in changed.items():
         log.warning("%s was %r in this run until now and is %r from step %d on.", key, old, new, step)
+    kept = {key: value for key, value in run.environment.items() if key == FORKED}
     starts = run.environment.get("starts", [])
     start = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changed": changed}
-    run.write_environment(environment | {"starts": [*starts, start | {"packages": environment["packages"]}]})
+    run.write_environment(kept | environment | {"starts": [*starts, start | {"packages": environment["packages"]}]})
     run.write_config(plain(config))
     run.truncate_metrics(step - 1)

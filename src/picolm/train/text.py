@@ -28,6 +28,12 @@ class Text:
             return None
         return self.tokenizer.decode_batch(tokens_RS.tolist(), skip_special_tokens=False)
 
+    def tokens(self, numbers: Sequence[int]) -> list[str]:
+        """The text of each token by itself; half of a character shows as a replacement mark, without a tokenizer the number."""
+        if self.tokenizer is None:
+            return [f"<{number}>" for number in numbers]
+        return self.tokenizer.decode_batch([[number] for number in numbers], skip_special_tokens=False)
+
     def target_bytes(self, micro_batches: Sequence[Tensor]) -> int | None:
         """Bytes of text behind the predicted tokens of a batch."""
         if self.token_bytes_V is None:

@@ -1,0 +1,170 @@
+"""Commands that make steps of a run again: `replay`, `fork`, `batch`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from picolm.cli.app import app
+from picolm.cli.arguments import RunArgument
+from picolm.errors import PicoError
+
+if TYPE_CHECKING:
+    from picolm.store import Run
+    from picolm.train.plan import Due
+    from picolm.train.replay import Verdict
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Keys that differ from the configuration of the run.")
+]
+Step = Annotated[int, typer.Option("--step", help="The number of updates before it.")]
+
+
+@app.command()
+def replay(
+    run: RunArgument,
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option("--step", help="The step to make again.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Several: 5,9,20 or 100:200 or 100:200:10, both ends included.")
+    ] = None,
+    capture: Annotated[
+        str | None,
+        typer.Option(
+            help="What to record, as YAML: keys of checkpointing.learning_dynamics; `what` may name weights and optimizer too."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run to write the steps to (default: RUN-replay).")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the weights with every digest that was recorded.")
+    ] = False,
+    commit: Annotated[
+        bool, typer.Option("--commit", help="Add the steps to the run itself, marked as replayed.")
+    ] = False,
+) -> None:
+    """Make the state of any step again, from the nearest checkpoint before it, by training on."""
+    if (step is None) == (steps is None):
+        raise PicoError("which step? give --step N or --steps FIRST:LAST")
+    if commit and (out is not None or capture is not None):
+        raise PicoError(
+            "--commit adds the steps as the run would have saved them; --out and --capture write another run"
+        )
+
+    from picolm.train.fork import collection
+    from picolm.train.history import own_run, parse_steps
+    from picolm.train.replay import replay as make_again
+
+    opened, wanted = own_run(run), parse_steps(steps) if steps is not None else [step or 0]
+    kinds, words = _kinds(capture)
+    words += overrides or []
+    target: Run | None = opened
+    if not commit:
+        target = collection(opened, out or opened.path.with_name(opened.name + "-replay"), wanted[0], words)
+    verdict = make_again(opened, wanted, kinds=kinds, destination=target, overrides=words, verify=verify)
+    _tell(opened, wanted, target, verdict, verify)
+
+
+def _kinds(capture: str | None) -> "tuple[Due, list[str]]":
+    """What is kept of each step, and the overrides that make the capture so."""
+    import json
+
+    import yaml
+
+    from picolm.train.plan import Due
+
+    if capture is None:
+        return Due(weights=True, optimizer=True, dynamics=True), []
+    try:
+        chosen = yaml.safe_load(capture)
+    except yaml.YAMLError as error:
+        raise PicoError(f"--capture is not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(chosen, dict):
+        raise PicoError(
+            "--capture should be a mapping, for example '{layers: all, positions: all, what: [activations]}'"
+        )
+    what = chosen.get("what", ["activations", "gradients"])
+    if isinstance(what, list):
+        chosen["what"] = [kind for kind in what if kind not in ("weights", "optimizer")]
+    words = [f"checkpointing.learning_dynamics.{key}={json.dumps(value)}" for key, value in chosen.items()]
+    return Due(weights="weights" in what, optimizer="optimizer" in what, dynamics=bool(chosen["what"])), words
+
+
+def _tell(run: "Run", wanted: list[int], target: "Run | None", verdict: "Verdict", verify: bool) -> None:
+    """What was made, and what the comparison found; exit code 1 where something differs."""
+    from picolm.train.history import circumstances
+
+    if verdict.stopped is not None:
+        print("Interrupted: the steps that were finished are kept.")
+        raise typer.Exit(128 + verdict.stopped)
+    made = f"step {wanted[0]}" if len(wanted) == 1 else f"{len(wanted)} steps, {wanted[0]} to {wanted[-1]},"
+    updates = verdict.last - verdict.first
+    print(
+        f"Made {made} again from the checkpoint of step {verdict.first}: {updates} updates in {verdict.seconds:.1f} s."
+    )
+    if target is not None:
+        print(
+            f"To be found in {target.path}"
+            + (", marked as replayed." if target is run else f"; for example: pico list {target.path}")
+        )
+    if not verify:
+        return
+    if not verdict.compared:
+        print("Nothing was recorded between these steps to compare with.")
+        raise typer.Exit(1)
+    same = [str(found.step) for found in verdict.compared if found.identical]
+    if verdict.identical:
+        print(f"Identical: the weights have the recorded digest at step(s) {', '.join(same)}.")
+        return
+    for found in verdict.compared:
+        if not found.identical:
+            far = "" if found.difference is None else f", relative difference {found.difference:.2e}"
+            print(f"Different at step {found.step}{far}.")
+    print(circumstances(run))
+    raise typer.Exit(1)
+
+
+@app.command()
+def fork(
+    run: RunArgument,
+    step: Step,
+    run_name: Annotated[str, typer.Option("--run-name", help="Name of the new run; its folder lies beside the other.")],
+    overrides: Overrides = None,
+    train: Annotated[bool, typer.Option("--train/--no-train", help="Train the new run to its end at once.")] = True,
+) -> None:
+    """Start a new run from the state of a step, with something changed from there on."""
+    from picolm.train import run_training
+    from picolm.train.fork import fork as make
+    from picolm.train.history import own_run
+
+    config = make(own_run(run), step, run_name, overrides or [])
+    folder = Path(config.checkpointing.runs_dir) / run_name
+    print(f"{folder} starts from step {step} of {run}.")
+    if not train:
+        print(f"Train it:  pico train {folder}/training_config.yaml")
+        return
+    raise typer.Exit(run_training(config))
+
+
+@app.command()
+def batch(
+    run: RunArgument,
+    step: Step,
+    overrides: Overrides = None,
+    rows: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    loss: Annotated[
+        bool, typer.Option("--loss", help="Measure the loss of each token before and after the update.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write one line per token to a .csv or .parquet file.")] = None,
+    characters: Annotated[int, typer.Option(help="Show so much of each row.")] = 300,
+) -> None:
+    """Show the text that the model saw at a step."""
+    from picolm.terminal import batch_rows
+    from picolm.train.history import own_run
+    from picolm.train.inspection import batch_at
+
+    seen = batch_at(own_run(run), step, overrides or [], rows=rows, loss=loss)
+    for line in batch_rows(seen, characters):
+        print(line)
+    if out is not None:
+        seen.write(out)
+        print(f"One line per token: {out}")

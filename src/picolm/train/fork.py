@@ -1,0 +1,68 @@
+"""Runs that begin with a step of another run: a fork goes on with something changed, a collection holds steps made again."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from picolm.errors import PicoError
+from picolm.schema import plain
+from picolm.store import Run
+from picolm.store.identity import stored_weights_digest
+from picolm.train.config import TrainConfig
+from picolm.train.history import check_trained, config_at, place_of, same_elsewhere
+from picolm.train.plan import Due
+from picolm.train.replay import replay
+from picolm.train.resume import FORKED, changes, directories
+
+COLLECTED = "replay_of"  # in the environment of a collection: the run that its steps belong to
+SHAPED = ("model.", "training.optimization.optimizer")  # the state of the parent would not fit another one
+
+
+def fork(run: Run, step: int, name: str, overrides: Sequence[str]) -> TrainConfig:
+    """Make a run called `name`, beside `run`, whose first checkpoint is the state of `step`; returns its configuration.
+
+    overrides: `key=value`; anything but the model and the kind of optimizer may differ from there on.
+    Raises PicoError for those, for a name that is taken, and for a step that was never trained.
+    """
+    check_trained(run, step)
+    folder = {"checkpointing.run_name": name, "checkpointing.runs_dir": str(run.path.parent)}
+    words = [f"{key}={json.dumps(value)}" for key, value in folder.items()]
+    config = config_at(run, step, [*words, *overrides])
+    changed = changes(plain(config_at(run, step)), plain(config))
+    refused = [key for key in changed if key.startswith(SHAPED)]
+    if refused:
+        raise PicoError(
+            f"{', '.join(refused)}: a fork goes on with the weights and moments of {run.path}; it cannot change them"
+        )
+    if config.training.max_steps < step:
+        raise PicoError(f"training.max_steps is {config.training.max_steps}: there is nothing to do after step {step}")
+    parent = {"run": run.name, "path": place_of(run), "step": step, "changed": changed}
+    path = Path(config.checkpointing.runs_dir).expanduser() / name
+    if (path / "run.json").exists():
+        raise PicoError(f"{path} holds a run already; choose another --run-name")
+    made = Run.create(path, plain(config), {"starts": [], FORKED: parent}, directories(config))
+    try:
+        verdict = replay(run, [step], kinds=Due(weights=True, optimizer=True), destination=made, about={FORKED: parent})
+        if verdict.stopped is not None:
+            raise KeyboardInterrupt
+    except BaseException:
+        shutil.rmtree(path)  # a fork without its first step is of no use
+        raise
+    parent["weights_digest"] = stored_weights_digest(made[step])
+    made.write_environment(made.environment | {FORKED: parent})
+    return config
+
+
+def collection(run: Run, out: Path, step: int, overrides: Sequence[str]) -> Run:
+    """The run at `out` that holds steps of `run` made again; created where there is none. Raises PicoError for another run."""
+    config = same_elsewhere(run, step, overrides)
+    if not (out / "run.json").exists():
+        environment = {key: value for key, value in run.environment.items() if key not in ("starts", FORKED)}
+        source = {"run": run.name, "path": place_of(run)}
+        return Run.create(out, plain(config), environment | {COLLECTED: source}, directories(config))
+    found = Run.open(out)
+    of = found.environment.get(COLLECTED)
+    if of is None or of["run"] != run.name or found.environment.get("data") != run.environment.get("data"):
+        raise PicoError(f"{out} holds another run; choose another folder with --out")
+    return found

@@ -1,0 +1,165 @@
+"""What a run says of its own past: the configuration in force at a step, the digests it recorded, where to start again."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from picolm.errors import PicoError
+from picolm.schema import load, plain
+from picolm.store import Checkpoint, Run
+from picolm.store.identity import stored_weights_digest
+from picolm.store.layout import CONFIG
+from picolm.train import devices
+from picolm.train.config import TrainConfig, schema_for
+from picolm.train.resume import changes, resumable
+
+# Keys that say where and on what to compute, or what to watch, and not what is computed.
+ELSEWHERE = (
+    "training.fabric.",
+    "training.deterministic",
+    "data.dataset.name",
+    "data.dataset.cache_dir",
+    "data.tokenizer.name",
+    "checkpointing.learning_dynamics.",
+    "monitoring.",
+)
+
+
+class Segment(NamedTuple):
+    """Steps first … last of a run that were trained with one configuration."""
+
+    config: TrainConfig
+    first: int
+    last: int
+
+
+def own_run(place: str) -> Run:
+    """The run at `place`, which must be one of ours: others do not keep what it takes to make a step again."""
+    run = Run.open(place)
+    if type(run) is not Run:
+        raise PicoError(f"{place}: only runs of picolm can be trained on exactly; this one was written by another tool")
+    return run
+
+
+def last_step(run: Run) -> int:
+    """The furthest step of which a checkpoint or a line of metrics tells."""
+    return max([*run.steps, *(entry.get("step", 0) for entry in run.metrics()), 0])
+
+
+def check_trained(run: Run, step: int) -> None:
+    """Raise PicoError for a step that the run never came to."""
+    if not 0 <= step <= last_step(run):
+        raise PicoError(
+            f"{run.path} has been trained up to step {last_step(run)}; there is no step {step} to make again"
+        )
+
+
+def check_same_data(run: Run, fingerprint: str, config: TrainConfig) -> None:
+    """Raise PicoError where the data are not those that the run was trained on."""
+    before = run.environment["data"]["fingerprint"]
+    if fingerprint != before:
+        raise PicoError(
+            f"{run.path} was trained on other data than {config.data.dataset.name} holds now (fingerprint {before[:12]}…, "
+            f"now {fingerprint[:12]}…); name the same data with data.dataset.name=…"
+        )
+
+
+def origin(run: Run, step: int) -> Checkpoint:
+    """The nearest whole checkpoint up to `step` from which training can go on. Raises PicoError where there is none."""
+    found, problems = run.latest_whole(accept=lambda checkpoint: checkpoint.step <= step and resumable(checkpoint))
+    if found is None:
+        damaged = "".join(f"\n  {problem}" for problem in problems)
+        raise PicoError(f"{run.path} has no whole checkpoint with optimizer state up to step {step}{damaged}")
+    return found
+
+
+def config_at(run: Run, step: int, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The configuration with which the update from `step` was made, with `key=value` overrides.
+
+    Each start of a run notes which keys it changed, so the changes of later starts are taken back.
+    """
+    starts = run.environment.get("starts", [])
+    undone: dict[str, Any] = {}
+    for start in reversed(starts[_deciding(starts, step) + 1 :]):
+        undone |= {key: old for key, (old, _) in start["changed"].items()}
+    before = [f"{key}={json.dumps(value)}" for key, value in undone.items()]
+    return load(run.path / CONFIG, schema_for, [*before, *overrides])
+
+
+def same_elsewhere(run: Run, step: int, overrides: Sequence[str]) -> TrainConfig:
+    """`config_at`, with overrides that change where to compute and what to watch. Raises PicoError for any other."""
+    config = config_at(run, step, overrides)
+    changed = changes(plain(config_at(run, step)), plain(config)) if overrides else {}
+    refused = [key for key in changed if not key.startswith(ELSEWHERE)]
+    if refused:
+        raise PicoError(
+            f"{', '.join(refused)}: a step is made again as it was; for something else from there on, see `pico fork`"
+        )
+    return config
+
+
+def segments(run: Run, first: int, last: int, overrides: Sequence[str] = ()) -> Iterator[Segment]:
+    """The stretches of steps from `first` to `last`, each under one configuration; where one ends the next begins."""
+    starts = run.environment.get("starts", [])
+    turns = sorted({start["step"] for start in starts if first < start["step"] < last})
+    changed = [step for step in turns if _deciding(starts, step) != _deciding(starts, step - 1)]
+    for start, end in zip([first, *changed], [*changed, last]):
+        yield Segment(same_elsewhere(run, start, overrides), start, end)
+
+
+def recorded_digests(run: Run) -> dict[int, str]:
+    """The digest of the weights at each step where one was logged or where they are stored."""
+    logged = {entry["step"]: entry["weights_digest"] for entry in run.metrics() if "weights_digest" in entry}
+    stored = {step: stored_weights_digest(run[step]) for step in run}
+    return dict(sorted((logged | {step: digest for step, digest in stored.items() if digest}).items()))
+
+
+def _deciding(starts: Sequence[dict[str, Any]], step: int) -> int:
+    """Which start made the update from `step`: the last one, in time, that began no later."""
+    return max((i for i, start in enumerate(starts) if start["step"] <= step), default=-1)
+
+
+def parse_steps(text: str) -> list[int]:
+    """`7`, `5,9,20`, `100:200` (both ends included) or `100:200:10`. Raises PicoError for anything else."""
+    try:
+        if ":" in text:
+            first, last, *every = map(int, text.split(":"))
+            (stride,) = every or [1]
+            steps = list(range(first, last + 1, stride))
+        else:
+            steps = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        steps = []
+    if not steps or steps[0] < 0:
+        raise PicoError(f"{text!r} names no steps; expected N, N,M,… , FIRST:LAST or FIRST:LAST:EVERY")
+    return steps
+
+
+def relative_difference(weights: dict[Any, Any], checkpoint: Checkpoint) -> float:
+    """norm(W - W stored) / norm(W stored) over all weights together, in float64."""
+    change = size = 0.0
+    for address, tensor in weights.items():
+        stored = checkpoint[address].double()
+        change += float((tensor.detach().cpu().double() - stored).square().sum())
+        size += float(stored.square().sum())
+    return math.sqrt(change / size) if size else math.inf
+
+
+def circumstances(run: Run) -> str:
+    """What differs between where the run was trained and here, in one line: why bits may differ."""
+    then: dict[str, Any] = run.environment
+    now: dict[str, dict[str, Any]] = {"packages": devices.package_versions(), "hardware": devices.hardware()}
+    told = [
+        f"{name}: {before} then, {after} now"
+        for part in ("packages", "hardware")
+        for name, after in now[part].items()
+        if (before := then.get(part, {}).get(name)) != after
+    ]
+    return "; ".join(told) if told else "The packages and the hardware are those of the run."
+
+
+def place_of(run: Run) -> str:
+    """The absolute path of a run, for the records of others that come from it."""
+    return str(Path(run.path).resolve())

@@ -1,0 +1,102 @@
+"""What the model saw at a step: the rows of its batch as text and, on demand, the loss of each token before and after."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from picolm.errors import PicoError
+from picolm.store import Run
+from picolm.train.build import open_batches, tokenizer_file
+from picolm.train.evaluate import Rows
+from picolm.train.history import check_same_data, check_trained, last_step, same_elsewhere
+from picolm.train.job import Job
+from picolm.train.plan import Due
+from picolm.train.replay import replay
+from picolm.train.text import Text
+
+ROWS_AT_ONCE = 8  # in a forward pass
+
+
+@dataclass
+class Batch:
+    """The batch of a step. before_RT, after_RT: nats of each predicted token with the weights of step n and of n + 1."""
+
+    step: int
+    rows: Rows
+    where: list[str]
+    text: Text
+    before_RT: Tensor | None = None
+    after_RT: Tensor | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """One entry per predicted token: row, source, position, token, and its losses where they were asked for."""
+        tokens_RT = self.rows.tokens_RS[:, 1:]
+        rows, length = tokens_RT.shape
+        labels = self.rows.labels or [""] * rows
+        columns: dict[str, Any] = {
+            "row": np.repeat(self.rows.numbers, length),
+            "source": np.repeat(labels, length),
+            "position": np.tile(np.arange(1, length + 1), rows),
+            "token": tokens_RT.flatten().numpy(),
+            "text": self.text.tokens(tokens_RT.flatten().tolist()),
+        }
+        losses = {"loss_before": self.before_RT, "loss_after": self.after_RT}
+        return columns | {name: nats.flatten().numpy() for name, nats in losses.items() if nats is not None}
+
+    def write(self, path: Path) -> None:
+        """`columns` as .csv or .parquet."""
+        import pandas as pd
+
+        table = pd.DataFrame(self.columns())
+        if path.suffix == ".parquet":
+            table.to_parquet(path, index=False)
+        elif path.suffix == ".csv":
+            table.to_csv(path, index=False)
+        else:
+            raise PicoError(f"{path}: the table can be written as .csv or .parquet")
+
+
+def batch_at(
+    run: Run, step: int, overrides: Sequence[str] = (), *, rows: int | None = None, loss: bool = False
+) -> Batch:
+    """The batch of `step`, its first `rows` rows; with `loss`, the step is made again to measure each token's.
+
+    Raises PicoError for a step that was never trained, and where the data are not those of the run.
+    """
+    check_trained(run, step)
+    config = same_elsewhere(run, step, overrides)
+    batches = open_batches(config)
+    check_same_data(run, batches.fingerprint, config)
+    numbers = batches.row_numbers(step)[:rows]
+    batch = Batch(
+        step=step,
+        rows=Rows.take(batches.source, numbers, config.model.max_seq_len + 1),
+        where=[batches.source.locate(int(number)) for number in numbers],
+        text=Text(tokenizer_file(config, batches.source), config.model.vocab_size),
+    )
+    if loss:
+        _measure(run, batch, overrides)
+    return batch
+
+
+def _measure(run: Run, batch: Batch, overrides: Sequence[str]) -> None:
+    """Fill in the losses, as evaluation computes them; the last step of a run has no update after it."""
+    measured: dict[int, Tensor] = {}
+
+    def watch(job: Job, at: int) -> None:
+        if at not in (batch.step, batch.step + 1):
+            return
+        with torch.no_grad(), job.fabric.autocast():
+            rows = [
+                job.model.token_nats(tokens_BS.to(job.device)) for tokens_BS in batch.rows.tokens_RS.split(ROWS_AT_ONCE)
+            ]
+        measured[at] = torch.cat(rows).float().cpu()
+
+    steps = [step for step in (batch.step, batch.step + 1) if step <= last_step(run)]
+    replay(run, steps, kinds=Due(), overrides=overrides, watchers=[watch])
+    batch.before_RT, batch.after_RT = measured.get(batch.step), measured.get(batch.step + 1)
