@@ -4,8 +4,9 @@
 
 Makes a run of the published shape with random tensors (12 layers, 12 heads, 4 key-value heads, activations of `--rows` rows,
 gradients and weights of v_proj, o_proj and w_2), and analyzes it as pico-analyze's demo does: seven metrics of OV circuits and
-MLPs. The minimum is the same calls of LAPACK and BLAS (recorded while the analysis runs, then repeated alone on tensors of the
-same shapes); reading files, digests, names and the table are what is on top of it.
+MLPs. The minimum is the same calls of LAPACK and BLAS, recorded while the analysis runs and repeated alone: each on the first
+matrix that had its shape and layout, so that decompositions take as many iterations, and with the number of threads that is
+faster, one or all. Reading files, digests, names, sorting entries and the table are what is on top of it.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from picolm.address import Address
 from picolm.analyze.config import AnalysisConfig
@@ -36,7 +37,14 @@ metrics:
   - {metric_name: hoyer, components: [{data_type: gradients, layer_suffixes: swiglu.w_2}]}
   - {metric_name: norm, norm_type: nuclear, components: [{component_name: ov_circuit}]}
 """
-ALGEBRA = ("svd", "qr", "eigh", "mm", "bmm", "addmm", "mv")
+ALGEBRA = (
+    torch.linalg.svdvals,
+    torch.linalg.svd,
+    torch.linalg.qr,
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+)
 
 
 def main() -> None:
@@ -53,6 +61,7 @@ def main() -> None:
 def measure(shape: str, folder: Path, rows: int, steps: int) -> None:
     """Analyze once to warm up and to record the algebra, then time the analysis and the algebra alone, in turns."""
     make_run(folder / "run", *SHAPES[shape], rows, steps)
+    every = torch.get_num_threads()
     (folder / "analysis.yaml").write_text(f"{CONFIG}monitoring: {{output_dir: {folder}/results}}\n")
     config = load(folder / "analysis.yaml", AnalysisConfig)
     with Recording() as recording:
@@ -61,12 +70,12 @@ def measure(shape: str, folder: Path, rows: int, steps: int) -> None:
     for _ in range(3):
         outcome, seconds = anew(config, folder)
         whole.append(seconds)
-        alone.append(recording.repeat())
-    seconds, minimum = min(whole), min(alone)
+        alone += [(recording.repeat(threads), threads) for threads in {1, every}]
+    seconds, (minimum, threads) = min(whole), min(alone)
     print(
         f"{shape}: {len(outcome.rows)} values from {outcome.read} tensors ({rows} rows, {steps} checkpoints) in {seconds:.2f} s, "
-        f"{len(outcome.rows) / seconds:,.0f} values/s; algebra alone {minimum:.2f} s ({len(recording.calls)} calls): "
-        f"{seconds / minimum:.2f} x the minimum; {torch.get_num_threads()} threads"
+        f"{len(outcome.rows) / seconds:,.0f} values/s; algebra alone {minimum:.2f} s ({len(recording.calls)} calls, "
+        f"threads: {threads}, the faster of 1 and {every}): {seconds / minimum:.2f} x the minimum"
     )
 
 
@@ -79,43 +88,37 @@ def anew(config: AnalysisConfig, folder: Path) -> tuple[Outcome, float]:
     return outcome, time.perf_counter() - start
 
 
-class Recording(TorchDispatchMode):
-    """Keeps the name and the shapes of every call of LAPACK and BLAS."""
+class Recording(TorchFunctionMode):
+    """Keeps every call of LAPACK and BLAS, and of its matrices the first one of each shape and layout."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[tuple[Any, list[Any], dict[str, Any]]] = []
+        self._first: dict[Any, torch.Tensor] = {}
 
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        if any(part in name.split("_") or part == name for part in ALGEBRA):
-            forms = tuple((a.shape, a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments)
-            self.calls.append((function, forms, options or {}))
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function in ALGEBRA:
+            self.calls.append((function, [self._like(argument) for argument in arguments], options or {}))
         return function(*arguments, **(options or {}))
 
-    def repeat(self) -> float:
-        """Seconds of the same calls, on random tensors of the same shapes and layouts, made beforehand."""
-        made: dict[Any, torch.Tensor] = {}
+    def _like(self, argument: Any) -> Any:
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        form = argument.shape, argument.stride(), argument.dtype
+        if form not in self._first:  # a view keeps its strides
+            self._first[form] = torch.empty_strided(*form[:2], dtype=form[2]).copy_(argument)
+        return self._first[form]
 
-        def tensor(form: Any) -> Any:
-            if not (isinstance(form, tuple) and isinstance(form[0], torch.Size)):
-                return form
-            if form not in made:
-                shape, stride, dtype = form
-                made[form] = torch.randn(shape, dtype=dtype)
-                if _dense(shape, stride):
-                    made[form] = made[form].as_strided(shape, stride)
-            return made[form]
-
-        ready = [(function, [tensor(form) for form in forms], options) for function, forms, options in self.calls]
+    def repeat(self, threads: int) -> float:
+        """Seconds of the same calls, nothing else between them."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
         start = time.perf_counter()
-        for function, arguments, options in ready:
+        for function, arguments, options in self.calls:
             function(*arguments, **options)
-        return time.perf_counter() - start
-
-
-def _dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    return shape.numel() > 0 and 1 + sum((n - 1) * s for n, s in zip(shape, stride)) <= shape.numel()
+        seconds = time.perf_counter() - start
+        torch.set_num_threads(before)
+        return seconds
 
 
 def make_run(path: Path, width: int, hidden: int, rows: int, steps: int) -> None:

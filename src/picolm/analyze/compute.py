@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from picolm.analyze.components import COMPONENTS, Operand, digest_of
@@ -23,7 +23,8 @@ from picolm.analyze.reading import Reader, Readers
 from picolm.analyze.values import Value
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True)
+class Task:
     """One metric of one component: an entry of the configuration with one of its components."""
 
     metric: Any
@@ -32,7 +33,7 @@ class Task(NamedTuple):
     split: str
     target: Target | None
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """What the value follows from, beside the matrices."""
         codes = code_of(self.metric.function), code_of(COMPONENTS.get(self.component.component_name))
@@ -132,10 +133,11 @@ def _plan_pairs(
         candidates, absent = other_reader.operands(task.component, task.split)
         work.absent += [f"{other_reader.name}, to compare with: no {missing.what}" for missing in absent]
         index = by_name(candidates)
+        mirrored = task.target.layer == "all" and other == place and task.metric.symmetric
         for operand in found:
             check_same_rows(reader, other_reader, operand.address)
             for partner in partners(operand, index, task.target):
-                if task.target.layer == "all" and other == place and task.metric.symmetric and _after(partner, operand):
+                if mirrored and _after(partner, operand):
                     continue  # the mirror image is written from the pair that is computed
                 work.cells.append(Cell(task, place, operand, other, partner, _key(task, operand, partner)))
 

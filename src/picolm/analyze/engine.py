@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,8 @@ from picolm.errors import PicoError
 from picolm.store import Run
 
 log = logging.getLogger("picolm")
+
+WIDE = 1024  # d_model from which several threads are worth it
 
 
 @dataclass
@@ -144,12 +146,27 @@ def _units(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) ->
 
 def _results(ask: Ask, units: list[Unit], workers: int, backend: str) -> Iterator[tuple[Outcome, dict[str, Value]]]:
     if workers == 1 and backend == "loky":
-        yield from (run_unit(ask, unit) for unit in units)
+        with _threads_for(_readers(ask.runs)):
+            yield from (run_unit(ask, unit) for unit in units)
         return
     from joblib import Parallel, delayed, parallel_config
 
     with parallel_config(**_cluster(backend)):
         yield from Parallel(n_jobs=workers, return_as="generator")(delayed(_in_worker)(ask, unit) for unit in units)
+
+
+@contextmanager
+def _threads_for(readers: Readers) -> Iterator[None]:
+    """One thread for LAPACK where matrices are small: more of them wait for each other longer than they compute."""
+    import torch
+
+    before = torch.get_num_threads()
+    if all(model["d_model"] < WIDE for model in readers.models.values()):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _cluster(backend: str) -> dict[str, Any]:
@@ -185,7 +202,7 @@ def run_unit(ask: Ask, unit: Unit) -> tuple[Outcome, dict[str, Value]]:
     """The rows of one piece of work, and the values that were computed for it."""
     readers, all_tasks = _readers(ask.runs), tasks_of(ask.config.metrics)
     tasks = [all_tasks[number] for number in unit.tasks]
-    steps = {name: chosen_steps(ask.config, run.steps)[0] for name, run in readers.runs.items()}
+    steps = {name: chosen_steps(ask.config, there)[0] for name, there in readers.steps.items()}
     before = readers.tensors_read
     cells, outcome = _cells(readers, unit, tasks, steps)
     outcome.found = {number for number, task in zip(unit.tasks, tasks) if any(cell.task is task for cell in cells)}
@@ -255,7 +272,7 @@ def plan(config: AnalysisConfig, places: Iterable[str]) -> str:
     runs, outcome = _open(config, places), Outcome()
     opened = {name: run for name, (_, run) in runs.items()}
     readers, tasks = Readers(opened), tasks_of(config.metrics)
-    steps = {name: chosen_steps(config, run.steps)[0] for name, run in opened.items()}
+    steps = {name: chosen_steps(config, there)[0] for name, there in readers.steps.items()}
     values = 0
     for unit in _units(config, opened, outcome):
         cells, part = _cells(readers, unit, [tasks[number] for number in unit.tasks], steps)

@@ -5,7 +5,7 @@ matrices of activations may be compared only where their rows belong to the same
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from picolm.address import Address
@@ -45,21 +45,21 @@ def partner_places(target: Target, at: Place, steps: list[int], symmetric: bool)
     return [Place(run, step) for step in chosen if not (itself and step == at.step)]
 
 
-def by_name(candidates: list[Operand]) -> dict[Name, list[Operand]]:
-    """Operands of one name and head, in all their layers."""
-    index: dict[Name, list[Operand]] = {}
+def by_name(candidates: list[Operand]) -> dict[Name, dict[int | None, Operand]]:
+    """Operands of one name and head, by their layers."""
+    index: dict[Name, dict[int | None, Operand]] = {}
     for candidate in candidates:
-        index.setdefault((candidate.address.suffix, candidate.head), []).append(candidate)
+        index.setdefault((candidate.address.suffix, candidate.head), {})[candidate.address.layer] = candidate
     return index
 
 
-def partners(operand: Operand, index: Mapping[Name, list[Operand]], target: Target) -> Iterator[Operand]:
+def partners(operand: Operand, index: Mapping[Name, Mapping[int | None, Operand]], target: Target) -> Iterable[Operand]:
     """The operands that `target` pairs with `operand`: the same name, head, and layer as asked for."""
-    own = operand.address.layer
-    for candidate in index.get((operand.address.suffix, operand.head), ()):
-        layer = candidate.address.layer
-        if target.layer == "all" or layer == (own if target.layer == "same" else target.layer):
-            yield candidate
+    layers = index.get((operand.address.suffix, operand.head), {})
+    if target.layer == "all":
+        return layers.values()
+    asked = operand.address.layer if target.layer == "same" else target.layer
+    return [layers[asked]] if asked in layers else []
 
 
 def check_same_rows(first: Reader, second: Reader, address: Address) -> None:

@@ -67,11 +67,8 @@ class Reader(Mapping[Address, "Tensor"]):
             asked: dict[str, Any] = {
                 name: getattr(component, name) for name in ("data_type", "layer_suffixes", "layers", "heads")
             }
-            found = list(
-                operands(
-                    self, component.component_name, split=split, model=MODEL | self.run.config.get("model", {}), **asked
-                )
-            )
+            model = self.readers.models[self.run.name]
+            found = list(operands(self, component.component_name, split=split, model=model, **asked))
             present = [operand for operand in found if isinstance(operand, Operand)]
             self._operands[key] = present, [absent for absent in found if isinstance(absent, Absent)]
         return self._operands[key]
@@ -93,6 +90,8 @@ class Readers:
 
     def __init__(self, runs: Mapping[str, "Run"]):
         self.runs = runs
+        self.steps = {name: run.steps for name, run in runs.items()}  # as they were when the analysis began
+        self.models = {name: MODEL | run.config.get("model", {}) for name, run in runs.items()}
         self.pinned: dict[tuple[str, int], Reader] = {}
         self._recent: OrderedDict[tuple[str, int], Reader] = OrderedDict()
         self.tensors_read = 0
@@ -107,7 +106,7 @@ class Readers:
         key = (run, step)
         reader = self.pinned.get(key) or self._recent.get(key)
         if reader is None:
-            if step not in self.runs[run]:
+            if step not in self.steps[run]:
                 return None
             reader = Reader(self.runs[run][step], self.runs[run], self)
         if pin:

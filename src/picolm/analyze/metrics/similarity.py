@@ -109,9 +109,12 @@ def _weights(projections_dp: Tensor, correlations_d: Tensor) -> Tensor:
     """Of each variate; those that are tied share the expectation of their sum over all bases of their span.
 
     In a span of g dimensions, the first coordinate of a random unit vector is in the mean Gamma(g/2) / (sqrt pi Gamma((g+1)/2))
-    by magnitude: 1 for g = 1, where a_i remains.
+    by magnitude: 1 for g = 1, where a_i remains, which is nearly always the case.
     """
-    group_d = (correlations_d.diff().abs() > TIE).cumsum(0)
+    distinct_d = correlations_d.diff().abs() > TIE
+    if distinct_d.all():
+        return projections_dp.abs().sum(1)
+    group_d = distinct_d.cumsum(0)
     group_d = torch.cat([group_d.new_zeros(1), group_d])
     sizes = group_d.bincount().double()
     squares = projections_dp.new_zeros(len(sizes), projections_dp.shape[1])
