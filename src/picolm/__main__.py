@@ -1,4 +1,4 @@
-"""`python -m picolm`: the command, where a launcher such as torchrun wants a module."""
+"""`python -m picolm` is `pico`: what torchrun and srun start."""
 
 from picolm.cli import main
 

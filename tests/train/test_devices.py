@@ -89,7 +89,7 @@ def test_a_run_for_a_gpu_is_refused_and_previewed_where_there_is_none(
 
 
 def test_what_fabric_refuses_is_a_message(train: Train) -> None:
-    with pytest.raises(PicoError, match=r"training.fabric: .*invalid strategy name.*ddpp"):
+    with pytest.raises(PicoError, match=r"unknown training.fabric.strategy 'ddpp'; did you mean 'ddp'\?"):
         train("training.fabric.strategy=ddpp")
 
 

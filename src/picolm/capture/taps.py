@@ -94,7 +94,8 @@ def capture(taps: Taps, *, split: str, step: int, order: Order) -> Iterator[Capt
     """Watch the forward and backward passes inside the block.
 
     order: for each micro-batch of this process, in turn, the places of its rows in the global batch; activations come out
-    in that global order, one row per sequence, whatever the number of micro-batches and processes.
+    in that global order, one row per sequence, whatever the number of micro-batches and processes. Rows of a micro-batch
+    beyond its places are not kept. With several processes all of them call this, and the first one has all that was captured.
     """
     captured = Captured()
     records: dict[str, list[Tensor]] = {name: [] for name in taps.modules} if taps.activations else {}
@@ -114,19 +115,22 @@ def capture(taps: Taps, *, split: str, step: int, order: Order) -> Iterator[Capt
                 f"{name} ran {len(kept)} times in {len(order)} micro-batch(es), so its activations cannot be captured (the "
                 "loss reads the weight of the last layer directly); leave it out of layer_suffixes, or capture only gradients"
             )
-        captured[Address("activations", split, name)] = gather_rows(torch.cat(kept), places)
+        rows = gather_rows(torch.cat(kept), places)
+        if rows is not None:
+            captured[Address("activations", split, name)] = rows
     if taps.gradients:
         captured |= gradients(taps, split)
 
 
 def gradients(taps: Taps, split: str) -> dict[Address, Tensor]:
-    """Copies of the gradients that the parameters of the watched modules hold now."""
+    """Copies of the gradients that the parameters of the watched modules hold now, on the first process."""
     found = {}
     for module_name, module in taps.modules.items():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             name = module_name if parameter_name == "weight" else f"{module_name}.{parameter_name}"
-            if parameter.grad is not None:
-                found[Address("gradients", split, name)] = full_tensor(parameter.grad)
+            gradient = full_tensor(parameter.grad) if parameter.grad is not None else None
+            if gradient is not None:
+                found[Address("gradients", split, name)] = gradient
     return found
 
 

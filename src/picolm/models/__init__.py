@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from picolm.models.decoder import Decoder, DecoderConfig, Loss
+from picolm.models.noise import Noise
 from picolm.registry import Registry
 
-__all__ = ["MODELS", "Decoder", "DecoderConfig", "Loss", "Model", "ModelConfig"]
+__all__ = ["MODELS", "Decoder", "DecoderConfig", "Loss", "Model", "ModelConfig", "Noise"]
 
 
 class ModelConfig(Protocol):
@@ -39,7 +40,7 @@ class Model(Protocol):
 
     def forward(self, tokens_BT: Tensor) -> Tensor: ...
 
-    def loss(self, tokens_BS: Tensor, noise: torch.Generator | None = None) -> Loss: ...
+    def loss(self, tokens_BS: Tensor, noise: Noise | None = None) -> Loss: ...
 
     def token_nats(self, tokens_BS: Tensor) -> Tensor: ...
 

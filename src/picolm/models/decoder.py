@@ -150,7 +150,7 @@ class Decoder(nn.Module):
             x_BTH = layer(x_BTH, rotations_TF2, cache, padding_BK)
         return self.output_norm(x_BTH)
 
-    def loss(self, tokens_BS: Tensor, noise: torch.Generator | None = None) -> Loss:
+    def loss(self, tokens_BS: Tensor, noise: object = None) -> Loss:
         """Sum of -ln p(token | tokens before it) over all but the first position. `noise` is not used: nothing is random.
 
         The logits are never whole in memory, so forward hooks of de_embedding_proj see nothing here.

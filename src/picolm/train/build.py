@@ -75,12 +75,12 @@ def equip(config: TrainConfig, stop: StopSignal) -> Job:
     config = _same_name(config, fabric)
     with fabric.rank_zero_first():  # one process prepares or fetches, the others find it done
         batches = open_batches(config, fabric.global_rank, fabric.world_size)
-    source = batches.source
-    text = Text(tokenizer_file(config, source), config.model.vocab_size)
+        source = batches.source
+        text = Text(tokenizer_file(config, source), config.model.vocab_size)
+        captured_rows, evaluated_rows = _held_out_rows(config, source)
     model = _model(config, fabric)
     wrapped = _setup(config, fabric, model)  # before the optimizers: sharding puts other parameters in place of these
     state = State(model, build_optimizers(model, model.parameter_roles(), config.training.optimization))
-    captured_rows, evaluated_rows = _held_out_rows(config, source)
     return Job(
         config=config,
         fabric=fabric,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from picolm.capture.gather import world_size
 from picolm.registry import Registry
+from picolm.train.strategies import reshard
 
 if TYPE_CHECKING:
     from picolm.data import Source
@@ -53,11 +54,16 @@ class Rows(NamedTuple):
         return cls.take(source, numbers[:max_rows], length)
 
     def micro_batches(self, size: int, rank: int, world: int) -> Iterator[tuple[list[int], Tensor]]:
-        """(places, tokens) of the rows of one process, `size` at a time."""
-        mine = list(range(rank, len(self.tokens_RS), world))
-        for start in range(0, len(mine), size):
+        """(places, tokens) of the rows of one process, `size` at a time; as many times on every process.
+
+        A process whose rows are used up runs along on a row that has no place, since a sharded model, or one that averages
+        its gradients, computes on all processes together: what comes of rows beyond the places does not count.
+        """
+        total = len(self.tokens_RS)
+        mine = list(range(rank, total, world))
+        for start in range(0, -(-total // world), size):
             places = mine[start : start + size]
-            yield places, self.tokens_RS[places]
+            yield places, self.tokens_RS[places or [0]]
 
 
 class Evaluation(NamedTuple):
@@ -86,6 +92,7 @@ def evaluate(names: tuple[str, ...], evaluation: Evaluation) -> dict[str, float]
                 results |= EVALUATIONS.get(name)(evaluation)
     finally:
         evaluation.model.train(was_training)
+        reshard(evaluation.model)
     return results
 
 
@@ -109,8 +116,8 @@ def _sums_by_source(evaluation: Evaluation, labels: list[str], names: list[str])
     assert evaluation.rows is not None
     sums = torch.zeros(len(names), 3, dtype=torch.float64)
     for places, tokens_BS in evaluation.rows.micro_batches(evaluation.batch_size, evaluation.rank, evaluation.world):
-        nats_B = evaluation.model.token_nats(tokens_BS.to(evaluation.device)).double().sum(1).cpu()
-        targets_BT = tokens_BS[:, 1:]
+        nats_B = evaluation.model.token_nats(tokens_BS.to(evaluation.device)).double().sum(1).cpu()[: len(places)]
+        targets_BT = tokens_BS[: len(places), 1:]
         table = evaluation.token_bytes_V
         bytes_B = table[targets_BT].sum(1).double() if table is not None else torch.zeros(len(places)).double()
         row_sums = torch.stack([nats_B, torch.full_like(nats_B, targets_BT.shape[1]), bytes_B], dim=1)

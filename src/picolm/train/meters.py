@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from picolm.capture.gather import on_every_process
+
 WINDOW = 128  # steps over which a loss spike is judged
 DECAY = 0.95  # of the running averages of the noise scale, per logged step
 
@@ -67,7 +69,9 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self.started = time.perf_counter()
         self.steps = 0
-        self.small: float | None = None  # gradient norm of one micro-batch of the latest logged step
+        self.small: tuple[int, float] | None = (
+            None  # rows and gradient norm of one micro-batch of the latest logged step
+        )
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
@@ -90,8 +94,8 @@ class Stopwatch:
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all entries of all tensors together."""
-    return float(torch.nn.utils.get_total_norm(list(tensors)))
+    """The Euclidean norm of all entries of all tensors together, shards on other processes included: all of them call it."""
+    return float(on_every_process(torch.nn.utils.get_total_norm(list(tensors))))
 
 
 def group_of(parameter_name: str) -> str:

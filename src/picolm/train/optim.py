@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from picolm.capture.gather import laid_out_like, on_every_process
 from picolm.registry import Registry
 
 if TYPE_CHECKING:
@@ -139,7 +140,9 @@ class Muon(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        direction = orthogonalize(gradient.lerp(buffer, group["momentum"]))  # Nesterov
+        nesterov = gradient.lerp(buffer, group["momentum"])
+        # Of a sharded matrix every process computes the whole direction: the shards alone have other singular vectors.
+        direction = laid_out_like(orthogonalize(on_every_process(nesterov)), parameter)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 

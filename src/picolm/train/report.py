@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from picolm.address import Address
@@ -27,7 +28,8 @@ def state(job: Job, due: Due) -> dict[str, Any]:
         metrics["weight_norm"] = norm(parameter.detach() for parameter in job.state.model.parameters())
     if due.digest:
         with job.stopwatch.time("digest"):
-            metrics["weights_digest"] = weights_digest(job.state.weights())
+            weights = job.state.weights()  # gathered from all processes
+            metrics["weights_digest"] = weights_digest(weights) if job.fabric.is_global_zero else ""
     return metrics
 
 
@@ -47,12 +49,8 @@ def step(
         for logger in job.loggers if state_metrics else ():
             logger.log(number, state_metrics)
         return
-    optimization = job.config.training.optimization
-    micro_batches = optimization.gradient_accumulation_steps
-    if micro_batches > 1 and job.stopwatch.small is not None:
-        rows = job.config.data.dataloader.batch_size
-        small_rows = rows // micro_batches // job.fabric.world_size
-        meters.observe_noise(small_rows, job.stopwatch.small, rows, gradient.norm)
+    if job.stopwatch.small is not None:
+        meters.observe_noise(*job.stopwatch.small, job.config.data.dataloader.batch_size, gradient.norm)
     metrics = _quantities(job, number, gradient, rate, sizes) | state_metrics | _speed(job)
     for logger in job.loggers:
         logger.log(number, metrics)
@@ -71,7 +69,10 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
         "loss_spikes": job.state.meters.spikes,
         "skipped_updates": job.state.skipped_updates,
     }
-    text_bytes = job.text.target_bytes(job.batches(number)) if job.fabric.world_size == 1 else None
+    text_bytes = job.text.target_bytes(job.batches(number))
+    if text_bytes is not None:
+        total: Any = job.fabric.all_reduce(torch.tensor(text_bytes, device=job.device), reduce_op="sum")
+        text_bytes = int(total)
     if text_bytes:
         metrics["train/bits_per_byte"] = loss * job.tokens_per_step / (math.log(2) * text_bytes)
     noise_scale = job.state.meters.noise_scale()
@@ -93,13 +94,15 @@ def _speed(job: Job) -> dict[str, float]:
 
 def save(job: Job, number: int, due: Due, captured: dict[Address, Tensor], gradient: Any) -> None:
     """Hand what is due at a step to the writer; nothing where the step is on disk already (a continued run starts there)."""
-    if job.writer is None or number == job.continued_from:
+    if number == job.continued_from:
         return
     tensors = dict(captured)
     if due.weights:
-        tensors |= job.state.weights()
+        tensors |= job.state.weights()  # gathered from all processes
     if due.optimizer:
         tensors |= job.state.moments()
+    if job.writer is None:
+        return
     meta = job.state.meta() | {
         "resumable": due.weights and due.optimizer,
         "loss": gradient.loss,

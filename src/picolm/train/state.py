@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from picolm.address import Address
+from picolm.capture.gather import laid_out_like, whole_tensors
 from picolm.errors import PicoError
 from picolm.train.meters import Meters
 
 
 @dataclass
 class State:
-    """The state after `step` updates. `model` and `optimizers` are the bare ones, inside of any wrapper."""
+    """The state after `step` updates. `model` and `optimizers` are the bare ones, inside of any wrapper.
+
+    Tensors are whole wherever they are shown, for any number of processes. All processes ask for `weights` and `moments`
+    together; where the model is sharded, the first one alone gets them.
+    """
 
     model: Any
     optimizers: list[torch.optim.Optimizer]
@@ -28,15 +33,16 @@ class State:
 
     def weights(self) -> dict[Address, Tensor]:
         """Parameters and persistent buffers, by address."""
-        return {weight_address(name): tensor for name, tensor in self.model.state_dict().items()}
+        return whole_tensors({weight_address(name): tensor for name, tensor in self.model.state_dict().items()})
 
     def moments(self) -> dict[Address, Tensor]:
         """What the optimizers remember of each parameter, except for single numbers."""
-        return {
+        held = {
             Address(kind, "", weight_address(name).module): value
             for name, kind, value in self._optimizer_entries()
             if value.ndim
         }
+        return whole_tensors(held)
 
     def meta(self) -> dict[str, Any]:
         """The counters, as JSON values: what `restore` reads back."""
@@ -62,7 +68,8 @@ class State:
         """Take over the weights alone."""
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
-                tensor.copy_(_fitting(tensors, weight_address(name), tensor.shape))
+                whole = _fitting(tensors, weight_address(name), tensor.shape).to(tensor.device, tensor.dtype)
+                tensor.copy_(laid_out_like(whole, tensor))
 
     def _restore_moments(self, tensors: Mapping[Address, Tensor], scalars: Mapping[str, float]) -> None:
         held: dict[str, dict[str, Tensor]] = {}
@@ -77,7 +84,9 @@ class State:
         for name, parameter in self.model.named_parameters():
             if name in held:
                 state = {kind: value.to(parameter.device, copy=True) for kind, value in held[name].items()}
-                optimizer_of[parameter].state[parameter] = state
+                optimizer_of[parameter].state[parameter] = {
+                    kind: laid_out_like(value, parameter) if value.ndim else value for kind, value in state.items()
+                }
 
     def _optimizer_entries(self) -> list[tuple[str, str, Tensor]]:
         """(parameter name, kind, value) of everything the optimizers hold, in the order of the parameters."""
