@@ -31,7 +31,7 @@ from picolm.train.progress import Progress
 from picolm.train.resume import FORKED, open_run, restore, retention
 from picolm.train.signals import StopSignal
 from picolm.train.state import State
-from picolm.train.strategies import make_strategy
+from picolm.train.strategies import make_strategy, mark_forward
 from picolm.train.text import Text
 
 log = logging.getLogger("picolm")
@@ -234,7 +234,7 @@ def _setup(config: TrainConfig, fabric: Fabric, model: Any) -> Any:
         methods.append("compiled_loss")
     wrapped = fabric.setup_module(model)
     for name in methods:
-        wrapped.mark_forward_method(name)
+        mark_forward(wrapped, model, name)
     return wrapped
 
 

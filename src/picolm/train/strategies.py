@@ -87,6 +87,16 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
+def mark_forward(wrapped: Any, model: nn.Module, method: str) -> None:
+    """Let `wrapped.method`, of `model` as Fabric wrapped it, do what a strategy does around `forward`."""
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if isinstance(model, FSDPModule):
+        register_fsdp_forward_method(model, method)
+    else:
+        wrapped.mark_forward_method(method)
+
+
 def outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
     """The lists of modules inside of `module` that are not inside of another one."""
     if isinstance(module, nn.ModuleList):
