@@ -1,7 +1,9 @@
 """The command `pico`. Each command imports what it needs when it runs, so that `--help` answers at once."""
 
 import os
+import signal
 import sys
+from types import FrameType
 
 # isort: off
 from picolm.cli import training, again, analysis, runs, corpora  # noqa: F401  # in the order that `pico --help` shows
@@ -16,10 +18,24 @@ def main() -> None:
     # Read when torch loads OpenMP: threads that wait spin for microseconds, not milliseconds. By default a second busy
     # process on the same cores makes each small operation up to 70 times slower; alone on the machine it costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    before = signal.signal(signal.SIGINT, _leave)
     try:
         app()
     except PicoError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # from where the training listens
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C, where no training listens to it: end now, without an exception.
+
+    One in the middle of an import, and a start is seconds of imports, shows as a traceback, or leaves a lock of the import
+    system taken, so that the process hangs when it exits. Whatever is written survives SIGKILL, and so it does this.
+    """
+    if sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h\n")  # a progress bar hides the cursor
+    os._exit(128 + number)

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM ask for a stop; the loop finishes its step, saves, and leaves. A second Ctrl-C leaves at once."""
+"""Ctrl-C and SIGTERM ask for a stop; the loop finishes its step, saves, and leaves. A second Ctrl-C leaves at once.
+
+Before the first step there is nothing to finish, and fetching data may take minutes: until then they end the process as ever.
+"""
 
 import logging
 import signal
@@ -12,18 +15,16 @@ log = logging.getLogger("picolm")
 
 
 class StopSignal:
-    """While the `with` block runs, `received` is the first signal that asked for a stop, else None."""
+    """From the first question with `agreed` to the end of the `with` block, `received` is the first signal that asked for a
+    stop, else None.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._listening = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._receive)
-            except ValueError:  # not in the main thread: whoever owns it decides about signals
-                log.debug("Signals are left to the main thread.")
         return self
 
     def __exit__(
@@ -34,14 +35,27 @@ class StopSignal:
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any process was asked to stop: all leave at the same step."""
+        self._listen()
         if not (distributed.is_available() and distributed.is_initialized()):
             return self.received is not None
         flag = torch.tensor(float(self.received is not None), device=device)
         distributed.all_reduce(flag, distributed.ReduceOp.MAX)
         return bool(flag.item())
 
+    def _listen(self) -> None:
+        if self._listening:
+            return
+        self._listening = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._receive)
+            except ValueError:  # not in the main thread: whoever owns it decides about signals
+                log.debug("Signals are left to the main thread.")
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
+        if self.received is not None:  # the second is dealt with as if nobody had listened
+            signal.signal(number, self._previous[number])
+            signal.raise_signal(number)
+            return
         self.received = signal.Signals(number)
         log.warning("%s: finishing this step and saving; a second Ctrl-C leaves at once.", self.received.name)
