@@ -1,7 +1,9 @@
 """Small corpora, models and runs that the tests share."""
 
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,15 @@ def train(make_config: Callable[..., Any]) -> Callable[..., Any]:
         return Run.open(Path(config.checkpointing.runs_dir) / config.checkpointing.run_name)
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of 3 MB; only root can mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = os.geteuid() == 0 and shutil.which("mount")
+    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]).returncode:
+        pytest.skip("a small disk cannot be mounted here (this needs root)")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)

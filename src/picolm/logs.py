@@ -2,7 +2,10 @@
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+from picolm.errors import PicoError
 
 log = logging.getLogger("picolm")
 
@@ -12,6 +15,17 @@ class _Screen(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
+
+
+class _File(logging.FileHandler):
+    """A disk that is full, or gone, costs lines of the log and nothing else: the screen has them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 def configure_logging(level: str, file: Path | None = None) -> None:
@@ -24,7 +38,10 @@ def configure_logging(level: str, file: Path | None = None) -> None:
     screen.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(screen)
     if file is not None:
-        written = logging.FileHandler(file, encoding="utf-8")
+        try:
+            written = _File(file, encoding="utf-8")
+        except OSError as error:
+            raise PicoError(f"{file}: the log cannot be written ({error.strerror})") from error
         written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(written)
     log.propagate = False

@@ -100,18 +100,6 @@ def test_whichever_operation_fails_the_step_is_whole_or_absent(run: Run, content
     assert failures > 30
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real disk of 3 MB; only root can mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = os.geteuid() == 0 and shutil.which("mount")
-    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]).returncode:
-        pytest.skip("a small disk cannot be mounted here (this needs root)")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def test_a_full_disk_leaves_the_previous_step(small_disk: Path, content: dict[str, Any]) -> None:
     run = Run.create(small_disk / "demo", {}, {})
     run.commit(0, **content)

@@ -29,7 +29,7 @@ def test_any_flipped_bit_anywhere_is_found(run: Run, content: dict[str, Any]) ->
     path = run.commit(0, **content).path
     files = [entry for entry in sorted(path.rglob("*")) if entry.is_file()]
     chance = random.Random(0)
-    for number in range(300):
+    for number in range(1000):
         if number < len(files):
             file = files[number]
         elif number % 2:

@@ -46,9 +46,9 @@ class Records:
         return _read_json(self.path / ENVIRONMENT)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        with disk_errors("the configuration", self.path):
-            write_atomically(self.path / CONFIG, text.encode())
+        data = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode()
+        with disk_errors("the configuration", self.path, len(data)):
+            write_atomically(self.path / CONFIG, data)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         self._write_json(self.path / ENVIRONMENT, environment)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from picolm.errors import PicoError
 from picolm.registry import Registry
 from picolm.schema import plain
+from picolm.store.files import disk_errors
 from picolm.tracking import Session
 
 if TYPE_CHECKING:
@@ -93,5 +94,6 @@ class WeightsAndBiases:
 def log_folder(config: TrainConfig, run: Run) -> Path:
     """The run's folder for logs, made where it is missing."""
     folder = Path(run.path) / config.checkpointing.logs_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors("the logs", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder

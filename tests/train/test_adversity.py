@@ -1,0 +1,195 @@
+"""What the world does to a training: a full disk, a lost folder, a second process, a clock that jumps, a signal too early."""
+
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from picolm.errors import PicoError, StoreError
+from picolm.logs import configure_logging
+from picolm.store import Run
+from picolm.train import report, run_training
+
+Train = Callable[..., Run]
+MAIN = "from picolm.cli import main; print('ready', flush=True); main()"
+QUIET = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, happening: Callable[[], object]) -> None:
+    """Let something happen at the end of a step."""
+    original = report.step
+
+    def and_then(job: Any, number: int, *arguments: Any) -> None:
+        original(job, number, *arguments)
+        if number == step:
+            happening()
+
+    monkeypatch.setattr(report, "step", and_then)
+
+
+def states(run: Run) -> dict[int, Any]:
+    return {step: run[step].manifest.files for step in run}  # type: ignore[attr-defined]
+
+
+def test_a_disk_without_a_byte_left_shows_one_message(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not one for each line of the log that cannot be written either."""
+
+    def fill() -> None:
+        (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+        logging.getLogger("picolm").warning("x" * 10_000)
+
+    at_step(monkeypatch, 1, fill)
+    with pytest.raises(
+        StoreError, match=r"(step 2|step_2.json|a line of metrics) cannot be written to .*: no space left"
+    ):
+        run_training(make_config(f"checkpointing.runs_dir={small_disk}"))
+    said = capfd.readouterr().err
+    assert "x" * 10_000 in said
+    assert "Logging error" not in said
+    assert "Traceback" not in said
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_space_lets_it_go_on(
+    train: Train, make_config: Any, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ("training.max_steps=12", f"checkpointing.runs_dir={small_disk}")
+    whole = train("training.max_steps=12")
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 500_000))
+    with pytest.raises(
+        StoreError, match=r"cannot be written to .*: no space left; .* What was stored before is intact"
+    ):
+        run_training(make_config(*options))
+    assert "Traceback" not in capfd.readouterr().err
+    run = Run.open(small_disk / "toy")
+    assert run.steps
+    assert 12 not in run
+    assert all(run.problems(step) == [] for step in run.step_directories())
+    ballast.unlink()
+    assert states(train(*options)) == states(whole)
+
+
+def test_a_disk_that_is_full_from_the_start(
+    make_config: Any, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    with pytest.raises(
+        StoreError, match=r"the configuration cannot be written to .*: no space left; it needs \d\.\d kB, 0 B"
+    ):
+        run_training(make_config(f"checkpointing.runs_dir={small_disk}"))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_read_only_disk_is_named(train: Train, make_config: Any, small_disk: Path, begun: bool) -> None:
+    options = (
+        f"checkpointing.runs_dir={small_disk}",
+        "training.max_steps=2",
+        "checkpointing.learning_dynamics.max_rows=1",
+    )
+    if begun:
+        train(*options)
+    configure_logging("INFO")  # closes the log file of that run
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(
+        StoreError, match=r"cannot be written to .*: no permission .*; check its owner and mode, or choose"
+    ):
+        run_training(make_config(*options, "training.max_steps=4"))
+
+
+@pytest.mark.parametrize("name", ["logs", "logs/train.log"])
+def test_logs_that_cannot_be_written_are_named(train: Train, name: str) -> None:
+    run = train()
+    configure_logging("INFO")
+    shutil.rmtree(run.path / "logs")
+    (run.path / name).parent.mkdir(exist_ok=True)
+    (run.path / name).symlink_to("/dev/null/nowhere")
+    with pytest.raises(PicoError, match=rf"{name}.*(cannot be written|File exists|Not a directory)"):
+        train("training.max_steps=8")
+
+
+def test_a_run_folder_deleted_meanwhile_ends_the_run(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config("training.max_steps=8")
+    place = Path(config.checkpointing.runs_dir) / "toy"
+
+    def delete() -> None:
+        while place.exists():  # a step may be under way there
+            shutil.rmtree(place, ignore_errors=True)
+
+    at_step(monkeypatch, 3, delete)
+    with pytest.raises(StoreError, match=r"is gone; was it deleted or moved while in use\?"):
+        run_training(config)
+    assert not place.exists()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_second_training_of_the_same_run_is_told_who_has_it(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, train: Train
+) -> None:
+    """In another process, while the first is in the middle of it."""
+    config, alone = make_config(), states(train("checkpointing.run_name=alone"))
+    place = Path(config.checkpointing.runs_dir) / "toy"
+    told: list[subprocess.CompletedProcess[str]] = []
+    command = [sys.executable, "-c", MAIN, "train", str(place.parents[1] / "toy.yaml"), "training.max_steps=9"]
+    call = lambda: told.append(subprocess.run(command, capture_output=True, text=True, env=QUIET))  # noqa: E731
+    at_step(monkeypatch, 3, call)
+    run_training(config)
+    assert told[0].returncode == 1
+    message = told[0].stderr.splitlines()[-1]
+    assert f"{place}: another process is writing this run (process {os.getpid()} on " in message
+    assert "wait for it to end, or choose another run_name" in message
+    assert states(Run.open(place)) == alone
+
+
+def test_a_clock_that_jumps_back_changes_nothing(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train("checkpointing.run_name=whole", "checkpointing.keep.optimizer=last 1")
+    real, chance = time.time, random.Random(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() - chance.uniform(0, 1e6))
+        patch.setattr(time, "time_ns", lambda: int(1e9 * (real() - chance.uniform(0, 1e6))))
+        run = train("training.max_steps=3", "checkpointing.keep.optimizer=last 1")
+        run = train("checkpointing.keep.optimizer=last 1")
+    del whole
+    assert all(run.problems(step) == [] for step in run.step_directories())
+    assert run.steps == [0, 2, 3, 4, 6]
+    assert [entry["step"] for entry in run.metrics() if "train/loss" in entry] == [0, 2, 4, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_ends_it_at_once_and_leaves_nothing_in_the_way(
+    make_config: Any, train: Train, number: signal.Signals
+) -> None:
+    """While it imports, looks at the data, builds the model, makes the folder of the run."""
+    config = make_config("training.max_steps=40")
+    place = Path(config.checkpointing.runs_dir) / "toy"
+    command = [sys.executable, "-c", MAIN, "train", str(place.parents[1] / "toy.yaml"), "training.max_steps=4000"]
+    for moment in (0.05, 0.4, 0.8, 1.2, 1.6, 2.0, 2.4, 2.8):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.readline()
+            time.sleep(moment)
+            process.send_signal(number)
+            sent = time.monotonic()
+            said = process.stderr.read()
+        assert process.returncode in (128 + number, -number), said  # a shell shows 128 + number in both cases
+        assert time.monotonic() - sent < 10
+        assert "Traceback" not in said
+    if (place / "run.json").exists():
+        assert all(Run.open(place).problems(step) == [] for step in Run.open(place).step_directories())
+    assert states(train())[6] == states(train("checkpointing.run_name=whole"))[6]
