@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 @contextmanager
 def phases() -> Iterator[Callable[[str, int, int | None], None]]:
     """A function (what is being done, how much is done, of how much): a bar for each phase, or a line where nobody watches."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    from picolm.console import can_redraw, screen
+
+    console = screen(error=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, disable=not can_redraw(console)) as bars:
         tasks: dict[str, object] = {}
 
         def report(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
-                if not console.is_terminal:
+                if not can_redraw(console):
                     print(f"{what} …", file=sys.stderr)
             bars.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from picolm.address import Address
 from picolm.store import Run
-from picolm.store.listing import contents, table, verify
+from picolm.store.listing import contents, loss_line, table, verify
 
 
 def test_bytes_by_kind_are_those_on_disk(run: Run, content: dict[str, Any]) -> None:
@@ -73,6 +73,30 @@ def test_the_table_shows_every_step_and_the_damaged_ones_as_such(run: Run, conte
     assert [line[0] for line in lines[3:]] == ["0", "500", "1000"]
     assert lines[3][-1].endswith("%")
     assert lines[5] == ["1000", "damaged"]
+
+
+def headings(run: Run, width: int) -> list[str]:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table(contents(run), width=width))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    return next(line.split() for line in lines if line.strip())
+
+
+def test_a_narrow_screen_gets_fewer_columns_rather_than_cut_ones(run: Run, content: dict[str, Any]) -> None:
+    run.commit(123456, **content)
+    assert headings(run, 80) == ["step", "weights", "optimizer", "activations", "gradients", "total", "over"]
+    assert headings(run, 44) == ["step", "total", "minimum", "over"]
+
+
+def test_the_loss_in_a_line(run: Run) -> None:
+    assert loss_line(run) == ""
+    for step, loss in ((0, 8.25), (10, 6.0), (20, 4.5)):
+        run.append_metrics({"step": step, "train/loss": loss})
+    first, drawn, last = loss_line(run).split()[1:4]
+    assert (first, len(drawn), last) == ("8.25", 3, "4.5")
+    assert loss_line(run).endswith("(steps 0 to 20, nats per token)")
 
 
 def test_verify_goes_through_every_step_damaged_ones_too(run: Run, content: dict[str, Any]) -> None:

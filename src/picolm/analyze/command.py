@@ -5,11 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from picolm.analyze import table
 from picolm.analyze.config import AnalysisConfig
 from picolm.analyze.engine import Outcome, analyze, plan
+from picolm.console import can_redraw, screen
 from picolm.logs import configure_logging
 from picolm.schema import dump, load, plain
 from picolm.tracking import Session
@@ -44,7 +43,7 @@ def analyze_runs(
         table.aggregate(table.load(folder)).to_parquet(folder / "aggregated.parquet")
     if config.monitoring.save_to_wandb:
         _to_wandb(config, outcome.rows)
-    Console(width=max(Console().width, 110)).print(table.summary(outcome.rows))
+    screen().print(table.summary(outcome.rows))
     log.info(
         "%d values, %d of them computed now from %d tensors; %d things were missing. The table is %s.",
         len(outcome.rows), outcome.computed, outcome.read, len(outcome.absent), path,
@@ -55,9 +54,9 @@ def analyze_runs(
 def _with_bar(config: AnalysisConfig, places: list[str], **options: Any) -> Outcome:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = screen(error=True)
     columns = (TextColumn("analyzing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not can_redraw(console)) as bar:
         task = bar.add_task("", total=None)
 
         def show(done: int, total: int) -> None:

@@ -5,10 +5,11 @@ against_layer, reason. A missing value is null and says why in `reason`; infinit
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from picolm.console import sparkline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,16 +117,6 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> "Table":
         count = sum(map(len, steps.values()))
         shown.add_row(*name, str(count), str(missing.get(name, 0) or ""), *ends, sparkline(means))
     return shown
-
-
-def sparkline(values: list[float], width: int = 16) -> str:
-    """Eight levels of blocks for a series, at most `width` of them; a space where a value is not finite."""
-    chosen = values if len(values) <= width else [values[i * (len(values) - 1) // (width - 1)] for i in range(width)]
-    finite = [value for value in chosen if math.isfinite(value)]
-    if not finite:
-        return ""
-    low, span = min(finite), (max(finite) - min(finite)) or 1.0
-    return "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / span)] if math.isfinite(value) else " " for value in chosen)
 
 
 def aggregate(frame: "pd.DataFrame", *, draws: int = 1000, confidence: float = 0.95, seed: int = 0) -> "pd.DataFrame":

@@ -10,6 +10,7 @@ from picolm.cli import training, again, analysis, runs, corpora  # noqa: F401  #
 
 # isort: on
 from picolm.cli.app import app
+from picolm.console import tolerate
 from picolm.errors import PicoError
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     # Read when torch loads OpenMP: threads that wait spin for microseconds, not milliseconds. By default a second busy
     # process on the same cores makes each small operation up to 70 times slower; alone on the machine it costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    tolerate()
     before = signal.signal(signal.SIGINT, _leave)
     try:
         app()

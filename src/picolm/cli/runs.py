@@ -18,10 +18,9 @@ def list_run(
     ],
 ) -> None:
     """Show the steps of a run, what each holds and how many bytes it takes; or all metrics, or all components."""
-    from rich.console import Console
+    from picolm.console import screen
 
-    console = Console()
-    console.width = max(console.width, 116)  # wrapped by the terminal rather than cut off
+    console = screen()
     if run in ("metrics", "components") and not Path(run).exists():
         from picolm.terminal import parts
 
@@ -29,9 +28,11 @@ def list_run(
         return
 
     from picolm.store import Run
-    from picolm.store.listing import contents, table
+    from picolm.store.listing import contents, loss_line, table
 
-    console.print(table(contents(Run.open(run))))
+    opened = Run.open(run)
+    console.print(table(contents(opened), width=console.width))
+    print(loss_line(opened), end="\n" if loss_line(opened) else "")
 
 
 @app.command()

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from picolm.console import sparkline
 from picolm.errors import StoreError
 from picolm.store.files import size
 from picolm.store.run import Run
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 KINDS = ("weights", "optimizer", "activations", "gradients", "data", "tokenizer", "other")
+SMALL = {"data", "tokenizer", "other"}
+FULL_WIDTH, MIDDLE_WIDTH = (
+    116,
+    78,
+)  # characters that all columns take; and those without the small kinds and the minimum
 
 
 @dataclass(frozen=True)
@@ -50,22 +56,36 @@ def verify(run: Run) -> Iterator[tuple[int, list[str]]]:
         yield step, run.problems(step)
 
 
-def table(steps: list[StepContents], title: str = "") -> "Table":
-    """For a terminal: a row for each step, a column for each kind that occurs."""
+def loss_line(run: Run) -> str:
+    """The logged training loss in one line: `loss  8.34 █▅▃▂▁ 5.21  (steps 0 to 60, nats per token)`; empty without any."""
+    losses = {entry["step"]: entry["train/loss"] for entry in run.metrics() if "train/loss" in entry}
+    if not losses:
+        return ""
+    steps = sorted(losses)
+    series = [losses[step] for step in steps]
+    drawn = f" {sparkline(series, 32)} {series[-1]:.4g}" if len(series) > 1 else ""
+    return f"loss  {series[0]:.4g}{drawn}  (steps {steps[0]} to {steps[-1]}, nats per token)"
+
+
+def table(steps: list[StepContents], title: str = "", width: int = FULL_WIDTH) -> "Table":
+    """For a terminal: a row for each step, a column for each kind that occurs and for which there is room in `width`."""
     from rich import box
     from rich.table import Table
 
     kinds = [kind for kind in _kinds(steps) if any(kind in entry.bytes for entry in steps)]
+    if width < FULL_WIDTH:
+        kinds = [kind for kind in kinds if kind not in SMALL and width >= MIDDLE_WIDTH]
+    minimum = ["minimum"] if width >= FULL_WIDTH or not kinds else []
     shown = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("step", *kinds, "total", "minimum", "over"):
+    for heading in ("step", *kinds, "total", *minimum, "over"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for entry in steps:
         if entry.problem:
             shown.add_row(str(entry.step), *[""] * len(kinds), "damaged")
             continue
-        overhead = "" if entry.overhead is None else f"{entry.overhead:.2%}"
         cells = [size(entry.bytes[kind]) if kind in entry.bytes else "" for kind in kinds]
-        shown.add_row(str(entry.step), *cells, size(entry.total_bytes), size(entry.minimum_bytes), overhead)
+        cells += [size(entry.total_bytes), *[size(entry.minimum_bytes)] * len(minimum)]
+        shown.add_row(str(entry.step), *cells, "" if entry.overhead is None else f"{entry.overhead:.2%}")
     return shown
 
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from picolm.console import can_redraw, screen
+
 log = logging.getLogger("picolm")
 
 
@@ -17,8 +19,8 @@ class Progress:
 
     def __init__(self, tokens_per_step: int, shown: bool = True):
         self.tokens_per_step = tokens_per_step
-        console = Console(stderr=True)
-        self.bar = _bar(console) if shown and console.is_terminal else None
+        console = screen(error=True)
+        self.bar = _bar(console) if shown and can_redraw(console) else None
         self.shown = shown
         self.task: Any = None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from picolm.address import Address
 from picolm.data.embedded import unigram_entropy
 from picolm.store.identity import weights_digest
+from picolm.store.listing import loss_line
 from picolm.train.evaluate import Rows
 from picolm.train.job import Job
 from picolm.train.meters import UpdateSize, norm
@@ -210,5 +211,7 @@ def farewell(job: Job) -> None:
             "ignores the context (the unigram entropy of the corpus) %.3f.",
             losses[0], losses[-1], job.config.model.vocab_size, math.log(job.config.model.vocab_size), unigram_entropy(source),
         )  # fmt: skip
+    if losses:
+        log.info("%s", loss_line(job.run))
     log.info("See what they hold:   pico list %s", path)
     log.info("Let the model write:  pico generate %s --prompt 'The'", path)

@@ -1,0 +1,69 @@
+"""What a screen can show: how wide it is, whether a line can be drawn again, and a series of numbers in one line of text.
+
+Nobody needs a terminal: where output goes to a file or a pipe, where TERM is dumb or the encoding is not UTF-8, the same facts
+come as plain lines in ASCII. NO_COLOR and COLUMNS mean what they mean elsewhere.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+ASCII = "_.-~=+*#"
+
+
+def screen(*, error: bool = False, least_width: int = 116) -> "Console":
+    """Standard output, or standard error. least_width: that of lines in a file or a pipe, where no window cuts them."""
+    from rich.console import Console
+
+    console = Console(stderr=error)
+    if not console.is_terminal:
+        console.width = max(console.width, least_width)
+    return console
+
+
+def can_redraw(console: "Console") -> bool:
+    """Whether a progress bar has a place to be: a terminal that can go back to the beginning of a line."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def shows_blocks(stream: Any = None) -> bool:
+    """Whether the encoding of `stream` (default: standard output) has characters beyond ASCII."""
+    encoding = getattr(sys.stdout if stream is None else stream, "encoding", None) or "ascii"
+    return encoding.lower().replace("-", "").startswith("utf")
+
+
+def tolerate() -> None:
+    """Characters that the encoding of the output lacks are written as an escape rather than ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if not shows_blocks(stream) and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def sparkline(values: Sequence[float], width: int = 16, blocks: bool | None = None) -> str:
+    """A series in at most `width` characters of eight heights, from its least value to its greatest.
+
+    A longer series is cut into `width` parts, each shown by its mean. Values that are not finite are left out, and a part
+    without any other is a space. blocks: block characters rather than ASCII (default: as standard output can).
+    """
+    parts = min(width, len(values))
+    ends = [len(values) * i // parts for i in range(parts + 1)] if parts else []
+    means = [_mean(values[first:last]) for first, last in pairwise(ends)]
+    finite = [mean for mean in means if mean is not None]
+    if not finite:
+        return ""
+    peak = max(map(abs, finite)) or 1.0  # so that no difference overflows
+    low, high = min(finite) / peak, max(finite) / peak
+    levels = BLOCKS if (shows_blocks() if blocks is None else blocks) else ASCII
+    scale = 7 / (high - low) if high > low else 0.0
+    return "".join(" " if mean is None else levels[round((mean / peak - low) * scale)] for mean in means)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(value / len(finite) for value in finite) if finite else None
