@@ -23,6 +23,7 @@ from picolm.store.writer import BackgroundWriter
 from picolm.train import devices
 from picolm.train.config import TrainConfig
 from picolm.train.evaluate import Rows
+from picolm.train.failure import Together
 from picolm.train.job import Job
 from picolm.train.loggers import build_loggers, log_folder
 from picolm.train.optim import build_optimizers
@@ -42,7 +43,7 @@ PUBLISHED_VALIDATION = "pico-lm/pretokenized-paloma-tinsy"
 
 def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     """A job of a run of its own: new, or brought to where it goes on from. What has to be closed is put on `stack`."""
-    job = equip(config, stop)
+    job = equip(config, stop, stack)
     config, first = job.config, job.fabric.is_global_zero
     environment = _environment(config, job.fabric, job.batches, job.text)
     with job.fabric.rank_zero_first():  # one process makes the folder, the others find it
@@ -63,13 +64,14 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     return job
 
 
-def equip(config: TrainConfig, stop: StopSignal) -> Job:
+def equip(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     """A job at step 0 that keeps nothing: device, data, model, optimizers. Raises PicoError for whatever cannot work."""
     config = _named(config)
     devices.tune_allocator()
     devices.set_determinism(config.training.deterministic)
     configure_logging(config.monitoring.logging.log_level)
     fabric = _fabric(config)
+    stack.enter_context(Together(fabric, config.training.fabric.timeout_s))
     if not fabric.is_global_zero:
         configure_logging("ERROR")  # what all processes would say, the first one says
     config = _same_name(config, fabric)
@@ -119,6 +121,7 @@ def _same_name(config: TrainConfig, fabric: Fabric) -> TrainConfig:
 
 def _fabric(config: TrainConfig) -> Fabric:
     chosen = config.training.fabric
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # each process would say that it starts
     try:
         fabric = Fabric(
             accelerator=chosen.accelerator,

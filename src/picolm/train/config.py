@@ -61,7 +61,10 @@ class Fabric(Section):
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps", "tpu"] = "auto"
     """Where to compute; `auto`: CUDA where there is one, else MPS, else CPU."""
     strategy: str = "auto"
-    """Lightning Fabric's strategy for several devices, for example ddp."""
+    """How the model is spread over processes: auto (ddp where there are several), ddp, fsdp2 (also called model_parallel),
+    or my_lab.module:attribute."""
+    timeout_s: PositiveFloat = 60.0
+    """Seconds within which all processes end when one of them fails or is lost."""
 
 
 class Optimization(Section):

@@ -97,7 +97,7 @@ def replay(
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         for config, first, end in list(segments(run, begin.step, last, overrides)):
-            job = equip(config, stop)
+            job = equip(config, stop, stack)
             check_same_data(run, job.batches.fingerprint, job.config)
             job.state.restore(tensors, meta)
             job.plan = ReplayPlan(Plan(config), end, [step for step in steps if first <= step <= end], kinds)

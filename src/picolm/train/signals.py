@@ -16,7 +16,7 @@ log = logging.getLogger("picolm")
 
 class StopSignal:
     """From the first question with `agreed` to the end of the `with` block, `received` is the first signal that asked for a
-    stop, else None.
+    stop, else None. With several processes, `agreed` tells each what any of them received.
     """
 
     def __init__(self) -> None:
@@ -38,9 +38,13 @@ class StopSignal:
         self._listen()
         if not (distributed.is_available() and distributed.is_initialized()):
             return self.received is not None
-        flag = torch.tensor(float(self.received is not None), device=device)
-        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
-        return bool(flag.item())
+        number = torch.tensor(self.received or 0, dtype=torch.float32, device=device)
+        distributed.all_reduce(number, distributed.ReduceOp.MAX)
+        agreed = int(number.item())  # what this process receives from now on counts at the next step
+        if agreed and self.received is None:
+            self.received = signal.Signals(agreed)
+            log.warning("%s at another process: finishing this step and saving.", self.received.name)
+        return agreed > 0
 
     def _listen(self) -> None:
         if self._listening:
@@ -53,6 +57,8 @@ class StopSignal:
                 log.debug("Signals are left to the main thread.")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGTERM:  # torchrun and SLURM may both pass on the same one
+            return
         if self.received is not None:  # the second is dealt with as if nobody had listened
             signal.signal(number, self._previous[number])
             signal.raise_signal(number)

@@ -106,8 +106,10 @@ def outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
 
 def reshard(model: nn.Module) -> None:
     """Free the gathered weights that a forward pass without a backward pass leaves behind, so that shards are seen again."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
-        if hasattr(module, "reshard"):  # an FSDPModule
+        if isinstance(module, FSDPModule):
             module.reshard()
 
 

@@ -1,0 +1,215 @@
+"""When one process of several fails, all of them end, within a bounded time, and the first error is the one that is shown.
+
+A collective operation waits for every process, so a failure anywhere would leave the others waiting, for half an hour by
+default. Here a process that fails shows its error, puts it into a store that all can reach, and leaves. A thread of each process
+asks the store whether somebody failed, and tells it that its own process lives. The others usually fail in turn, their
+connection broken: they find the first error in the store and add nothing to it. Those that hang are ended.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from subprocess import Popen
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from lightning_fabric import Fabric
+from torch.distributed import DistError, TCPStore
+
+from picolm.errors import PicoError
+
+log = logging.getLogger("picolm")
+
+PERIOD_S = 0.5
+FIRST_WORD_S = 3.0  # a broken connection is nobody's own error: so long the one that broke it has to say why
+FAILURE = "failure"
+
+
+class Failure(NamedTuple):
+    """What ended a run: which process, and its message."""
+
+    rank: int
+    message: str
+
+
+class Together:
+    """A `with` block that ends on all processes when it fails on one; nothing to do where there is only one process.
+
+    Raises PicoError on the first process when another one failed. Other processes that fail leave without returning.
+    limit_s: half of it may pass until a process that vanished is missed, half until those that hang are ended.
+    """
+
+    def __init__(self, fabric: Fabric, limit_s: float):
+        self.rank, self.world, self.half_s = fabric.global_rank, fabric.world_size, limit_s / 2
+        self._over = threading.Event()
+        self._heard = {rank: (0, time.monotonic()) for rank in range(1, self.world)}
+        if self.world > 1:
+            self._children = _take_children(fabric)
+            self.store = _open_store(fabric, limit_s)
+            self._thread = threading.Thread(target=self._watch, daemon=True, name="failure-watch")
+
+    def __enter__(self) -> "Together":
+        if self.world > 1:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.world == 1:
+            return
+        if error is None:
+            self._leave()
+            return
+        first = self._claim(error)
+        self._over.set()
+        own = first.rank == self.rank
+        if own and not isinstance(error, KeyboardInterrupt):
+            self._show(error, first)
+        if self.rank > 0:
+            _exit_now(1)
+        self._end_children(0 if own else FIRST_WORD_S, first.rank)
+        self._end_children(0)
+        if not own:
+            raise PicoError(_told(first)) from None
+        if lost_connection(error):
+            raise PicoError(first.message) from None
+
+    def _leave(self) -> None:
+        """The ordinary end; the first process looks after the others, so that none is left when the command returns."""
+        self._over.set()
+        try:
+            self.store.set(f"left {self.rank}", "")
+        except DistError:
+            log.debug("The first process has left already.")
+        self._end_children(self.half_s)
+
+    def _claim(self, error: BaseException) -> Failure:
+        """What was said first: this error, unless another process, or the first one with the same error, has said it."""
+        broken = lost_connection(error)
+        until = time.monotonic() + (FIRST_WORD_S if broken else PERIOD_S if self.rank > 0 else 0.0)
+        try:
+            while not (said := self._said()) and time.monotonic() < until:
+                self._miss_children()
+                time.sleep(0.05)
+            message = f"lost the connection to another process ({_line(error)})" if broken else _line(error)
+            return said or self._say(Failure(self.rank, message))
+        except DistError:
+            return Failure(0, "the first process is gone")
+
+    def _show(self, error: BaseException, first: Failure) -> None:
+        """Say what happened here; the command line does so for the first process."""
+        if self.rank == 0:
+            return
+        known = isinstance(error, PicoError) or lost_connection(error)
+        text = first.message if known else "".join(traceback.format_exception(error)).rstrip()
+        print(f"[process {self.rank} on {socket.gethostname()}] {text}", file=sys.stderr)
+
+    def _said(self) -> Failure | None:
+        return Failure(*json.loads(self.store.get(FAILURE))) if self.store.check([FAILURE]) else None
+
+    def _say(self, failure: Failure) -> Failure:
+        """Put a failure into the store unless there is one; returns the one that is there."""
+        return Failure(*json.loads(self.store.compare_set(FAILURE, "", json.dumps(failure))))
+
+    def _watch(self) -> None:
+        while not self._over.wait(PERIOD_S):
+            try:
+                self.store.add(f"alive {self.rank}", 1)
+                self._miss_children()
+                if self.rank == 0:
+                    self._miss_others()
+                failure = self._said()
+            except DistError:
+                failure = Failure(0, "the first process is gone")
+            if failure is not None:
+                self._end(failure)
+                return
+
+    def _miss_children(self) -> None:
+        """Say so where a process that was started from here has died without a word."""
+        for rank, child in self._children:
+            code = child.poll()
+            if code and not self.store.check([f"left {rank}"]):
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                self._say(Failure(rank, how + (" (out of memory?)" if code == -signal.SIGKILL else "")))
+
+    def _miss_others(self) -> None:
+        """Say so where a process, or its machine, has been silent for too long."""
+        now = time.monotonic()
+        for rank, (beats, since) in self._heard.items():
+            new = self.store.add(f"alive {rank}", 0)
+            if new != beats or self.store.check([f"left {rank}"]):
+                self._heard[rank] = (new, now)
+            elif now - since > self.half_s:
+                self._say(Failure(rank, f"has given no sign of life for {self.half_s:.0f} s"))
+
+    def _end(self, failure: Failure) -> None:
+        """Give this process time to find its connection broken; then end it where it hangs."""
+        if self._over.wait(self.half_s):
+            return
+        if self.rank == 0:
+            print(_told(failure), file=sys.stderr)
+            self._end_children(0)
+        _exit_now(1)
+
+    def _end_children(self, patience_s: float, only: int | None = None) -> None:
+        """Wait for the processes that were started from here, or for one of them; then kill what is left."""
+        until = time.monotonic() + patience_s
+        for child in [child for rank, child in self._children if only in (rank, None)]:
+            while child.poll() is None and time.monotonic() < until:
+                time.sleep(0.02)
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether an error only says that another process is gone."""
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def _told(failure: Failure) -> str:
+    return f"process {failure.rank} ended the run: {failure.message}"
+
+
+def _line(error: BaseException) -> str:
+    text = str(error) if isinstance(error, PicoError) else f"{type(error).__name__}: {error}"
+    return text if isinstance(error, PicoError) else text.partition("\n")[0]
+
+
+def _take_children(fabric: Fabric) -> Sequence[tuple[int, Popen[Any]]]:
+    """(rank, process) of those that this one has started, taken out of the sight of Fabric's own observer: that would kill
+    this process too, perhaps with a save under way and before the error is shown.
+    """
+    processes: list[Popen[Any]] = getattr(fabric.strategy.launcher, "procs", [])
+    children = [(fabric.global_rank + place, child) for place, child in enumerate(processes, 1)]
+    processes.clear()
+    return children
+
+
+def _open_store(fabric: Fabric, limit_s: float) -> TCPStore:
+    """A store of its own: that of the process group waits where this one must not."""
+    environment: Any = fabric.strategy
+    host, timeout = environment.cluster_environment.main_address, timedelta(seconds=limit_s)
+    mine = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if fabric.is_global_zero else None
+    host, port = fabric.broadcast((host, mine.port if mine is not None else 0))
+    return mine or TCPStore(host, port, is_master=False, timeout=timeout)
+
+
+def _exit_now(code: int) -> None:
+    """Leave without the clean-up of libraries, which may wait for processes that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
