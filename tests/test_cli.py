@@ -205,7 +205,9 @@ def test_a_run_is_listed_verified_and_lets_its_model_write(call: Call, run: Path
     assert re.search(
         r"step +weights +optimizer +activations +gradients +data +tokenizer +other +total +minimum +over", listed.out
     )
-    assert [line.split()[0] for line in listed.out.splitlines()[-4:] if line.strip()] == ["0", "2", "4"]
+    *rows, loss = [line.split() for line in listed.out.splitlines()[-5:] if line.strip()]
+    assert [row[0] for row in rows] == ["0", "2", "4"]
+    assert " ".join(loss).endswith("(steps 0 to 4, nats per token)")
     assert call("verify", run) == Answer(0, f"3 checkpoints of {run}: every digest holds\n", "")
     written = call("generate", run, "--prompt", "ab", "--max-new-tokens", "8")
     assert written.code == 0
