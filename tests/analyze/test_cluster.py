@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from picolm.analyze.command import analyze_runs
 from picolm.analyze.table import load
@@ -44,3 +45,14 @@ def test_an_unknown_backend_is_told(runs: dict[str, Path], tmp_path: Path) -> No
     (tmp_path / "a.yaml").write_text(ANALYSIS % tmp_path)
     with pytest.raises(PicoError, match=r"unknown backend 'spark' \(there are: loky, dask, ray\)"):
         analyze_runs(tmp_path / "a.yaml", [], [str(runs["narrow"])], backend="spark")
+
+
+def test_small_matrices_are_analyzed_with_one_thread_and_the_number_before_comes_back(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.yaml").write_text(ANALYSIS % tmp_path)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    analyze_runs(tmp_path / "a.yaml", [], [str(runs["narrow"])])
+    assert chosen == [1, 5]
