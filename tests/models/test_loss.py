@@ -14,6 +14,7 @@ from picolm.models.loss import linear_cross_entropy, linear_token_nats
 def chunked(request, monkeypatch):
     monkeypatch.setitem(module.CHUNK_LOGITS, "cpu", request.param * 50)
     monkeypatch.setattr(module, "LEAST_ROWS", 1)
+    monkeypatch.setitem(module.TILE, "cpu", 100)  # two positions, six rows of the weight
 
 
 def problem(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -103,3 +104,12 @@ def test_huge_logits_stay_finite():
     nats = linear_cross_entropy(hidden * 1e4, weight, targets)
     assert nats.isfinite()
     assert torch.autograd.grad(nats, hidden)[0].isfinite().all()
+
+
+@pytest.mark.usefixtures("chunked")
+def test_targets_too_improbable_for_a_float32_probability_still_cost_what_they_cost():
+    hidden, weight, targets = problem()
+    nats = linear_cross_entropy(hidden * 30, weight, targets)
+    terms = cross_entropy((hidden.double() * 30) @ weight.double().T, targets, reduction="none")
+    assert terms.min() < module.MOST_NATS < 150 < terms.max()
+    torch.testing.assert_close(nats.double(), terms.sum(), rtol=1e-6, atol=0)

@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 # Of each layer, so many bytes of weights are kept for the backward pass; the rest is computed again, to the same bits.
 # They grow with the square of the length, and making all of them again would take a fifth of the time.
-KEEP_BYTES = 48 * 2**20
+KEEP_BYTES = 56 * 2**20  # all of them at 2048 positions and 12 heads
 SAFE_SCORE = (
     64.0  # 2^64, summed over keys and multiplied with values and gradients, stays far inside of float32's 2^±126
 )

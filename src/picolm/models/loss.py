@@ -1,23 +1,26 @@
 """Cross-entropy of a linear layer's output that never holds all of that output.
 
-The logits of a chunk of positions are made, turned into the loss and its two gradients, and dropped: with a vocabulary
-of 50304 and 2048 positions they would take 412 MB in float32, several times over. Because the gradients are made in the
-forward pass, nothing is computed twice. Matrix products run in the dtype of the hidden states, the log-sum-exp and all
-sums in float32: in bfloat16, `linear_cross_entropy` of torch 2.13 takes 2.7 times as long and returns a bfloat16 loss.
+The logits of a chunk of positions are made and turned, in place, into the loss's gradient in them, from which come the
+gradients of the hidden states and of the weight: with a vocabulary of 50304 and 2048 positions all logits would take
+412 MB in float32, several times over. Because the gradients are made in the forward pass, nothing is computed twice. All
+chunks use one piece of memory, which leaves no holes behind, and what needs float32 is done in tiles that fit the cache.
+
+Matrix products run in the dtype of the hidden states, the softmax and all sums in float32: in bfloat16,
+`linear_cross_entropy` of torch 2.13 takes 2.7 times as long and returns a bfloat16 loss.
 
 Legend: P positions, C positions of a chunk, H model width, V vocabulary.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = {"cpu": 2**22, "other": 2**27}  # 16 MiB in float32, half a GiB on a GPU
-LOG2_E = 1 / math.log(2)
-LEAST_ROWS = 256  # each chunk passes over the whole weight and its gradient
+CHUNK_LOGITS = {"cpu": 2**22, "other": 2**27}  # 8 MiB in bfloat16, a quarter of a GiB on a GPU
+LEAST_ROWS = 512  # each chunk passes over the whole weight and its gradient
+TILE = {"cpu": 2**20, "other": 2**27}  # numbers that are in float32 at one time: 4 MiB on a CPU
+MOST_NATS = 60.0  # up to here -ln of a float32 probability is exact; beyond it loses digits, and then underflows
 
 
 def linear_cross_entropy(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> Tensor:
@@ -43,13 +46,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_PH) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VH, dtype=exact) if needs_weight else None
         weight = weight_VH.to(hidden_PH.dtype)
-        nats = torch.zeros((), dtype=exact, device=hidden_PH.device)
-        for chunk in _chunks(hidden_PH, weight_VH):
-            of_hidden = grad_hidden[chunk] if grad_hidden is not None else None
-            nats += _add_chunk(hidden_PH[chunk], weight, targets_P[chunk, None], of_hidden, grad_weight)
+        nats_P = torch.empty(hidden_PH.shape[:1], dtype=exact, device=hidden_PH.device)
+        chunks = list(_chunks(hidden_PH, weight_VH))
+        logits_CV = hidden_PH.new_empty(min(chunks[0].stop, hidden_PH.shape[0]), weight.shape[0])
+        for chunk in chunks:
+            hidden_CH = hidden_PH[chunk]
+            logits = torch.mm(hidden_CH, weight.mT, out=logits_CV[: hidden_CH.shape[0]])
+            nats_P[chunk] = _to_gradient(logits, targets_P[chunk, None])
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                _add_product(grad_weight, logits.mT, hidden_CH)
+        rare = nats_P > MOST_NATS
+        if rare.any():
+            nats_P[rare] = linear_token_nats(hidden_PH[rare], weight, targets_P[rare])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VH.dtype
-        return nats
+        return nats_P.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -63,32 +76,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(hidden_PH: Tensor, weight_VH: Tensor) -> Iterator[slice]:
-    logits = CHUNK_LOGITS.get(hidden_PH.device.type, CHUNK_LOGITS["other"])
-    size = max(LEAST_ROWS, logits // weight_VH.shape[0])
+    size = max(LEAST_ROWS, _of_device(CHUNK_LOGITS, hidden_PH) // weight_VH.shape[0])
     for start in range(0, hidden_PH.shape[0], size):
         yield slice(start, start + size)
 
 
-def _add_chunk(
-    hidden_CH: Tensor,
-    weight_VH: Tensor,
-    target_C1: Tensor,
-    grad_hidden_CH: Tensor | None,
-    grad_weight_VH: Tensor | None,
-) -> Tensor:
-    """Fill in the gradient of the hidden states, add to that of the weight; returns the chunk's nats."""
-    values_CV = _log_softmax(hidden_CH, weight_VH)
-    nats = -values_CV.gather(1, target_C1).sum()
-    if grad_hidden_CH is None and grad_weight_VH is None:
-        return nats
-    values_CV.mul_(LOG2_E).exp2_()  # exp, in a third of its time on a CPU
-    values_CV.scatter_(1, target_C1, values_CV.gather(1, target_C1) - 1)  # the gradient in the logits
-    values_CV = values_CV.to(hidden_CH.dtype)
-    if grad_hidden_CH is not None:
-        torch.mm(values_CV, weight_VH, out=grad_hidden_CH)
-    if grad_weight_VH is not None:
-        grad_weight_VH.add_(values_CV.mT @ hidden_CH)
-    return nats
+def _to_gradient(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
+    """Turn logits into softmax - target, in place; returns the nats of the targets, inf where the softmax underflows."""
+    rows = _tile_rows(logits_CV)
+    exact = torch.promote_types(logits_CV.dtype, torch.float32)
+    tile_RV = torch.empty_like(logits_CV[:rows], dtype=exact)
+    nats_C1 = torch.empty_like(logits_CV[:, :1], dtype=exact)
+    for logits, targets, nats in zip(logits_CV.split(rows), targets_C1.split(rows), nats_C1.split(rows)):
+        values = tile_RV[: logits.shape[0]].copy_(logits)
+        torch.softmax(values, -1, out=values)
+        probability = values.gather(1, targets)
+        torch.log(probability, out=nats)
+        values.scatter_(1, targets, probability - 1)
+        logits.copy_(values)
+    return -nats_C1.squeeze(1)
+
+
+def _add_product(sum_VH: Tensor, a_VC: Tensor, b_CH: Tensor) -> None:
+    """Add a b to the sum. The sum may be of a wider dtype, to which a CPU would first convert the whole product."""
+    rows = _tile_rows(sum_VH)
+    for tile, a in zip(sum_VH.split(rows), a_VC.split(rows)):
+        tile.add_(a @ b_CH)
+
+
+def _tile_rows(x: Tensor) -> int:
+    return max(1, _of_device(TILE, x) // x.shape[1])
+
+
+def _of_device(sizes: dict[str, int], x: Tensor) -> int:
+    return sizes.get(x.device.type, sizes["other"])
 
 
 def _log_softmax(hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
