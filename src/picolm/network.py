@@ -2,14 +2,19 @@
 
 A busy or unreachable server is tried again, after 1, 2, 4 and 8 s or when it says; what cannot get better by waiting is said at
 once. What was fetched lies in the Hub's own cache, whole or not at all. `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE`
-mean what they mean to huggingface_hub.
+mean what they mean to huggingface_hub. The token is read by huggingface_hub for each request and held nowhere here; what the
+client says of an error is shown without secrets that it may quote.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +25,9 @@ Result = TypeVar("Result")
 _ATTEMPTS = 5
 _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 300.0
+_SILENCE_S = 120.0  # a server that sends and takes nothing for so long is taken for lost
+_LARGE_BYTES = 1 << 20
+_MOVED = 412
 
 
 def cache_folder() -> Path:
@@ -57,32 +65,59 @@ def fetch(
     return Path(persist(download, name or f"{repository}: {file}", failure, endpoint))
 
 
-def persist(call: Callable[[], Result], name: str, failure: type[PicoError], endpoint: str | None = None) -> Result:
+def persist(
+    call: Callable[[], Result],
+    name: str,
+    failure: type[PicoError],
+    endpoint: str | None = None,
+    *,
+    deed: str = "fetched from",
+    attempts: int = _ATTEMPTS,
+) -> Result:
     """The result of a request, tried again while the server is busy or away. Raises `failure`, saying why there is none.
 
-    name: what is asked for, for the message.
+    name: what is asked for, for the message. deed: what could not be done with it.
     """
     from huggingface_hub import errors
 
+    bound_waits()
     # hf_xet, which moves large files, reports what goes wrong on the network as a RuntimeError
-    troubles = (OSError, RuntimeError, errors.HTTPError, errors.EntryNotFoundError, errors.HFValidationError)
-    for attempt in range(_ATTEMPTS):
+    troubles = (OSError, RuntimeError, errors.HTTPError, errors.EntryNotFoundError, ValueError)
+    for attempt in range(attempts):
         try:
             return call()
         except troubles as error:
-            if attempt + 1 == _ATTEMPTS or not _may_pass(error):
-                raise failure(_explanation(error, name, endpoint)) from error
-            time.sleep(max(_FIRST_WAIT_S * 2**attempt, _asked_wait_s(error)))
+            if attempt + 1 == attempts or not _may_pass(error):
+                raise failure(_explanation(error, name, endpoint, deed)) from error
+            time.sleep(max(_FIRST_WAIT_S * 2**attempt, asked_wait_s(error)))
     raise AssertionError("unreachable")
 
 
-def _asked_wait_s(error: BaseException | None) -> float:
+@cache
+def bound_waits() -> None:
+    """From here on no request of this process waits forever, and huggingface_hub leaves it to us to tell of retries."""
+    import logging
+
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    def make() -> Any:
+        client = _http.default_client_factory()
+        client.timeout = _SILENCE_S
+        return client
+
+    set_client_factory(make)
+    for noisy in ("utils._http", "hf_api"):
+        logging.getLogger(f"huggingface_hub.{noisy}").setLevel(logging.ERROR)
+
+
+def asked_wait_s(error: BaseException | None) -> float:
     """The seconds that the server asked to wait (`Retry-After`), 0 where it did not."""
     if error is None:
         return 0.0
     headers = getattr(getattr(error, "response", None), "headers", {})
     seconds = headers.get("Retry-After", "")
-    return min(float(seconds), _LONGEST_WAIT_S) if seconds.isdigit() else _asked_wait_s(error.__cause__)
+    return min(float(seconds), _LONGEST_WAIT_S) if seconds.isdigit() else asked_wait_s(error.__cause__)
 
 
 def _may_pass(error: BaseException | None) -> bool:
@@ -95,13 +130,15 @@ def _may_pass(error: BaseException | None) -> bool:
         )
     if isinstance(error, HTTPError | ConnectionError | TimeoutError | RuntimeError):
         return not is_offline()
+    if isinstance(error, JSONDecodeError):  # an answer that was cut, or is that of something between us and the Hub
+        return True
     return "Consistency check" in str(error) or (error is not None and _may_pass(error.__cause__))
 
 
-def _explanation(error: Exception, name: str, endpoint: str | None) -> str:
+def _explanation(error: Exception, name: str, endpoint: str | None, deed: str) -> str:
     from huggingface_hub import constants, errors
 
-    hub = f"the Hub ({endpoint or constants.ENDPOINT})"
+    hub = f"the Hub ({redacted(endpoint or constants.ENDPOINT)})"
     if isinstance(error, errors.RevisionNotFoundError | errors.RemoteEntryNotFoundError):
         return f"{name}: is not on {hub}; check the revision and the file"
     if isinstance(error, errors.GatedRepoError):
@@ -120,7 +157,18 @@ def _explanation(error: Exception, name: str, endpoint: str | None) -> str:
     if is_offline():
         return f"{name}: is not in the Hub's cache, and offline mode (HF_HUB_OFFLINE) is on; switch it off once"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{name}: could not be fetched from {hub}: {reason}"
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        reason += f" ({error.__cause__})"
+    return f"{name}: could not be {deed} {hub}: {redacted(reason)}"
+
+
+def redacted(text: str) -> str:
+    """A message of others without the token, the user of an address, and what an address grants by its query."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    text = text.replace(token, "…") if token else text
+    return re.sub(r"\?[^\s'\")]+=[^\s'\")]*", "?…", re.sub(r"//[^/@\s]+@", "//", text))
 
 
 def _silent_bar() -> type:
@@ -132,3 +180,67 @@ def _silent_bar() -> type:
             super().__init__(*args, **options | {"disable": True})
 
     return Silent
+
+
+def prepare_repository(repository: str, branch: str, kind: str, private: bool, failure: type[PicoError]) -> None:
+    """Make a repository (kind: model or dataset) and a branch of it, unless they are there. Raises `failure`."""
+    from huggingface_hub import HfApi
+
+    if is_offline():
+        raise failure(f"{repository}: offline mode (HF_HUB_OFFLINE) is on, nothing is sent; switch it off")
+    api = HfApi()
+    visible = private or None  # what exists keeps its visibility; a new one is what the account says
+    name = f"{repository}@{branch}"
+
+    def create() -> None:
+        api.create_repo(repository, repo_type=kind, private=visible, exist_ok=True)
+        if branch != "main":
+            api.create_branch(repository, branch=branch, repo_type=kind, exist_ok=True)
+
+    persist(create, name, failure, deed="made on")
+
+
+def send(
+    repository: str,
+    branch: str,
+    kind: str,
+    title: str,
+    files: Mapping[str, Path | bytes],
+    failure: type[PicoError],
+    *,
+    body: str = "",
+    delete: Collection[str] = (),
+    parent: str | None = None,
+) -> str:
+    """One commit; returns its id, or that of the newest one where nothing would change. Raises `failure`.
+
+    Files that are there with the same content are not sent again. parent: the commit that it must follow; that it does not
+    is told by `has_moved` of the error. Large files go one by one, in the calling thread: a pool of threads would be waited
+    for when the process ends, however long they take.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    api = HfApi()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file", category=UserWarning)
+
+    def commit() -> str:
+        added = [
+            CommitOperationAdd(name, file if isinstance(file, bytes) else str(file)) for name, file in files.items()
+        ]
+        for addition in added:
+            if addition.upload_info.size >= _LARGE_BYTES:
+                api.preupload_lfs_files(repository, [addition], repo_type=kind, revision=branch, free_memory=False)
+        return api.create_commit(
+            repository, [*added, *map(CommitOperationDelete, delete)], commit_message=title, commit_description=body,
+            repo_type=kind, revision=branch, parent_commit=parent,
+        ).oid  # fmt: skip
+
+    return persist(commit, f"{repository}@{branch}: {title}", failure, deed="sent to")
+
+
+def has_moved(error: PicoError) -> bool:
+    """Whether a commit was refused because another one came before it: someone else's, or ours whose answer was lost."""
+    response = getattr(error.__cause__, "response", None)
+    return response is not None and response.status_code == _MOVED
