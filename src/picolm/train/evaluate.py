@@ -121,7 +121,8 @@ def _sums_by_source(evaluation: Evaluation, labels: list[str], names: list[str])
         table = evaluation.token_bytes_V
         bytes_B = table[targets_BT].sum(1).double() if table is not None else torch.zeros(len(places)).double()
         row_sums = torch.stack([nats_B, torch.full_like(nats_B, targets_BT.shape[1]), bytes_B], dim=1)
-        sums.index_add_(0, torch.tensor([names.index(labels[place]) for place in places]), row_sums)
+        sources = torch.tensor([names.index(labels[place]) for place in places], dtype=torch.long)
+        sums.index_add_(0, sources, row_sums)
     if world_size() > 1:
         on_device = sums.to(evaluation.device)
         torch.distributed.all_reduce(on_device)
