@@ -1,0 +1,118 @@
+"""The same configuration gives the same run on 1, 2 and 3 processes, to the rounding of float32, and can change between them."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from picolm.store import Run
+
+from .conftest import torchrun
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+FILES = ("model.safetensors", "optimizer.safetensors")
+# Relative to the norm of a tensor. Sums over rows are taken in another order; Adam divides small numbers by small numbers.
+LOOSEST = {"activations": 1e-4, "gradients": 1e-4, "weights": 1e-4, "exp_avg": 1e-4, "exp_avg_sq": 1e-4}
+PER_PROCESS = ("time/", "tokens_per_s", "flops_per_s", "share_of_peak", "noise_scale", "weights_digest")
+
+
+def logged(run: Run) -> dict[int, dict[str, Any]]:
+    entries = [entry for entry in run.metrics() if "train/loss" in entry]
+    steps = [entry["step"] for entry in entries]
+    assert steps == sorted(set(steps))  # each step is logged once, whatever the number of processes
+    return dict(zip(steps, entries))
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    assert one.shape == other.shape
+    assert one.dtype == other.dtype
+    return float((one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-30))
+
+
+def check_same_numbers(run: Run, other: Run) -> None:
+    """Every logged number of every step, but those that tell of the machine."""
+    entries, others = logged(run), logged(other)
+    assert list(entries) == list(others) == list(range(51))
+    for step, entry in entries.items():
+        assert set(entry) == set(others[step])
+        for key, value in entry.items():
+            if isinstance(value, float) and not key.startswith(PER_PROCESS):
+                assert others[step][key] == pytest.approx(value, rel=1e-5 if key == "train/loss" else 1e-4), (step, key)
+    assert "train/bits_per_byte" in entries[0]
+    assert entries[0]["train/bits_per_byte"] != pytest.approx(entries[0]["train/loss"], rel=0.1)
+    assert min(entry["clip_coefficient"] for entry in entries.values()) < 0.9
+    assert other.evaluation(50) == pytest.approx(run.evaluation(50), rel=1e-5)
+
+
+def check_same_checkpoints(run: Run, other: Run, steps: tuple[int, ...]) -> None:
+    """The same files and tensors; the same rows in the same order; activations and gradients equal to rounding."""
+    for step in steps:
+        there, here = run[step], other[step]
+        assert set(there.files) == set(here.files)
+        assert list(there) == list(here)
+        assert {address.split for address in there.select(kind="activations")} == {"train", "val"}
+        for split, count in (("train", 12), ("val", 2)):
+            assert there.rows(split).equals(here.rows(split))
+            for address in there.select(kind="activations", split=split):
+                assert there[address].shape[:2] == (count, 3)
+                per_row = (there[address] - here[address]).flatten(1).norm(dim=1) / there[address].flatten(1).norm(dim=1)
+                assert per_row.max() < 1e-3, address  # each row in its place
+        for address in there:
+            assert difference(there[address], here[address]) < LOOSEST.get(address.kind, 1e-3), address
+        assert here.meta["capture"] == there.meta["capture"]
+
+
+def test_one_configuration_on_one_two_and_three_processes(launch: Any, open_run: Any) -> None:
+    one, three = launch("one"), launch("three", 3, "training.fabric.strategy=fsdp2")
+    two = launch("two", 2, "training.fabric.strategy=ddp", launcher=torchrun(2))
+    for done in (one, two, three):
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("step 7/50 ") == 1  # only the first process speaks
+        assert done.stderr.count("Trained 50 steps") == 1
+        assert done.stdout == ""
+    base = open_run("one")
+    for name in ("two", "three"):
+        other = open_run(name)
+        check_same_numbers(base, other)
+        check_same_checkpoints(base, other, (0, 25, 50))
+        assert (other.path / "logs" / "train.log").read_text().count("step 7/50 ") == 1
+        for address in base[0].select(kind="weights"):
+            assert torch.equal(base[0][address], other[0][address])
+    check_stopped_and_continued(launch, open_run, "three", 3, "training.fabric.strategy=fsdp2")
+
+
+def check_stopped_and_continued(launch: Any, open_run: Any, whole: str, processes: int, *words: str) -> None:
+    """SIGTERM at one process stops all at one step; the same number of processes goes on to the same bytes."""
+    options = (*words, "data.dataset.name=lab:source")
+    stopped = launch("again", processes, *options, HOW="SIGTERM", BAD_RANK="1")
+    assert stopped.returncode == 128 + 15, stopped.stderr
+    assert stopped.stderr.count("SIGTERM at another process: finishing this step and saving.") == 1
+    assert "to go on: give the same command again" in stopped.stderr.lower()
+    partial = open_run("again")
+    assert 0 < partial.steps[-1] < 25
+    assert partial[partial.steps[-1]].meta["resumable"]
+    continued = launch("again", processes, *options, HOW="nothing", BAD_RANK="-1")
+    assert continued.returncode == 0, continued.stderr
+    for name in FILES:
+        assert open_run("again")[50].files[name] == open_run(whole)[50].files[name]
+
+
+def test_a_run_moves_between_numbers_of_processes(launch: Any, open_run: Any) -> None:
+    """With Muon, whose update needs whole matrices, and a model that is noisy: the noise belongs to the rows."""
+    words = ("training.optimization.optimizer=muon", "model.model_type=lab:Noisy", "checkpointing.save_every_n_steps=6")
+    whole = launch("whole", 1, *words, "training.max_steps=18", "training.optimization.gradient_accumulation_steps=1")
+    assert whole.returncode == 0, whole.stderr
+    for processes, strategy, until in ((2, "ddp", 6), (3, "model_parallel", 12), (1, "auto", 18)):
+        done = launch("moved", processes, *words, f"training.fabric.strategy={strategy}", f"training.max_steps={until}")
+        assert done.returncode == 0, done.stderr
+    base, moved = open_run("whole"), open_run("moved")
+    assert list(base.steps) == list(moved.steps) == [0, 6, 12, 18]
+    for step in base.steps:
+        assert list(base[step]) == list(moved[step])
+        for address in base[step].select(kind="weights") + base[step].select(kind="momentum_buffer"):
+            assert difference(base[step][address], moved[step][address]) < 1e-3, (step, address)
+    losses = {entry["step"]: entry["train/loss"] for entry in base.metrics() if "train/loss" in entry}
+    for entry in moved.metrics():
+        if "train/loss" in entry:
+            assert entry["train/loss"] == pytest.approx(losses[entry["step"]], rel=1e-5)
