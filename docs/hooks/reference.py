@@ -1,0 +1,197 @@
+"""Pages of reference that follow from the code: `<!-- generated: WHAT -->` in a page becomes tables of what the code says.
+
+WHAT: train, analyze (every key of a configuration), command-line, metrics, components.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+_MARK = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """What mkdocs calls for each page."""
+    return _MARK.sub(lambda match: "\n".join(GENERATED[match[1]]()), markdown)
+
+
+def configuration_keys(schema: type[BaseModel]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(dotted key, its JSON schema) of a configuration, sections included, in the order of the source."""
+    whole = schema.model_json_schema()
+    yield from _keys(whole, whole, "")
+
+
+def _keys(whole: dict[str, Any], node: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, field in node["properties"].items():
+        key = prefix + name
+        section = _resolved(whole, field)
+        yield key, field | {"section": "properties" in section, "text": section.get("description", "")}
+        if "properties" in section:
+            yield from _keys(whole, section, key + ".")
+
+
+def _resolved(whole: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in field:
+        field = whole["$defs"][field["$ref"].rsplit("/", 1)[1]]
+    return field
+
+
+def _train() -> Iterator[str]:
+    from picolm.train.config import TrainConfig
+
+    yield from _tables(TrainConfig)
+
+
+def _tables(schema: type[BaseModel]) -> Iterator[str]:
+    whole = schema.model_json_schema()
+    by_section: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for key, field in configuration_keys(schema):
+        if not field["section"]:
+            by_section.setdefault(key.rpartition(".")[0], []).append((key, field))
+    for section, fields in by_section.items():
+        yield from ("", f"## {section or 'On top'}", "", "| key | default | values | meaning |", "|---|---|---|---|")
+        for key, field in fields:
+            yield _row(key, field, whole)
+
+
+def _row(key: str, field: dict[str, Any], whole: dict[str, Any]) -> str:
+    default = _code(json.dumps(field["default"])) if "default" in field else "*must be given*"
+    cells = (f"`{key}`", default, _values(field, whole), _cell(field.get("description", "")))
+    return f"| {' | '.join(cells)} |"
+
+
+def _values(field: dict[str, Any], whole: dict[str, Any]) -> str:
+    """What may be given, in words: `whole number > 0`, `all or last`, …"""
+    field = _resolved(whole, field)
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(_values(option, whole) for option in field["anyOf"]))
+    if "enum" in field or "const" in field:
+        return " or ".join(_code(str(value)) for value in field.get("enum", [field.get("const")]))
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limit = ", ".join(f"{sign} {field[name]:g}" for name, sign in limits.items() if name in field)
+    if field.get("type") == "array":
+        inner = field.get("items") or next(iter(field.get("prefixItems", [])), None)
+        return f"list of ({_values(inner, whole)})" if inner else "list"
+    names = {
+        "integer": "whole number",
+        "number": "number",
+        "string": "text",
+        "boolean": "`true` or `false`",
+        "null": "`null`",
+    }
+    name = f"text like {_code(field['pattern'])}" if "pattern" in field else names.get(field.get("type", ""), "section")
+    return f"{name} {limit}".strip()
+
+
+def _analyze() -> Iterator[str]:
+    from picolm.analyze import config
+
+    titles = {
+        config.AnalysisConfig: "The file",
+        config.Entry: "An entry of metrics",
+        config.Component: "A component of an entry",
+        config.Suffixes: "layer_suffixes of a circuit",
+        config.Target: "target of an entry",
+        config.StepRange: "steps as a range",
+        config.EachStep: "steps by a distance",
+    }
+    for schema, title in titles.items():
+        whole = schema.model_json_schema()
+        yield from ("", f"## {title}", "", "| key | default | values | meaning |", "|---|---|---|---|")
+        for key, field in configuration_keys(schema):
+            if not field["section"]:
+                yield _row(key, field, whole)
+
+
+def _command_line() -> Iterator[str]:
+    import typer.main
+
+    from picolm.cli import app
+
+    group: Any = typer.main.get_command(app)
+    yield from _command("pico", group)
+
+
+def _command(name: str, command: Any) -> Iterator[str]:
+    members = getattr(command, "commands", None)
+    if members is not None:
+        for word, member in members.items():
+            yield from _command(f"{name} {word}", member)
+        return
+    yield from ("", f"## {name}", "", _cell(command.help or ""), "")
+    yield from ("| argument or option | default | meaning |", "|---|---|---|")
+    for parameter in command.params:
+        if parameter.name == "help":
+            continue
+        if parameter.param_type_name == "argument":
+            label = _code(parameter.metavar or parameter.name.upper())
+        else:
+            label = ", ".join(map(_code, [*parameter.opts, *parameter.secondary_opts]))
+        default = parameter.default
+        shown = (
+            ""
+            if default is None or default is False or callable(default) or parameter.required
+            else _code(str(default))
+        )
+        yield f"| {label} | {'*must be given*' if parameter.required else shown} | {_cell(parameter.help or '')} |"
+
+
+def _metrics() -> Iterator[str]:
+    from picolm.analyze.metrics import METRICS
+
+    for name in METRICS:
+        metric = METRICS.get(name)
+        yield from ("", f"## {name}", "", _paragraphs(metric.function), "")
+        kinds = ", ".join(sorted(metric.of))
+        needs = {"rows": " with as many rows", "shape": " of one shape"}.get(metric.needs, "")
+        yield f"Measures {'one matrix' if metric.arity == 1 else f'two matrices{needs}'}: {kinds}."
+        for option in metric.options.values():
+            default = "must be given" if option.required else f"default {_code(json.dumps(option.default))}"
+            yield f"Option `{option.name}` ({_annotation(option.annotation)}; {default})."
+
+
+def _annotation(annotation: Any) -> str:
+    from pydantic import TypeAdapter
+
+    schema = TypeAdapter(annotation).json_schema()
+    return _values(schema, schema)
+
+
+def _components() -> Iterator[str]:
+    from picolm.analyze.components import COMPONENTS
+
+    for name in COMPONENTS:
+        part = COMPONENTS.get(name)
+        yield from (
+            "",
+            f"## {name}",
+            "",
+            _paragraphs(part),
+            "",
+            f"Of {', '.join(part.kinds or ('anything a checkpoint holds',))}.",
+        )
+
+
+def _paragraphs(part: Any) -> str:
+    return re.sub(r"([*_])", r"\\\1", inspect.getdoc(part) or "").replace("<", "&lt;")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    return f"`{text}`".replace("|", r"\|")
+
+
+GENERATED: dict[str, Callable[[], Iterator[str]]] = {
+    "train": _train,
+    "analyze": _analyze,
+    "command-line": _command_line,
+    "metrics": _metrics,
+    "components": _components,
+}
