@@ -22,6 +22,7 @@ class Commit(NamedTuple):
     sha: str
     title: str
     files: dict[str, bytes]
+    body: str = ""
 
 
 class Repository(Protocol):
@@ -169,7 +170,7 @@ class _Answers(BaseHTTPRequestHandler):
                 [_entry(file, content) for file, content in commits[0].files.items() if file.startswith(path)]
             )
         listed = [
-            {"id": c.sha, "title": c.title, "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+            {"id": c.sha, "title": c.title, "message": c.body, "authors": [], "date": "2026-01-01T00:00:00.000Z"}
             for c in commits[page * PAGE : (page + 1) * PAGE]
         ]
         more = len(commits) > (page + 1) * PAGE

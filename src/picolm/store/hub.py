@@ -5,9 +5,12 @@
     Saving Evaluation Results -- Step N                eval_results/step_N.json
     Saving Training Config -- Step 0                   training_config.yaml
 
-The files of step N are those of these commits, where the newest of one title counts. A commit that holds a manifest.json is a
-step of ours. The list of commits is kept in the cache folder, and only what is new is asked for. A file is fetched when it is
-read, or ahead of that by `prefetch`, into the Hub's own cache, and never again.
+The files of step N are those of these commits, where the newest of one title counts. A step of ours ends with a commit that
+holds all of it, its manifest.json too, and whose message says so (`whole_body`): a step that is being sent is not seen before.
+A commit that holds a manifest.json and says nothing is a step of ours as well.
+
+The list of commits is kept in the cache folder, and only what is new is asked for. A file is fetched when it is read, or ahead
+of that by `prefetch`, into the Hub's own cache, and never again.
 """
 
 import re
@@ -17,7 +20,7 @@ from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -26,7 +29,8 @@ from picolm.errors import StoreError
 from picolm.network import is_offline
 from picolm.store.checkpoint import Checkpoint, Missing
 from picolm.store.files import load_json
-from picolm.store.layout import CONFIG, MANIFEST, Directories, step_directory
+from picolm.store.journal import Journal
+from picolm.store.layout import CONFIG, MANIFEST, METRICS, Directories, step_directory
 from picolm.store.legacy import DYNAMICS, SPLITS, LegacyCheckpoint, capture_meta
 from picolm.store.repository import Branch, Commit
 from picolm.store.roworder import RowOrder, lookup
@@ -35,10 +39,34 @@ from picolm.store.sealed import SealedCheckpoint
 
 _PLACE = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@(.+))?")
 _TITLE = re.compile(r"Saving (.+) -- Step (\d+)")
-_MODEL, _EVALUATION, _CONFIG = "HF Model", "Evaluation Results", "Training Config"
-_DYNAMICS = {split: f"Learning Dynamics Data ({split})" for split in SPLITS}
-_PARTS = {_MODEL, *_DYNAMICS.values()}
+_WHOLE = re.compile(r"Step (\d+) is whole with this commit; its manifest has the digest ([0-9a-f]{64})")
+PART = "A step is whole with the commit that says so."
+MODEL, EVALUATION, CONFIGURATION = "HF Model", "Evaluation Results", "Training Config"
+FABRIC, TOKENIZER = "Fabric Checkpoint", "Tokenizer"
+CAPTURES = {split: f"Learning Dynamics Data ({split})" for split in SPLITS}
+_PARTS = {MODEL, *CAPTURES.values()}
 _THREADS = 8
+
+
+class Whole(NamedTuple):
+    """A step of ours: the commit that holds all of it, and the digest of its manifest."""
+
+    commit: str
+    digest: str
+
+
+def whole_body(step: int, digest: str) -> str:
+    """What the last commit of a step says below its title."""
+    return f"Step {step} is whole with this commit; its manifest has the digest {digest}."
+
+
+def whole_steps(commits: Iterable[Commit]) -> dict[int, Whole]:
+    """The steps of ours among commits, from the newest back."""
+    found: dict[int, Whole] = {}
+    for commit in commits:
+        if match := _WHOLE.search(commit.body):
+            found.setdefault(int(match[1]), Whole(commit.sha, match[2]))
+    return found
 
 
 class HubRun(Run):
@@ -51,6 +79,8 @@ class HubRun(Run):
         for commit in commits:
             if match := _TITLE.fullmatch(commit.title.strip()):
                 self._titled.setdefault(int(match[2]), {}).setdefault(match[1], commit.sha)
+        self.whole = whole_steps(commits)
+        self._announced = bool(self.whole) or any(PART in commit.body for commit in commits)
         self._known: dict[str, dict[str, str]] = {}
 
     @property
@@ -61,7 +91,7 @@ class HubRun(Run):
     @cached_property
     def config(self) -> dict[str, Any]:
         """The configuration as it was written; empty where it was not kept."""
-        path = self.branch.find(CONFIG, self._titled.get(0, {}).get(_CONFIG, self._history[0].sha))
+        path = self.branch.find(CONFIG, self._titled.get(0, {}).get(CONFIGURATION, self.head))
         try:
             return yaml.safe_load(path.read_text()) or {} if path else {}
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -70,29 +100,50 @@ class HubRun(Run):
     @property
     def steps(self) -> list[int]:
         """The steps of which there is something to read, ascending."""
-        return sorted(step for step in self._titled if step in self)
+        return sorted(step for step in {*self._titled, *self.whole} if step in self)
 
     def step_directories(self) -> list[int]:
         return self.steps
 
     def __contains__(self, step: object) -> bool:
+        if self._announced:
+            return step in self.whole
         return isinstance(step, int) and bool(_PARTS & self._titled.get(step, {}).keys())
 
     def __getitem__(self, step: int) -> Checkpoint:
         if step not in self:
             raise self._no_step(step)
         where = self.path / step_directory(step)
-        if self._is_ours:
-            return HubCheckpoint(self.branch, self._newest(step), where, step)
+        if self.is_ours:
+            found = HubCheckpoint(self.branch, self._newest(step), where, step)
+            if step in self.whole and found.manifest.digest != self.whole[step].digest:
+                raise StoreError(
+                    f"{where}: its commit {self.whole[step].commit[:8]} holds another manifest than it says"
+                )
+            return found
         names = str(lookup(self.config, "checkpointing.learning_dynamics_dir", DYNAMICS))
         files = HubFiles(self.branch, self._titled[step], where, names, self._known)
         return LegacyCheckpoint(step, files, self._order, names, capture_meta(self.config), self._known)
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
-        commit = self._titled.get(step, {}).get(_EVALUATION)
+        commit = self._titled.get(step, {}).get(EVALUATION) or (self.whole and self.head)
         name = f"{self.directories.eval_results_dir}/{step_directory(step)}.json"
         path = self.branch.find(name, commit) if commit else None
         return load_json(path.read_bytes()) if path else None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every logged line; none for runs of pico-train, which keep none there."""
+        path = self.branch.find(METRICS, self.head) if self.whole else None
+        return Journal(path).entries() if path else []
+
+    @property
+    def head(self) -> str:
+        """The newest commit."""
+        return self._history[0].sha
+
+    def commit_of(self, kind: str, step: int) -> str | None:
+        """The newest commit of a title, None when there is none."""
+        return self._titled.get(step, {}).get(kind)
 
     def prefetch(
         self,
@@ -127,9 +178,9 @@ class HubRun(Run):
         return HubRun, (self.branch, self._history)  # another process sees the same commits
 
     @cached_property
-    def _is_ours(self) -> bool:
+    def is_ours(self) -> bool:
         """Whether its steps are in our layout; one of them tells."""
-        return self.branch.find(MANIFEST, self._newest(self.steps[-1])) is not None
+        return bool(self.whole) or self.branch.find(MANIFEST, self._newest(self.steps[-1])) is not None
 
     @cached_property
     def _order(self) -> RowOrder:
@@ -137,6 +188,8 @@ class HubRun(Run):
 
     def _newest(self, step: int) -> str:
         """The newest of the commits that make a step."""
+        if step in self.whole:
+            return self.whole[step].commit
         return next(commit for title, commit in self._titled[step].items() if title in _PARTS)
 
 
@@ -180,7 +233,7 @@ class HubFiles:
     def _commit(self, name: str) -> str | None:
         """The commit that a file is part of. A commit shows all files of the branch, those of other steps too."""
         split = next((split for split in SPLITS if name.startswith(f"{self._dynamics}/{split}_")), None)
-        return self._titled.get(_DYNAMICS[split] if split else _MODEL)
+        return self._titled.get(CAPTURES[split] if split else MODEL)
 
 
 class HubCheckpoint(SealedCheckpoint):
@@ -222,8 +275,8 @@ def open_branch(branch: Branch) -> Run:
     if not run.steps:
         others = f" (branches: {', '.join(branch.names())})" if not is_offline() else ""
         raise StoreError(
-            f"{branch.place}: no run here: none of its {len(commits)} commits is called 'Saving {_MODEL} -- Step N' or "
-            f"'Saving {_DYNAMICS['train']} -- Step N'; each run is a branch{others}"
+            f"{branch.place}: no run here: none of its {len(commits)} commits is called 'Saving {MODEL} -- Step N' or "
+            f"'Saving {CAPTURES['train']} -- Step N'; each run is a branch{others}"
         )
     return run
 

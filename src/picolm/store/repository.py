@@ -1,6 +1,7 @@
 """A branch of a repository on the Hugging Face Hub: its commits, and files as they were at one of them."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,19 @@ _TIMEOUT_S = 30.0
 
 
 class Commit(NamedTuple):
-    """One commit: its id and the first line of its message."""
+    """One commit: its id, the first line of its message, and what follows that."""
 
     sha: str
     title: str
+    body: str = ""
+
+
+class Entry(NamedTuple):
+    """What the Hub knows of a file. sha256: of a large one, else empty; oid: the id of the git object."""
+
+    bytes: int
+    sha256: str
+    oid: str
 
 
 @dataclass(frozen=True)
@@ -75,14 +85,30 @@ class Branch:
 
     def sizes(self, commit: str) -> dict[str, int]:
         """Every file as of a commit, and its bytes."""
+        return {name: entry.bytes for name, entry in self.entries(commit).items()}
+
+    def entries(self, commit: str) -> dict[str, Entry]:
+        """Every file as of a commit."""
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
-        def ask() -> dict[str, int]:
+        def ask() -> dict[str, Entry]:
             tree = HfApi(endpoint=self.endpoint).list_repo_tree(self.repository, recursive=True, revision=commit)
-            return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+            files = [entry for entry in tree if isinstance(entry, RepoFile)]
+            return {file.path: Entry(file.size, file.lfs.sha256 if file.lfs else "", file.blob_id) for file in files}
 
         return persist(ask, self.place, StoreError, self.endpoint)
+
+    def download(self, file: str, commit: str, folder: Path) -> Path:
+        """A file as of a commit, in a folder: from the Hub's cache where it is there, else fetched past the cache."""
+        there = self._cached(file, commit)
+        if isinstance(there, str):
+            target = folder / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(there, target)
+            return target
+        name = f"{self.place}: {file}"
+        return fetch(self.repository, file, commit, StoreError, self.endpoint, name=name, local_dir=folder)
 
     def names(self) -> list[str]:
         """The branches of the repository."""
@@ -130,7 +156,7 @@ class Branch:
                 ) from error
             raise
         try:
-            commits = [Commit(entry["id"], entry["title"]) for entry in response.json()]
+            commits = [Commit(entry["id"], entry["title"], entry.get("message") or "") for entry in response.json()]
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.place}: {url} does not answer as a Hub does; check HF_ENDPOINT") from error
         return commits, response.links.get("next", {}).get("url")
