@@ -108,14 +108,22 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> "Table":
             steps.setdefault(row["step"], []).append(row["value"])
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("run", "metric", "component", "kind", "split"):
-        shown.add_column(heading, overflow="fold")
+        shown.add_column(heading, overflow="fold", no_wrap=heading == "metric")
     for heading in ("values", "missing", "first", "last", "over steps"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for name, steps in series.items():
         means = [sum(steps[step]) / len(steps[step]) for step in sorted(steps)]
         ends = [f"{mean:.4g}" for mean in (means[0], means[-1])] if means else ["", ""]
         count = sum(map(len, steps.values()))
-        shown.add_row(*name, str(count), str(missing.get(name, 0) or ""), *ends, sparkline(means))
+        shown.add_row(
+            name[0],
+            name[1].replace(" ", "\n"),
+            *name[2:],
+            str(count),
+            str(missing.get(name, 0) or ""),
+            *ends,
+            sparkline(means),
+        )
     return shown
 
 
