@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,54 @@ from picolm.train.plan import Plan
 from picolm.train.state import State
 
 
+class Estimate(NamedTuple):
+    """What a run will take. flops: of its steps; beside_flops: of captures and evaluations of held-out rows, as far as their
+    number is known; disk_bytes: what is kept in the end.
+    """
+
+    parameters: int
+    tokens: int
+    flops: int
+    beside_flops: int
+    disk_bytes: int
+
+
 def preview(config: TrainConfig) -> str:
     """The resolved configuration, and the figures of the run it describes, as text."""
+    config, model, moments, captured = _imagined(config)
+    figures = _sizes(config, model, moments) | _saving(config, model, moments, captured)
+    width = max(map(len, figures))
+    lines = [f"{name:{width}}  {value}" for name, value in figures.items()]
+    return dump(config) + "\n" + "\n".join(lines) + "\n" + "\n".join(_remarks(config))
+
+
+def estimate(config: TrainConfig) -> Estimate:
+    """The figures of the run that `config` describes, as numbers."""
+    config, model, moments, captured = _imagined(config)
+    length, steps, plan = config.model.max_seq_len, config.training.max_steps, Plan(config)
+    flops, tokens = model.flops_per_token(length), config.data.dataloader.batch_size * length * steps
+    due = [plan.due(step) for step in range(steps + 1)]
+    captures = sum(step.dynamics for step in due) * _held_out_rows(config)
+    evaluations = sum(step.evaluation for step in due) * (config.evaluation.paloma.max_rows or 0)
+    return Estimate(
+        parameters=sum(p.numel() for p in model.parameters()),
+        tokens=tokens,
+        flops=flops * tokens,
+        beside_flops=flops * length * captures
+        + flops // 3 * length * evaluations,  # a forward pass is a third of a step
+        disk_bytes=sum(_disk(config, model, moments, captured).values()),
+    )
+
+
+def _imagined(config: TrainConfig) -> tuple[TrainConfig, Any, int, int]:
+    """The configuration with this machine's devices, the model, and the bytes of its moments and of one capture."""
     fabric = devices.resolve(config.training.fabric)
     config = config.model_copy(update={"training": config.training.model_copy(update={"fabric": fabric})})
     with FakeTensorMode():  # shapes and element types without values: no memory, no time
         model = MODELS.get(config.model.model_type)(config.model)
         taps = make_taps(config, model)
         moments, outputs = _moments(config, model), _outputs(config, model, taps)
-    figures = _sizes(config, model, moments) | _saving(config, model, moments, _captured(config, taps, outputs))
-    width = max(map(len, figures))
-    lines = [f"{name:{width}}  {value}" for name, value in figures.items()]
-    return dump(config) + "\n" + "\n".join(lines) + "\n" + "\n".join(_remarks(config))
+    return config, model, moments, _captured(config, taps, outputs)
 
 
 def _sizes(config: TrainConfig, model: Any, moments: int) -> dict[str, str]:
@@ -86,19 +122,23 @@ def _moments(config: TrainConfig, model: Any) -> int:
 
 
 def _saving(config: TrainConfig, model: Any, moments: int, captured: int) -> dict[str, str]:
-    plan = Plan(config)
-    steps = plan.saved_steps()
-    kept = _kept(config, plan, steps)
-    totals = {
-        "weights": _bytes(config, model.parameters()) * kept["weights"],
-        "optimizer": moments * kept["optimizer"],
-        "learning dynamics": captured * kept["dynamics"],
-    }
+    steps, totals = Plan(config).saved_steps(), _disk(config, model, moments, captured)
     shown = steps if len(steps) <= 20 else [*steps[:12], "…", *steps[-5:]]
     return {
         "saved steps": f"{len(steps)}: {', '.join(map(str, shown))}",
         "disk": ", ".join(f"{kind} {_gigabytes(value)}" for kind, value in totals.items())
         + f", in all about {_gigabytes(sum(totals.values()))}",
+    }
+
+
+def _disk(config: TrainConfig, model: Any, moments: int, captured: int) -> dict[str, int]:
+    """Bytes by kind that are on disk when the run has ended."""
+    plan = Plan(config)
+    kept = _kept(config, plan, plan.saved_steps())
+    return {
+        "weights": _bytes(config, model.parameters()) * kept["weights"],
+        "optimizer": moments * kept["optimizer"],
+        "learning dynamics": captured * kept["dynamics"],
     }
 
 
