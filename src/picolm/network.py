@@ -194,8 +194,9 @@ def prepare_repository(repository: str, branch: str, kind: str, private: bool, f
 
     def create() -> None:
         api.create_repo(repository, repo_type=kind, private=visible, exist_ok=True)
-        if branch != "main":
-            api.create_branch(repository, branch=branch, repo_type=kind, exist_ok=True)
+        if branch != "main":  # it starts from the first commit: what another run left on main is not part of this one
+            first = api.list_repo_commits(repository, repo_type=kind)[-1].commit_id
+            api.create_branch(repository, branch=branch, revision=first, repo_type=kind, exist_ok=True)
 
     persist(create, name, failure, deed="made on")
 
