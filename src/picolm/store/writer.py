@@ -1,7 +1,7 @@
 """Saving beside the training: a snapshot is taken at once, one thread writes it, at most one is under way."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -17,13 +17,15 @@ from picolm.store.run import Run
 class BackgroundWriter:
     """Commits steps to a run from a thread of its own. Use as a context manager, or call `close`.
 
-    retention: what is done about older steps once a new one is whole.
+    retention: what is done about older steps once a new one is whole. written: told of each, before that is done.
     snapshot_s, waiting_s, writing_s: seconds spent so far copying tensors, waiting for the previous step to be written
     (both hold up the training), and writing (which does not).
     """
 
-    def __init__(self, run: Run, retention: Retention | None = None):
-        self.run, self.retention = run, retention
+    def __init__(
+        self, run: Run, retention: Retention | None = None, written: Callable[[int], None] = lambda step: None
+    ):
+        self.run, self.retention, self.written = run, retention, written
         self.snapshot_s = self.waiting_s = self.writing_s = 0.0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
         self._under_way: Future[Checkpoint] | None = None
@@ -77,6 +79,7 @@ class BackgroundWriter:
         start = time.perf_counter()
         try:
             checkpoint = self.run.commit(step, snapshot, **arguments)
+            self.written(step)
             if self.retention is not None:
                 self.retention.apply(step)
             return checkpoint

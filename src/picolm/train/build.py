@@ -34,6 +34,7 @@ from picolm.train.signals import StopSignal
 from picolm.train.state import State
 from picolm.train.strategies import make_strategy, mark_forward
 from picolm.train.text import Text
+from picolm.train.upload import start_uploads
 
 log = logging.getLogger("picolm")
 
@@ -57,7 +58,8 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
         if job.continued_from == parent["step"]:
             job.continued_from = None  # saved again: now with what its own first batch does to it
     if first:
-        job.writer = stack.enter_context(BackgroundWriter(job.run, retention(config, job.run)))
+        uploads = start_uploads(config, job.run, job.continued_from, stack, lambda: stop.received is not None)
+        job.writer = stack.enter_context(BackgroundWriter(job.run, retention(config, job.run), uploads))
         job.loggers = build_loggers(config, job.run)
     for logger in job.loggers:
         stack.callback(logger.close)
