@@ -1,0 +1,33 @@
+"""`pico report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from picolm.cli.app import app
+
+Runs = Annotated[list[str] | None, typer.Argument(metavar="[RUN]…", help="Runs to show: their folders.")]
+
+
+@app.command()
+def report(
+    runs: Runs = None,
+    analysis: Annotated[
+        list[str] | None, typer.Option("--analysis", "-a", help="The folder of an analysis; may be given again.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("report.html"),
+    figures: Annotated[
+        Path | None, typer.Option(help="Write each figure as SVG, PDF and PNG to this folder too (extra `figures`).")
+    ] = None,
+    section: Annotated[
+        list[str] | None, typer.Option("--section", help="A section of your own, my_lab.module:function.")
+    ] = None,
+) -> None:
+    """Draw what training and analysis left behind: one HTML file that opens anywhere, without a network."""
+    from picolm.report.assembly import write
+
+    path = write(runs or [], analysis or [], out, own=section or [], figures=figures)
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB) opens in any browser.")
+    if figures is not None:
+        print(f"Its figures are in {figures}.")

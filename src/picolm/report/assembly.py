@@ -1,0 +1,151 @@
+"""From runs and tables to the page and to files: sections are called in order, and what they return is put into a template.
+
+The page holds everything: the plotting library and all data, compressed, unpacked when they are needed. Its security policy
+allows no address at all, and only the two scripts that stand in it, by their digests; so it makes no request, and text of a
+run that looks like a script can do nothing.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from picolm import __version__
+from picolm.errors import PicoError
+from picolm.report import sections  # noqa: F401  # registers what comes with Pico
+from picolm.report.export import export
+from picolm.report.look import rooms
+from picolm.report.material import Material, gather
+from picolm.report.render import asset, render
+from picolm.report.section import SECTIONS, Drawing, Section, Sheet, described
+
+
+def write(
+    runs: Sequence[str],
+    analyses: Sequence[str] = (),
+    out: str | Path = "report.html",
+    *,
+    own: Sequence[str] = (),
+    figures: str | Path | None = None,
+) -> Path:
+    """Write the report of runs and analyses as one file. own: further sections, `my_lab.module:function`.
+
+    figures: a folder for each figure as SVG, PDF and PNG. Raises PicoError for what is no run or no table, and where a file
+    cannot be written.
+    """
+    material = gather(runs, analyses, own)
+    chosen = compose(material, own)
+    if figures is not None:
+        export((item for section in chosen for item in section.items if isinstance(item, Drawing)), Path(figures))
+    out = Path(out)
+    text = page(material, chosen)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = out.with_name(f".{out.name}.partial")
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(out)
+    except OSError as error:
+        raise PicoError(f"{out}: the report cannot be written ({error})") from error
+    return out
+
+
+def compose(material: Material, own: Sequence[str] = ()) -> list[Section]:
+    """The sections that have something to say, in order; one's own before the tables of all values."""
+    names = [name for name in SECTIONS if name != "values"]
+    made = [SECTIONS.get(name)(material) for name in [*names, *own, "values"]]
+    found = [section for section in made if section is not None]
+    if not found:
+        raise PicoError("there is nothing to show yet: the runs have no log and no checkpoint, and no table was given")
+    return found
+
+
+def page(material: Material, chosen: Sequence[Section]) -> str:
+    """Sections as HTML."""
+    from plotly.offline import get_plotlyjs
+
+    script, plotly = asset("page.js"), get_plotlyjs()
+    names = list(material.named) or [analysis.name for analysis in material.analyses]
+    return render(
+        "page.html",
+        title=", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else ""),
+        sections=[_numbered(section, place) for place, section in enumerate(chosen)],
+        css=Markup(asset("page.css")),
+        script=Markup(script),
+        digests=[_digest(script), _digest(plotly)],
+        plotly=pack_text(plotly),
+        rooms=pack(rooms()),
+        command=material.command,
+        version=__version__,
+    )
+
+
+def _digest(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _numbered(section: Section, place: int) -> dict[str, Any]:
+    """What the template reads of a section."""
+    items = [_item(item, f"s{place}-{number}") for number, item in enumerate(section.items)]
+    return {"id": f"s{place}", "title": section.title, "lead": section.lead, "entries": items}
+
+
+def _item(item: Drawing | Sheet | Markup, name: str) -> dict[str, Any]:
+    if isinstance(item, Drawing):
+        figure = json.loads(item.figure.to_json())
+        figure["layout"].pop("template", None)  # the page has one for each room
+        meta = figure["layout"].get("meta") or {}
+        return {
+            "kind": "drawing", "id": name, "title": item.title, "file": item.name, "code": item.code, "caption": item.caption,
+            "height": figure["layout"].get("height", 400), "note": meta.get("note", ""),
+            "described": described(item.figure), "data": pack(figure),
+        }  # fmt: skip
+    if isinstance(item, Sheet):
+        return {"kind": "sheet", "id": name, "title": item.name, "rows": len(item.frame), "data": pack(columns(item))}
+    if isinstance(item, Markup):
+        return {"kind": "html", "html": item}
+    raise PicoError(
+        f"a section holds a {type(item).__name__}; it may hold Drawing, Sheet, and what picolm.report.html returns"
+    )
+
+
+def columns(sheet: Sheet) -> dict[str, Any]:
+    """A table by columns: numbers as they are, text as indices into its different words. Missing: null; empty columns go."""
+    made: dict[str, Any] = {}
+    for name in sheet.frame.columns:
+        values = sheet.frame[name]
+        if values.dtype.kind in "iufb" or str(values.dtype).startswith("Int"):
+            plain = [
+                None if value != value else value
+                for value in values.astype(object).where(values.notna(), None).tolist()
+            ]
+            made[name] = {"values": [_number(value) for value in plain]}
+        else:
+            codes, words = values.astype("string").fillna("").factorize()
+            made[name] = {"codes": codes.tolist(), "words": list(map(str, words))}
+    kept = {name: column for name, column in made.items() if _says_something(column)}
+    return {"name": sheet.name, "rows": len(sheet.frame), "columns": kept}
+
+
+def _says_something(column: dict[str, Any]) -> bool:
+    return any(column["words"]) if "words" in column else any(value is not None for value in column["values"])
+
+
+def _number(value: Any) -> Any:
+    """JSON has no infinity: it is written as text that JavaScript reads as the number."""
+    infinite = isinstance(value, float) and math.isinf(value)
+    return ("Infinity" if value > 0 else "-Infinity") if infinite else value
+
+
+def pack(value: Any) -> Markup:
+    """A JSON value, compressed, as letters that can stand anywhere in a page."""
+    return pack_text(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+
+
+def pack_text(text: str) -> Markup:
+    return Markup(base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode())

@@ -1,0 +1,63 @@
+"""Figures as files for a paper: SVG, PDF and PNG, drawn by plotly in a browser that kaleido starts (extra `figures`)."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from picolm.errors import PicoError
+from picolm.report.section import Drawing
+
+FORMATS = ("svg", "pdf", "png")
+BROWSERS = ("chromium", "google-chrome", "google-chrome-stable", "chrome", "chromium-browser", "microsoft-edge")
+
+
+def export(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
+    """Write each drawing in its first view as `<name>.svg`, `.pdf` and `.png` (twice as fine).
+
+    Raises PicoError without kaleido, without a browser, and where a figure cannot be written.
+    """
+    figures = _numbered(drawings)
+    kaleido = _kaleido()
+    folder.mkdir(parents=True, exist_ok=True)
+    made = [folder / f"{name}.{kind}" for name in figures for kind in FORMATS]
+    jobs = [
+        {
+            "fig": drawing.figure,
+            "path": folder / f"{name}.{kind}",
+            "opts": {"format": kind, "scale": 2 if kind == "png" else 1},
+        }
+        for name, drawing in figures.items()
+        for kind in FORMATS
+    ]
+    try:
+        kaleido.write_fig_from_object_sync(jobs, kopts={"n": 1, "path": _browser()})
+    except Exception as error:
+        raise PicoError(f"the figures cannot be written to {folder}: {type(error).__name__}: {error}") from error
+    return made
+
+
+def _numbered(drawings: Iterable[Drawing]) -> dict[str, Drawing]:
+    figures: dict[str, Drawing] = {}
+    for drawing in drawings:
+        name, number = drawing.name, 2
+        while name in figures:
+            name, number = f"{drawing.name}-{number}", number + 1
+        figures[name] = drawing
+    return figures
+
+
+def _kaleido():  # type: ignore[no-untyped-def]
+    try:
+        import kaleido
+    except ImportError as error:
+        raise PicoError("figures as files need kaleido: pip install 'picolm[figures]'") from error
+    return kaleido
+
+
+def _browser() -> str:
+    for name in BROWSERS:
+        if (path := shutil.which(name)) is not None:
+            return path
+    raise PicoError(
+        f"figures as files need a browser, and none is found (looked for {', '.join(BROWSERS)}): apt-get install chromium"
+    )

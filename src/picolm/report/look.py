@@ -1,0 +1,88 @@
+"""How figures look, in a light and a dark room: colours that colour-blind readers tell apart, one template for each.
+
+Depth is shown on the scale viridis, without the end that has no contrast with the background; magnitudes on cividis; kinds
+in the colours of Okabe and Ito (2008). A trace says what its colour means (`meta.colour`), so the page can change the room.
+"""
+
+import html
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+
+SHADES = 64  # of the scale of depth, in the page
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+ROOMS: dict[str, dict[str, Any]] = {
+    "light": {
+        "ink": "#1d2433", "faint": "#5b6478", "grid": "#e4e8ef", "paper": "#ffffff", "depth": ("Viridis", 0.0, 0.86),
+        "category": ["#0072b2", "#d55e00", "#009e73", "#a8518a", "#b07a00", "#3a93c9", "#1d2433"],
+    },
+    "dark": {
+        "ink": "#e6eaf2", "faint": "#9aa4b8", "grid": "#2b3342", "paper": "#171c26", "depth": ("Viridis", 0.24, 1.0),
+        "category": ["#56b4e9", "#f0854a", "#2fc79a", "#e39ac6", "#e9b949", "#9fd3f2", "#e6eaf2"],
+    },
+}  # fmt: skip
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+
+
+def label(text: object) -> str:
+    """Text of a run as it may stand in a figure: plotly reads a little HTML and `%{…}`, which this shows as text."""
+    return html.escape(str(text), quote=False).replace("{", "&#123;").replace("\n", "<br>")
+
+
+def colour(meaning: dict[str, Any] | None, room: str = "light") -> str:
+    """The colour for `{"depth": 0 to 1}` or `{"category": index}`; ink for neither."""
+    look = ROOMS[room]
+    if meaning and "depth" in meaning:
+        return shades(room)[round(meaning["depth"] * (SHADES - 1))]
+    if meaning and "category" in meaning:
+        return look["category"][meaning["category"] % len(look["category"])]
+    return look["faint"]
+
+
+def shades(room: str) -> list[str]:
+    """The scale of depth, first layer to last."""
+    name, low, high = ROOMS[room]["depth"]
+    return sample_colorscale(name, [low + (high - low) * i / (SHADES - 1) for i in range(SHADES)])
+
+
+def faded(shade: str, opacity: float) -> str:
+    """The colour of a band around a line."""
+    if shade.startswith("rgb("):
+        return shade.replace("rgb(", "rgba(").replace(")", f", {opacity})")
+    red, green, blue = (int(shade[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {opacity})"
+
+
+def template(room: str = "light") -> go.layout.Template:
+    """The part of a layout that all figures share."""
+    look = ROOMS[room]
+    axis = {
+        "gridcolor": look["grid"], "linecolor": look["grid"], "zeroline": False, "ticks": "", "automargin": True,
+        "exponentformat": "power", "title": {"font": {"size": 12, "color": look["faint"]}, "standoff": 6},
+        "tickfont": {"size": 11, "color": look["faint"]},
+    }  # fmt: skip
+    layout = {
+        "font": {"family": FONT, "size": 13, "color": look["ink"]},
+        "title": {"x": 0, "xref": "paper", "y": 1, "yanchor": "top", "pad": {"t": 10}, "font": {"size": 16}},
+        "paper_bgcolor": look["paper"], "plot_bgcolor": look["paper"], "colorway": look["category"],
+        "colorscale": {"sequential": "Cividis", "diverging": "RdBu"},
+        "xaxis": axis, "yaxis": axis, "hovermode": "closest", "margin": {"l": 62, "r": 14, "t": 40, "b": 52},
+        "hoverlabel": {"bgcolor": look["paper"], "bordercolor": look["faint"], "font": {"color": look["ink"], "size": 12}},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
+        "annotationdefaults": {"font": {"color": look["ink"], "size": 13}},
+    }  # fmt: skip
+    return go.layout.Template(layout=layout)
+
+
+def rooms() -> dict[str, Any]:
+    """What the page needs to paint figures in either room."""
+    return {
+        name: {
+            "template": template(name).to_plotly_json(),
+            "depth": shades(name),
+            "category": ROOMS[name]["category"],
+            "faint": ROOMS[name]["faint"],
+        }
+        for name in ROOMS
+    }

@@ -1,0 +1,94 @@
+"""What a report looks at: runs and the tables of analyses, read once."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from picolm.analyze.table import RESULTS, load
+from picolm.errors import PicoError
+from picolm.store import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass
+class Analysis:
+    """The table of an analysis, and where it was read from. Its name is that of its folder."""
+
+    place: str
+    table: "pd.DataFrame"
+
+    @property
+    def name(self) -> str:
+        return Path(self.place).resolve().name
+
+
+@dataclass
+class Material:
+    """Everything a section may look at. command: the words that make this report again."""
+
+    runs: list[Run]
+    analyses: list[Analysis]
+    places: list[str] = field(default_factory=list)
+    command: str = ""
+
+    @cached_property
+    def log(self) -> "pd.DataFrame":
+        """The logged numbers of all runs: run, step, name, value."""
+        from picolm.report.plot import log_table
+
+        return log_table({name: run.metrics() for name, run in self.named.items()})
+
+    @cached_property
+    def named(self) -> dict[str, Run]:
+        """The runs by name; where two have the same, by place."""
+        names = [run.name for run in self.runs]
+        return {
+            run.name if names.count(run.name) == 1 else place: run
+            for run, place in zip(self.runs, self.places, strict=True)
+        }
+
+    @cached_property
+    def groups(self) -> dict[str, str]:
+        """By run, what it is called together with those that differ from it in nothing but seeds and names."""
+        alike: dict[str, list[str]] = {}
+        for name, run in self.named.items():
+            alike.setdefault(_without_seeds(run.config), []).append(name)
+        return {
+            name: names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more seeds"
+            for names in alike.values()
+            for name in names
+        }
+
+
+def gather(places: Sequence[str], analyses: Sequence[str], own: Sequence[str] = ()) -> Material:
+    """Open runs and read tables. Raises PicoError, naming what is wrong with which."""
+    tables = [Analysis(str(place), _table(place)) for place in analyses]
+    if not places and not tables:
+        raise PicoError("a report of what? pico report RUN… [--analysis DIR…]")
+    runs = [Run.open(place) for place in places]
+    options = [("--analysis", str(place)) for place in analyses] + [("--section", name) for name in own]
+    command = shlex.join(["pico", "report", *places, *(word for option in options for word in option)])
+    return Material(runs, tables, list(map(str, places)), command)
+
+
+def _table(place: str) -> "pd.DataFrame":
+    path = Path(place)
+    if not (path / RESULTS if path.is_dir() else path).is_file():
+        raise PicoError(f"{place}: no table here; expected {RESULTS} of an analysis, which pico analyze writes")
+    try:
+        return load(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise PicoError(f"{place}: cannot be read as the table of an analysis ({error})") from error
+
+
+def _without_seeds(config: dict[str, Any]) -> str:
+    import json
+
+    training = {key: value for key, value in (config.get("training") or {}).items() if key != "seeds"}
+    kept = {key: config.get(key) for key in ("data", "model")} | {"training": training}
+    return json.dumps(kept, sort_keys=True, default=str)

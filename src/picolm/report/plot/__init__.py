@@ -1,0 +1,12 @@
+"""From a table to a figure, for notebooks and for the report alike.
+
+The functions take the long table of an analysis (`picolm.analyze.load`) or the log of runs (`log_table`) and return a
+plotly figure; `figure.layout.meta` tells the page what a reader may change in it.
+"""
+
+from picolm.report.plot.comparison import compare
+from picolm.report.plot.heatmaps import heatmap, layers, steps
+from picolm.report.plot.metrics import metric
+from picolm.report.plot.training import log_table, loss, training
+
+__all__ = ["compare", "heatmap", "layers", "log_table", "loss", "metric", "steps", "training"]

@@ -1,0 +1,75 @@
+"""Several runs side by side: a line for each group of runs, with the interval of the mean where a group has several."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from picolm.analyze.table import aggregate
+from picolm.errors import PicoError
+from picolm.report.plot.panels import Control, Panel, band, figure, line
+from picolm.report.plot.series import gaps, matters, named, select
+
+MOST_LAYERS = 12  # offered one by one
+
+
+def compare(
+    table: pd.DataFrame, name: str, options: str | None = None, *, groups: Mapping[str, str] | None = None
+) -> go.Figure:
+    """A metric over steps, run against run: the mean over layers and heads of each, or one layer at a time.
+
+    groups: run -> the group it belongs to (seeds of one configuration); a group of several runs is drawn as the mean over
+    them with a 95 % bootstrap interval, by `picolm.analyze.aggregate`. Default: each run by itself.
+    """
+    rows = select(table, name, options)
+    runs = list(dict.fromkeys(rows["run"]))
+    if len(runs) < 2:
+        raise PicoError("a comparison needs a table of several runs")
+    belongs = {run: (groups or {}).get(run, run) for run in runs}
+    found = list(matters(rows))
+    depths = sorted({int(layer) for _, group in found for layer in group["layer"].dropna().unique()})[:MOST_LAYERS]
+    choices = ["mean of layers", *(f"layer {layer}" for layer in depths)] if len(depths) > 1 else []
+    traces = []
+    for panel, (_, group) in enumerate(found):
+        for place, layer in enumerate([None, *(depths if choices and group["layer"].notna().any() else [])]):
+            chosen = _per_run(group if layer is None else group[group["layer"] == layer])
+            fixed = group["layer"].isna().all() or not choices
+            traces += _lines(chosen, belongs, panel, {} if fixed else {"layer": place})
+    title = named(name, rows["options"].iloc[0] or "")
+    panels = [Panel(matter.title, y=title) for matter, _ in found]
+    control = Control("layer", "Layer", choices)
+    return figure(f"{title}, run by run", traces, panels, controls=[control], log="xy", shared_y=True, note=gaps(rows))
+
+
+def _per_run(rows: pd.DataFrame) -> pd.DataFrame:
+    """The table with one row per run and step: the mean over layers and heads, without what is not finite."""
+    finite = rows[np.isfinite(rows["value"].to_numpy(dtype=float))]
+    means = finite.groupby(["run", "step"], as_index=False)["value"].mean()
+    keep = [column for column in rows.columns if column not in ("run", "step", "value")]
+    one = rows.iloc[[0]][keep].assign(layer=pd.NA, head=pd.NA, against_step=pd.NA, module="", against_run="", reason="")
+    return means.merge(one, how="cross") if len(rows) else means
+
+
+def _lines(rows: pd.DataFrame, belongs: Mapping[str, str], panel: int, shown: dict[str, int]) -> list[go.Scatter]:
+    names = list(dict.fromkeys(belongs.values()))
+    traces: list[go.Scatter] = []
+    for number, name in enumerate(names):
+        members = [run for run, group in belongs.items() if group == name]
+        own = rows[rows["run"].isin(members)].drop(columns=["part", "relation", "against"], errors="ignore")
+        if own.empty:
+            continue
+        meaning = {"category": number}
+        if len(members) == 1:
+            own = own.sort_values("step")
+            traces.append(
+                line(own["step"].to_numpy(), own["value"].to_numpy(), name, panel=panel, meaning=meaning, shown=shown)
+            )
+            continue
+        mean = aggregate(own).sort_values("step")
+        at, values = mean["step"].to_numpy(), mean["mean"].to_numpy(dtype=float)
+        low, high = (mean[column].to_numpy(dtype=float) for column in ("low", "high"))
+        traces.append(band(at, low, high, panel=panel, meaning=meaning, shown=shown, group=name))
+        words = f"{name}, mean of {len(members)} runs"
+        traces.append(line(at, values, name, panel=panel, meaning=meaning, shown=shown, about=words))
+    return traces

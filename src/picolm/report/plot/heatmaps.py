@@ -1,0 +1,136 @@
+"""Heatmaps: layer or head by step, layer by layer of two runs or steps, step by step."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from picolm.errors import PicoError
+from picolm.report.look import label
+from picolm.report.plot.panels import Control, Panel, figure
+from picolm.report.plot.series import Matter, by_step, gaps, matters, named, pairs, select
+
+
+def heatmap(table: pd.DataFrame, name: str, options: str | None = None) -> go.Figure:
+    """A metric by layer (down to up) and step; where there are heads, one row for each. One matrix is shown at a time."""
+    rows = select(table, name, options)
+    layered = [
+        (m, g.dropna(subset="layer")) for m, g in matters(rows) if g["layer"].nunique() > 1 and g["step"].nunique() > 1
+    ]
+    if not layered:
+        raise PicoError(f"{name}: a heatmap needs several layers and several steps")
+    runs = list(dict.fromkeys(run for _, group in layered for run in group["run"]))
+    traces = []
+    for place, (_, group) in enumerate(layered):
+        for number, run in enumerate(runs):
+            own = group[group["run"] == run]
+            if len(own):
+                traces += _by_step(own, name, {"matter": place, "run": number})
+    headed = any(group["head"].notna().any() for _, group in layered)
+    controls = [
+        Control("matter", "Of", [matter.title for matter, _ in layered]),
+        Control("run", "Run", runs),
+        Control("heads", "Heads", ("mean of heads", "each head") if headed else ()),
+    ]
+    title = named(name, rows["options"].iloc[0] or "")
+    panel = Panel("", y="layer, head" if headed else "layer")
+    return _figure(f"{title} by layer and step", traces, panel, controls, note=gaps(rows))
+
+
+def layers(table: pd.DataFrame, name: str, options: str | None = None) -> go.Figure:
+    """A metric between every two layers, of two runs or of one run at two steps; a slider chooses the step."""
+    rows = select(table, name, options)
+    found = list(pairs(rows, "layers"))
+    if not found:
+        raise PicoError(f"{name}: nothing in the table compares a layer with several; target: {{layer: all}} does")
+    steps = sorted(rows.loc[rows["against_layer"].notna(), "step"].unique())
+    titles, traces = [], []
+    for place, (matter, group) in enumerate(found):
+        titles.append(_of_runs(matter, group))
+        for number, step in enumerate(steps):
+            own = group[group["step"] == step]
+            if len(own):
+                shown = {"matter": place, "step": number}
+                traces.append(_square(own, "layer", "against_layer", shown, about=f"step {step}"))
+    controls = [Control("matter", "Of", titles), Control("step", "Step", list(map(str, steps)), kind="slider")]
+    title = named(name, rows["options"].iloc[0] or "")
+    panel = Panel("", y="layer", x="layer compared with")
+    return _figure(f"{title} between layers", traces, panel, controls, note=gaps(rows))
+
+
+def steps(table: pd.DataFrame, name: str, options: str | None = None) -> go.Figure:
+    """A metric between every two steps of the same layer; a slider chooses the layer."""
+    rows = select(table, name, options)
+    found = list(pairs(rows, "steps"))
+    if not found:
+        raise PicoError(f"{name}: nothing in the table compares all steps; target: {{checkpoint: all}} does")
+    depths = sorted(rows["layer"].dropna().unique())
+    traces, titles = [], []
+    for place, (matter, group) in enumerate(found):
+        titles.append(_of_runs(matter, group))
+        for number, layer in enumerate(depths):
+            own = group[group["layer"] == layer]
+            if len(own):
+                shown = {"matter": place, "layer": number}
+                traces.append(_square(own, "step", "against_step", shown, about=f"layer {layer}"))
+    controls = [Control("matter", "Of", titles), Control("layer", "Layer", list(map(str, depths)), kind="slider")]
+    title = named(name, rows["options"].iloc[0] or "")
+    panel = Panel("", y="step", x="step compared with")
+    return _figure(f"{title} between steps", traces, panel, controls, note=gaps(rows))
+
+
+def _of_runs(matter: Matter, group: pd.DataFrame) -> str:
+    return f"{group['run'].iloc[0]}: {matter.title}"
+
+
+def _by_step(rows: pd.DataFrame, name: str, shown: dict[str, int]) -> list[go.Heatmap]:
+    at = np.sort(rows["step"].unique())
+    heads = rows["head"].notna().any()
+    depths = sorted(rows["layer"].unique())
+    mean = np.array([by_step(rows[rows["layer"] == layer], at) for layer in depths])
+    names = [f"layer {layer}" for layer in depths]
+    made = [_map(at, names, mean, shown | ({"heads": 0} if heads else {}))]
+    if heads:
+        each = [
+            (f"layer {layer}, head {head}", own) for (layer, head), own in rows.groupby(["layer", "head"], sort=True)
+        ]
+        values = np.array([by_step(own, at) for _, own in each])
+        made.append(_map(at, [words for words, _ in each], values, shown | {"heads": 1}))
+    return made
+
+
+def _square(rows: pd.DataFrame, down: str, across: str, shown: dict[str, int], about: str) -> go.Heatmap:
+    """Rows against columns; the mean over heads where there are several."""
+    finite = rows[np.isfinite(rows["value"].to_numpy(dtype=float))]
+    grid = finite.pivot_table(index=down, columns=across, values="value", aggfunc="mean", sort=True)
+    grid = grid.reindex(index=sorted(rows[down].unique()), columns=sorted(rows[across].unique()))
+    return _map(grid.columns, grid.index, grid.to_numpy(dtype=float), shown, about)
+
+
+def _map(x: Any, y: Any, values: np.ndarray, shown: dict[str, int], about: str = "") -> go.Heatmap:
+    """Categories on both axes: steps that are not evenly spaced get cells of one width. Empty cells are missing values."""
+    text = f"{label(about)}<br>%{{y}} · %{{x}}: <b>%{{customdata}}</b><extra></extra>"
+    return go.Heatmap(
+        x=[str(at) for at in x], y=[str(at) for at in y], z=values, customdata=values, colorscale="Cividis", hoverongaps=False,
+        colorbar={"thickness": 14, "outlinewidth": 0},
+        hovertemplate=text.removeprefix("<br>"), xgap=1, ygap=1 if len(y) <= 40 else 0, meta={"shown": shown},
+    )  # fmt: skip
+
+
+def _figure(title: str, traces: list[go.Heatmap], panel: Panel, controls: list[Control], note: str) -> go.Figure:
+    rows = max(len(trace.y) for trace in traces)
+    _same_scale(traces)
+    made = figure(title, traces, [panel], controls=controls, note=note, height=min(640, max(260, 60 + 16 * rows)))
+    return made.update_xaxes(type="category", showgrid=False).update_yaxes(type="category", showgrid=False)
+
+
+def _same_scale(traces: list[go.Heatmap]) -> None:
+    """One range of colours for all maps of one matter, so that a slider shows change."""
+    ranges: dict[int, list[float]] = {}
+    for trace in traces:
+        values = np.asarray(trace.z, dtype=float)
+        ranges.setdefault(trace.meta["shown"]["matter"], []).extend(values[np.isfinite(values)])
+    for trace in traces:
+        if finite := ranges[trace.meta["shown"]["matter"]]:
+            trace.update(zmin=min(finite), zmax=max(finite))

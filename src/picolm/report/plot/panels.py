@@ -1,0 +1,181 @@
+"""Small multiples, and what a reader may change in a figure.
+
+A figure carries in `layout.meta` what the page offers: `panels` (how many, how high), `log` (axes that may be logarithmic),
+`controls` (choices, each with a key); and each trace in `meta` what its colour means and under which choices it is shown.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from picolm.report.look import colour, faded, label, template
+
+COLUMNS = 3
+WIDTH, HEIGHT = 1000, 250  # of a figure, and of one row of panels, in pixels
+TITLE, LEGEND_ROW, PANEL_TITLE, BOTTOM, SIDES = 40, 23, 40, 52, 76  # heights above and below the panels; both margins
+GAP_X, GAP_Y = 66, 74  # between panels: tick labels of the right one; tick labels above, title below
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of several axes side by side: its title, and what its axes show, with units."""
+
+    title: str
+    y: str = ""
+    x: str = "step (updates)"
+
+
+@dataclass(frozen=True)
+class Control:
+    """Something to choose, or a slider where the options are ordered numbers. y: the title of the y axis under each."""
+
+    key: str
+    label: str
+    options: Sequence[str]
+    kind: str = "choice"
+    value: int = 0
+    y: Sequence[str] = ()
+
+    def plain(self) -> dict[str, Any]:
+        made = {
+            "key": self.key,
+            "label": self.label,
+            "options": list(self.options),
+            "kind": self.kind,
+            "value": self.value,
+        }
+        return made | ({"y": [label(title) for title in self.y]} if self.y else {})
+
+
+def suffix(index: int) -> str:
+    """The number of an axis as plotly writes it: "", "2", "3", …"""
+    return "" if index == 0 else str(index + 1)
+
+
+def figure(
+    title: str,
+    traces: Iterable[go.Scatter | go.Heatmap],
+    panels: Sequence[Panel],
+    *,
+    controls: Iterable[Control] = (),
+    log: str = "",
+    height: int = HEIGHT,
+    shared_y: bool = False,
+    note: str = "",
+    **layout: Any,
+) -> go.Figure:
+    """Traces in panels, three in a row, painted for a light room, with the first choice of each control made.
+
+    log: which of "x", "y" may be made logarithmic. shared_y: all panels have the same y title; only the left ones show it.
+    note: words that belong under the figure, such as how many values are missing.
+    """
+    offered = [control.plain() for control in controls if len(control.options) > 1]
+    made = go.Figure(list(traces))
+    show(made, {control["key"]: control["value"] for control in offered})
+    for trace in made.data:
+        paint(trace)
+    made.update_layout(template=template(), title_text=f"<b>{label(title)}</b>", **layout)
+    meta = {"panels": len(panels), "row": height, "controls": offered, "log": log, "sharedY": shared_y, "note": note}
+    made.update_layout(meta=meta, showlegend=sum(bool(trace.showlegend) for trace in made.data) > 1)
+    for index, panel in enumerate(panels):
+        n = suffix(index)
+        made.update_layout({f"xaxis{n}": {"anchor": f"y{n}", "title": {"text": label(panel.x)}}})
+        made.update_layout({f"yaxis{n}": {"anchor": f"x{n}", "title": {"text": label(panel.y)}}})
+        if panel.title:
+            made.add_annotation(
+                text=f"<b>{label(panel.title)}</b>", xref=f"x{n} domain", yref=f"y{n} domain",
+                x=0, y=1, xanchor="left", yanchor="bottom", yshift=6, showarrow=False,
+            )  # fmt: skip
+    return arrange(made, COLUMNS)
+
+
+def show(made: go.Figure, chosen: dict[str, int]) -> None:
+    """Draw the traces that belong to the choices; each group of lines has one entry in the legend (`show` in page.js)."""
+    named: set[str] = set()
+    for trace in made.data:
+        trace.visible = all(chosen.get(key, option) == option for key, option in trace.meta["shown"].items())
+        if trace.type == "scatter" and not trace.meta.get("band"):
+            trace.showlegend = trace.visible and trace.legendgroup not in named
+            named |= {trace.legendgroup} if trace.visible else set()
+
+
+def arrange(made: go.Figure, columns: int, width: int = WIDTH) -> go.Figure:
+    """Place the panels in a grid of `columns`; the page does the same for the width that it has (`arrange` in page.js)."""
+    count, row = made.layout.meta["panels"], made.layout.meta["row"]
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    inner_width, inner_height = width - SIDES, rows * row + (rows - 1) * GAP_Y
+    cell = (inner_width - (columns - 1) * GAP_X) / columns
+    for index in range(count):
+        left, top = (index % columns) * (cell + GAP_X), (index // columns) * (row + GAP_Y)
+        domain_x = [left / inner_width, (left + cell) / inner_width]
+        domain_y = [1 - (top + row) / inner_height, 1 - top / inner_height]
+        made.update_layout({f"xaxis{suffix(index)}.domain": [min(1, round(at, 6)) for at in domain_x]})
+        made.update_layout({f"yaxis{suffix(index)}.domain": [max(0, round(at, 6)) for at in domain_y]})
+        if made.layout.meta["sharedY"] and index % columns:
+            made.update_layout({f"yaxis{suffix(index)}.title.text": ""})
+    entry, lines = _legend(made, width)
+    top = TITLE + lines * LEGEND_ROW + (PANEL_TITLE if made.layout.annotations else 8)
+    made.update_layout(legend={"entrywidth": entry, "y": 1 - TITLE / (inner_height + top + BOTTOM)})
+    return made.update_layout(width=width, height=inner_height + top + BOTTOM, margin={"t": top, "b": BOTTOM})
+
+
+def _legend(made: go.Figure, width: int) -> tuple[int, int]:
+    """Pixels of an entry, and how many lines the legend takes."""
+    names = [trace.name for trace in made.data if trace.showlegend]
+    entry = 12 + 7 * max(map(len, names), default=0)
+    return entry, math.ceil(len(names) / max(1, (width - SIDES) // (entry + 40))) if len(names) > 1 else 0
+
+
+def paint(trace: Any, room: str = "light") -> None:
+    """Give a trace the colour of what it means (`paint` in page.js)."""
+    if trace.type != "scatter":
+        return
+    shade = colour(trace.meta.get("colour"), room)
+    if trace.meta.get("band"):
+        trace.update(fillcolor=faded(shade, 0.18), line_width=0)
+    else:
+        trace.update(line_color=shade, marker_color=shade)
+
+
+def line(
+    x: Any,
+    y: Any,
+    name: str,
+    *,
+    panel: int = 0,
+    meaning: dict[str, Any] | None = None,
+    shown: dict[str, int] | None = None,
+    about: str = "",
+    dash: str = "solid",
+) -> go.Scatter:
+    """A line with gaps where values are missing; hovering shows the exact value, since plotly rounds `%{y}`.
+
+    name: lines of one name share their entry in the legend. shown: option by control under which it is drawn.
+    about: words for the hover, before x and value.
+    """
+    text = f"{label(about or name)}<br>%{{x}}: <b>%{{customdata}}</b><extra></extra>"
+    return go.Scatter(
+        x=x, y=y, customdata=y, name=label(name), mode="lines+markers" if len(x) <= 60 else "lines",
+        line={"width": 1.8, "dash": dash}, marker={"size": 4}, connectgaps=False, hovertemplate=text,
+        xaxis=f"x{suffix(panel)}", yaxis=f"y{suffix(panel)}", legendgroup=label(name),
+        meta={"colour": meaning, "shown": shown or {}},
+    )  # fmt: skip
+
+
+def band(
+    x: Any, low: Any, high: Any, *, panel: int, meaning: dict[str, Any], shown: dict[str, int], group: str
+) -> go.Scatter:
+    """The area between two lines, where both are there."""
+    import numpy as np
+
+    there = np.isfinite(low) & np.isfinite(high)
+    around = np.concatenate([np.asarray(x)[there], np.asarray(x)[there][::-1]])
+    edge = np.concatenate([np.asarray(high)[there], np.asarray(low)[there][::-1]])
+    return go.Scatter(
+        x=around, y=edge, fill="toself", mode="lines", hoverinfo="skip", showlegend=False, legendgroup=label(group),
+        xaxis=f"x{suffix(panel)}", yaxis=f"y{suffix(panel)}", meta={"colour": meaning, "shown": shown, "band": True},
+    )  # fmt: skip

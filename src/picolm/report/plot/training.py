@@ -1,0 +1,129 @@
+"""The log of a run: loss by source, and how training went."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from picolm.errors import PicoError
+from picolm.report.look import DASHES
+from picolm.report.plot.panels import Control, Panel, figure, line
+
+UNITS = ("nats per token", "perplexity", "bits per byte")
+TRAINED = ("train/loss", "train/perplexity", "train/bits_per_byte")
+TRAINING = "training batches"
+VALIDATED = re.compile(r"val/(?P<name>[^/]+)(?:/(?P<source>.+?))??(?:/(?P<unit>nats_per_token|bits_per_byte))?$")
+PROGRESS = {
+    "lr": Panel("Learning rate", "learning rate"),
+    "grad_norm": Panel("Gradient norm", "L2 norm before clipping"),
+    "clip_coefficient": Panel("Clipping", "factor on the gradient"),
+    "update_ratio": Panel("Update ratio", "‖update‖ / ‖weights‖"),
+    "noise_scale": Panel("Gradient noise scale", "batch size (sequences)"),
+    "weight_norm": Panel("Weight norm", "L2 norm"),
+    "tokens_per_s": Panel("Speed", "tokens per second"),
+}
+
+
+def log_table(runs: dict[str, Iterable[dict[str, object]]]) -> pd.DataFrame:
+    """The logged numbers of runs as a long table: run, step, name, value; the last line of a step counts.
+
+    runs: name -> the lines of its metrics.jsonl, as `Run.metrics()` gives them.
+    """
+    rows = [
+        (run, entry["step"], name, float(value))
+        for run, entries in runs.items()
+        for entry in entries
+        for name, value in entry.items()
+        if name != "step" and isinstance(value, int | float)
+    ]
+    table = pd.DataFrame(rows, columns=["run", "step", "name", "value"]).astype({"step": "int64", "value": "float64"})
+    return table.drop_duplicates(["run", "step", "name"], keep="last", ignore_index=True)
+
+
+def loss(log: pd.DataFrame) -> go.Figure:
+    """Loss, perplexity and bits per byte of training and of each source of the held-out text.
+
+    log: see `log_table`. One run: a colour per source; several: a colour per run. Raises PicoError without a loss.
+    """
+    runs = list(dict.fromkeys(log["run"]))
+    curves = [curve for curve in map(_curve, log["name"].unique()) if curve is not None]
+    if not curves:
+        raise PicoError("nothing was logged of a loss")
+    sources = sorted(dict.fromkeys(source for _, source, _ in curves), key=lambda source: source != TRAINING)
+    traces = []
+    for name, source, unit in sorted(curves, key=lambda curve: sources.index(curve[1])):
+        for place, run in enumerate(runs):
+            own = log[(log["run"] == run) & (log["name"] == name)].sort_values("step")
+            number = sources.index(source)
+            meaning, dash = (
+                ({"category": number}, "solid") if len(runs) == 1 else ({"category": place}, DASHES[number % 5])
+            )
+            words = source if len(runs) == 1 else f"{run}, {source}"
+            style: dict[str, Any] = {"meaning": meaning, "dash": dash, "shown": {"unit": unit}}
+            traces.append(line(own["step"].to_numpy(), own["value"].to_numpy(), words, **style))
+    spikes = [spike for run in runs for spike in _spikes(log[log["run"] == run], run)]
+    control = Control("unit", "Unit", UNITS, y=("loss (nats per token)", "perplexity", "loss (bits per byte)"))
+    return figure(
+        "Loss", traces + spikes, [Panel("", "loss (nats per token)")], controls=[control], log="xy", height=380
+    )
+
+
+def _curve(name: str) -> tuple[str, str, int] | None:
+    """The name, what it is of, and the index in UNITS; None for other quantities."""
+    if name in TRAINED:
+        return name, TRAINING, TRAINED.index(name)
+    found = VALIDATED.match(name)
+    if found is None:
+        return None
+    unit = {"nats_per_token": 0, None: 1, "bits_per_byte": 2}[found["unit"]]
+    return name, " ".join(filter(None, ("held out:", found["source"] or "all", ""))).strip(), unit
+
+
+def _spikes(log: pd.DataFrame, run: str) -> list[go.Scatter]:
+    """Marks where the count of loss spikes or of skipped updates grew since the line before."""
+    wide = log.pivot(index="step", columns="name", values="value")
+    marks = []
+    for name, words, symbol in (
+        ("loss_spikes", "loss spikes", "triangle-down"),
+        ("skipped_updates", "skipped updates", "x"),
+    ):
+        if name not in wide or "train/loss" not in wide:
+            continue
+        counts = wide[[name, "train/loss"]].dropna()
+        grown = counts[counts[name].diff().fillna(counts[name]) > 0]
+        if grown.empty:
+            continue
+        for unit, column in enumerate(TRAINED[:2]):
+            mark = line(
+                grown.index.to_numpy(), wide.loc[grown.index, column].to_numpy(), f"{run}: {words}", shown={"unit": unit},
+                about=f"{words} since the line before",
+            )  # fmt: skip
+            marks.append(
+                mark.update(mode="markers", marker={"symbol": symbol, "size": 10}, customdata=grown[name].to_numpy())
+            )
+    return marks
+
+
+def training(log: pd.DataFrame) -> go.Figure:
+    """How training went: learning rate, gradient norm and clipping, update ratios, noise scale, weight norm, speed."""
+    runs = list(dict.fromkeys(log["run"]))
+    there = {name: panel for name, panel in PROGRESS.items() if log["name"].str.startswith(name).any()}
+    if not there:
+        raise PicoError("nothing was logged of how training went")
+    traces = []
+    for number, prefix in enumerate(there):
+        names = [name for name in log["name"].unique() if name == prefix or name.startswith(prefix + "/")]
+        for part, name in enumerate(names):
+            for place, run in enumerate(runs):
+                own = log[(log["run"] == run) & (log["name"] == name)].sort_values("step")
+                words = name.partition("/")[2] or run
+                several = {"category": part} if len(names) > 1 else {"category": place}
+                dash = DASHES[place % 5] if len(names) > 1 else "solid"
+                trace = line(
+                    own["step"].to_numpy(), own["value"].to_numpy(), words, panel=number, meaning=several, dash=dash,
+                    about=f"{run}\n{there[prefix].title}: {words}" if words != run else f"{run}\n{there[prefix].title}",
+                )  # fmt: skip
+                traces.append(trace)
+    return figure("How training went", traces, list(there.values()), log="xy")

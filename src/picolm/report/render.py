@@ -1,0 +1,33 @@
+"""Templates of the page. Everything that is put into them is escaped; nothing else puts text into a page but `section.html`."""
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup
+
+ASSETS = files("picolm.report") / "page"
+
+
+def asset(name: str) -> str:
+    """The text of a file of the page: page.js, page.css, a template."""
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    templates = {
+        item.name: item.read_text(encoding="utf-8") for item in ASSETS.iterdir() if item.name.endswith(".html")
+    }
+    made = Environment(
+        loader=DictLoader(templates), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    made.filters["yaml"] = lambda value: value if isinstance(value, str) else json.dumps(value, default=str)
+    return made
+
+
+def render(template: str, **values: Any) -> Markup:
+    """A template with its values, as HTML."""
+    return Markup(_environment().get_template(template).render(**values))

@@ -1,0 +1,94 @@
+"""What a report is made of: sections, each a registered function that looks at the material and returns one, or None.
+
+    @SECTIONS.add("notes")
+    def notes(material: Material) -> Section | None:
+        return Section("Notes", [html("<p>{}</p>", material.runs[0].name)])
+
+A function of one's own, outside this package, is named `my_lab.module:function` on the command line (`--section`).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from picolm.registry import Registry
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from picolm.report.material import Material
+
+
+def html(template: str, *values: object, **named: object) -> Markup:
+    """HTML with `{}` where values go, escaped: the only way, with the page's templates, by which text gets into a page."""
+    return Markup(template).format(*values, **named)
+
+
+@dataclass
+class Drawing:
+    """A figure and what is said of it. code: the Python call that draws it alone. caption: what to look for."""
+
+    figure: "go.Figure"
+    code: str = ""
+    caption: str = ""
+
+    @property
+    def title(self) -> str:
+        """As text; figures hold it as plotly's HTML."""
+        return Markup(self.figure.layout.title.text or "Figure").striptags()
+
+    @property
+    def name(self) -> str:
+        """A name for files, from the title."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")[:80] or "figure"
+
+
+@dataclass
+class Sheet:
+    """A table of any length that can be sorted, filtered and saved as CSV."""
+
+    name: str
+    frame: "pd.DataFrame"
+
+
+@dataclass
+class Section:
+    """A heading and what stands under it: drawings, sheets, and HTML made by `html` or a template. lead: a sentence on top."""
+
+    title: str
+    items: Sequence[Drawing | Sheet | Markup]
+    lead: str = ""
+
+
+SECTIONS: Registry[Callable[["Material"], Section | None]] = Registry("report section")
+
+
+def described(figure: "go.Figure") -> str:
+    """A figure in words, for those who do not see it: what its axes show, how many lines, and the range of the values."""
+    import numpy as np
+
+    traces = [trace for trace in figure.data if trace.visible is not False and not (trace.meta or {}).get("band")]
+    if not traces:
+        return "Nothing is drawn."
+    maps = traces[0].type == "heatmap"
+    values = np.concatenate([np.asarray(t.z if maps else t.y, dtype=float).ravel() for t in traces] or [np.zeros(0)])
+    finite = values[np.isfinite(values)]
+    what = f"Heatmap of {len(traces[0].y)} rows and {len(traces[0].x)} columns" if maps else _lines(figure, traces)
+    if not finite.size:
+        return f"{what}; no finite values."
+    gaps = f", {values.size - finite.size} missing" if values.size > finite.size else ""
+    return f"{what}. {finite.size} values from {finite.min():.4g} to {finite.max():.4g}{gaps}."
+
+
+def _lines(figure: "go.Figure", traces: Sequence[Any]) -> str:
+    panels = [Markup(note.text).striptags() for note in figure.layout.annotations]
+    across = figure.layout.xaxis.title.text or ""
+    where = f" in {len(panels)} panels ({', '.join(panels)})" if panels else ""
+    names = list(dict.fromkeys(Markup(trace.name or "").striptags() for trace in traces))
+    return f"{len(traces)} lines over {across}{where}: {', '.join(names[:12])}" + (
+        " and more" if len(names) > 12 else ""
+    )

@@ -1,0 +1,148 @@
+"""What was trained, on what, and how it differs from the default configuration; what proves it."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+from markupsafe import Markup
+
+from picolm.errors import PicoError, StoreError
+from picolm.report.material import Material
+from picolm.report.render import render
+from picolm.report.section import SECTIONS, Section
+from picolm.schema import flatten, plain
+from picolm.store import Checkpoint, Run
+from picolm.store.sealed import SealedCheckpoint
+
+EXPECTED = {"run_name", "runs_dir"}  # differ from the default in every run and say nothing
+
+
+@SECTIONS.add("run")
+def run(material: Material) -> Section | None:
+    """A card for each run."""
+    cards = [card(name, opened) for name, opened in material.named.items()]
+    return Section("The run" if len(cards) == 1 else "The runs", cards) if cards else None
+
+
+def card(name: str, opened: Run) -> Markup:
+    """The facts of a run, its configuration (differences from the defaults first), and its provenance."""
+    config, environment = flatten(_config(opened)), _environment(opened)
+    last = opened.latest()
+    entries = opened.metrics()
+    return render(
+        "run.html",
+        name=name,
+        sentence=_sentence(config, last),
+        facts=_facts(config, entries, last),
+        differences=_differences(opened, config),
+        config=config,
+        parent=environment.get("forked_from") or environment.get("replay_of"),
+        provenance=_provenance(environment, opened, last),
+    )
+
+
+def _config(opened: Run) -> dict[str, Any]:
+    try:
+        return opened.config
+    except StoreError:
+        return {}  # runs written by others may have none
+
+
+def _environment(opened: Run) -> dict[str, Any]:
+    try:
+        return opened.environment
+    except StoreError:
+        return {}
+
+
+def _sentence(config: dict[str, Any], last: Checkpoint | None) -> str:
+    model, data = config.get("model.model_type", "a model"), config.get("data.dataset.name")
+    shape = [
+        f"{config[key]:,} {words}"
+        for key, words in (
+            ("model.n_layers", "layers"),
+            ("model.d_model", "dimensions"),
+            ("model.attention_n_heads", "heads"),
+        )
+        if isinstance(config.get(key), int)
+    ]
+    trained = f", trained to step {last.step:,}" if last is not None else ", not trained yet"
+    return f"{model} of {', '.join(shape) or 'unknown shape'}{trained}" + (f" on {data}" if data else "")
+
+
+def _facts(
+    config: dict[str, Any], entries: list[dict[str, Any]], last: Checkpoint | None
+) -> list[tuple[str, str, str]]:
+    """Value, what it is, and a remark, for what is known."""
+    losses = [(entry["step"], entry["train/loss"]) for entry in entries if "train/loss" in entry]
+    tokens = [entry["tokens"] for entry in entries if "tokens" in entry]
+    speeds = [
+        (entry["tokens"], entry["tokens_per_s"]) for entry in entries if "tokens" in entry and "tokens_per_s" in entry
+    ]
+    facts: list[tuple[str, str, str]] = []
+    parameters = _parameters(last)
+    if parameters:
+        facts.append((f"{parameters:,}", "parameters", ""))
+    if tokens:
+        rows, length = config.get("data.dataloader.batch_size"), config.get("model.max_seq_len")
+        each = f"{rows * length:,} in each step" if isinstance(rows, int) and isinstance(length, int) else ""
+        facts.append((f"{max(tokens):,}", "tokens trained on", each))
+    if losses:
+        step, loss = losses[-1]
+        perplexity = f"perplexity {math.exp(loss):,.1f}, at step {step:,}" if loss < 700 else f"at step {step:,}"
+        facts.append((f"{loss:.3f}", "training loss, nats per token", perplexity))
+    if len(speeds) > 1:
+        seconds = sum((after - before) / speed for (before, _), (after, speed) in pairwise(speeds) if speed > 0)
+        facts.append((_duration(seconds), "of training", "from the logged speeds"))
+        middle = sorted(speed for _, speed in speeds)[len(speeds) // 2]
+        facts.append((f"{middle:,.0f}", "tokens per second", "median"))
+    return facts
+
+
+def _parameters(last: Checkpoint | None) -> int:
+    if not isinstance(last, SealedCheckpoint):
+        return 0
+    return sum(math.prod(last.record(address).shape) for address in last.select(kind="weights"))
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+def _differences(opened: Run, config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Key, value, default; empty where the defaults are not to be had (an architecture that is not installed here)."""
+    from picolm.train.config import schema_for
+
+    try:
+        defaults = flatten(plain(schema_for(_config(opened))()))
+    except (PicoError, ValueError):
+        return []
+    return [
+        (key, value, defaults.get(key))
+        for key, value in config.items()
+        if value != defaults.get(key) and key.rpartition(".")[2] not in EXPECTED
+    ]
+
+
+def _provenance(environment: dict[str, Any], opened: Run, last: Checkpoint | None) -> list[tuple[str, str]]:
+    lines = [(name, version) for name, version in (environment.get("packages") or {}).items()]
+    packages = ", ".join(f"{name} {version}" for name, version in lines)
+    hardware = environment.get("hardware") or {}
+    devices = ", ".join(map(str, hardware.get("gpus") or [])) or hardware.get("cpu", "")
+    seeds = ", ".join(f"{name} {seed}" for name, seed in (environment.get("seeds") or {}).items())
+    data = environment.get("data") or {}
+    starts = [f"step {start.get('step')} at {start.get('time')}" for start in environment.get("starts") or []]
+    digest = last.manifest.digest if isinstance(last, SealedCheckpoint) else ""
+    found = {
+        "place": str(opened.path),
+        "python": environment.get("python", ""),
+        "versions": packages,
+        "hardware": f"{devices}, {environment.get('world_size', 1)} process(es)" if devices else "",
+        "seeds": seeds,
+        "data": f"{data.get('rows', 0):,} rows, fingerprint {data.get('fingerprint')}" if data else "",
+        "tokenizer (sha-256)": environment.get("tokenizer_sha256") or "",
+        "started": "; ".join(starts),
+        f"digest of step {last.step}" if last is not None else "digest": digest,
+    }
+    return [(key, str(value)) for key, value in found.items() if value]

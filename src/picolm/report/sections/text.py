@@ -1,0 +1,107 @@
+"""Rows of the captured batch as text, each token coloured by its loss under the weights of the step."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from picolm.report.material import Material
+from picolm.report.render import render
+from picolm.report.section import SECTIONS, Section
+from picolm.store import Checkpoint, Run
+from picolm.store.checkpoint import Missing
+from picolm.store.sealed import SealedCheckpoint
+
+ROWS, TOKENS, STEPS = 2, 256, 6  # of each split, of each row, of a run
+MOST_PARAMETERS = 100_000_000  # above, the forward passes would take longer than the rest of the report
+
+
+@dataclass
+class Token:
+    """A piece of text and its loss in nats; None for the first of a row, which nothing predicts. heat: percent of the scale."""
+
+    text: str
+    nats: float | None
+    heat: float
+    hover: str
+
+
+@dataclass
+class Row:
+    heading: str
+    tokens: list[Token]
+
+
+@SECTIONS.add("text")
+def text(material: Material) -> Section | None:
+    """For local runs of moderate size that keep weights, rows and a tokenizer; nothing for others."""
+    shown = [html for run in material.runs if (html := _shown(run, len(material.runs) > 1)) is not None]
+    lead = (
+        "What the model read at a step, and how surprised it was: the stronger the colour, the higher the loss of the token "
+        "given those before it, in nats, with the weights of that step. Held-out rows are the same at each step."
+    )
+    return Section("Text", shown, lead) if shown else None
+
+
+def _shown(run: Run, named: bool) -> Any:
+    steps = spread([step for step in run if _readable(run[step])], STEPS) if type(run) is Run else []
+    if not steps:
+        return None
+    most = math.log(int(run.config["model"]["vocab_size"]))
+    blocks = [(step, list(rows(run, step, most, f"{run.name}, " if named else ""))) for step in steps]
+    return render("text.html", steps=steps, blocks=blocks, most=most)
+
+
+def _readable(checkpoint: Checkpoint) -> bool:
+    weights = checkpoint.select(kind="weights")
+    if not weights or not isinstance(checkpoint, SealedCheckpoint) or "tokenizer.json" not in checkpoint.files:
+        return False
+    parameters = sum(math.prod(checkpoint.record(address).shape) for address in weights)
+    return parameters <= MOST_PARAMETERS and any(checkpoint.rows_file(split) for split in ("train", "val"))
+
+
+def spread(steps: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the steps: the first, the last, and others at equal distances in the list."""
+    if len(steps) <= count:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
+
+
+def rows(run: Run, step: int, most: float, prefix: str = "") -> Iterator[Row]:
+    """The first rows that were captured at a step, of each split. most: the loss, in nats, at the end of the scale."""
+    import torch
+
+    from picolm.train.sample import load_model
+    from picolm.train.text import Text
+
+    checkpoint = run[step]
+    assert isinstance(checkpoint, SealedCheckpoint)
+    model = load_model(run, step)
+    words = Text(checkpoint.locate("tokenizer.json"), int(run.config["model"]["vocab_size"]))
+    for split, where in (("train", "training batch of"), ("val", "held-out text at")):
+        try:
+            table = checkpoint.rows(split).slice(0, ROWS)
+        except Missing:
+            continue
+        ids_RS = np.array(table.column("input_ids").to_pylist())[:, : TOKENS + 1]
+        with torch.no_grad():
+            nats_RT = model.token_nats(torch.as_tensor(ids_RS)).numpy()
+        names = table.column("source").to_pylist() if "source" in table.column_names else [""] * len(ids_RS)
+        numbers = table.column("row").to_pylist() if "row" in table.column_names else [None] * len(ids_RS)
+        for ids_S, nats_T, source, number in zip(ids_RS, nats_RT, names, numbers, strict=True):
+            loss = f"mean loss {nats_T.mean():.3f} nats" + (
+                "" if nats_T.size < TOKENS else f" over {nats_T.size} tokens"
+            )
+            place = [f"{prefix}{where} step {step}", f"row {number}" if number is not None else "", source, loss]
+            yield Row(" · ".join(filter(None, place)), tokens(words.tokens(ids_S.tolist()), nats_T, most))
+
+
+def tokens(pieces: Sequence[str], nats_T: np.ndarray, most: float) -> list[Token]:
+    """Pieces of text with their losses; the first piece has none."""
+    made = [Token(pieces[0], None, 0, "")]
+    for place, (piece, nats) in enumerate(zip(pieces[1:], nats_T.tolist(), strict=True), 1):
+        heat = round(100 * min(1.0, max(0.0, nats / most)), 1) if math.isfinite(nats) else 100
+        made.append(Token(piece, nats, heat, f"{piece!r}: {nats:.4f} nats, position {place}"))
+    return made

@@ -1,0 +1,25 @@
+"""Loss by source, and how training went."""
+
+from contextlib import suppress
+
+from picolm.errors import PicoError
+from picolm.report import plot
+from picolm.report.material import Material
+from picolm.report.section import SECTIONS, Drawing, Section
+
+CALL = "log = plot.log_table({'NAME': Run.open('RUN').metrics()}); plot."
+
+
+@SECTIONS.add("training")
+def training(material: Material) -> Section | None:
+    """Curves of what was logged; nothing for runs without a log."""
+    log, drawings = material.log, []
+    captions = (
+        "Held-out loss is the mean over all predicted tokens of each source. Perplexity is the exponential of the loss in nats; "
+        "bits per byte compare across tokenizers.",
+        "The gradient norm is that before clipping; a factor of 1 on the gradient means that nothing was clipped.",
+    )
+    for name, caption in zip(("loss", "training"), captions, strict=True):
+        with suppress(PicoError):  # nothing of it was logged
+            drawings.append(Drawing(getattr(plot, name)(log), f"{CALL}{name}(log)", caption))
+    return Section("Training", drawings, "Loss and the state of the optimizer over steps.") if drawings else None
