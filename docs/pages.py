@@ -94,6 +94,7 @@ def commands(code: str) -> Iterator[str]:
 def run(text: str, folder: Path, pico: Callable[[list[str]], None], words: Callable[[Block], list[str]]) -> None:
     """Execute a page in `folder`, which is the current one. pico: runs one command line; words: what is added to it."""
     names: dict[str, Any] = {"__name__": "__page__"}
+    sys.path.insert(0, str(folder))  # as for `python` started there
     for block in blocks(text):
         if not block.runs:
             continue

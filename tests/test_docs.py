@@ -1,6 +1,8 @@
 """What the pages show is run: every command and snippet, in order, in a folder of its own; and the site holds together."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,11 +13,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
+from hooks.reference import configuration_keys, on_page_markdown
 from pages import Block, blocks, given, run
 from tests.hub_server import FakeHub, History
 from tests.picotrain import push_step, write_step
 
 from picolm.address import Address
+from picolm.analyze import config as analysis
+from picolm.analyze.components import COMPONENTS
+from picolm.analyze.metrics import METRICS
+from picolm.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -57,11 +65,14 @@ def pico_elsewhere(arguments: list[str]) -> None:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/demo with its steps and layers, each step small."""
-    folder = tmp_path_factory.mktemp("demo")
-    pico(["train", str(ROOT / "configs/demo.yaml"), *SMALL, f"checkpointing.runs_dir={folder}/runs"])
-    return folder / "runs" / "demo"
+def demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """runs/demo with its steps and layers, each step small; made once for all processes of the test run."""
+    shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    with FileLock(shared / "docs.lock"):
+        if not (shared / "docs" / "done").exists():
+            pico(["train", str(ROOT / "configs/demo.yaml"), *SMALL, f"checkpointing.runs_dir={shared}/docs"])
+            (shared / "docs" / "done").touch()
+    return shared / "docs" / "demo"
 
 
 @pytest.fixture
@@ -141,6 +152,53 @@ def test_everything_a_page_shows_runs(page: Path, room: Path, request: pytest.Fi
     if "hub" in given(text):
         request.getfixturevalue("hub")
     run(text, room, pico_elsewhere if "hub" in given(text) else pico, words)
+
+
+@pytest.mark.parametrize(
+    ("page", "schemas"),
+    [
+        ("train", [TrainConfig]),
+        ("analyze", [analysis.AnalysisConfig, analysis.Entry, analysis.Component, analysis.Suffixes, analysis.Target]),
+    ],
+)
+def test_every_key_of_a_configuration_is_on_its_page_with_default_and_meaning(page: str, schemas: list[Any]) -> None:
+    lines = on_page_markdown((ROOT / f"docs/reference/{page}.md").read_text()).splitlines()
+    rows = {line.split(" | ")[0].strip("|` "): line for line in lines if line.startswith("| `")}
+    for schema in schemas:
+        for key, field in configuration_keys(schema):
+            if field["section"]:
+                continue
+            assert field["description"], key
+            assert " ".join(field["description"].split())[:20] in rows[key].replace("\\|", "|")
+            assert "default" not in field or json.dumps(field["default"]) in rows[key].replace("\\|", "|")
+
+
+def test_every_part_and_command_has_its_place_in_the_reference() -> None:
+    pages = {
+        name: on_page_markdown(f"<!-- generated: {name} -->\n") for name in ("metrics", "components", "command-line")
+    }
+    for name in METRICS:
+        assert f"\n## {name}\n" in pages["metrics"]
+    for name in COMPONENTS:
+        assert f"\n## {name}\n" in pages["components"]
+    for name in ("train", "analyze", "list", "verify", "generate", "replay", "fork", "batch", "data prepare"):
+        assert f"\n## pico {name}\n" in pages["command-line"]
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = re.compile(
+        r"""<(?:script|img|iframe|source|link(?! rel="(?:canonical|next|prev)"))[^>]*(?:src|href)="((?:https?:)?//[^"]+)"""
+    )
+    for file in (tmp_path / "site").rglob("*.html"):
+        assert not loaded.findall(file.read_text()), file
+    for file in (tmp_path / "site").rglob("*.css"):
+        assert not re.findall(r"""(?:url\(|@import )["']?(?:https?:)?//""", file.read_text()), file
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
