@@ -16,7 +16,10 @@ from picolm.train.failure import lost_connection
 from .conftest import PICO, torchrun
 
 slow = pytest.mark.slow
-BAD = ("data.dataset.name=lab:source", "evaluation.metrics=null", "checkpointing.learning_dynamics.what=[]")
+BAD = (
+    "data.dataset.name=lab:source", "evaluation.metrics=null", "checkpointing.learning_dynamics.what=[]",
+    "checkpointing.save_in_background=false",
+)  # fmt: skip
 
 
 def left_behind(name: str) -> list[str]:
@@ -40,7 +43,7 @@ def left_behind(name: str) -> list[str]:
         (0, "unreadable", PICO, "shard 7, row 3: cannot be read", 1),
         (1, "bug", torchrun(2), r"[process 1 on ", 1),
         (1, "SIGKILL", PICO, "process 1 ended the run: was killed by SIGKILL (out of memory?)", 1),
-        (0, "SIGKILL", PICO, "", -signal.SIGKILL),
+        (0, "SIGKILL", PICO, "[process 1 on ", -signal.SIGKILL),
     ],
     ids=["unreadable-1", "unreadable-0", "bug-under-torchrun", "killed-1", "killed-0"],
 )
@@ -63,6 +66,8 @@ def test_one_failure_ends_all(
         assert "Connection closed" not in done.stderr
     if how == "bug":
         assert done.stderr.index("KeyError: 'no such thing'") < done.stderr.index("process 1 ended the run: KeyError")
+    if (rank, how) == (0, "SIGKILL"):
+        assert "the first process is gone" in done.stderr
     assert open_run("bad").latest_whole()[0].step == 0
 
 

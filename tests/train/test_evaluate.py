@@ -151,6 +151,20 @@ def test_an_evaluation_leaves_the_model_as_it_was(
     assert model.training is training
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
+def test_every_process_computes_as_often_and_no_row_counts_twice(count: int, size: int) -> None:
+    rows = Rows(torch.arange(count)[:, None] * torch.ones(5, dtype=torch.long), None, np.arange(count))
+    for world in range(1, 6):
+        batches = [list(rows.micro_batches(size, rank, world)) for rank in range(world)]
+        assert len({len(own) for own in batches}) == 1
+        places = [place for own in batches for some, _ in own for place in some]
+        assert sorted(places) == list(range(count))
+        for some, tokens in (batch for own in batches for batch in own):
+            assert len(tokens) == max(1, len(some))  # a process whose rows are used up runs along
+            assert tokens[: len(some), 0].tolist() == some
+
+
 @pytest.fixture
 def short_val(toy_data: Path, tmp_path: Path) -> Path:
     """The toy corpus with held-out rows that are one token shorter, as those of the published validation set are."""

@@ -40,6 +40,9 @@ class Failure(NamedTuple):
     message: str
 
 
+GONE = Failure(0, "the first process is gone")
+
+
 class Together:
     """A `with` block that ends on all processes when it fails on one; nothing to do where there is only one process.
 
@@ -49,7 +52,7 @@ class Together:
 
     def __init__(self, fabric: Fabric, limit_s: float):
         self.rank, self.world, self.half_s = fabric.global_rank, fabric.world_size, limit_s / 2
-        self._over = threading.Event()
+        self._over, self._heard_of = threading.Event(), GONE
         self._heard = {rank: (0, time.monotonic()) for rank in range(1, self.world)}
         if self.world > 1:
             self._children = _take_children(fabric)
@@ -72,7 +75,7 @@ class Together:
         first = self._claim(error)
         self._over.set()
         own = first.rank == self.rank
-        if own and not isinstance(error, KeyboardInterrupt):
+        if (own or (first == GONE and self.rank == 1)) and not isinstance(error, KeyboardInterrupt):
             self._show(error, first)
         if self.rank > 0:
             _exit_now(1)
@@ -84,10 +87,16 @@ class Together:
             raise PicoError(first.message) from None
 
     def _leave(self) -> None:
-        """The ordinary end; the first process looks after the others, so that none is left when the command returns."""
+        """The ordinary end. The others stay until the first process has written everything: torchrun and srun take the first
+        exit code that is not 0, that of a stop too, for a reason to kill what still runs.
+        """
         self._over.set()
         try:
             self.store.set(f"left {self.rank}", "")
+            while self.rank > 0 and not self.store.check(["left 0"]):
+                if self._said():
+                    _exit_now(1)
+                time.sleep(PERIOD_S / 5)
         except DistError:
             log.debug("The first process has left already.")
         self._end_children(self.half_s)
@@ -103,7 +112,7 @@ class Together:
             message = f"lost the connection to another process ({_line(error)})" if broken else _line(error)
             return said or self._say(Failure(self.rank, message))
         except DistError:
-            return Failure(0, "the first process is gone")
+            return self._heard_of
 
     def _show(self, error: BaseException, first: Failure) -> None:
         """Say what happened here; the command line does so for the first process."""
@@ -129,8 +138,9 @@ class Together:
                     self._miss_others()
                 failure = self._said()
             except DistError:
-                failure = Failure(0, "the first process is gone")
+                failure = GONE
             if failure is not None:
+                self._heard_of = failure
                 self._end(failure)
                 return
 
