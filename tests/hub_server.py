@@ -1,11 +1,15 @@
-"""A Hugging Face Hub on a loopback address, that answers as the Hub does to what a reader asks."""
+"""A Hugging Face Hub on a loopback address, that answers as the Hub does to what we ask, and fails as it is told to.
+
+It is only read; `hub_writing` has one that takes what is sent.
+"""
 
 import hashlib
 import json
+import random
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 PAGE = 4  # commits in a page of their list
-LARGE = (".pt", ".safetensors", ".bin")  # kept by their sha-256, as large files are
+LARGE = (".pt", ".safetensors", ".bin", ".parquet", ".arrow")  # kept by their sha-256, as large files are
 
 
 class Commit(NamedTuple):
@@ -79,22 +83,52 @@ class History:
         )
 
 
+class Chaos:
+    """Failures at random by seed, of all kinds in turn, at most `most` of them."""
+
+    KINDS = (503, (429, {"Retry-After": "1"}), "cut", "lost", 401, (404, {"X-Error-Code": "RepoNotFound"}))
+
+    def __init__(self, seed: int, rate: float, most: int, kinds: Sequence[Any] = KINDS):
+        self._random, self._rate, self._left, self._kinds = random.Random(seed), rate, most, kinds
+        self.seen: list[Any] = []
+
+    def draw(self) -> Any:
+        if not self._left or self._random.random() > self._rate:
+            return None
+        self._left -= 1
+        self.seen.append(self._random.choice(self._kinds))
+        return self.seen[-1]
+
+
 class FakeHub(ThreadingHTTPServer):
     """The server.
 
-    repositories: by `datasets/owner/name` or `models/owner/name`. secret: those that may not be read.
-    faults: {part of a path: [503, (429, {"Retry-After": "7"}), "cut", …]}, each used up by one GET of such a path.
-    log: (method, path, range) of each request.
+    repositories: by `datasets/owner/name` or `models/owner/name`. Those of the owner `secret` may not be read.
+    token: what a request that writes, or reads what is private, has to carry.
+    faults: {part of a path: [503, (429, {"Retry-After": "7"}), "cut", "lost", …]}, each used up by one request of such a path
+        that is no HEAD: `cut` ends the answer in its middle, `lost` does what was asked and does not answer.
+    log: (method, path, range) of each request. raw: its headers without the token, address and body, to be searched.
     """
 
     daemon_threads = True
 
-    def __init__(self, repositories: dict[str, Repository] | None = None):
-        super().__init__(("127.0.0.1", 0), _Answers)
+    def __init__(self, repositories: dict[str, Repository] | None = None, token: str = ""):
+        super().__init__(("127.0.0.1", 0), self.answers())
         self.repositories = repositories or {}
+        self.token = token
+        self.chaos: Chaos | None = None
+        self.down = False
+        self.raw: list[bytes] = []
         self.faults: defaultdict[str, list[Any]] = defaultdict(list)
         self.log: list[tuple[str, str, str | None]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def answers(self) -> type["Answers"]:
+        return Answers
+
+    @property
+    def repository_pages(self) -> list[str]:
+        return [f"/api/{name}" for name in self.repositories]
 
     def requests(self, method: str, part: str) -> list[str | None]:
         """The ranges asked for in the requests whose path holds `part`."""
@@ -125,7 +159,7 @@ def clients_of(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
     huggingface_hub.close_session()
 
 
-class _Answers(BaseHTTPRequestHandler):
+class Answers(BaseHTTPRequestHandler):
     server: FakeHub
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or each answer waits 40 ms for the client to acknowledge its headers
@@ -134,19 +168,18 @@ class _Answers(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        parts = urlsplit(self.path)
-        path = unquote(parts.path)
-        self.server.log.append((self.command, path, self.headers.get("Range")))
-        faults = next((faults for part, faults in self.server.faults.items() if part in path and faults), [])
-        fault = faults.pop(0) if faults and self.command == "GET" else None
+        fault, path = self.note(b"")
         if isinstance(fault, int | tuple):
-            status, headers = fault if isinstance(fault, tuple) else (fault, {})
-            return self._send(status, b"busy", headers)
+            return self.refuse(fault)
+        parts = urlsplit(self.path)
         form = r"/(?:api/)?(?:(datasets|models)/)?([^/]+/[^/]+)/(revision|tree|resolve|commits|refs)/?([^/]*)/?(.*)"
         found = re.fullmatch(form, path)
         repository = self.server.repositories.get(f"{found[1] or 'models'}/{found[2]}") if found else None
-        if found is None or repository is None:
-            status = 401 if found and found[2].startswith("secret/") else 404
+        if (found is None or repository is None) and path in ("/api/whoami-v2", *self.server.repository_pages):
+            return self._send_json({"name": "lab", "type": "user", "id": path.removeprefix("/api/models/")})
+        private = getattr(repository, "private", False) and not self.authorized
+        if found is None or repository is None or private:
+            status = 401 if found and (private or found[2].startswith("secret/")) else 404
             return self._send(status, b"", {"X-Error-Code": "RepoNotFound"})
         if found[3] == "refs":
             branches = [
@@ -159,6 +192,30 @@ class _Answers(BaseHTTPRequestHandler):
         self._answer(
             found[3], commits, found[2], found[5], int(parse_qs(parts.query).get("p", ["0"])[0]), fault == "cut"
         )
+
+    def note(self, body: bytes) -> tuple[Any, str]:
+        """Take note of a request; how it is to fail, None when it is not, and its path."""
+        path = unquote(urlsplit(self.path).path)
+        self.server.log.append((self.command, path, self.headers.get("Range")))
+        told = [(name, value) for name, value in self.headers.items() if name.lower() != "authorization"]
+        headers = b"".join(f"{name}: {value}
+".encode() for name, value in told)
+        self.server.raw.append(self.path.encode() + b"\n" + headers + body)
+        self.lost = False
+        if self.command == "HEAD":
+            return 503 if self.server.down else None, path
+        faults = next((faults for part, faults in self.server.faults.items() if part in path and faults), [])
+        fault = faults.pop(0) if faults else self.server.chaos.draw() if self.server.chaos else None
+        self.lost = fault == "lost"
+        return 503 if self.server.down else fault, path
+
+    def refuse(self, fault: Any) -> None:
+        status, headers = fault if isinstance(fault, tuple) else (fault, {})
+        self._send(status, b"busy", headers)
+
+    @property
+    def authorized(self) -> bool:
+        return not self.server.token or self.headers.get("Authorization") == f"Bearer {self.server.token}"
 
     def _answer(self, what: str, commits: list[Commit], name: str, path: str, page: int, cut: bool) -> None:
         if what == "resolve":
@@ -193,11 +250,14 @@ class _Answers(BaseHTTPRequestHandler):
         self._send(200, data, {"Content-Type": "application/json", **(headers or {})}, len(data) // 2 if cut else None)
 
     def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None, cut: int | None = None) -> None:
+        if self.lost:
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content[:cut])
         if cut is not None:
             self.close_connection = True
@@ -206,8 +266,12 @@ class _Answers(BaseHTTPRequestHandler):
         pass
 
 
+def is_large(name: str) -> bool:
+    return name.endswith(LARGE)
+
+
 def _oid(name: str, content: bytes) -> str:
-    if name.endswith(LARGE):
+    if is_large(name):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -215,4 +279,4 @@ def _oid(name: str, content: bytes) -> str:
 def _entry(name: str, content: bytes) -> dict[str, Any]:
     oid = _oid(name, content)
     entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": oid}
-    return entry | ({"lfs": {"oid": oid, "size": len(content), "pointerSize": 130}} if name.endswith(LARGE) else {})
+    return entry | ({"lfs": {"oid": oid, "size": len(content), "pointerSize": 130}} if is_large(name) else {})
