@@ -198,8 +198,7 @@ class Answers(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.log.append((self.command, path, self.headers.get("Range")))
         told = [(name, value) for name, value in self.headers.items() if name.lower() != "authorization"]
-        headers = b"".join(f"{name}: {value}
-".encode() for name, value in told)
+        headers = b"".join(f"{name}: {value}\n".encode() for name, value in told)
         self.server.raw.append(self.path.encode() + b"\n" + headers + body)
         self.lost = False
         if self.command == "HEAD":
