@@ -10,6 +10,7 @@ help:
 	@echo "make demo   set up, and train a small language model on real text (offline, some minutes)"
 	@echo "make test   run every test"
 	@echo "make check  format, lint, types and the fast tests (about a minute)"
+	@echo "make docs   build the documentation into site/, with its figures; a warning is an error"
 
 demo: .venv/.demo
 	$(BIN)/pico train configs/demo.yaml
@@ -24,12 +25,20 @@ check: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
+# Figures are drawn from runs/demo and by running the tutorials; what has not changed is not drawn again.
+docs: .venv/.dev runs/demo/run.json
+	for script in docs/figures/*.py; do $(BIN)/python $$script || exit 1; done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+runs/demo/run.json:
+	$(MAKE) demo
+
 format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Pico needs Python 3.11 or newer")'
