@@ -13,7 +13,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "picolm"
 FILES = sorted(SOURCE.rglob("*.py"))
-WORDS = {"errors", "registry", "schema", "address", "seeds", "logs", "network", "tracking", "console", "__init__"}
+WORDS = {
+    "errors",
+    "registry",
+    "schema",
+    "document",
+    "address",
+    "seeds",
+    "logs",
+    "network",
+    "tracking",
+    "console",
+    "__init__",
+}
 NOUNS = {"models", "data", "capture", "store"}
 VERBS = {"train", "analyze"}
 # Files of a model travel with its checkpoints: they may import torch, transformers and each other.

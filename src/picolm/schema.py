@@ -11,15 +11,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from picolm.document import ConfigError, Document, KeyPath, Problem
 from picolm.errors import PicoError
 from picolm.registry import did_you_mean
 
-KeyPath = tuple[str | int, ...]
 Rule = tuple[tuple[str, ...], str]  # the keys involved, and what is wrong with them together
 
 
@@ -38,25 +38,12 @@ class Section(BaseModel):
 Config = TypeVar("Config", bound=Section)
 
 
-class Problem(NamedTuple):
-    """One thing that is wrong with a configuration, and where it stands."""
+class NoSchema(PicoError):
+    """What a function from the raw mapping to the schema raises: the value at `path` names no part that there is."""
 
-    place: str
-    path: str
-    message: str
-
-    def __str__(self) -> str:
-        return ": ".join(part for part in self if part)
-
-
-class ConfigError(PicoError):
-    """All problems of one configuration."""
-
-    exit_code = 2
-
-    def __init__(self, problems: Iterable[Problem]):
-        self.problems = list(problems)
-        super().__init__("\n".join(map(str, self.problems)))
+    def __init__(self, path: KeyPath, message: str):
+        self.path = path
+        super().__init__(message)
 
 
 def load(
@@ -71,7 +58,11 @@ def load(
     document = Document.read(Path(file))
     for override in overrides:
         document.override(override)
-    return document.validate(schema if isinstance(schema, type) else schema(document.data))
+    try:
+        chosen = schema if isinstance(schema, type) else schema(document.data)
+    except NoSchema as error:
+        raise ConfigError([*document.found, document.problem_at(error.path, str(error))]) from error
+    return validate(document, chosen)
 
 
 def plain(config: BaseModel) -> dict[str, Any]:
@@ -94,159 +85,52 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2 numbers: `3e-4` is a number, a date stays text."""
+def validate(document: Document, schema: type[Config]) -> Config:
+    """The typed configuration. Raises ConfigError with the problems of reading, of fields and between fields."""
+    config, wrong = _fields(document, schema, document.data)
+    repaired = copy.deepcopy(document.data)
+    for path in sorted(wrong, key=len, reverse=True):
+        _remove(repaired, path)
+    if config is None:  # the rules are checked on what is left, so that all problems are told at once
+        config, _ = _fields(document, schema, repaired, report=False)
+    _rules(document, config, {".".join(map(str, path)) for path in wrong})
+    if document.found or config is None:
+        raise ConfigError(document.found)
+    return config
 
 
-_REPLACED = {"tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
-_Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|\.(?:inf|Inf|INF|nan|NaN|NAN))$|^[-+]\.(?:inf|Inf|INF)$"),
-    list("-+0123456789."),
-)  # fmt: skip
+def _fields(
+    document: Document, schema: type[Config], data: Mapping[str, Any], report: bool = True
+) -> tuple[Config | None, list[KeyPath]]:
+    try:  # through JSON: strict about types, yet a YAML list is welcome where a tuple is meant
+        return schema.model_validate_json(json.dumps(data), strict=True), []
+    except ValidationError as failure:
+        grouped: dict[KeyPath, list[Any]] = {}
+        for error in failure.errors(include_url=False):
+            grouped.setdefault(_place(data, error), []).append(error)
+    if report:
+        order = {path: i for i, path in enumerate(document.places)}
+        by_line = sorted(grouped, key=lambda path: order.get(path, order.get(path[:-1], -1)))
+        document.found += [_problem(document, schema, path, grouped[path]) for path in by_line]
+    return None, [_existing(data, path) for path in grouped]
 
 
-class Document:
-    """A YAML document that remembers on which line each key stands."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.data: dict[str, Any] = {}
-        self.places: dict[KeyPath, str] = {}
-        self.found: list[Problem] = []
-
-    @classmethod
-    def read(cls, path: Path) -> "Document":
-        document = cls(str(path))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ConfigError([Problem(str(path), "", f"there is no such file{_similar_file(path)}")]) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError([Problem(str(path), "", f"cannot be read: {error}")]) from None
-        data = document._parse(text, str(path), ())
-        if data is not None and not isinstance(data, dict):
-            raise ConfigError([Problem(f"{path}:1", "", "should be a mapping of sections (`model:`, `training:`, …)")])
-        document.data = data or {}
-        return document
-
-    def override(self, assignment: str) -> None:
-        """Apply one `dotted.key=value` of the command line; the value is read as YAML."""
-        key, equals, text = assignment.partition("=")
-        if not equals or not key:
-            self.found.append(Problem("command line", assignment, "should have the form dotted.key=value"))
-            return
-        path = tuple(key.split("."))
-        node = self.data
-        for part in path[:-1]:
-            if not isinstance(node.get(part), dict):
-                node[part] = {}
-            node = node[part]
-        self.places = {known: place for known, place in self.places.items() if known[: len(path)] != path}
-        self.places[path] = "command line"
-        node[path[-1]] = self._parse(text, "command line", path)
-
-    def validate(self, schema: type[Config]) -> Config:
-        """The typed configuration. Raises ConfigError with the problems of reading, of fields and between fields."""
-        config, wrong = self._fields(schema, self.data)
-        repaired = copy.deepcopy(self.data)
-        for path in sorted(wrong, key=len, reverse=True):
-            _remove(repaired, path)
-        if config is None:  # the rules are checked on what is left, so that all problems are told at once
-            config, _ = self._fields(schema, repaired, report=False)
-        self._rules(config, {".".join(map(str, path)) for path in wrong})
-        if self.found or config is None:
-            raise ConfigError(self.found)
-        return config
-
-    def _fields(
-        self, schema: type[Config], data: Mapping[str, Any], report: bool = True
-    ) -> tuple[Config | None, list[KeyPath]]:
-        try:  # through JSON: strict about types, yet a YAML list is welcome where a tuple is meant
-            return schema.model_validate_json(json.dumps(data), strict=True), []
-        except ValidationError as failure:
-            grouped: dict[KeyPath, list[Any]] = {}
-            for error in failure.errors(include_url=False):
-                grouped.setdefault(_existing(data, error["loc"]), []).append(error)
-        if report:
-            order = {path: i for i, path in enumerate(self.places)}
-            by_line = sorted(grouped, key=lambda path: order.get(path, order.get(path[:-1], -1)))
-            self.found += [self._problem(schema, path, grouped[path]) for path in by_line]
-        return None, list(grouped)
-
-    def _problem(self, schema: type[BaseModel], path: KeyPath, errors: list[Any]) -> Problem:
-        if errors[0]["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            return self._at(path, "unknown key" + _suggestion(schema, path))
-        wanted = dict.fromkeys(_lower(error["msg"]) for error in errors)
-        value = _shorten(json.dumps(_get(self.data, path), default=str, ensure_ascii=False))
-        text = _describe(schema, path)
-        return self._at(path, f"{value}: {', or '.join(wanted)}" + (f". {text}" if text else ""))
-
-    def _rules(self, config: Section | None, wrong: set[str]) -> None:
-        for keys, message in config.problems() if config is not None else ():
-            if not any(key == bad or key.startswith(bad + ".") for key in keys for bad in wrong):
-                path = tuple(int(part) if part.isdigit() else part for part in keys[0].split("."))
-                self.found.append(self._at(path, message))
-
-    def _at(self, path: KeyPath, message: str) -> Problem:
-        known = next(
-            (self.places[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self.places), self.name
-        )
-        return Problem(known, ".".join(map(str, path)), message)
-
-    def _parse(self, text: str, place: str, path: KeyPath) -> Any:
-        try:
-            loader = _Loader(text)
-            node = loader.get_single_node()
-            return self._value(loader, node, place, path, ()) if node is not None else None
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{place}:{mark.line + 1}" if mark and place == self.name else place
-            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise ConfigError([*self.found, Problem(where, "", f"is not valid YAML: {reason}")]) from None
-
-    def _value(
-        self, loader: yaml.SafeLoader, node: yaml.Node, place: str, path: KeyPath, above: tuple[yaml.Node, ...]
-    ) -> Any:
-        if node in above:
-            raise yaml.YAMLError("an alias refers to a node that contains it")
-        if isinstance(node, yaml.ScalarNode):
-            value = loader.construct_object(node)
-            if value is not None and not isinstance(value, str | int | float | bool):
-                self.found.append(self._at(path, f"a {type(value).__name__} is not a value that can be used here"))
-                return None
-            return value
-        above = (*above, node)
-        if isinstance(node, yaml.SequenceNode):
-            return [self._value(loader, item, place, (*path, i), above) for i, item in enumerate(node.value)]
-        assert isinstance(node, yaml.MappingNode)
-        loader.flatten_mapping(node)
-        return self._mapping(loader, node, place, path, above)
-
-    def _mapping(
-        self, loader: yaml.SafeLoader, node: yaml.MappingNode, place: str, path: KeyPath, above: tuple[yaml.Node, ...]
-    ) -> dict[str, Any]:
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            line = f"{place}:{key_node.start_mark.line + 1}" if place == self.name else place
-            if not isinstance(key, str):
-                self.found.append(Problem(line, ".".join(map(str, path)), f"the key {key!r} should be text"))
-                continue
-            if key in mapping:
-                first = self.places.get((*path, key), place)
-                self.found.append(Problem(line, ".".join(map(str, (*path, key))), f"given twice (first at {first})"))
-            self.places[(*path, key)] = line
-            mapping[key] = self._value(loader, value_node, place, (*path, key), above)
-        return mapping
+def _problem(document: Document, schema: type[BaseModel], path: KeyPath, errors: list[Any]) -> Problem:
+    if errors[0]["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return document.problem_at(path, "unknown key" + _suggestion(schema, path))
+    if errors[0]["type"] == "missing" and len(errors[0]["loc"]) == len(path):
+        return document.problem_at(path, f"is missing. {_describe(schema, path)}".removesuffix(" "))
+    wanted = dict.fromkeys(_lower(error["msg"]) for error in errors)
+    value = _shorten(json.dumps(_get(document.data, path), default=str, ensure_ascii=False))
+    text = _describe(schema, path)
+    return document.problem_at(path, f"{value}: {', or '.join(wanted)}" + (f". {text}" if text else ""))
 
 
-def _similar_file(path: Path) -> str:
-    return did_you_mean(path.name, (f.name for f in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""
+def _rules(document: Document, config: Section | None, wrong: set[str]) -> None:
+    for keys, message in config.problems() if config is not None else ():
+        if not any(key == bad or key.startswith(bad + ".") for key in keys for bad in wrong):
+            path = tuple(int(part) if part.isdigit() else part for part in keys[0].split("."))
+            document.found.append(document.problem_at(path, message))
 
 
 def _get(data: Any, path: KeyPath) -> Any:
@@ -258,6 +142,13 @@ def _get(data: Any, path: KeyPath) -> Any:
         else:
             return None
     return data
+
+
+def _place(data: Any, error: Mapping[str, Any]) -> KeyPath:
+    """Where an error of pydantic stands: in the data, or at the key that is missing there."""
+    path = _existing(data, error["loc"])
+    inside_a_union = len(error["loc"]) > len(path) + 1
+    return error["loc"] if error["type"] == "missing" and not inside_a_union else path
 
 
 def _existing(data: Any, location: KeyPath) -> KeyPath:

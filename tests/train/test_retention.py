@@ -9,6 +9,7 @@ import pytest
 from picolm.schema import ConfigError
 from picolm.store import Run
 from picolm.store.listing import contents
+from picolm.store.retention import Retention
 from picolm.train.preview import preview
 
 LEAN = (
@@ -57,6 +58,20 @@ def test_the_first_step_has_no_optimizer_state_to_lose(train: Callable[..., Run]
     run = train("checkpointing.keep.optimizer=last 1")
     assert run.environment["starts"][-1]["step"] == 0
     assert run[6].manifest.files == before
+
+
+def test_a_kill_between_the_last_save_and_what_follows_it_is_made_good(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Retention, "apply", lambda self, newest: None)
+        assert len(held(train(*LEAN))) == 6
+    assert held(train(*LEAN)) == {
+        0: {"weights"},
+        4: {"weights"},
+        8: {"weights", "optimizer"},
+        10: {"weights", "optimizer", "dynamics"},
+    }
 
 
 def test_the_preview_counts_what_is_left(make_config: Callable[..., Any], train: Callable[..., Run]) -> None:

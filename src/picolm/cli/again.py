@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from picolm.cli.app import app
-from picolm.cli.arguments import RunArgument
+from picolm.cli.arguments import RunArgument, TrustRemoteCode
 from picolm.errors import PicoError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def replay(
     commit: Annotated[
         bool, typer.Option("--commit", help="Add the steps to the run itself, marked as replayed.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make the state of any step again, from the nearest checkpoint before it, by training on."""
     if (step is None) == (steps is None):
@@ -130,6 +131,7 @@ def fork(
     run_name: Annotated[str, typer.Option("--run-name", help="Name of the new run; its folder lies beside the other.")],
     overrides: Overrides = None,
     train: Annotated[bool, typer.Option("--train/--no-train", help="Train the new run to its end at once.")] = True,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Start a new run from the state of a step, with something changed from there on."""
     from picolm.train import run_training
@@ -156,6 +158,7 @@ def batch(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write one line per token to a .csv or .parquet file.")] = None,
     characters: Annotated[int, typer.Option(help="Show so much of each row.")] = 300,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show the text that the model saw at a step."""
     from picolm.terminal import batch_rows

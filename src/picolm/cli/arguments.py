@@ -13,6 +13,21 @@ ConfigPath = Annotated[Path | None, typer.Option("--config_path", "--config-path
 RunArgument = Annotated[str, typer.Argument(help="A run: its folder, for example runs/demo.", metavar="RUN")]
 
 
+def _trust(value: bool) -> bool:
+    from picolm.registry import trust_remote_code
+
+    trust_remote_code(value)
+    return value
+
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", callback=_trust, help="Import what the run's configuration names as module:attribute."
+    ),
+]
+
+
 def config_and_overrides(command: str, config_path: Path | None, arguments: list[str] | None) -> tuple[Path, list[str]]:
     """CONFIG or --config_path, and the key=value words behind it."""
     words = arguments or []

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from picolm.cli.app import app
-from picolm.cli.arguments import RunArgument
+from picolm.cli.arguments import RunArgument, TrustRemoteCode
 from picolm.errors import PicoError
 
 
@@ -66,6 +66,7 @@ def generate(
         float | None, typer.Option(help="Draw from the likeliest tokens that hold this probability.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Let a checkpoint write on from a prompt."""
     from picolm.train.sample import sample

@@ -5,22 +5,27 @@ its help, its documentation and the last part of its error message. The `model` 
 `schema_for` looks up which one the file asks for.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, create_model
 
+from picolm.data import SOURCES
 from picolm.errors import PicoError
 from picolm.models import MODELS
 from picolm.models.decoder import DecoderConfig
-from picolm.registry import Registry
-from picolm.schema import Rule, Section
+from picolm.registry import Registry, refuse_foreign_code
+from picolm.schema import NoSchema, Rule, Section, flatten
 from picolm.train.evaluate import EVALUATIONS
 from picolm.train.optim import OPTIMIZERS, SCHEDULES
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Cadence = Literal["all", "last"] | PositiveInt
 Retained = Literal["all"] | Annotated[str, Field(pattern=r"^(last|every) [1-9]\d*$")]
+
+# Free text: everything else that looks like `my_lab.module:attribute` in the configuration of a run is taken for such a name.
+NAMES_NO_CODE = ("checkpointing.run_name",)
 
 
 class Dataset(Section):
@@ -286,8 +291,30 @@ def schema_for(raw: Mapping[str, Any]) -> type[TrainConfig]:
     name = section.get("model_type") if isinstance(section, Mapping) else None
     if not isinstance(name, str) or name == "pico_decoder" or (name not in MODELS and ":" not in name):
         return TrainConfig
-    config = MODELS.get(name).Config
-    return create_model("TrainConfig", __base__=TrainConfig, model=(config, Field(default_factory=config)))
+    try:
+        config = MODELS.get(name).Config
+        return create_model("TrainConfig", __base__=TrainConfig, model=(config, Field(default_factory=config)))
+    except PicoError as error:
+        raise NoSchema(("model", "model_type"), str(error)) from error
+    except (AttributeError, TypeError) as error:
+        reason = f"{name!r} is no model: its Config, a dataclass, is missing or cannot be used ({error})"
+        raise NoSchema(("model", "model_type"), reason) from error
+
+
+def stored_config(raw: Mapping[str, Any], where: str) -> TrainConfig:
+    """The typed configuration of a run. Raises PicoError where it is not one, or names code that nobody trusts."""
+    check_origin(raw, where)
+    try:
+        return schema_for(raw).model_validate_json(json.dumps(raw))
+    except (ValueError, TypeError) as error:
+        raise PicoError(f"{where}: its configuration cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def check_origin(raw: Mapping[str, Any], where: str) -> None:
+    """Raises PicoError where the configuration of a run names code to import and `--trust-remote-code` was not given."""
+    leaves = {key: value if isinstance(value, list) else [value] for key, value in flatten(raw).items()}
+    named = {key: str(name) for key, names in leaves.items() for name in names if key not in NAMES_NO_CODE}
+    refuse_foreign_code({key: name for key, name in named.items() if name.partition(":")[0] not in SOURCES}, where)
 
 
 def _prefixed(section: str, rules: Iterator[Rule]) -> Iterator[Rule]:

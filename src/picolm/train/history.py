@@ -12,7 +12,7 @@ from picolm.store import Checkpoint, Run
 from picolm.store.identity import stored_weights_digest
 from picolm.store.layout import CONFIG
 from picolm.train import devices
-from picolm.train.config import TrainConfig, schema_for
+from picolm.train.config import TrainConfig, check_origin, schema_for
 from picolm.train.resume import changes, resumable
 
 # Keys that say where and on what to compute, or what to watch, and not what is computed.
@@ -85,6 +85,7 @@ def config_at(run: Run, step: int, overrides: Sequence[str] = ()) -> TrainConfig
     for start in reversed(starts[_deciding(starts, step) + 1 :]):
         undone |= {key: old for key, (old, _) in start["changed"].items()}
     before = [f"{key}={json.dumps(value)}" for key, value in undone.items()]
+    check_origin(run.config, str(run.path))
     return load(run.path / CONFIG, schema_for, [*before, *overrides])
 
 

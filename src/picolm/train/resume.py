@@ -50,6 +50,8 @@ def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: S
     if checkpoint is not None:
         state.restore(checkpoint, checkpoint.meta)
         log.info("Continuing %s from step %d.", run.path, checkpoint.step)
+        if writes:  # a kill between a save and what follows it, perhaps the last one
+            retention(config, run).apply(checkpoint.step)
     elif FORKED in run.environment:
         raise PicoError(
             f"{run.path} is a fork whose first checkpoint is not there or not whole; delete the folder and fork again"

@@ -8,14 +8,13 @@ import torch
 from picolm.errors import PicoError
 from picolm.models import MODELS
 from picolm.store import Checkpoint, Run
-from picolm.train.config import TrainConfig, schema_for
+from picolm.train.config import TrainConfig, stored_config
 from picolm.train.state import State
 
 
 def config_of(run: Run) -> TrainConfig:
-    """The typed configuration of a run."""
-    raw = run.config
-    return schema_for(raw).model_validate_json(json.dumps(raw))
+    """The typed configuration of a run. Raises PicoError where it names code of its own, unless that is trusted."""
+    return stored_config(run.config, str(run.path))
 
 
 def checkpoint_at(run: Run, step: int | None) -> Checkpoint:
