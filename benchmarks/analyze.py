@@ -14,6 +14,7 @@ import contextlib
 import io
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,25 @@ def measure(shape: str, folder: Path, rows: int, steps: int) -> None:
     every = torch.get_num_threads()
     (folder / "analysis.yaml").write_text(f"{CONFIG}monitoring: {{output_dir: {folder}/results}}\n")
     config = load(folder / "analysis.yaml", AnalysisConfig)
-    with Recording() as recording:
+    torch.set_num_threads(1)
+    with Recording() as recording:  # which sees the calls of its own thread only
         anew(config, folder)
-    whole, alone = [], []
+    torch.set_num_threads(every)
+    ways = {"one thread": (1, 1), f"{every} threads of LAPACK": (every, 1), f"{every} calls at a time": (1, every)}
+    whole: list[float] = []
+    alone: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(3):
         outcome, seconds = anew(config, folder)
         whole.append(seconds)
-        alone += [(recording.repeat(threads), threads) for threads in {1, every}]
-    seconds, (minimum, threads) = min(whole), min(alone)
+        for way, how in ways.items():
+            alone[way].append(recording.repeat(*how))
+    seconds = min(whole)
     print(
         f"{shape}: {len(outcome.rows)} values from {outcome.read} tensors ({rows} rows, {steps} checkpoints) in {seconds:.2f} s, "
-        f"{len(outcome.rows) / seconds:,.0f} values/s; algebra alone {minimum:.2f} s ({len(recording.calls)} calls, "
-        f"threads: {threads}, the faster of 1 and {every}): {seconds / minimum:.2f} x the minimum"
+        f"{len(outcome.rows) / seconds:,.0f} values/s; the {len(recording.calls)} calls of algebra alone:"
     )
+    for way, measured in alone.items():
+        print(f"  {way:22} {min(measured):.2f} s: {seconds / min(measured):.2f} x")
 
 
 def anew(config: AnalysisConfig, folder: Path) -> tuple[Outcome, float]:
@@ -109,16 +116,21 @@ class Recording(TorchFunctionMode):
             self._first[form] = torch.empty_strided(*form[:2], dtype=form[2]).copy_(argument)
         return self._first[form]
 
-    def repeat(self, threads: int) -> float:
-        """Seconds of the same calls, nothing else between them."""
+    def repeat(self, threads: int, beside: int) -> float:
+        """Seconds of the same calls, nothing else between them: `beside` at a time, each with `threads` of LAPACK."""
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         start = time.perf_counter()
-        for function, arguments, options in self.calls:
-            function(*arguments, **options)
+        with ThreadPoolExecutor(beside) as pool:
+            list(pool.map(self._call, [self.calls[number::beside] for number in range(beside)]))
         seconds = time.perf_counter() - start
         torch.set_num_threads(before)
         return seconds
+
+    @staticmethod
+    def _call(calls: list[tuple[Any, list[Any], dict[str, Any]]]) -> None:
+        for function, arguments, options in calls:
+            function(*arguments, **options)
 
 
 def make_run(path: Path, width: int, hidden: int, rows: int, steps: int) -> None:

@@ -9,11 +9,15 @@ import pandas as pd
 import pytest
 import torch
 
+from picolm.analyze import engine
 from picolm.analyze.command import analyze_runs
 from picolm.analyze.table import load
 from picolm.errors import PicoError
 
-ANALYSIS = "metrics: [{metric_name: norm, components: [{layer_suffixes: w_2}]}]\nmonitoring: {output_dir: %s}\n"
+ANALYSIS = """
+metrics: [{metric_name: norm, components: [{layer_suffixes: w_2}]}, {metric_name: per}, {metric_name: cka}]
+monitoring: {output_dir: %s}
+"""
 CLUSTER = """
 import os, subprocess, sys
 from distributed import LocalCluster
@@ -56,3 +60,16 @@ def test_small_matrices_are_analyzed_with_one_thread_and_the_number_before_comes
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     analyze_runs(tmp_path / "a.yaml", [], [str(runs["narrow"])])
     assert chosen == [1, 5]
+
+
+def test_layers_computed_beside_each_other_give_the_same_bits(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for width in (1, 10_000):  # at a time, or one after the other
+        monkeypatch.setattr(engine, "WIDE", width)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        (tmp_path / "a.yaml").write_text(ANALYSIS % (tmp_path / str(width)))
+        analyze_runs(tmp_path / "a.yaml", [], [str(runs["narrow"])])
+        found.append(load(tmp_path / str(width) / "analysis"))
+    pd.testing.assert_frame_equal(*found, check_exact=True)

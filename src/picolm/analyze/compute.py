@@ -10,8 +10,10 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from picolm.analyze.components import COMPONENTS, Operand, digest_of
@@ -152,20 +154,28 @@ def _key(task: Task, *matrices: Operand) -> str:
 
 
 def compute(
-    cells: Iterable[Cell], known: Mapping[str, Value], fixed: dict[str, Matrix] | None = None
+    cells: Iterable[Cell], known: Mapping[str, Value], fixed: dict[str, Matrix] | None = None, threads: int = 1
 ) -> Iterator[tuple[str, Value]]:
-    """The values of those cells that are not known yet, one matrix after the other.
+    """The values of those cells that are not known yet, layer by layer, `threads` layers at a time.
 
     fixed: matrices of a step that all others are compared with, kept from one call to the next with all that is derived from
     them; the others are let go when their last value is done.
     """
-    unknown = (cell for cell in cells if cell.key not in known)
-    ordered = sorted(
-        unknown, key=_layer_and_matrix
-    )  # the tensors of a layer are read once for all that is made of them
-    uses, held, fixed = _uses(ordered), dict[str, Matrix](), {} if fixed is None else fixed
-    done: set[str] = set()
-    for cell in ordered:
+    unknown = sorted((cell for cell in cells if cell.key not in known), key=_layer_and_matrix)
+    layers = [list(group) for _, group in groupby(unknown, key=lambda cell: _layer_and_matrix(cell)[0])]
+    kept = {} if fixed is None else fixed
+    if threads == 1:
+        yield from (value for layer in layers for value in _compute_layer(layer, kept))
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="layer") as pool:
+        for values in pool.map(lambda layer: list(_compute_layer(layer, kept)), layers):
+            yield from values
+
+
+def _compute_layer(cells: list[Cell], fixed: dict[str, Matrix]) -> Iterator[tuple[str, Value]]:
+    """The values of cells that are sorted by matrix: the tensors of a layer are read once for all that is made of them."""
+    uses, held, done = _uses(cells), dict[str, Matrix](), set[str]()
+    for cell in cells:
         pair = [cell.operand, *([cell.partner] if cell.partner is not None else [])]
         for operand in pair:
             if operand.digest not in held:

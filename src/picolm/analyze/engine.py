@@ -22,7 +22,7 @@ from picolm.store import Run
 
 log = logging.getLogger("picolm")
 
-WIDE = 1024  # d_model from which several threads are worth it
+WIDE = 192  # d_model from which layers are worth computing beside each other; below, Python takes most of the time
 
 
 @dataclass
@@ -146,8 +146,8 @@ def _units(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) ->
 
 def _results(ask: Ask, units: list[Unit], workers: int, backend: str) -> Iterator[tuple[Outcome, dict[str, Value]]]:
     if workers == 1 and backend == "loky":
-        with _threads_for(_readers(ask.runs)):
-            yield from (run_unit(ask, unit) for unit in units)
+        with _threads_for(_readers(ask.runs)) as threads:
+            yield from (run_unit(ask, unit, threads) for unit in units)
         return
     from joblib import Parallel, delayed, parallel_config
 
@@ -156,17 +156,18 @@ def _results(ask: Ask, units: list[Unit], workers: int, backend: str) -> Iterato
 
 
 @contextmanager
-def _threads_for(readers: Readers) -> Iterator[None]:
-    """One thread for LAPACK where matrices are small: more of them wait for each other longer than they compute."""
+def _threads_for(readers: Readers) -> Iterator[int]:
+    """How many layers to compute beside each other, with one thread of LAPACK each: in matrices of this size its own threads
+    wait for each other longer than they compute. The values have the same bits for any number.
+    """
     import torch
 
-    before = torch.get_num_threads()
-    if all(model["d_model"] < WIDE for model in readers.models.values()):
-        torch.set_num_threads(1)
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        yield
+        yield cores if any(model["d_model"] >= WIDE for model in readers.models.values()) else 1
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(cores)
 
 
 def _cluster(backend: str) -> dict[str, Any]:
@@ -198,17 +199,17 @@ def _readers(runs: tuple[tuple[str, str], ...]) -> Readers:
     return Readers({name: Run.open(place) for name, place in runs})
 
 
-def run_unit(ask: Ask, unit: Unit) -> tuple[Outcome, dict[str, Value]]:
-    """The rows of one piece of work, and the values that were computed for it."""
+def run_unit(ask: Ask, unit: Unit, threads: int = 1) -> tuple[Outcome, dict[str, Value]]:
+    """The rows of one piece of work, and the values that were computed for it, by `threads` at a time."""
     readers, all_tasks = _readers(ask.runs), tasks_of(ask.config.metrics)
     tasks = [all_tasks[number] for number in unit.tasks]
     steps = {name: chosen_steps(ask.config, there)[0] for name, there in readers.steps.items()}
-    before = readers.tensors_read
+    before, readers.threads = readers.tensors_read, threads
     cells, outcome = _cells(readers, unit, tasks, steps)
     outcome.found = {number for number, task in zip(unit.tasks, tasks) if any(cell.task is task for cell in cells)}
     with closing(Values(ask.values)) as values:
         known = values.get(cell.key for cell in cells)
-    new = dict(compute(cells, known, readers.fixed))
+    new = dict(compute(cells, known, readers.fixed, threads))
     known |= new
     outcome.rows = [row for cell in cells for row in rows_of(cell, known[cell.key])]
     outcome.computed, outcome.read = len(new), readers.tensors_read - before

@@ -7,12 +7,13 @@ Notation: matrix m x n, product (m x r)(r x n), attainable rank R; activations N
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from picolm.analyze.derived import derived
 
 EPSILON = torch.finfo(torch.float64).eps
 # Largest and smallest magnitude accepted: squares of products of two stay within float64, and float32 lies within.
@@ -83,12 +84,12 @@ class Matrix:
         """The attainable rank R: min(m, n), or less for a product."""
         return min(self.shape)
 
-    @cached_property
+    @derived
     def fault(self) -> str | None:
         """Why nothing can be computed from the entries (none, NaN, infinity), None when all is well."""
         return _fault(self._given)
 
-    @cached_property
+    @derived
     def entries(self) -> Tensor:
         """All entries in float64, in the shape given. Only metrics of entries ask a product for them, and then it is formed."""
         return self._given.double()
@@ -97,18 +98,18 @@ class Matrix:
         """The entries as a matrix, float64 [m, n]."""
         return self.entries.reshape(self.shape)
 
-    @cached_property
+    @derived
     def singular_values(self) -> Tensor:
         """All R of them, descending, float64."""
         return torch.linalg.svdvals(self.dense())
 
-    @cached_property
+    @derived
     def singular_spaces(self) -> tuple[Tensor, Tensor]:
         """Left [m, R] and right [n, R] singular vectors, by descending singular value; up to sign."""
         left, _, right = torch.linalg.svd(self.dense(), full_matrices=False)
         return left, right.mT
 
-    @cached_property
+    @derived
     def frobenius(self) -> float:
         return float(torch.linalg.vector_norm(self.entries))
 
@@ -119,12 +120,12 @@ class Matrix:
     def minus(self, other: "Matrix") -> "Matrix":
         return Matrix(self.entries - other.entries)
 
-    @cached_property
+    @derived
     def points(self) -> Tensor:
         """The rows up to a rotation of the features [N, p]: inner products and distances of rows are those of the matrix."""
         return self.dense()
 
-    @cached_property
+    @derived
     def centred(self) -> Tensor:
         """The points minus their mean, scaled to unit norm."""
         points = self.points
@@ -136,7 +137,7 @@ class Matrix:
             raise Undefined("all rows are equal: nothing is left after centring")
         return centred / norm
 
-    @cached_property
+    @derived
     def directions(self) -> Directions:
         """Singular vectors of the centred points above max(N, p) eps s_1: the rank tolerance of `matrix_rank`."""
         basis, scales, features = torch.linalg.svd(self.centred, full_matrices=False)
@@ -148,24 +149,24 @@ class Matrix:
         """From the coordinates of `points` to those of the features."""
         return rows
 
-    @cached_property
+    @derived
     def gram(self) -> Tensor:
         """Inner products of the centred points [N, N]."""
         return self.centred @ self.centred.mT
 
-    @cached_property
+    @derived
     def gram_norm(self) -> float:
         """Frobenius norm of the Gram matrix, which is that of the p x p one too; from the smaller of the two."""
         rows, columns = self.centred.shape
         product = self.gram if rows < columns else self.centred.mT @ self.centred
         return float(torch.linalg.vector_norm(product))
 
-    @cached_property
+    @derived
     def squared_lengths(self) -> Tensor:
         """Of the centred points [N]: the diagonal of the Gram matrix."""
         return self.centred.square().sum(1)
 
-    @cached_property
+    @derived
     def distance_ranks(self) -> Tensor:
         """Ranks of the distances between all pairs of points, ties shared, centred and of unit norm [N (N - 1) / 2]."""
         ranks = _ranks(torch.pdist(self.centred))
@@ -181,14 +182,14 @@ class Matrix:
             self._neighbours[k] = _neighbours(self.centred, k)
         return self._neighbours[k]
 
-    @cached_property
+    @derived
     def _neighbours(self) -> dict[int, Tensor]:
         return {}
 
     def release(self) -> Self:
         """Forget all derived quantities, the copy in float64 too; they are computed anew when asked for."""
         for name in list(vars(self)):
-            if isinstance(getattr(type(self), name, None), cached_property):
+            if isinstance(getattr(type(self), name, None), derived):
                 delattr(self, name)
         return self
 
@@ -214,37 +215,37 @@ class Product(Matrix):
         attainable = min(*self.left.shape, self.right.shape[1])
         return attainable if self._rank is None else min(self._rank, attainable)
 
-    @cached_property
+    @derived
     def fault(self) -> str | None:
         return _fault(self.left, self.right)
 
-    @cached_property
+    @derived
     def entries(self) -> Tensor:
         return self.left.double() @ self.right.double()
 
-    @cached_property
+    @derived
     def _right_qr(self) -> tuple[Tensor, Tensor]:
         q, r = torch.linalg.qr(self.right.double().mT)
         return q, r
 
-    @cached_property
+    @derived
     def core(self) -> Tensor:
         """Has the singular values of the product; r x r, or less where a factor has fewer rows or columns."""
         triangle = torch.linalg.qr(self.left.double(), mode="r").R
         return triangle @ self._right_qr[1].mT
 
-    @cached_property
+    @derived
     def singular_values(self) -> Tensor:
         return torch.linalg.svdvals(self.core)[: self.rank]
 
-    @cached_property
+    @derived
     def singular_spaces(self) -> tuple[Tensor, Tensor]:
         q_left, triangle = torch.linalg.qr(self.left.double())
         q_right, triangle_right = self._right_qr
         left, _, right = torch.linalg.svd(triangle @ triangle_right.mT, full_matrices=False)
         return (q_left @ left)[:, : self.rank], (q_right @ right.mT)[:, : self.rank]
 
-    @cached_property
+    @derived
     def frobenius(self) -> float:
         return float(torch.linalg.vector_norm(self.core))
 
@@ -259,7 +260,7 @@ class Product(Matrix):
             return super().minus(other)
         return Matrix.sum_of_products([(self.left, self.right), (-other.left, other.right)])
 
-    @cached_property
+    @derived
     def points(self) -> Tensor:
         """Rows of left R' [N, min(r, p)]: with right' = Q R, those of the product are these, turned by Q'."""
         return self.left.double() @ self._right_qr[1].mT

@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from picolm.address import Address
@@ -19,7 +20,7 @@ log = logging.getLogger("picolm")
 
 # The published defaults, for configurations that say only what differs.
 MODEL = {"d_model": 768, "n_layers": 12, "attention_n_heads": 12, "attention_n_kv_heads": 4}
-KEPT = 8  # tensors of one step: two components of four each
+KEPT = 8  # tensors of one step for each thread: two components of four each
 
 
 class Reader(Mapping[Address, "Tensor"]):
@@ -30,6 +31,7 @@ class Reader(Mapping[Address, "Tensor"]):
         self._tensors: OrderedDict[Address, Tensor] = OrderedDict()
         self._operands: dict[tuple[Component, str], tuple[list[Operand], list[Absent]]] = {}
         self._rows: dict[str, str | None] = {}
+        self._reading = Lock()  # layers may be computed beside each other
 
     @property
     def name(self) -> str:
@@ -41,12 +43,13 @@ class Reader(Mapping[Address, "Tensor"]):
         return self.checkpoint.digest(address)
 
     def __getitem__(self, address: Address) -> "Tensor":
-        if address not in self._tensors:
-            self.readers.tensors_read += 1
-            self._tensors[address] = self.checkpoint[address]
-            if len(self._tensors) > KEPT:
-                self._tensors.popitem(last=False)
-        return self._tensors[address]
+        with self._reading:
+            if address not in self._tensors:
+                self.readers.tensors_read += 1
+                self._tensors[address] = self.checkpoint[address]
+                if len(self._tensors) > KEPT * self.readers.threads:
+                    self._tensors.popitem(last=False)
+            return self._tensors[address]
 
     def __iter__(self) -> Iterator[Address]:
         return iter(self.checkpoint)
@@ -95,6 +98,7 @@ class Readers:
         self.pinned: dict[tuple[str, int], Reader] = {}
         self._recent: OrderedDict[tuple[str, int], Reader] = OrderedDict()
         self.tensors_read = 0
+        self.threads = 1  # that read at the same time
         self.fixed: dict[str, Matrix] = {}  # by digest: those of the step that all others are compared with
         self.asked: set[tuple[str, int, Address]] = (
             set()
