@@ -71,7 +71,9 @@ monitoring: {{logging: {{log_every_n_steps: 1}}}}
 @pytest.fixture
 def environment(text_rows: Path) -> dict[str, str]:
     """Of the processes: this folder is importable, nothing is fetched, and no launcher's variables are inherited."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "TORCHELASTIC", "LOCAL_RANK", "RANK"))}
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "TORCHELASTIC", "LOCAL_RANK", "RANK"))
+    }
     paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     return inherited | {"PYTHONPATH": paths, "LAB_DATA": f"{text_rows}/rows", "OMP_NUM_THREADS": "1"} | {
         "GOMP_SPINCOUNT": "10000", "PYTHONWARNINGS": "ignore"

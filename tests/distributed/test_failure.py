@@ -87,7 +87,9 @@ def test_a_process_that_is_silent_is_missed(config: Path, environment: dict[str,
 
 
 @slow
-def test_slurm_tells_each_process_its_place(config: Path, open_run: Any, environment: dict[str, str], launch: Any) -> None:
+def test_slurm_tells_each_process_its_place(
+    config: Path, open_run: Any, environment: dict[str, str], launch: Any
+) -> None:
     """Two nodes of one process each, as srun would start them: nothing but the environment says so."""
     words = ["training.max_steps=2", "training.fabric.num_devices=1", "training.fabric.num_nodes=2"]
     command = [*PICO, "train", str(config), "checkpointing.run_name=slurm", *words]

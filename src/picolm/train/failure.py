@@ -8,6 +8,7 @@ connection broken: they find the first error in the store and add nothing to it.
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -93,13 +94,20 @@ class Together:
         self._over.set()
         try:
             self.store.set(f"left {self.rank}", "")
-            while self.rank > 0 and not self.store.check(["left 0"]):
-                if self._said():
-                    _exit_now(1)
-                time.sleep(PERIOD_S / 5)
+            if self.rank > 0:
+                self._await("left 0")
+                self.store.set(f"gone {self.rank}", "")
+            else:
+                self._await(*(f"gone {rank}" for rank in range(1, self.world)), until=time.monotonic() + self.half_s)
         except DistError:
             log.debug("The first process has left already.")
         self._end_children(self.half_s)
+
+    def _await(self, *words: str, until: float = math.inf) -> None:
+        while not self.store.check(list(words)) and time.monotonic() < until:
+            if self.rank > 0 and self._said():
+                _exit_now(1)
+            time.sleep(PERIOD_S / 10)
 
     def _claim(self, error: BaseException) -> Failure:
         """What was said first: this error, unless another process, or the first one with the same error, has said it."""
