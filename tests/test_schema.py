@@ -112,6 +112,41 @@ def test_what_is_not_a_configuration(tmp_path: Path, text: str, message: str) ->
     assert message in "\n".join(problems(tmp_path, text))
 
 
+def test_a_few_lines_of_aliases_do_not_fill_the_memory(tmp_path: Path) -> None:
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in zip("abcdefgh", "bcdefghi")]
+    assert problems(tmp_path, "\n".join(lines)) == ["c.yaml: is not valid YAML: more than 100000 values"]
+
+
+def test_what_is_nested_too_deep_is_named(tmp_path: Path) -> None:
+    assert problems(tmp_path, "flag: true\nname: " + "[" * 60 + "]" * 60)[0] == (
+        "c.yaml:2: name.0.0.0: holds more than 50 levels of values"
+    )
+
+
+def test_a_key_that_is_missing_is_named_with_what_it_is_for(tmp_path: Path) -> None:
+    class Needy(Section):
+        needed: int
+        """What it is for."""
+
+    (tmp_path / "n.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match=r"n\.yaml: needed: is missing\. What it is for\.$"):
+        load(tmp_path / "n.yaml", Needy)
+
+
+@pytest.mark.parametrize("word", ["", "x", "=1", "a..b=1", ".=1"])
+def test_a_word_that_is_no_override(tmp_path: Path, word: str) -> None:
+    assert problems(tmp_path, "", word) == [
+        f"command line: {word or chr(39) * 2}: should have the form dotted.key=value"
+    ]
+
+
+def test_a_section_that_an_override_invented_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    assert problems(tmp_path, "flag: true\n", "inn.n_layers=3") == [
+        "command line: inn: unknown key; did you mean 'inner'?"
+    ]
+
+
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "demo.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"demmo.yaml: there is no such file; did you mean 'demo.yaml'"):

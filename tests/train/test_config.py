@@ -100,6 +100,35 @@ def test_what_cannot_work_is_told(tmp_path: Path, text: str, message: str) -> No
     assert message in complaint(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no_such:x", "cannot be imported: No module named 'no_such'"),
+        ("os:no", "cannot be imported: module 'os' has no attribute 'no'"),
+        ("os:sep", "is a str; a class or a function was expected"),
+        ("os:path", "is a module; a class or a function was expected"),
+        ("broken_lab:x", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("os.path:join", ""),
+        *((name, "") for name in (":x", "x:", "..a:b", "a b:c", "a:b:c", "1:2")),
+    ],
+)
+@pytest.mark.parametrize(
+    "key", ["model.model_type", "training.optimization.optimizer", "training.optimization.lr_scheduler", "evaluation.metrics"]
+)  # fmt: skip
+def test_a_name_that_leads_nowhere_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, name: str, reason: str
+) -> None:
+    (tmp_path / "broken_lab.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    value = f'["{name}"]' if key == "evaluation.metrics" else f'"{name}"'
+    if key != "model.model_type" and name == "os.path:join":
+        read(tmp_path, "", f"{key}={value}")  # a function: what it is good for shows when it is called
+    else:
+        message = complaint(tmp_path, "", f"{key}={value}")
+        assert message.startswith(f"command line: {key}: ")
+        assert reason in message
+
+
 def test_each_field_has_a_docstring() -> None:
     def undocumented(model: type[BaseModel], prefix: str = "") -> list[str]:
         missing = []
