@@ -240,15 +240,15 @@ class HubCheckpoint(SealedCheckpoint):
     """A step of ours in a commit."""
 
     def __init__(self, branch: Branch, commit: str, where: Path, step: int):
-        self._branch, self._commit = branch, commit
+        self._branch, self.commit = branch, commit
         super().__init__(where)
         if self.step != step:
             raise StoreError(f"{where}: its commit {commit[:8]} holds step {self.step}")
 
     def locate(self, name: str) -> Path:
-        path = self._branch.find(name, self._commit)
+        path = self._branch.find(name, self.commit)
         if path is None:
-            raise StoreError(f"{self.path / name}: not in commit {self._commit[:8]}")
+            raise StoreError(f"{self.path / name}: not in commit {self.commit[:8]}")
         return path
 
     def fetch(self, addresses: Collection[Address], rows: Collection[str] = ()) -> None:

@@ -63,13 +63,13 @@ OPENERS.append(open_legacy)
 
 
 def _run_at(path: Path) -> LegacyRun | None:
-    directories = _directories(path / CONFIG)
+    directories = configured_directories(path / CONFIG)
     steps = (path / directories.checkpoints_dir).glob("step_*")
     found = any(step_of(step.name) is not None and _is_step(step, directories) for step in steps)
     return LegacyRun(path, directories) if found else None
 
 
-def _directories(config: Path) -> Directories:
+def configured_directories(config: Path) -> Directories:
     """What the directories of the run are called, so far as its configuration renames them."""
     try:
         section = lookup(yaml.safe_load(config.read_text()), "checkpointing", {})
