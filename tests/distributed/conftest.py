@@ -13,6 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 VOCABULARY, LENGTH = 300, 16
+WORDS = ("the", "sea", "of", "a", "river", "and", "grey", "stone", "léger", "weighs")
 PICO = [sys.executable, "-m", "picolm"]
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -36,7 +37,7 @@ def text_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("letters", "essays"):
         (folder / "text" / name).mkdir(parents=True)
         for number in range(60):
-            text = " ".join(words.choice("the sea of a river and grey stone léger weighs".split()) for _ in range(400))
+            text = " ".join(words.choice(WORDS) for _ in range(400))
             (folder / "text" / name / f"{number}.txt").write_text(text)
     prepare([folder / "text"], folder / "rows", vocab_size=VOCABULARY, seq_len=LENGTH, val_fraction=0.05)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH + 1)).astype(np.int32)

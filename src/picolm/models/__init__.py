@@ -31,7 +31,8 @@ class ModelConfig(Protocol):
 class Model(Protocol):
     """What training, capture and generation ask of an `nn.Module` (its other methods are those of `Decoder`).
 
-    tokens_BS are rows of S = T + 1 token ids, inputs and shifted targets in one.
+    tokens_BS are rows of S = T + 1 token ids, inputs and shifted targets in one. What is random in `loss` comes from `noise`,
+    one stream of numbers for each of the rows: then it is the same for any number of processes and micro-batches.
     """
 
     Config: ClassVar[type]
