@@ -1,5 +1,6 @@
 """Steps of a training that go to the Hub as they are saved: what `checkpointing.save_to_hf` asks for."""
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -9,10 +10,13 @@ from picolm.errors import PicoError
 from picolm.schema import flatten, plain
 from picolm.store import Run
 from picolm.store.card import model_card
-from picolm.store.outbox import Uploader
+from picolm.store.outbox import Outbox, Uploader
 from picolm.store.repository import Branch
+from picolm.store.roworder import lookup
 from picolm.store.upload import Sender
 from picolm.train.config import TrainConfig
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def sender(
@@ -22,6 +26,20 @@ def sender(
     name = branch or run.name
     describe = partial(model_card, run, repository, name, differences=differences(run.config))
     return Sender(run, Branch(repository, name), describe, private, collection)
+
+
+def destination(run: Run, repository: str | None, branch: str | None) -> tuple[str, str]:
+    """Repository and branch to send a run to: as asked, else where it was sent before, else as it is configured."""
+    if type(run) is not Run:
+        raise PicoError(f"{run.path}: only runs of picolm are sent; this one was written by another tool")
+    before = Outbox(run).place.removeprefix("hub:").partition("@")
+    configured = lookup(run.config, "checkpointing.hf_checkpoint.repo_id", "") or ""
+    repository = repository or before[0] or str(configured)
+    if not _NAME.fullmatch(repository):
+        raise PicoError(
+            f"{run.path}: where to? give --repo-id OWNER/NAME" + (f", not {repository!r}" if repository else "")
+        )
+    return repository, branch or (before[2] if repository == before[0] else "") or run.name
 
 
 def differences(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +59,7 @@ def start_uploads(
     if not checkpointing.save_to_hf:
         return lambda step: None
     place = checkpointing.hf_checkpoint
-    if "/" not in place.repo_id:
+    if not _NAME.fullmatch(place.repo_id):
         raise PicoError(
             f"checkpointing.hf_checkpoint.repo_id is {place.repo_id!r}; save_to_hf sends steps to OWNER/NAME on the Hub: "
             "say which"

@@ -1,0 +1,95 @@
+"""Prepared rows, sent to the Hub as a data set: shards, tokenizer, manifest, and a card that says what they are.
+
+Shards go first and the manifest last, so a data set that is half there is not taken for a whole one; what is there with the
+same content is not sent again.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from picolm.data.manifest import FILE, Manifest, Shard, read_manifest
+from picolm.errors import DataError
+from picolm.network import prepare_repository, send
+
+_SHARDS_PER_COMMIT = 16
+_CARD, _TOKENIZER = "README.md", "tokenizer.json"
+
+
+def push_rows(
+    folder: Path,
+    repository: str,
+    *,
+    branch: str = "main",
+    private: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Manifest:
+    """Send a folder of `pico data prepare`. Raises DataError where it holds none, or other bytes than its manifest says.
+
+    progress: called with the shards that are done, and all of them.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise DataError(f"{folder}: has no {FILE} of `pico data prepare`; only prepared rows can be sent")
+    shards = [shard for split in manifest.splits.values() for shard in split]
+    prepare_repository(repository, branch, "dataset", private, DataError)
+    for first in range(0, len(shards), _SHARDS_PER_COMMIT):
+        progress(first, len(shards))
+        part = shards[first : first + _SHARDS_PER_COMMIT]
+        files: dict[str, Path | bytes] = {shard.file: _checked(folder, shard) for shard in part}
+        last = first + len(part)
+        send(repository, branch, "dataset", f"Shards {first + 1} to {last} of {len(shards)}", files, DataError)
+    last_files: dict[str, Path | bytes] = {FILE: folder / FILE, _CARD: data_card(manifest, repository).encode()}
+    if (folder / _TOKENIZER).exists():
+        last_files[_TOKENIZER] = folder / _TOKENIZER
+    send(repository, branch, "dataset", "Manifest and card", last_files, DataError)
+    progress(len(shards), len(shards))
+    return manifest
+
+
+def data_card(manifest: Manifest, repository: str) -> str:
+    """What the rows are and how to train on them. Licence and language are for those to say who know them."""
+    splits = [{"split": split, "path": f"{split}-*.parquet"} for split in manifest.splits]
+    front = {"tags": ["pico", "pretokenized"], "configs": [{"config_name": "default", "data_files": splits}]}
+    rows = "".join(
+        f"| {split} | {manifest.rows(split):,} | {len(shards)} |\n" for split, shards in manifest.splits.items()
+    )
+    sources = "".join(
+        f"| {source} | {', '.join(f'{count:,} {what}' for what, count in counts.items())} |\n"
+        for source, counts in manifest.sources.items()
+    )
+    tokenizer = manifest.tokenizer
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+# {repository.split("/")[1]}
+
+Rows of token ids for language models: {manifest.documents:,} documents, {manifest.tokens:,} tokens, rows of
+{manifest.seq_len} + 1 tokens (inputs, and the targets one further), in a shuffled order that a seed gives. `{FILE}` holds the
+digest of every shard, and all that the rows follow from.
+
+| split | rows | shards |
+|---|---:|---:|
+{rows}
+Tokenizer: {tokenizer.get("vocab_size", "?")} entries, sha-256 `{tokenizer.get("sha256", "?")}`, in `{_TOKENIZER}`.
+
+| source | |
+|---|---|
+{sources}
+```sh
+pico train CONFIG.yaml data.dataset.name={repository}
+```
+"""
+
+
+def _checked(folder: Path, shard: Shard) -> Path:
+    path = folder / shard.file
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}), though {FILE} lists it") from error
+    if found != shard.sha256:
+        raise DataError(f"{path}: is not the file that {FILE} describes; prepare the data again")
+    return path
