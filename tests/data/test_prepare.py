@@ -18,7 +18,6 @@ from picolm.data import open_source
 from picolm.data.manifest import Manifest, digest_of, read_manifest
 from picolm.data.parquet import open_parquet
 from picolm.data.prepare import prepare, prepare_files, recipe_for
-from picolm.data.spill import Spill
 from picolm.data.tokenizer import load_tokenizer
 from picolm.errors import DataError
 
@@ -117,10 +116,13 @@ def test_the_result_follows_from_inputs_and_options_alone(
     first = prepare([corpus], tmp_path / "one", **OPTIONS, val_fraction=0.1)
     shutil.move(corpus, tmp_path / "moved")
     assert prepare([tmp_path / "moved"], tmp_path / "two", **OPTIONS, val_fraction=0.1) == first
-    monkeypatch.setattr(Spill.__init__, "__kwdefaults__", {"memory_bytes": 500, "depth": 0})
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setattr("picolm.data.rows._BATCH_DOCUMENTS", 3)
-    assert prepare([tmp_path / "moved"], tmp_path / "three", **OPTIONS, val_fraction=0.1) == first
+    for run_bytes in (2000, 7000):
+        assert (
+            prepare([tmp_path / "moved"], tmp_path / f"{run_bytes}", **OPTIONS, val_fraction=0.1, run_bytes=run_bytes)
+            == first
+        )
     others = [{"seed": 2}, {"seq_len": 31}, {"vocab_size": 299}, {"val_fraction": 0.2}]
     digests = [
         contents(prepare([tmp_path / "moved"], tmp_path / f"other{i}", **{**OPTIONS, **other}))
@@ -194,17 +196,30 @@ def test_the_same_again_is_left_alone_and_anything_else_refused(corpus: Path, tm
         prepare([corpus], out, **OPTIONS)
 
 
-def test_a_folder_is_whole_or_absent(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_whole_or_absent_and_what_is_done_is_not_done_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("picolm.data.prepare.write_tokenizer", fail)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(
-        DataError, match=r"out: cannot be written \(.*No space left on device\); nothing of it was left"
-    ):
-        prepare([corpus], tmp_path / "out", **OPTIONS)
-    assert sorted(tmp_path.iterdir()) == before
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr("picolm.data.corpus.written", fail)
+        with pytest.raises(DataError, match=r"out: cannot be written \(.*No space left.*\); nothing of it was left"):
+            prepare([corpus], tmp_path / "out", **OPTIONS)
+        assert sorted(tmp_path.iterdir()) == before
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr("picolm.data.shards.written", fail)
+        kept = r"No space left on device\); what is done is kept in .*\.out\..{12}: the same command goes on from there"
+        with pytest.raises(DataError, match=kept):
+            prepare([corpus], tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as finished:
+        for step in ("corpus.Reader", "rows.train_tokenizer", "rows._encoded", "rows._rows_of"):
+            finished.setattr(f"picolm.data.{step}", fail)
+        manifest = prepare([corpus], tmp_path / "out", **OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
+    assert manifest == prepare([corpus], tmp_path / "again", **OPTIONS)
 
 
 def test_two_at_once_do_not_disturb_each_other(corpus: Path, tmp_path: Path) -> None:

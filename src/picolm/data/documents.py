@@ -1,8 +1,9 @@
 """Text in files -> documents, one at a time: .txt and .md (a file is a document), .jsonl (a line), .parquet (a row).
 
-`.gz` and `.zst` of the first three are decompressed on the way. What a document is from, its `source`, is the field or column of
-that name, else the first folder below the given path, else nothing. Documents are cut at line ends where they exceed a few
-megabytes. A line that cannot be used is counted and named, and left out; a file that cannot be read is an error.
+`.gz` and `.zst` of the first three are decompressed on the way; `.json.gz` and `.json.zst` hold lines too. What a document is
+from, its `source`, is the field or column of that name, else the first folder below the given path, else nothing. Documents are
+cut at line ends where they exceed a few megabytes. A line that cannot be used is counted and named, and left out; a file that
+cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,20 +22,54 @@ from typing import Any, BinaryIO, NamedTuple
 from picolm.data.decode import opened
 from picolm.data.manifest import digest_of
 from picolm.errors import DataError
+from picolm.network import fetch
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _TEXT, _LINES, _TABLE = (".txt", ".md", ".py"), (".jsonl",), (".parquet",)
 _IN_FOLDERS = (".txt", ".md", ".jsonl", ".parquet")
+_COMPRESSED_LINES = ".json"  # alone, such a file is more often one object than lines of them
 LONGEST_BYTES = 4 << 20
 _NAMED_BAD_LINES = 5
+_HUB = re.compile(r"hub:(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<folder>.+))?")
+
+
+class Remote(NamedTuple):
+    """A file of a data set on the Hub at one commit, and what the Hub states of it (sha256 of large files only)."""
+
+    repository: str
+    commit: str
+    bytes: int
+    sha256: str | None
 
 
 class TextFile(NamedTuple):
-    """A file with documents. name: what messages call it; source: that of its documents which name none themselves."""
+    """A file with documents. name: what messages call it; source: that of its documents which name none themselves.
+
+    A file on the Hub (its path is the one there) is fetched into the Hub's cache when it is read.
+    """
 
     path: Path
     name: str
     source: str | None = None
+    remote: Remote | None = None
+
+    def local(self) -> Path:
+        """Where it can be read."""
+        if self.remote is None:
+            return self.path
+        repository, commit, *_ = self.remote
+        return fetch(repository, self.path.as_posix(), commit, DataError, repo_type="dataset")
+
+    def size(self) -> int:
+        """Bytes."""
+        return self.path.stat().st_size if self.remote is None else self.remote.bytes
+
+    def digest(self) -> str:
+        """sha-256 of its content."""
+        if self.remote is not None and self.remote.sha256 is not None:
+            return self.remote.sha256
+        with _reported(self), self.local().open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 class Document(NamedTuple):
@@ -43,11 +80,15 @@ class Document(NamedTuple):
 
 
 def find_files(paths: Iterable[str | Path]) -> list[TextFile]:
-    """The text files at the given paths, those of a folder in the order of their names. Raises DataError if there are none."""
+    """The text files at the given paths, those of a folder in the order of their names; `hub:owner/name[@revision][:FOLDER]`
+    is a data set of the Hub. Raises DataError if there are none.
+    """
     found: dict[Path, TextFile] = {}
-    for place in map(Path, paths):
-        if place.is_dir():
-            files = [_in_folder(place, path) for path in _walk(place) if _kind(path) in _IN_FOLDERS]
+    for text, place in ((str(path), Path(path)) for path in paths):
+        if match := _HUB.fullmatch(text):
+            files = _on_hub(match["name"], match["revision"], match["folder"] or "")
+        elif place.is_dir():
+            files = [_in_folder(place, path) for path in _walk(place) if _is_text(path)]
         elif not place.is_file():
             raise DataError(f"{place}: there is no such file or folder")
         elif _kind(place) is None:
@@ -57,7 +98,9 @@ def find_files(paths: Iterable[str | Path]) -> list[TextFile]:
         else:
             files = [TextFile(place, place.name)]
         for file in files:
-            found.setdefault(file.path.resolve(), file)
+            found.setdefault(
+                file.path.resolve() if file.remote is None else Path(file.remote.repository) / file.path, file
+            )
     if not found:
         raise DataError(
             f"{', '.join(map(str, paths))}: no text files in there ({', '.join(_IN_FOLDERS)}, also .gz or .zst)"
@@ -65,13 +108,15 @@ def find_files(paths: Iterable[str | Path]) -> list[TextFile]:
     return list(found.values())
 
 
-def digest_files(files: Iterable[TextFile]) -> str:
+def digest_files(files: Sequence[TextFile]) -> str:
     """sha-256 over name, source and content of the files, in their order."""
-    parts = []
-    for file in files:
-        with _reported(file), file.path.open("rb") as content:
-            parts.append([file.name, file.source, hashlib.file_digest(content, "sha256").hexdigest()])
-    return digest_of(parts)
+    with ThreadPoolExecutor() as threads:
+        return digest_inputs(files, threads.map(TextFile.digest, files))
+
+
+def digest_inputs(files: Iterable[TextFile], digests: Iterable[str]) -> str:
+    """The same where the digests of the files are known."""
+    return digest_of([file.name, file.source, digest] for file, digest in zip(files, digests))
 
 
 class Reader:
@@ -86,10 +131,10 @@ class Reader:
         """The documents of a file that hold more than white space."""
         before = self.bytes_read
         kind = _kind(file.path)
-        read = self._rows if kind in _TABLE else self._json_lines if kind in _LINES else self._pieces
+        read = self._pieces if kind in _TEXT else self._rows if kind in _TABLE else self._json_lines
         for document in read(file):
             yield from _cut(document) if document.text.strip() else ()
-        self.bytes_read = before + file.path.stat().st_size
+        self.bytes_read = before + file.size()
 
     def _pieces(self, file: TextFile) -> Iterator[Document]:
         pieces, held_bytes = list[str](), 0
@@ -116,7 +161,7 @@ class Reader:
 
     def _rows(self, file: TextFile) -> Iterator[Document]:
         number = 0
-        with opened(file.path, file.name) as table:
+        with opened(file.local(), file.name) as table:
             names = table.schema_arrow.names
             if "text" not in names:
                 raise DataError(f"{file.name}: has no column text (it has: {', '.join(names)})")
@@ -133,7 +178,7 @@ class Reader:
     def _lines(self, file: TextFile, limit: int) -> Iterator[tuple[int, bytes]]:
         """(line number, line); a line longer than `limit` bytes comes in parts that end with whole characters."""
         before = self.bytes_read
-        with _reported(file), file.path.open("rb") as raw:
+        with _reported(file), file.local().open("rb") as raw:
             stream, number, rest = _decompressed(raw, file.path), 1, b""
             while line := rest + stream.readline(limit):
                 self.bytes_read = before + raw.tell()
@@ -191,8 +236,30 @@ def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
 def _kind(path: Path) -> str | None:
     suffixes = path.suffixes[-2:] if path.suffix in _COMPRESSIONS else path.suffixes[-1:]
     kind = suffixes[0].lower() if suffixes else ""
-    allowed = _TEXT + _LINES if len(suffixes) == 2 else _TEXT + _LINES + _TABLE
+    allowed = (*_TEXT, *_LINES, _COMPRESSED_LINES) if len(suffixes) == 2 else _TEXT + _LINES + _TABLE
     return kind if kind in allowed else None
+
+
+def _is_text(path: Path) -> bool:
+    return _kind(path) in (*_IN_FOLDERS, _COMPRESSED_LINES)
+
+
+def _on_hub(name: str, revision: str | None, folder: str) -> list[TextFile]:
+    """The text files of a data set on the Hub, those within a folder where one is named."""
+    from picolm.data.hub import list_files
+
+    commit, entries = list_files(name, revision)
+    wanted = [path for path in sorted(entries) if _is_text(Path(path)) and Path(path).is_relative_to(folder)]
+    if not wanted:
+        raise DataError(f"{name}: has no text files{f' in {folder}' if folder else ''} ({len(entries)} files in all)")
+    return [
+        TextFile(Path(path), path, _first_folder(Path(path).relative_to(folder)), Remote(name, commit, *entries[path]))
+        for path in wanted
+    ]
+
+
+def _first_folder(relative: Path) -> str | None:
+    return relative.parts[0] if len(relative.parts) > 1 else None
 
 
 def _walk(folder: Path) -> list[Path]:
@@ -206,7 +273,7 @@ def _walk(folder: Path) -> list[Path]:
 
 def _in_folder(folder: Path, path: Path) -> TextFile:
     relative = path.relative_to(folder)
-    return TextFile(path, relative.as_posix(), relative.parts[0] if len(relative.parts) > 1 else None)
+    return TextFile(path, relative.as_posix(), _first_folder(relative))
 
 
 @contextmanager

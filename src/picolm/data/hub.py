@@ -19,7 +19,7 @@ import os
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from picolm.data import SOURCES
 from picolm.data.ahead import Ahead
@@ -28,6 +28,9 @@ from picolm.data.manifest import FILE, Manifest, digest_of, parse_manifest
 from picolm.data.parquet import ShardedRows, check_length, rows_fingerprint, shards_of
 from picolm.errors import DataError
 from picolm.network import cache_folder, fetch, is_offline, persist
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 _FOOTER_BYTES = 1 << 16
 _TIMEOUT_S = 30.0
@@ -163,18 +166,34 @@ def _commit(name: str, revision: str, endpoint: str | None) -> str:
     return info.sha
 
 
-def _survey(repository: Repository, split: str, row_length: int | None) -> Index:
-    """List the files of a data set, and find out how many rows each shard of the split holds."""
+def list_files(name: str, revision: str | None) -> tuple[str, dict[str, tuple[int, str | None]]]:
+    """The commit of a revision of a data set, and for each of its files the bytes and, of large files, the sha-256."""
+    if is_offline():
+        raise DataError(
+            f"{name}: its files cannot be listed in offline mode (HF_HUB_OFFLINE); name files on this machine"
+        )
+    commit = _commit(name, revision or "main", None)
+    entries = _tree(Repository(name, commit))
+    return commit, {path: (entry.size, entry.lfs.sha256 if entry.lfs else None) for path, entry in entries.items()}
+
+
+def _tree(repository: Repository) -> dict[str, RepoFile]:
+    """The files of a data set at its commit."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    def list_files() -> dict[str, RepoFile]:
+    def ask() -> dict[str, RepoFile]:
         tree = HfApi(endpoint=repository.endpoint).list_repo_tree(
             repository.name, recursive=True, revision=repository.commit, repo_type="dataset"
         )
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
-    listed = persist(list_files, repository.name, DataError, repository.endpoint)
+    return persist(ask, repository.name, DataError, repository.endpoint)
+
+
+def _survey(repository: Repository, split: str, row_length: int | None) -> Index:
+    """List the files of a data set, and find out how many rows each shard of the split holds."""
+    listed = _tree(repository)
     manifest = _manifest(repository) if FILE in listed else None
     if manifest is not None:
         rows = {shard.file: shard.rows for shard in manifest.splits.get(split, [])}

@@ -33,7 +33,8 @@ class Manifest:
 
     recipe: what the rows follow from (inputs by digest, tokenizer, options), and so also the identity of the folder.
     tokenizer: file, sha256, vocab_size, eos_token, eos_id. sources: documents and rows per source and split.
-    tokens: in all rows; dropped_tokens: tails too short for a row; bad_lines: left out, with the first few of them.
+    tokens: in all rows; dropped_tokens: tails too short for a row; bad_lines: left out, with the first few of them;
+    left_out: documents that a filter refused, or that were duplicates.
     """
 
     row_length: int
@@ -46,6 +47,7 @@ class Manifest:
     dropped_tokens: int = 0
     bad_lines: int = 0
     first_bad_lines: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
     format: str = FORMAT
 
     @property

@@ -1,0 +1,106 @@
+"""Which documents are kept: functions of one document, found by name.
+
+A filter is a function `(document, **options) -> bool`; its keyword-only arguments are its options, given as
+`length,min_characters=200`. A filter of one's own is named `my_lab.quality:is_prose`, and one of datatrove by its class,
+`datatrove.pipeline.filters:GopherQualityFilter,min_doc_words=50` (its options are those of the class).
+
+The text of each filter is part of what the rows follow from; of one's own code, the digest of its file too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from picolm.data.documents import Document
+from picolm.errors import DataError
+from picolm.registry import Registry
+
+Keep = Callable[[Document], bool]
+
+FILTERS: Registry[Callable[..., bool]] = Registry("filter")
+
+
+@FILTERS.add("length")
+def length(document: Document, *, min_characters: int = 0, max_characters: int | None = None) -> bool:
+    """Texts of so many characters."""
+    return min_characters <= len(document.text) and (max_characters is None or len(document.text) <= max_characters)
+
+
+@FILTERS.add("letters")
+def letters(document: Document, *, min_share: float = 0.5) -> bool:
+    """Texts of which at least this share of the characters that are no white space are letters, of any script."""
+    visible = [character for character in document.text if not character.isspace()]
+    return sum(map(str.isalpha, visible)) >= min_share * len(visible)
+
+
+@FILTERS.add("sources")
+def sources(document: Document, *, only: Sequence[str] | None = None, but: Sequence[str] = ()) -> bool:
+    """Documents of these sources, `sources,only=[books,web]`, or of all but some, `sources,but=[forum]`."""
+    for name, given in (("only", only), ("but", but)):
+        if isinstance(given, str):
+            raise DataError(f"filter sources: {name} takes a list: {name}=[{given}]")
+    return (only is None or document.source in only) and document.source not in but
+
+
+def load_filter(text: str) -> Keep:
+    """The function that a text such as `length,min_characters=200` names. Raises PicoError where it cannot be used."""
+    name, options = _parse(text)
+    part: Any = FILTERS.get(name)
+    if inspect.isclass(part):
+        from picolm.data.trove import adapted_filter
+
+        return adapted_filter(part, options, text)
+    known = [
+        word
+        for word, parameter in inspect.signature(part).parameters.items()
+        if parameter.kind == parameter.KEYWORD_ONLY
+    ]
+    for word in options:
+        if word not in known:
+            raise DataError(f"filter {text!r}: has no option {word!r} (it has: {', '.join(known) or 'none'})")
+    return partial(part, **options)
+
+
+def identity(text: str) -> str:
+    """What stands for a filter in a recipe: its text, and for code from elsewhere the digest of its file."""
+    name, _ = _parse(text)
+    load_filter(text)
+    if name in FILTERS:
+        return text
+    module = sys.modules[name.partition(":")[0]]
+    if name.startswith("datatrove."):
+        return f"{text} (datatrove {_version('datatrove')})"
+    file = inspect.getsourcefile(module)
+    content = b"" if file is None else Path(file).read_bytes()
+    return f"{text} (sha256 {hashlib.sha256(content).hexdigest()[:16]})"
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _parse(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options; a comma within brackets does not separate."""
+    words = list[str]()
+    for part in text.split(","):
+        if words and words[-1].count("[") > words[-1].count("]"):
+            words[-1] += "," + part
+        else:
+            words.append(part)
+    options = dict[str, Any]()
+    for word in words[1:]:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise DataError(f"filter {text!r}: {word!r} is not of the form OPTION=VALUE")
+        options[key.strip()] = yaml.safe_load(value)
+    return words[0].strip(), options

@@ -1,0 +1,99 @@
+"""What rows follow from: the identity of a prepared folder, and of the work that makes it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from picolm.data.documents import TextFile, digest_files
+from picolm.data.filters import identity
+from picolm.data.manifest import Manifest, read_manifest
+from picolm.data.tokenizer import Vocabulary, check_size
+from picolm.errors import DataError
+
+_NEWER = ("filters", "deduplicate")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the rows follow from. inputs: digest of the files; tokenizer: sha-256 of its file, or `trained`."""
+
+    inputs: str
+    tokenizer: str
+    vocab_size: int | None
+    seq_len: int
+    seed: int
+    val_fraction: float
+    version: int = 1
+    filters: tuple[str, ...] = ()
+    deduplicate: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """Its fields; those that are newer than the first prepared folders only where they say something."""
+        said = {name: value for name, value in asdict(self).items() if name not in _NEWER or value}
+        return said | ({"filters": list(self.filters)} if self.filters else {})
+
+
+def recipe_for(
+    files: Sequence[TextFile],
+    vocabulary: Vocabulary | None,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    seed: int,
+    val_fraction: float,
+    filters: Sequence[str] = (),
+    deduplicate: bool = False,
+    inputs: str | None = None,
+) -> Recipe:
+    """The recipe of these files and options. inputs None: reads all files for their digests.
+
+    Raises DataError for senseless options.
+    """
+    if seq_len < 1:
+        raise DataError(f"seq_len is {seq_len}; a row needs at least one input token")
+    if not 0 <= val_fraction < 1:
+        raise DataError(
+            f"val_fraction is {val_fraction}; it is a share of the documents, from 0 up to, but not including, 1"
+        )
+    if vocabulary is None:
+        check_size(vocab_size)
+        tokenizer, size = "trained", vocab_size
+    else:
+        assert vocabulary.file is not None
+        tokenizer, size = hashlib.sha256(vocabulary.file.read_bytes()).hexdigest(), None
+    named = tuple(identity(text) for text in filters)
+    inputs = digest_files(files) if inputs is None else inputs
+    return Recipe(inputs, tokenizer, size, seq_len, seed, val_fraction, filters=named, deduplicate=deduplicate)
+
+
+def already_there(out: Path, recipe: dict[str, Any]) -> Manifest | None:
+    """The manifest of `out` if it was made by this recipe; None if nothing is there. Raises DataError for anything else."""
+    if is_free(out):
+        return None
+    manifest = read_manifest(out) if out.is_dir() else None
+    if manifest is None:
+        raise DataError(f"{out}: is there already and holds something else; choose another folder or delete it")
+    if differences := _differences(manifest.recipe, recipe):
+        raise DataError(f"{out}: holds rows made in another way ({differences}); choose another folder or delete it")
+    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        path = out / shard.file
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            raise DataError(f"{path}: is not whole; delete {out} and prepare it again")
+    return manifest
+
+
+def is_free(out: Path) -> bool:
+    """Whether there is nothing, or an empty folder."""
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+
+
+def _differences(there: dict[str, Any], asked: dict[str, Any]) -> str:
+    return ", ".join(
+        "other text" if key == "inputs" else f"{key} {there.get(key)} there, {asked.get(key)} asked for"
+        for key in {**asked, **there}
+        if there.get(key) != asked.get(key)
+    )
