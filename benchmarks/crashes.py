@@ -185,8 +185,8 @@ def newest(place: Path) -> int | None:
 
 
 def progress(place: Path) -> tuple[int, int]:
-    """Which metrics file it is, and its last step; a life that goes on replaces the file first."""
-    with suppress(OSError, StoreError):
+    """Which metrics file it is, and its last step; a life that goes on replaces the file first, which may leave it empty."""
+    with suppress(OSError, StoreError, IndexError):
         return os.stat(place / "metrics.jsonl").st_ino, Run.open(place).metrics()[-1]["step"]
     return 0, -1
 
