@@ -1,6 +1,7 @@
 """Pages of reference that follow from the code: `<!-- generated: WHAT -->` in a page becomes tables of what the code says.
 
-WHAT: train, analyze (every key of a configuration), command-line, metrics, components.
+WHAT: train, analyze (every key of a configuration), command-line, metrics, components. Links to files of the repository that are no
+pages (`../examples/…`) lead somewhere where the repository is browsed; in the site they are their text.
 """
 
 import inspect
@@ -11,12 +12,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
+_OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?:examples|src|tests|configs|benchmarks|[A-Z]+\.md)[^)]*\)")
 _MARK = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """What mkdocs calls for each page."""
-    return _MARK.sub(lambda match: "\n".join(GENERATED[match[1]]()), markdown)
+    return _MARK.sub(lambda match: "\n".join(GENERATED[match[1]]()), _OUTSIDE.sub(r"\1", markdown))
 
 
 def configuration_keys(schema: type[BaseModel]) -> Iterator[tuple[str, dict[str, Any]]]:
