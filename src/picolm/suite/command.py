@@ -1,0 +1,142 @@
+"""`pico suite`, from its file to its report: what is missing is trained, then all of it is analyzed."""
+
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+
+from picolm.errors import PicoError
+from picolm.logs import configure_logging
+from picolm.schema import dump
+from picolm.suite.comparison import REPORT, analyze_members, write_report
+from picolm.suite.config import Member, Suite, load_suite
+from picolm.suite.forecast import duration, forecast, remarks, share_left, table
+from picolm.suite.local import Failure, train_locally
+from picolm.suite.standing import Standing, standings
+from picolm.train.preview import estimate
+
+log = logging.getLogger("picolm")
+
+EXECUTORS = ("local", "slurm")
+
+
+def run_suite(
+    file: Path,
+    overrides: Iterable[str] = (),
+    *,
+    executor: str = "local",
+    jobs: int = 1,
+    dry_run: bool = False,
+    report: bool = True,
+) -> int:
+    """Train what is missing of a suite, analyze all, write the report; returns the exit code.
+
+    jobs: members that are trained at the same time on this machine. Raises PicoError for a suite that cannot be run.
+    """
+    if executor not in EXECUTORS:
+        raise PicoError(f"unknown executor {executor!r} (there are: {', '.join(EXECUTORS)})")
+    suite = load_suite(file, overrides)
+    found = standings(suite.members)
+    if dry_run:
+        _preview(suite, found, jobs)
+        return 0
+    suite.config.folder.mkdir(parents=True, exist_ok=True)
+    configure_logging("INFO", suite.config.folder / "suite.log")
+    failures, stopped = _train(suite, found, executor, jobs)
+    if stopped is not None:
+        log.info("Stopped; every run is saved. To go on: give the same command again.")
+        return 128 + stopped
+    finished = [standing.member for standing in standings(suite.members) if standing.state == "finished"]
+    if finished:
+        _conclude(suite, finished, jobs, report)
+    return _tell(failures, len(suite.members))
+
+
+def _preview(suite: Suite, found: list[Standing], jobs: int) -> None:
+    forecasts = forecast(suite.config, found)
+    console = Console()
+    console.width = max(console.width, 116)  # wrapped by the terminal rather than cut off
+    console.print(table(forecasts))
+    print(remarks(suite.config, suite.members, forecasts, jobs))
+
+
+def _train(suite: Suite, found: list[Standing], executor: str, jobs: int) -> tuple[list[Failure], int | None]:
+    """Train the members that are not finished; those that another process trains are left to it."""
+    counted = {
+        state: sum(standing.state == state for standing in found) for state in dict.fromkeys(s.state for s in found)
+    }
+    log.info(
+        "%s: %d runs: %s.",
+        suite.config.suite_name,
+        len(found),
+        ", ".join(f"{n} {state}" for state, n in counted.items()),
+    )
+    for standing in found:
+        if standing.saved_otherwise:
+            log.warning(
+                "%s was saved with other %s; it stays as it is.",
+                standing.member.name,
+                ", ".join(standing.saved_otherwise),
+            )
+    # A job of the cluster that is running is known by its number, and waited for.
+    missing = [s for s in found if s.state != "finished" and (s.state != "running" or executor == "slurm")]
+    others = [s for s in found if s.state == "running" and executor != "slurm"]
+    elsewhere = [Failure(s.member.name, "another process is training it; wait for it to end") for s in others]
+    if not missing:
+        return elsewhere, None
+    members = [standing.member for standing in missing]
+    files, progress = _written(suite, members), Progress(missing)
+    if executor == "slurm":
+        from picolm.suite.cluster import train_on_cluster
+
+        return elsewhere + train_on_cluster(suite.config, members, files, progress.done), None
+    failures, stopped = train_locally(members, files, suite.config.folder / "logs", jobs, progress.done)
+    return elsewhere + failures, stopped
+
+
+def _written(suite: Suite, members: list[Member]) -> list[Path]:
+    """The configuration of each member as a file that `pico train` reads."""
+    folder = suite.config.folder / "configs"
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{member.name}.yaml" for member in members]
+    for member, file in zip(members, files):
+        file.write_text(dump(member.config), encoding="utf-8")
+    return files
+
+
+class Progress:
+    """Says after each member how many are left, and how long they will take at the pace so far."""
+
+    def __init__(self, missing: list[Standing]):
+        self.work = {s.member.name: estimate(s.member.config).flops * share_left(s) for s in missing}
+        self.began, self.behind = time.monotonic(), 0.0
+
+    def done(self, member: Member, seconds: float) -> None:
+        self.behind += self.work.pop(member.name, 0.0)
+        ahead = sum(self.work.values()) / self.behind * (time.monotonic() - self.began) if self.behind else 0.0
+        rest = f"{len(self.work)} to go, about {duration(ahead)}" if self.work else "the last one"
+        log.info("%s: trained in %s; %s.", member.name, duration(seconds), rest)
+
+
+def _conclude(suite: Suite, members: list[Member], jobs: int, report: bool) -> None:
+    """Analyze the members that are finished and write the report."""
+    log.info("Analyzing %d runs.", len(members))
+    outcome = analyze_members(suite, members, workers=jobs)
+    if outcome is not None:
+        log.info("%d values, %d of them computed now.", len(outcome.rows), outcome.computed)
+        for line in outcome.absent:
+            log.warning("Skipped: %s", line)
+    if report and (outcome is None or outcome.computed or not (suite.config.folder / REPORT).exists()):
+        log.info("The report is %s.", write_report(suite, members))
+    log.info("Tables are in %s.", suite.config.folder)
+
+
+def _tell(failures: list[Failure], members: int) -> int:
+    """Failures at the end, where they are seen."""
+    for failure in failures:
+        log.error("Not finished: %s: %s", *failure)
+    if failures:
+        log.error("%d of %d runs are not finished. The same command tries them again.", len(failures), members)
+    return 1 if failures else 0

@@ -1,0 +1,113 @@
+"""What a suite ends with: one analysis of all members, tables that compare them with intervals over seeds, and a report."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from picolm.analyze import table
+from picolm.analyze.engine import Outcome, analyze
+from picolm.errors import PicoError
+from picolm.report.material import Material
+from picolm.report.section import Section, Sheet
+from picolm.store import Run
+from picolm.suite.config import SEED, Member, Suite
+from picolm.suite.convergence import by_group, figures, interval
+from picolm.train.preview import estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger("picolm")
+
+MEMBERS, COMPARED, REPORT = "members.csv", "comparison.csv", "report.html"
+LOSS = "val/paloma/nats_per_token"
+SECTION = "picolm.suite.comparison:section"
+
+
+def analyze_members(suite: Suite, members: list[Member], workers: int = 1) -> Outcome | None:
+    """Analyze the runs of `members`, and write the tables into the folder of the suite; what is known is not computed again."""
+    folder = suite.config.folder
+    described = describe(members)
+    _write(described, folder / MEMBERS)
+    if suite.analysis is None:
+        return None
+    outcome = analyze(suite.analysis, [str(member.path) for member in members], workers=workers)
+    table.write(outcome.rows, folder / suite.analysis.analysis_name)
+    compared = compare(described, table.load(folder / suite.analysis.analysis_name))
+    _write(compared, folder / COMPARED)
+    return outcome
+
+
+def describe(members: list[Member]) -> "pd.DataFrame":
+    """One row per member: its place on each axis, its group (all axes but the seed), parameters, tokens, and final losses."""
+    import pandas as pd
+
+    rows = []
+    for member in members:
+        own, run = estimate(member.config), Run.open(member.path)
+        ends = {name: _last(run, name) for name in ("train/loss", LOSS)}
+        group = "-".join(text for axis, text in member.labels.items() if axis != SEED) or "all"
+        rows.append(
+            {"run": member.name, "group": group}
+            | member.labels
+            | {"parameters": own.parameters, "tokens": own.tokens}
+            | ends
+        )
+    return pd.DataFrame(rows)
+
+
+def compare(members: "pd.DataFrame", values: "pd.DataFrame") -> "pd.DataFrame":
+    """A row per group and figure, with the mean over runs and its 95 % interval (Student's t): final losses, then the metrics."""
+    import pandas as pd
+
+    losses = []
+    for group, rows in members.groupby("group", sort=False):
+        for name in ("train/loss", LOSS):
+            mean, low, high, n = interval(rows[name].dropna().tolist())
+            losses.append(
+                {"group": group, "figure": name, "mean": mean, "low": low, "high": high, "n": n, "of": len(rows)}
+            )
+    of_metrics = by_group(figures(values), dict(zip(members["run"], members["group"])))
+    return pd.concat([pd.DataFrame(losses), of_metrics], ignore_index=True)
+
+
+def write_report(suite: Suite, members: list[Member]) -> Path:
+    """The report of all members, with the comparison of the suite."""
+    from picolm.report import write
+
+    folder = suite.config.folder
+    analyses = [str(folder / suite.analysis.analysis_name)] if suite.analysis is not None else []
+    own = [SECTION] if analyses else []
+    return write([str(member.path) for member in members], analyses, folder / REPORT, own=own)
+
+
+def section(material: Material) -> Section | None:
+    """The part of a report that compares the groups of a suite: found beside the analysis."""
+    import pandas as pd
+
+    for analysis in material.analyses:
+        folder = Path(analysis.place).parent
+        if (folder / COMPARED).is_file() and (folder / MEMBERS).is_file():
+            lead = (
+                "Means over seeds with 95 % intervals (Student's t) of the final losses, and of what each metric gives over the "
+                "layers of a run. Steps are those that were saved."
+            )
+            sheets = [
+                Sheet(name, pd.read_csv(folder / file)) for name, file in (("Sizes", COMPARED), ("Runs", MEMBERS))
+            ]
+            return Section("The suite", sheets, lead)
+    return None
+
+
+def _last(run: Run, name: str) -> Any:
+    values = [entry[name] for entry in run.metrics() if name in entry]
+    return values[-1] if values else None
+
+
+def _write(frame: "pd.DataFrame", path: Path) -> None:
+    aside = path.with_name(f".{path.name}")
+    try:
+        frame.to_csv(aside, index=False)
+        aside.replace(path)
+    except OSError as error:
+        raise PicoError(f"{path}: cannot be written ({error})") from error

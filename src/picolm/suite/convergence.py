@@ -1,0 +1,121 @@
+"""When a layer has become what it ends as, when a matrix has lost rank, and how both differ between groups of runs.
+
+Pure functions of the long table of an analysis. Steps are those that were saved, so a figure is exact to the distance between
+them. Intervals are Student's t over runs (seeds): with three of them they are wide, as three runs deserve.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# 97.5 % points of Student's t for 1, 2, … degrees of freedom; beyond them that of the normal distribution is near enough.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+ONE_MATRIX = ["run", "metric", "options", "component", "kind", "split", "module", "layer"]
+
+
+def settled_step(steps: Sequence[float], values: Sequence[float], level: float) -> float:
+    """The first step from which on the value never falls below `level`; NaN where it ends below, or a value is missing."""
+    below = [place for place, value in enumerate(values) if not value >= level]
+    first = below[-1] + 1 if below else 0
+    return float(steps[first]) if first < len(steps) else math.nan
+
+
+def fallen_step(steps: Sequence[float], values: Sequence[float], share: float) -> float:
+    """The first step at which the value is at most `share` of what it was at first; NaN where it never is."""
+    return next((float(step) for step, value in zip(steps, values) if value <= share * values[0]), math.nan)
+
+
+def mean_over_training(steps: Sequence[float], values: Sequence[float]) -> float:
+    """The mean of a curve over the steps of training (trapezoids): no threshold, late steps count as much as early ones."""
+    if len(steps) < 2:
+        return math.nan
+    return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float, int]:
+    """Mean, lower and upper end of its 95 % interval (Student's t), and how many values; NaN ends for fewer than two."""
+    given = np.asarray([value for value in values if math.isfinite(value)], dtype=float)
+    n = len(given)
+    if n < 2:
+        return (float(given[0]) if n else math.nan), math.nan, math.nan, n
+    half = (T_975[n - 2] if n - 2 < len(T_975) else 1.96) * float(given.std(ddof=1)) / math.sqrt(n)
+    return float(given.mean()), float(given.mean()) - half, float(given.mean()) + half, n
+
+
+def curves(table: "pd.DataFrame") -> "pd.DataFrame":
+    """One row per matrix of a run: `steps` and `values`, heads averaged. Comparisons with other layers and runs stay out."""
+    same_run = table["against_run"].isna() | (table["against_run"] == "") | (table["against_run"] == table["run"])
+    rows = table[same_run & (table["against_layer"].isna() | (table["against_layer"] == table["layer"])).fillna(True)]
+    last = rows.groupby("run")["step"].transform("max")
+    rows = rows[rows["against_step"].isna() | (rows["against_step"] == last)]
+    finite = rows[np.isfinite(rows["value"].to_numpy(dtype=float))]
+    means = (
+        finite.groupby([*ONE_MATRIX, "step"], dropna=False, sort=False)["value"]
+        .mean()
+        .reset_index()
+        .sort_values("step")
+    )
+    grouped = means.groupby(ONE_MATRIX, dropna=False, sort=False)
+    return grouped.agg(steps=("step", tuple), values=("value", tuple)).reset_index()
+
+
+def figures(table: "pd.DataFrame", settled: float = 0.9, fallen: float = 0.95) -> "pd.DataFrame":
+    """One row per matrix of a run and figure: value. Similarities with the last step: the share of training after which they
+    stay above `settled`, and their mean over training. Proportional effective rank: its value at first and in the end, and the
+    share of training after which it is at most `fallen` of its first.
+    """
+    import pandas as pd
+
+    records = []
+    for row in curves(table).to_dict("records"):
+        steps, values = row["steps"], row["values"]
+        found = _rank(steps, values, fallen) if row["metric"] == "per" else _similarity(steps, values, settled)
+        named = {name: row[name] for name in ONE_MATRIX}
+        records += [named | {"figure": figure, "value": value} for figure, value in found.items()]
+    return pd.DataFrame(records, columns=[*ONE_MATRIX, "figure", "value"]).astype(
+        {"layer": "Int64", "value": "float64"}
+    )
+
+
+def _similarity(steps: Sequence[float], values: Sequence[float], level: float) -> dict[str, float]:
+    span = steps[-1] or 1
+    return {
+        f"settled at {level:g} (share of training)": settled_step(steps, values, level) / span,
+        "mean over training": mean_over_training(steps, values),
+    }
+
+
+def _rank(steps: Sequence[float], values: Sequence[float], share: float) -> dict[str, float]:
+    span = steps[-1] or 1
+    return {
+        "first": values[0],
+        "last": values[-1],
+        f"fallen to {share:.0%} (share of training)": fallen_step(steps, values, share) / span,
+        "mean over training": mean_over_training(steps, values),
+    }
+
+
+def by_group(table: "pd.DataFrame", groups: Mapping[str, str], layers: bool = False) -> "pd.DataFrame":
+    """Mean and interval over the runs of each group of what `figures` gives: first the mean over the layers of a run, or, with
+    `layers`, each layer. n counts runs; `reached` how many of them have the figure in every layer.
+    """
+    import pandas as pd
+
+    keys = (
+        [name for name in ONE_MATRIX if name not in ("run", "layer", "module")]
+        + ["figure"]
+        + (["layer"] if layers else [])
+    )
+    records = []
+    for key, rows in table.assign(group=table["run"].map(groups)).groupby(["group", *keys], dropna=False, sort=False):
+        each = rows.groupby("run", sort=False)["value"].agg(lambda values: values.mean(skipna=False))
+        mean, low, high, n = interval(each.tolist())
+        records.append(
+            dict(zip(["group", *keys], key)) | {"mean": mean, "low": low, "high": high, "n": n, "of": len(each)}
+        )
+    return pd.DataFrame(records)

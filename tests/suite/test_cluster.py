@@ -1,0 +1,74 @@
+"""Jobs through submitit: here its executor that runs them as processes; the same code queues them with SLURM."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from picolm.errors import PicoError
+from picolm.schema import dump
+from picolm.suite import cluster
+from picolm.suite.config import load_suite
+from picolm.suite.standing import standing
+
+
+def test_without_submitit_the_extra_is_named(toy_suite: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    suite = load_suite(toy_suite())
+    with pytest.raises(PicoError, match=r"pip install 'picolm\[slurm\]'"):
+        cluster._submit(suite.config, suite.members[0], Path("x.yaml"), Path("jobs"), "slurm")
+
+
+def test_a_job_asks_for_the_nodes_and_devices_of_its_member(
+    toy_suite: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    asked: dict[str, Any] = {}
+
+    class Executor:
+        def __init__(self, **options: Any) -> None: ...
+
+        def update_parameters(self, **parameters: Any) -> None:
+            asked.update(parameters)
+
+        def submit(self, call: Any) -> Any:
+            return call
+
+    monkeypatch.setattr("submitit.AutoExecutor", Executor)
+    fabric = "overrides.training.fabric={num_nodes: 2, num_devices: 4, accelerator: cuda}"
+    suite = load_suite(
+        toy_suite(), [fabric, "overrides.training.optimization.gradient_accumulation_steps=1", "slurm={timeout_min: 9}"]
+    )
+    job = cluster._submit(suite.config, suite.members[0], Path("x.yaml"), Path("jobs"), "slurm")
+    assert asked == {"name": "toys-small", "nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "timeout_min": 9}
+    assert job.checkpoint().function.file == "x.yaml"  # what is queued again after a preemption
+
+
+def test_a_parameter_that_there_is_not(toy_suite: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    suite = load_suite(toy_suite(), ["slurm={slurm_partitoin: gpu}"])
+    with pytest.raises(PicoError, match=r"toys-small cannot be queued: .*partitoin"):
+        cluster._submit(suite.config, suite.members[0], Path("x.yaml"), tmp_path / "jobs", "local")
+
+
+@pytest.mark.slow
+def test_jobs_train_members_and_tell_of_failures(toy_suite: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    suite = load_suite(toy_suite())
+    (tmp_path / "suites" / "toys").mkdir(parents=True)
+    files = [tmp_path / f"{member.name}.yaml" for member in suite.members]
+    for member, file in zip(suite.members, files):
+        file.write_text(dump(member.config))
+    files[1].write_text("model: {d_modell: 3}\n")
+    trained: list[str] = []
+    failures = cluster.train_on_cluster(
+        suite.config, suite.members, files, lambda member, seconds: trained.append(member.name), "local"
+    )
+    assert trained == ["toys-small"]
+    assert standing(suite.members[0]).state == "finished"
+    assert [failure.name for failure in failures] == ["toys-wide"]
+    assert "unknown key" in failures[0].reason
+    assert set(json.loads((tmp_path / "suites" / "toys" / "jobs.json").read_text())) == {"toys-small", "toys-wide"}
