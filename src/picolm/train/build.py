@@ -1,6 +1,8 @@
 """From a configuration to everything the loop needs: device, data, model, optimizers, run, and the state to go on from."""
 
 import logging
+import os
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,7 +35,7 @@ from picolm.train.resume import FORKED, open_run, restore, retention
 from picolm.train.signals import StopSignal
 from picolm.train.state import State
 from picolm.train.strategies import make_strategy, mark_forward
-from picolm.train.text import Text
+from picolm.train.text import Text, checkpoint_files
 from picolm.train.upload import start_uploads
 
 log = logging.getLogger("picolm")
@@ -74,14 +76,15 @@ def equip(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     configure_logging(config.monitoring.logging.log_level)
     fabric = _fabric(config)
     stack.enter_context(Together(fabric, config.training.fabric.timeout_s))
-    if not fabric.is_global_zero:
-        configure_logging("ERROR")  # what all processes would say, the first one says
+    if not fabric.is_global_zero:  # what all processes would say, the first one says
+        configure_logging("ERROR")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as this process lives
     config = _same_name(config, fabric)
     with fabric.rank_zero_first():  # one process prepares or fetches, the others find it done
         batches = open_batches(config, fabric.global_rank, fabric.world_size)
         source = batches.source
         text = Text(tokenizer_file(config, source), config.model.vocab_size)
-        captured_rows, evaluated_rows = _held_out_rows(config, source)
+        captured, evaluated = captured_rows(config, source), evaluated_rows(config, source)
     model = _model(config, fabric)
     wrapped = _setup(config, fabric, model)  # before the optimizers: sharding puts other parameters in place of these
     state = State(model, build_optimizers(model, model.parameter_roles(), config.training.optimization))
@@ -96,9 +99,9 @@ def equip(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
         text=text,
         stop=stop,
         progress=Progress(config.data.dataloader.batch_size * config.model.max_seq_len, shown=fabric.is_global_zero),
-        captured_rows=captured_rows,
-        evaluated_rows=evaluated_rows,
-        texts=_texts(config, state.model, text),
+        captured_rows=captured,
+        evaluated_rows=evaluated,
+        texts=checkpoint_files(state.model, text),
         peak_flops=devices.matmul_peak(fabric.device, devices.compute_dtype(config.training.fabric.precision)),
         compiled=devices.want_compile(config.training, fabric.device),
     )
@@ -182,18 +185,22 @@ def tokenizer_file(config: TrainConfig, source: Source) -> Path | None:
         return None
 
 
-def _held_out_rows(config: TrainConfig, source: Source) -> tuple[Rows | None, Rows | None]:
-    """The rows of the `val` captures and of the evaluation."""
-    dynamics, paloma = config.checkpointing.learning_dynamics, config.evaluation.paloma
-    length = (paloma.max_length or config.model.max_seq_len) + 1
-    captured = evaluated = None
-    if dynamics.eval_data is not None:
-        held_out = _held_out(config, dynamics.eval_data, "val", source)
-        captured = _sample(held_out, dynamics.max_rows, config.model.max_seq_len + 1, config.model.vocab_size)
-    if "paloma" in (config.evaluation.metrics or ()):
-        held_out = _held_out(config, paloma.dataset_name, paloma.dataset_split, source)
-        evaluated = _sample(held_out, paloma.max_rows, length, config.model.vocab_size)
-    return captured, evaluated
+def captured_rows(config: TrainConfig, source: Source) -> Rows | None:
+    """The rows of the `val` captures."""
+    dynamics = config.checkpointing.learning_dynamics
+    if dynamics.eval_data is None:
+        return None
+    held_out = _held_out(config, dynamics.eval_data, "val", source)
+    return _sample(held_out, dynamics.max_rows, config.model.max_seq_len + 1, config.model.vocab_size)
+
+
+def evaluated_rows(config: TrainConfig, source: Source) -> Rows | None:
+    """The rows that `paloma` evaluates on; None where it is not asked for."""
+    paloma = config.evaluation.paloma
+    if "paloma" not in (config.evaluation.metrics or ()):
+        return None
+    held_out = _held_out(config, paloma.dataset_name, paloma.dataset_split, source)
+    return _sample(held_out, paloma.max_rows, (paloma.max_length or config.model.max_seq_len) + 1, config.model.vocab_size)
 
 
 def _held_out(config: TrainConfig, name: str, split: str, source: Source) -> Source | None:
@@ -255,18 +262,6 @@ def make_taps(config: TrainConfig, model: torch.nn.Module) -> Taps:
         max_rows=dynamics.max_rows,
         seed=config.training.seeds.noise,
     )
-
-
-def _texts(config: TrainConfig, model: Any, text: Text) -> dict[str, str | bytes]:
-    """The files that make a checkpoint a directory which transformers loads: configuration, modelling code, tokenizer."""
-    import json
-
-    files: dict[str, str | bytes] = {"config.json": json.dumps(model.hf_config(), indent=2) + "\n"}
-    if text.eos is not None:
-        files["generation_config.json"] = (
-            json.dumps({"eos_token_id": text.eos, "pad_token_id": text.eos}, indent=2) + "\n"
-        )
-    return files | model.modelling_files() | text.files()
 
 
 def _environment(config: TrainConfig, fabric: Fabric, batches: Batches, text: Text) -> dict[str, Any]:

@@ -144,7 +144,9 @@ def _compare(run: Run, recorded: Mapping[int, str], verdict: Verdict) -> Any:
     def compare(job: Job, step: int) -> None:
         if step not in recorded or any(comparison.step == step for comparison in verdict.compared):
             return
-        weights = job.state.weights()
+        weights = job.state.weights()  # gathered from all processes
+        if not job.fabric.is_global_zero:
+            return
         identical, difference = weights_digest(weights) == recorded[step], None
         if not identical and step in run and run[step].select(kind="weights"):
             difference = relative_difference(weights, run[step])
