@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format docs clean help
+.PHONY: browser demo test check format docs clean help
 
 help:
 	@echo "make demo   set up, and train a small language model on real text (offline, some minutes)"
@@ -14,9 +14,9 @@ help:
 
 demo: .venv/.demo
 	$(BIN)/pico train configs/demo.yaml
-	$(BIN)/pico analyze configs/analyses/demo.yaml --run runs/demo
+	$(BIN)/pico analyze configs/analyses/demo.yaml --run runs/demo --report
 
-test: .venv/.dev
+test: .venv/.dev browser
 	$(BIN)/pytest -n 2 --dist worksteal
 
 check: .venv/.dev
@@ -26,12 +26,18 @@ check: .venv/.dev
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 # Figures are drawn from runs/demo and by running the tutorials; what has not changed is not drawn again.
-docs: .venv/.dev runs/demo/run.json
+docs: .venv/.dev browser runs/demo/run.json
 	for script in docs/figures/*.py; do $(BIN)/python $$script || exit 1; done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 runs/demo/run.json:
 	$(MAKE) demo
+
+# The report is looked at in a real browser. Where there is none and none can be installed, its tests are skipped and say so.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+	|| { apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver; } >/dev/null 2>&1 \
+	|| echo "No Chromium here: as root, apt-get install chromium chromium-driver"
 
 format: .venv/.dev
 	$(BIN)/ruff format .

@@ -1,5 +1,6 @@
 """`pico analyze`."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,9 @@ def analyze(
     aggregate: Annotated[
         bool, typer.Option("--aggregate", help="Mean and interval over the runs: aggregated.parquet.")
     ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Draw it: report.html in the folder of the analysis, see pico report.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be read and computed, and exit.")] = False,
 ) -> None:
     """Measure how weights, gradients and activations of runs change, as a YAML file says."""
@@ -44,4 +48,17 @@ def analyze(
         "csv": csv,
         "aggregated": aggregate,
     }
-    analyze_runs(config_path, overrides, places, dry_run=dry_run, **options)
+    outcome = analyze_runs(config_path, overrides, places, dry_run=dry_run, **options)
+    if report and outcome is not None:
+        _report(config_path, overrides, places)
+
+
+def _report(config_path: Path, overrides: list[str], places: list[str]) -> None:
+    from picolm.analyze.config import AnalysisConfig
+    from picolm.cli.reporting import say
+    from picolm.report.assembly import write
+    from picolm.schema import load
+
+    config = load(config_path, AnalysisConfig, overrides)
+    folder = Path(config.monitoring.output_dir) / config.analysis_name
+    say(write(places or list(config.runs), [str(folder)], folder / "report.html"))

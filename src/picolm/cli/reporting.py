@@ -28,6 +28,11 @@ def report(
     from picolm.report.assembly import write
 
     path = write(runs or [], analysis or [], out, own=section or [], figures=figures)
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB) opens in any browser.")
+    say(path)
     if figures is not None:
         print(f"Its figures are in {figures}.")
+
+
+def say(path: Path) -> None:
+    """Where the report is and how big it is."""
+    print(f"The report: {path} ({path.stat().st_size / 1e6:.1f} MB). It opens in any browser, offline.")

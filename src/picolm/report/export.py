@@ -30,7 +30,7 @@ def export(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
         for kind in FORMATS
     ]
     try:
-        kaleido.write_fig_from_object_sync(jobs, kopts={"n": 1, "path": _browser()})
+        kaleido.write_fig_from_object_sync(jobs, kopts={"n": 1, "path": _browser(), "mathjax": False})
     except Exception as error:
         raise PicoError(f"the figures cannot be written to {folder}: {type(error).__name__}: {error}") from error
     return made

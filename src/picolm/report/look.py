@@ -18,7 +18,7 @@ ROOMS: dict[str, dict[str, Any]] = {
         "category": ["#0072b2", "#d55e00", "#009e73", "#a8518a", "#b07a00", "#3a93c9", "#1d2433"],
     },
     "dark": {
-        "ink": "#e6eaf2", "faint": "#9aa4b8", "grid": "#2b3342", "paper": "#171c26", "depth": ("Viridis", 0.24, 1.0),
+        "ink": "#e6eaf2", "faint": "#9aa4b8", "grid": "#2b3342", "paper": "#171c26", "depth": ("Viridis", 0.32, 1.0),
         "category": ["#56b4e9", "#f0854a", "#2fc79a", "#e39ac6", "#e9b949", "#9fd3f2", "#e6eaf2"],
     },
 }  # fmt: skip
@@ -69,8 +69,11 @@ def template(room: str = "light") -> go.layout.Template:
         "colorscale": {"sequential": "Cividis", "diverging": "RdBu"},
         "xaxis": axis, "yaxis": axis, "hovermode": "closest", "margin": {"l": 62, "r": 14, "t": 40, "b": 52},
         "hoverlabel": {"bgcolor": look["paper"], "bordercolor": look["faint"], "font": {"color": look["ink"], "size": 12}},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
-        "annotationdefaults": {"font": {"color": look["ink"], "size": 13}},
+        "legend": {
+            "orientation": "h", "x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top",
+            "font": {"size": 12}, "maxheight": 1, "tracegroupgap": 0,
+        },
+        "annotationdefaults": {"font": {"color": look["ink"], "size": 12}, "align": "left"},
     }  # fmt: skip
     return go.layout.Template(layout=layout)
 

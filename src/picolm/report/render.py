@@ -24,6 +24,7 @@ def _environment() -> Environment:
     made = Environment(
         loader=DictLoader(templates), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    made.filters["dotted"] = lambda key: Markup(".<wbr>").join(key.split("."))
     made.filters["yaml"] = lambda value: value if isinstance(value, str) else json.dumps(value, default=str)
     return made
 

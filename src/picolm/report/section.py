@@ -80,7 +80,7 @@ def described(figure: "go.Figure") -> str:
     what = f"Heatmap of {len(traces[0].y)} rows and {len(traces[0].x)} columns" if maps else _lines(figure, traces)
     if not finite.size:
         return f"{what}; no finite values."
-    gaps = f", {values.size - finite.size} missing" if values.size > finite.size else ""
+    gaps = f", {values.size - finite.size} missing or infinite" if values.size > finite.size else ""
     return f"{what}. {finite.size} values from {finite.min():.4g} to {finite.max():.4g}{gaps}."
 
 

@@ -1,8 +1,8 @@
 "use strict";
-// The page's own script. Data lie in inert <script> elements, compressed; figures are drawn when they come into view.
+// The page's own script. Data lie in inert script elements, compressed; figures are drawn when they come into view.
 // Text of runs is only ever set as textContent, or given to Plotly escaped (see look.py).
 
-const PANELS = { gapX: 66, gapY: 74, title: 40, legendRow: 23, bottom: 52, sides: 76, narrowest: 300, most: 3 };
+const PANELS = { gapX: 66, gapY: 86, title: 48, legendRow: 20, bottom: 52, sides: 76, narrowest: 300, most: 3 };
 const PAPER = 680; // width of figures on paper, in pixels
 const figures = new Map(); // id -> what a figure shows and how
 const sheets = new Map();
@@ -102,7 +102,7 @@ function show(figure) {
   for (const trace of figure.spec.data) {
     const meta = trace.meta || {};
     trace.visible = Object.entries(meta.shown || {}).every(([key, option]) => (figure.chosen[key] ?? option) === option);
-    if (trace.type !== "scatter" || meta.band || !meta.shown) continue;
+    if (trace.type !== "scatter" || meta.quiet || !meta.shown) continue;
     trace.showlegend = trace.visible && !named.has(trace.legendgroup);
     if (trace.visible) named.add(trace.legendgroup);
   }
@@ -124,23 +124,36 @@ function faded(shade, opacity) {
   return `rgba(${parts.join(", ")}, ${opacity})`;
 }
 
+// A heatmap is as high as its rows need (`_row_height` in panels.py).
+function rowHeight(traces, meta) {
+  const drawn = traces.filter((trace) => trace.type === "heatmap" && trace.visible).map((trace) => trace.y.length);
+  return drawn.length ? Math.min(680, Math.max(220, 22 * Math.max(...drawn) + 40)) : meta.row;
+}
+
+// A title of two lines where one would be too long (`fit` in panels.py).
+function fit(title, width) {
+  const at = title.lastIndexOf(" · ");
+  return title.includes("<br>") || title.length * 6.6 <= width + 46 || at < 0 ? title : `${title.slice(0, at)}<br>${title.slice(at + 3)}`;
+}
+
 // Panels in as many columns as there is room for (`arrange` in panels.py).
 function arrange(layout, traces, meta, width, above) {
   const columns = Math.min(PANELS.most, meta.panels, Math.max(1, Math.floor(width / PANELS.narrowest)));
-  const rows = Math.ceil(meta.panels / columns);
-  const innerWidth = width - PANELS.sides, innerHeight = rows * meta.row + (rows - 1) * PANELS.gapY;
+  const rows = Math.ceil(meta.panels / columns), row = rowHeight(traces, meta);
+  const innerWidth = width - PANELS.sides, innerHeight = rows * row + (rows - 1) * PANELS.gapY;
   const cell = (innerWidth - (columns - 1) * PANELS.gapX) / columns;
   const clip = (at) => Math.min(1, Math.max(0, at));
   for (let index = 0; index < meta.panels; index++) {
-    const left = (index % columns) * (cell + PANELS.gapX), top = Math.floor(index / columns) * (meta.row + PANELS.gapY);
+    const left = (index % columns) * (cell + PANELS.gapX), top = Math.floor(index / columns) * (row + PANELS.gapY);
     const number = index ? index + 1 : "", across = layout["xaxis" + number], up = layout["yaxis" + number];
     across.domain = [clip(left / innerWidth), clip((left + cell) / innerWidth)];
-    up.domain = [clip(1 - (top + meta.row) / innerHeight), clip(1 - top / innerHeight)];
+    up.domain = [clip(1 - (top + row) / innerHeight), clip(1 - top / innerHeight)];
     if (meta.sharedY) up.title = { text: index % columns ? "" : meta.y };
   }
+  for (const note of layout.annotations || []) note.text = fit(note.text, cell);
   const names = traces.filter((trace) => trace.showlegend === true).map((trace) => trace.name);
-  const entry = 12 + 7 * Math.max(0, ...names.map((name) => name.length));
-  const lines = names.length > 1 ? Math.ceil(names.length / Math.max(1, Math.floor(innerWidth / (entry + 40)))) : 0;
+  const entry = 8 + Math.round(6.4 * Math.max(0, ...names.map((name) => name.length)));
+  const lines = names.length > 1 ? Math.ceil(names.length / Math.max(1, Math.floor(innerWidth / (entry + 46)))) : 0;
   const top = above + lines * PANELS.legendRow + ((layout.annotations || []).length ? PANELS.title : 8);
   layout.height = innerHeight + top + PANELS.bottom;
   layout.margin = { ...layout.margin, t: top, b: PANELS.bottom };
@@ -190,7 +203,7 @@ function offerFile(url, name) {
 
 // ── tables ──
 
-const ROWS = 50; // on one page of a table
+const ROWS = 20; // on one page of a table
 
 async function loadSheet(node) {
   const data = JSON.parse(await unpack(node.querySelector("script")));

@@ -1,5 +1,6 @@
 """Heatmaps: layer or head by step, layer by layer of two runs or steps, step by step."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,33 +10,45 @@ import plotly.graph_objects as go
 from picolm.errors import PicoError
 from picolm.report.look import label
 from picolm.report.plot.panels import Control, Panel, figure
-from picolm.report.plot.series import Matter, by_step, gaps, matters, named, pairs, select
+from picolm.report.plot.series import Matter, by_step, gaps, matters, metrics, named, pairs, select
 
 
-def heatmap(table: pd.DataFrame, name: str, options: str | None = None) -> go.Figure:
-    """A metric by layer (down to up) and step; where there are heads, one row for each. One matrix is shown at a time."""
-    rows = select(table, name, options)
+def heatmap(table: pd.DataFrame, name: str | None = None, options: str | None = None) -> go.Figure:
+    """Layers, or heads, from down to up and steps across, one matrix at a time. Without `name` every metric can be chosen."""
+    wanted = [(name, options)] if name is not None else metrics(table)
+    rows = [select(table, *one) for one in wanted]
     layered = [
-        (m, g.dropna(subset="layer")) for m, g in matters(rows) if g["layer"].nunique() > 1 and g["step"].nunique() > 1
+        (title, group.dropna(subset="layer"))
+        for own in rows
+        for title, group in _titled(own, alone=name is not None)
+        if group["layer"].nunique() > 1 and group["step"].nunique() > 1
     ]
     if not layered:
-        raise PicoError(f"{name}: a heatmap needs several layers and several steps")
+        raise PicoError("a heatmap needs several layers and several steps")
     runs = list(dict.fromkeys(run for _, group in layered for run in group["run"]))
-    traces = []
-    for place, (_, group) in enumerate(layered):
-        for number, run in enumerate(runs):
-            own = group[group["run"] == run]
-            if len(own):
-                traces += _by_step(own, name, {"matter": place, "run": number})
+    traces = [
+        trace
+        for place, (_, group) in enumerate(layered)
+        for number, run in enumerate(runs)
+        if len(own := group[group["run"] == run])
+        for trace in _by_step(own, {"matter": place, "run": number})
+    ]
     headed = any(group["head"].notna().any() for _, group in layered)
     controls = [
-        Control("matter", "Of", [matter.title for matter, _ in layered]),
+        Control("matter", "Of", [title for title, _ in layered]),
         Control("run", "Run", runs),
         Control("heads", "Heads", ("mean of heads", "each head") if headed else ()),
     ]
-    title = named(name, rows["options"].iloc[0] or "")
-    panel = Panel("", y="layer, head" if headed else "layer")
-    return _figure(f"{title} by layer and step", traces, panel, controls, note=gaps(rows))
+    title = "Every metric" if name is None else named(name, rows[0]["options"].iloc[0] or "")
+    note = " ".join(filter(None, map(gaps, rows))) if name is not None else ""
+    return _figure(f"{title} by layer and step", traces, Panel("", y="layer"), controls, note=note)
+
+
+def _titled(rows: pd.DataFrame, alone: bool) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The matrices of a metric, with its name in front where others can be chosen too."""
+    before = "" if alone else named(rows["metric"].iloc[0], rows["options"].iloc[0] or "") + " · "
+    for matter, group in matters(rows):
+        yield before + matter.title, group
 
 
 def layers(table: pd.DataFrame, name: str, options: str | None = None) -> go.Figure:
@@ -44,7 +57,7 @@ def layers(table: pd.DataFrame, name: str, options: str | None = None) -> go.Fig
     found = list(pairs(rows, "layers"))
     if not found:
         raise PicoError(f"{name}: nothing in the table compares a layer with several; target: {{layer: all}} does")
-    steps = sorted(rows.loc[rows["against_layer"].notna(), "step"].unique())
+    steps = sorted({step for _, group in found for step in group["step"]})
     titles, traces = [], []
     for place, (matter, group) in enumerate(found):
         titles.append(_of_runs(matter, group))
@@ -65,7 +78,7 @@ def steps(table: pd.DataFrame, name: str, options: str | None = None) -> go.Figu
     found = list(pairs(rows, "steps"))
     if not found:
         raise PicoError(f"{name}: nothing in the table compares all steps; target: {{checkpoint: all}} does")
-    depths = sorted(rows["layer"].dropna().unique())
+    depths = sorted({layer for _, group in found for layer in group["layer"].dropna()})
     traces, titles = [], []
     for place, (matter, group) in enumerate(found):
         titles.append(_of_runs(matter, group))
@@ -84,7 +97,7 @@ def _of_runs(matter: Matter, group: pd.DataFrame) -> str:
     return f"{group['run'].iloc[0]}: {matter.title}"
 
 
-def _by_step(rows: pd.DataFrame, name: str, shown: dict[str, int]) -> list[go.Heatmap]:
+def _by_step(rows: pd.DataFrame, shown: dict[str, int]) -> list[go.Heatmap]:
     at = np.sort(rows["step"].unique())
     heads = rows["head"].notna().any()
     depths = sorted(rows["layer"].unique())
@@ -113,15 +126,14 @@ def _map(x: Any, y: Any, values: np.ndarray, shown: dict[str, int], about: str =
     text = f"{label(about)}<br>%{{y}} · %{{x}}: <b>%{{customdata}}</b><extra></extra>"
     return go.Heatmap(
         x=[str(at) for at in x], y=[str(at) for at in y], z=values, customdata=values, colorscale="Cividis", hoverongaps=False,
-        colorbar={"thickness": 14, "outlinewidth": 0},
+        colorbar={"thickness": 14, "outlinewidth": 0, "tickfont": {"size": 11}},
         hovertemplate=text.removeprefix("<br>"), xgap=1, ygap=1 if len(y) <= 40 else 0, meta={"shown": shown},
     )  # fmt: skip
 
 
 def _figure(title: str, traces: list[go.Heatmap], panel: Panel, controls: list[Control], note: str) -> go.Figure:
-    rows = max(len(trace.y) for trace in traces)
     _same_scale(traces)
-    made = figure(title, traces, [panel], controls=controls, note=note, height=min(640, max(260, 60 + 16 * rows)))
+    made = figure(title, traces, [panel], controls=controls, note=note)
     return made.update_xaxes(type="category", showgrid=False).update_yaxes(type="category", showgrid=False)
 
 

@@ -15,8 +15,8 @@ from picolm.report.look import colour, faded, label, template
 
 COLUMNS = 3
 WIDTH, HEIGHT = 1000, 250  # of a figure, and of one row of panels, in pixels
-TITLE, LEGEND_ROW, PANEL_TITLE, BOTTOM, SIDES = 40, 23, 40, 52, 76  # heights above and below the panels; both margins
-GAP_X, GAP_Y = 66, 74  # between panels: tick labels of the right one; tick labels above, title below
+TITLE, LEGEND_ROW, PANEL_TITLE, BOTTOM, SIDES = 40, 20, 48, 52, 76  # heights above and below the panels; both margins
+GAP_X, GAP_Y = 66, 86  # between panels: tick labels of the right one; tick labels above, title below
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ def show(made: go.Figure, chosen: dict[str, int]) -> None:
     named: set[str] = set()
     for trace in made.data:
         trace.visible = all(chosen.get(key, option) == option for key, option in trace.meta["shown"].items())
-        if trace.type == "scatter" and not trace.meta.get("band"):
+        if trace.type == "scatter" and not trace.meta.get("quiet"):
             trace.showlegend = trace.visible and trace.legendgroup not in named
             named |= {trace.legendgroup} if trace.visible else set()
 
 
 def arrange(made: go.Figure, columns: int, width: int = WIDTH) -> go.Figure:
     """Place the panels in a grid of `columns`; the page does the same for the width that it has (`arrange` in page.js)."""
-    count, row = made.layout.meta["panels"], made.layout.meta["row"]
+    count, row = made.layout.meta["panels"], _row_height(made)
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     inner_width, inner_height = width - SIDES, rows * row + (rows - 1) * GAP_Y
@@ -117,17 +117,33 @@ def arrange(made: go.Figure, columns: int, width: int = WIDTH) -> go.Figure:
         made.update_layout({f"yaxis{suffix(index)}.domain": [max(0, round(at, 6)) for at in domain_y]})
         if made.layout.meta["sharedY"] and index % columns:
             made.update_layout({f"yaxis{suffix(index)}.title.text": ""})
+    for note in made.layout.annotations:
+        note.text = fit(note.text, cell)
     entry, lines = _legend(made, width)
     top = TITLE + lines * LEGEND_ROW + (PANEL_TITLE if made.layout.annotations else 8)
     made.update_layout(legend={"entrywidth": entry, "y": 1 - TITLE / (inner_height + top + BOTTOM)})
     return made.update_layout(width=width, height=inner_height + top + BOTTOM, margin={"t": top, "b": BOTTOM})
 
 
+def _row_height(made: go.Figure) -> int:
+    """Pixels of a panel; a heatmap is as high as its rows need."""
+    drawn = [len(trace.y) for trace in made.data if trace.type == "heatmap" and trace.visible]
+    return min(680, max(220, 22 * max(drawn) + 40)) if drawn else made.layout.meta["row"]
+
+
+def fit(title: str, width: float) -> str:
+    """A title of two lines where one would be too long."""
+    if len(title) * 6.6 <= width + 46 or " · " not in title:  # 46: the tags around it
+        return title
+    first, _, last = title.rpartition(" · ")
+    return f"{first}<br>{last}"
+
+
 def _legend(made: go.Figure, width: int) -> tuple[int, int]:
     """Pixels of an entry, and how many lines the legend takes."""
     names = [trace.name for trace in made.data if trace.showlegend]
-    entry = 12 + 7 * max(map(len, names), default=0)
-    return entry, math.ceil(len(names) / max(1, (width - SIDES) // (entry + 40))) if len(names) > 1 else 0
+    entry = 8 + round(6.4 * max(map(len, names), default=0))
+    return entry, math.ceil(len(names) / max(1, (width - SIDES) // (entry + 46))) if len(names) > 1 else 0
 
 
 def paint(trace: Any, room: str = "light") -> None:
@@ -151,18 +167,19 @@ def line(
     shown: dict[str, int] | None = None,
     about: str = "",
     dash: str = "solid",
+    quiet: bool = False,
 ) -> go.Scatter:
     """A line with gaps where values are missing; hovering shows the exact value, since plotly rounds `%{y}`.
 
     name: lines of one name share their entry in the legend. shown: option by control under which it is drawn.
-    about: words for the hover, before x and value.
+    about: words for the hover, before x and value. quiet: without an entry in the legend.
     """
     text = f"{label(about or name)}<br>%{{x}}: <b>%{{customdata}}</b><extra></extra>"
     return go.Scatter(
         x=x, y=y, customdata=y, name=label(name), mode="lines+markers" if len(x) <= 60 else "lines",
         line={"width": 1.8, "dash": dash}, marker={"size": 4}, connectgaps=False, hovertemplate=text,
         xaxis=f"x{suffix(panel)}", yaxis=f"y{suffix(panel)}", legendgroup=label(name),
-        meta={"colour": meaning, "shown": shown or {}},
+        meta={"colour": meaning, "shown": shown or {}, "quiet": quiet}, showlegend=False,
     )  # fmt: skip
 
 
@@ -177,5 +194,6 @@ def band(
     edge = np.concatenate([np.asarray(high)[there], np.asarray(low)[there][::-1]])
     return go.Scatter(
         x=around, y=edge, fill="toself", mode="lines", hoverinfo="skip", showlegend=False, legendgroup=label(group),
-        xaxis=f"x{suffix(panel)}", yaxis=f"y{suffix(panel)}", meta={"colour": meaning, "shown": shown, "band": True},
+        xaxis=f"x{suffix(panel)}", yaxis=f"y{suffix(panel)}",
+        meta={"colour": meaning, "shown": shown, "quiet": True, "band": True},
     )  # fmt: skip

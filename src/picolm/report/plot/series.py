@@ -31,8 +31,8 @@ class Matter(NamedTuple):
 
 
 def named(metric: str, options: str) -> str:
-    """A metric and its options as one name: `norm norm_type=nuclear`."""
-    return " ".join(filter(None, (metric, options)))
+    """A metric and its options as one name: `norm (norm_type=nuclear)`."""
+    return f"{metric} ({options})" if options else metric
 
 
 def metrics(table: pd.DataFrame) -> list[tuple[str, str]]:

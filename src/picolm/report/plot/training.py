@@ -95,7 +95,7 @@ def _spikes(log: pd.DataFrame, run: str) -> list[go.Scatter]:
         grown = counts[counts[name].diff().fillna(counts[name]) > 0]
         if grown.empty:
             continue
-        for unit, column in enumerate(TRAINED[:2]):
+        for unit, column in enumerate(column for column in TRAINED[:2] if column in wide):
             mark = line(
                 grown.index.to_numpy(), wide.loc[grown.index, column].to_numpy(), f"{run}: {words}", shown={"unit": unit},
                 about=f"{words} since the line before",
@@ -109,21 +109,27 @@ def _spikes(log: pd.DataFrame, run: str) -> list[go.Scatter]:
 def training(log: pd.DataFrame) -> go.Figure:
     """How training went: learning rate, gradient norm and clipping, update ratios, noise scale, weight norm, speed."""
     runs = list(dict.fromkeys(log["run"]))
-    there = {name: panel for name, panel in PROGRESS.items() if log["name"].str.startswith(name).any()}
+    logged = {name.partition("/")[0] for name in log["name"]}
+    there = {name: panel for name, panel in PROGRESS.items() if name in logged}
     if not there:
         raise PicoError("nothing was logged of how training went")
     traces = []
     for number, prefix in enumerate(there):
         names = [name for name in log["name"].unique() if name == prefix or name.startswith(prefix + "/")]
         for part, name in enumerate(names):
-            for place, run in enumerate(runs):
-                own = log[(log["run"] == run) & (log["name"] == name)].sort_values("step")
-                words = name.partition("/")[2] or run
-                several = {"category": part} if len(names) > 1 else {"category": place}
-                dash = DASHES[place % 5] if len(names) > 1 else "solid"
-                trace = line(
-                    own["step"].to_numpy(), own["value"].to_numpy(), words, panel=number, meaning=several, dash=dash,
-                    about=f"{run}\n{there[prefix].title}: {words}" if words != run else f"{run}\n{there[prefix].title}",
-                )  # fmt: skip
-                traces.append(trace)
+            traces += [
+                _progress(log, run, name, number, (part, place), len(runs) == 1) for place, run in enumerate(runs)
+            ]
     return figure("How training went", traces, list(there.values()), log="xy")
+
+
+def _progress(log: pd.DataFrame, run: str, name: str, panel: int, places: tuple[int, int], alone: bool) -> go.Scatter:
+    """One line. places: of the part (a group of tensors) among its parts, and of the run among the runs."""
+    own = log[(log["run"] == run) & (log["name"] == name)].sort_values("step")
+    prefix, _, group = name.partition("/")
+    part, place = places
+    colour, dash = (part, DASHES[place % 5] if part < 7 else "dot") if group else (place, "solid")
+    return line(
+        own["step"].to_numpy(), own["value"].to_numpy(), group or run, panel=panel, meaning={"category": colour}, dash=dash,
+        about="\n".join(filter(None, (run, PROGRESS[prefix].title, group))), quiet=alone and not group,
+    )  # fmt: skip

@@ -1,5 +1,7 @@
 """Layer or head by step, layer by layer, step by step."""
 
+from contextlib import suppress
+
 from picolm.errors import PicoError
 from picolm.report import plot
 from picolm.report.material import Material
@@ -7,7 +9,7 @@ from picolm.report.plot.series import metrics as metrics_of
 from picolm.report.section import SECTIONS, Drawing, Section
 from picolm.report.sections.metrics import call, summary
 
-KINDS = (("layers", plot.layers), ("steps", plot.steps), ("heatmap", plot.heatmap))
+PAIRS = (("layers", plot.layers), ("steps", plot.steps))
 
 
 @SECTIONS.add("heatmaps")
@@ -15,12 +17,13 @@ def heatmaps(material: Material) -> Section | None:
     """Every heatmap that the tables have the values for."""
     drawings = []
     for analysis in material.analyses:
+        with suppress(PicoError):  # one layer, or one step
+            made = plot.heatmap(analysis.table)
+            drawings.append(Drawing(made, f"plot.heatmap(load({analysis.place!r}))"))
         for metric, options in metrics_of(analysis.table):
-            for function, make in KINDS:
-                try:
+            for function, make in PAIRS:
+                with suppress(PicoError):  # the table compares nothing of this kind
                     made = make(analysis.table, metric, options)
-                except PicoError:
-                    continue  # the table compares nothing of this kind
-                drawings.append(Drawing(made, call(function, analysis, metric, options), summary(metric)))
+                    drawings.append(Drawing(made, call(function, analysis, metric, options), summary(metric)))
     lead = "Where in the model, and when. Cells are equally wide whatever lies between the steps."
     return Section("Heatmaps", drawings, lead) if drawings else None

@@ -1,0 +1,193 @@
+"""What a figure draws is what the table says."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from picolm.analyze.table import aggregate
+from picolm.errors import PicoError
+from picolm.report import plot
+from picolm.report.look import ROOMS, label, shades
+from picolm.report.section import described
+from tests.report.conftest import circuits, norms, row
+
+Make = Callable[..., pd.DataFrame]
+
+
+def lines(figure: Any) -> dict[str, Any]:
+    """Traces by the first line of what hovering shows."""
+    return {trace.hovertemplate.split("<br>")[0]: trace for trace in figure.data}
+
+
+def test_each_head_is_drawn_as_in_the_table(toy_table: pd.DataFrame) -> None:
+    drawn = lines(plot.metric(toy_table, "cka"))
+    for (layer, head), own in toy_table[toy_table["metric"] == "cka"].groupby(["layer", "head"]):
+        trace = drawn[f"layer {layer}, head {head}"]
+        assert (list(trace.x), list(trace.y)) == (list(own["step"]), list(own["value"]))
+        assert list(trace.customdata) == list(own["value"])  # what hovering shows
+
+
+def test_the_mean_of_heads_is_shown_first(toy_table: pd.DataFrame) -> None:
+    visible = [trace for trace in plot.metric(toy_table, "cka").data if trace.visible]
+    assert len(visible) == 3
+    own = toy_table[(toy_table["metric"] == "cka") & (toy_table["layer"] == 1)]
+    assert visible[1].y == pytest.approx(own.groupby("step")["value"].mean().to_numpy(), rel=1e-15)
+
+
+def test_missing_and_infinite_values_are_gaps_and_counted(toy_table: pd.DataFrame) -> None:
+    figure = plot.metric(toy_table, "norm")
+    drawn = lines(figure)
+    assert np.isnan(drawn["layer 1"].y[1])
+    assert drawn["layer 1"].connectgaps is False
+    assert "1 of 20 values are missing (the tensor is not there: 1)" in figure.layout.meta["note"]
+    assert "1 values are infinite" in figure.layout.meta["note"]
+    assert "2 missing or infinite" in described(plot.metric(toy_table[toy_table["layer"] == 1], "norm"))
+
+
+def test_each_matrix_has_a_panel_and_depth_a_colour(toy_table: pd.DataFrame) -> None:
+    figure = plot.metric(toy_table, "norm")
+    titles = [note.text for note in figure.layout.annotations]
+    assert titles == ["<b>swiglu.w_2 · weights</b>", "<b>output_norm · weights</b>"]
+    drawn = lines(figure)
+    assert [drawn[f"layer {n}"].line.color for n in (0, 2)] == [shades("light")[0], shades("light")[-1]]
+    assert drawn["whole model"].line.color == ROOMS["light"]["faint"]
+
+
+def test_the_partner_of_a_comparison_is_in_the_title(make_table: Make) -> None:
+    def rows(partner: Callable[[int], int]) -> Any:
+        return [
+            row("cosine", step, 1.0, layer=0, against_run="toy", against_step=partner(step), against_layer=0)
+            for step in (10, 20, 30)
+        ]
+
+    def titles(rows: Any) -> list[str]:
+        return [note.text for note in plot.metric(make_table(rows), "cosine").layout.annotations]
+
+    assert titles(rows(lambda step: 30)) == ["<b>swiglu.w_2 · weights · with step 30</b>"]
+    assert titles(rows(lambda step: step - 10)) == ["<b>swiglu.w_2 · weights · with the step before</b>"]
+    both = rows(lambda step: 30) + rows(lambda step: 10)
+    assert titles(both) == [f"<b>swiglu.w_2 · weights · with step {step}</b>" for step in (30, 10)]
+
+
+def test_panels_lie_side_by_side(make_table: Make) -> None:
+    rows = [row("gini", step, 0.5, layer=0, module=f"layers.0.m{n}") for n in range(5) for step in (0, 1)]
+    layout = plot.metric(make_table(rows), "gini").layout
+    boxes = [(layout[f"xaxis{n}"].domain, layout[f"yaxis{n}"].domain) for n in ("", 2, 3, 4, 5)]
+    assert boxes[0][0][1] < boxes[1][0][0] < boxes[2][0][0]
+    assert boxes[3][1][1] < boxes[0][1][0]
+    assert boxes[3][0] == boxes[0][0]
+
+
+def test_heatmaps_of_layers_and_heads(toy_table: pd.DataFrame) -> None:
+    figure = plot.heatmap(toy_table, "cka")
+    mean, each = figure.data
+    assert (mean.visible, each.visible) == (True, False)
+    assert np.asarray(each.z).shape == (12, 5)
+    own = toy_table[(toy_table["metric"] == "cka") & (toy_table["layer"] == 2) & (toy_table["head"] == 3)]
+    assert list(each.z[-1]) == list(own["value"])
+    assert each.y[-1] == "layer 2, head 3"
+    everything = plot.heatmap(toy_table)
+    assert [o.partition(" · ")[0] for o in everything.layout.meta["controls"][0]["options"]] == [
+        "norm (norm_type=frobenius)",
+        "cka",
+    ]
+
+
+def test_layers_of_two_runs_are_a_matrix_with_a_slider(make_table: Make) -> None:
+    rows = [
+        row(
+            "cka",
+            step,
+            step + layer + other / 10,
+            layer=layer,
+            against_run="wide",
+            against_step=step,
+            against_layer=other,
+        )
+        for step in (0, 10)
+        for layer in range(3)
+        for other in range(4)
+    ]
+    table = make_table(rows)
+    figure = plot.layers(table, "cka")
+    slider = figure.layout.meta["controls"][-1]
+    assert (slider["kind"], slider["options"]) == ("slider", ["0", "10"])
+    assert np.asarray(figure.data[1].z).tolist() == [[10 + i + j / 10 for j in range(4)] for i in range(3)]
+    assert figure.data[0].zmin == figure.data[1].zmin == 0  # one scale for all steps
+    with pytest.raises(PicoError, match="compares all layers"):
+        plot.metric(table, "cka")
+
+
+def test_steps_with_steps_are_a_matrix_of_each_layer(make_table: Make) -> None:
+    rows = [
+        row("cka", a, float(a * 100 + b), layer=layer, against_run="toy", against_step=b, against_layer=layer)
+        for layer in range(2)
+        for a in (0, 1, 2)
+        for b in (0, 1, 2)
+    ]
+    figure = plot.steps(make_table(rows), "cka")
+    assert np.asarray(figure.data[1].z).tolist() == [[a * 100 + b for b in range(3)] for a in range(3)]
+    assert [control["key"] for control in figure.layout.meta["controls"]] == ["layer"]
+
+
+def test_seeds_are_a_line_with_the_interval_of_the_analysis(make_table: Make) -> None:
+    rows = [entry for seed in range(3) for entry in norms(range(0, 30, 10), 1, run=f"s{seed}", seed=seed)]
+    table = make_table([entry for entry in rows if entry["layer"] == 0])
+    figure = plot.compare(table, "norm", groups=dict.fromkeys(("s0", "s1", "s2"), "three seeds"))
+    band, mean = figure.data
+    expected = aggregate(table)
+    assert list(mean.y) == pytest.approx(list(expected["mean"]), rel=1e-15)
+    assert list(band.y) == pytest.approx([*expected["high"], *expected["low"][::-1]], rel=1e-15)
+    assert len(plot.compare(table, "norm").data) == 3
+
+
+def test_the_log_of_a_run_is_drawn_by_source_with_its_spikes() -> None:
+    entries = [
+        {
+            "step": 0,
+            "train/loss": 4.0,
+            "val/paloma": 50.0,
+            "val/paloma/old/nats_per_token": 3.9,
+            "loss_spikes": 0,
+            "lr": 0.1,
+        },
+        {"step": 10, "train/loss": 3.0, "loss_spikes": 1, "lr": 0.2, "update_ratio/mlp": 0.01, "skipped": True},
+    ]
+    log = plot.log_table({"toy": entries})
+    figure = plot.loss(log)
+    drawn = {(trace.name, trace.meta["shown"]["unit"]): trace for trace in figure.data}
+    assert list(drawn["training batches", 0].y) == [4.0, 3.0]
+    assert list(drawn["held out: old", 0].y) == [3.9]
+    assert list(drawn["held out: all", 1].y) == [50.0]
+    assert drawn["held out: all", 1].visible is False
+    assert list(drawn["toy: loss spikes", 0].x) == [10]
+    assert [note.text for note in plot.training(log).layout.annotations] == [
+        "<b>Learning rate</b>",
+        "<b>Update ratio</b>",
+    ]
+    with pytest.raises(PicoError, match="nothing was logged of a loss"):
+        plot.loss(log[log["name"] == "lr"])
+
+
+def test_what_is_not_there_is_told_by_name(toy_table: pd.DataFrame, make_table: Make) -> None:
+    with pytest.raises(PicoError, match=re.escape("no metric 'cca'; did you mean 'cka'? (there are: norm, cka)")):
+        plot.metric(toy_table, "cca")
+    two = norms(range(2), 1) + [entry | {"options": "norm_type=inf"} for entry in norms(range(2), 1)]
+    with pytest.raises(PicoError, match="choose one with options=: 'norm_type=frobenius', 'norm_type=inf'"):
+        plot.metric(make_table(two), "norm")
+    with pytest.raises(PicoError, match="several runs"):
+        plot.compare(toy_table, "cka")
+
+
+def test_text_of_a_run_is_no_markup_and_no_template() -> None:
+    assert label("<b>%{x}\nnext") == "&lt;b&gt;%&#123;x}<br>next"
+
+
+def test_a_figure_in_words(make_table: Make) -> None:
+    words = described(plot.metric(make_table(circuits(range(0, 20, 10), 2, 1)), "cka"))
+    assert words.startswith("2 lines over step (updates) in 1 panels (ov_circuit · activations (val) · with step 10)")
+    assert re.search(r"4 values from 0\.\d+ to 0\.\d+\.$", words)
