@@ -155,22 +155,29 @@ def test_everything_a_page_shows_runs(page: Path, room: Path, request: pytest.Fi
 
 
 @pytest.mark.parametrize(
-    ("page", "schemas"),
+    ("page", "within", "schema"),
     [
-        ("train", [TrainConfig]),
-        ("analyze", [analysis.AnalysisConfig, analysis.Entry, analysis.Component, analysis.Suffixes, analysis.Target]),
+        ("train", "", TrainConfig),
+        ("analyze", "file.", analysis.AnalysisConfig),
+        ("analyze", "metrics.", analysis.Entry),
+        ("analyze", "components.", analysis.Component),
+        ("analyze", "layer_suffixes.", analysis.Suffixes),
+        ("analyze", "target.", analysis.Target),
+        ("analyze", "steps.", analysis.StepRange),
+        ("analyze", "steps.", analysis.EachStep),
     ],
 )
-def test_every_key_of_a_configuration_is_on_its_page_with_default_and_meaning(page: str, schemas: list[Any]) -> None:
+def test_every_key_of_a_configuration_is_on_its_page_with_default_and_meaning(
+    page: str, within: str, schema: Any
+) -> None:
     lines = on_page_markdown((ROOT / f"docs/reference/{page}.md").read_text()).splitlines()
-    rows = {line.split(" | ")[0].strip("|` "): line for line in lines if line.startswith("| `")}
-    for schema in schemas:
-        for key, field in configuration_keys(schema):
-            if field["section"]:
-                continue
+    rows = {line.split('"')[1]: line.replace("\\|", "|") for line in lines if line.startswith('| <a id="')}
+    for key, field in configuration_keys(schema):
+        if not field["section"]:
+            row = rows[within + key]
             assert field["description"], key
-            assert " ".join(field["description"].split())[:20] in rows[key].replace("\\|", "|")
-            assert "default" not in field or json.dumps(field["default"]) in rows[key].replace("\\|", "|")
+            assert " ".join(field["description"].split()).replace("<", "&lt;") in row
+            assert "default" not in field or f"`{json.dumps(field['default'])}`" in row
 
 
 def test_every_part_and_command_has_its_place_in_the_reference() -> None:

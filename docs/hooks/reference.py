@@ -1,7 +1,7 @@
 """Pages of reference that follow from the code: `<!-- generated: WHAT -->` in a page becomes tables of what the code says.
 
-WHAT: train, analyze (every key of a configuration), command-line, metrics, components. Links to files of the repository that are no
-pages (`../examples/…`) lead somewhere where the repository is browsed; in the site they are their text.
+WHAT: train, analyze (every key of a configuration), command-line, metrics, components. Links to files of the repository that
+are no pages (`../examples/…`) lead somewhere where the repository is browsed; in the site they are their text.
 """
 
 import inspect
@@ -60,10 +60,11 @@ def _tables(schema: type[BaseModel]) -> Iterator[str]:
             yield _row(key, field, whole)
 
 
-def _row(key: str, field: dict[str, Any], whole: dict[str, Any]) -> str:
+def _row(key: str, field: dict[str, Any], whole: dict[str, Any], within: str = "") -> str:
+    """A row of a table; its anchor is the whole key."""
     default = _code(json.dumps(field["default"])) if "default" in field else "*must be given*"
-    cells = (f"`{key}`", default, _values(field, whole), _cell(field.get("description", "")))
-    return f"| {' | '.join(cells)} |"
+    name = f'<a id="{within}{key}"></a>`{key.rpartition(".")[2] if not within else key}`'
+    return f"| {name} | {default} | {_values(field, whole)} | {_cell(field.get('description', ''))} |"
 
 
 def _values(field: dict[str, Any], whole: dict[str, Any]) -> str:
@@ -93,20 +94,20 @@ def _analyze() -> Iterator[str]:
     from picolm.analyze import config
 
     titles = {
-        config.AnalysisConfig: "The file",
-        config.Entry: "An entry of metrics",
-        config.Component: "A component of an entry",
-        config.Suffixes: "layer_suffixes of a circuit",
-        config.Target: "target of an entry",
-        config.StepRange: "steps as a range",
-        config.EachStep: "steps by a distance",
+        config.AnalysisConfig: ("The file", "file."),
+        config.Entry: ("An entry of metrics", "metrics."),
+        config.Component: ("A component of an entry", "components."),
+        config.Suffixes: ("layer_suffixes of a circuit", "layer_suffixes."),
+        config.Target: ("target of an entry", "target."),
+        config.StepRange: ("steps as a range", "steps."),
+        config.EachStep: ("steps by a distance", "steps."),
     }
-    for schema, title in titles.items():
+    for schema, (title, within) in titles.items():
         whole = schema.model_json_schema()
         yield from ("", f"## {title}", "", "| key | default | values | meaning |", "|---|---|---|---|")
         for key, field in configuration_keys(schema):
             if not field["section"]:
-                yield _row(key, field, whole)
+                yield _row(key, field, whole, within)
 
 
 def _command_line() -> Iterator[str]:
