@@ -22,6 +22,7 @@ class GitRepository:
     def __init__(self, path: Path, private: bool = False):
         self.path, self.private = path, private
         self._guard = threading.RLock()
+        self._tips: dict[str, str | None] = {}
         self._listed: dict[str, list[Commit]] = {}
         if not path.exists():
             path.mkdir(parents=True)
@@ -39,6 +40,7 @@ class GitRepository:
             if name in self.branches:
                 return False
             self._git("update-ref", f"refs/heads/{name}", self._tip(start or "main") or "")
+            self._tips.clear()
             return True
 
     def commits(self, revision: str) -> list[Commit] | None:
@@ -79,6 +81,7 @@ class GitRepository:
                 data = content if isinstance(content, bytes) else POINTER.format(*content).encode()
                 parts += [f"M 100644 inline {name}\ndata {len(data)}\n".encode(), data, b"\n"]
             self._git("fast-import", "--quiet", "--date-format=now", data=b"".join(parts))
+            self._tips.clear()
             return self._tip(branch) or ""
 
     def large(self, digest: str) -> Path:
@@ -113,6 +116,12 @@ class GitRepository:
         return self.large(data.split(b"sha256:")[1][:64].decode()).read_bytes()
 
     def _tip(self, revision: str) -> str | None:
+        """The commit of a branch or of its own id, asked of git when it may have changed."""
+        if revision not in self._tips:
+            self._tips[revision] = self._ask_tip(revision)
+        return self._tips[revision]
+
+    def _ask_tip(self, revision: str) -> str | None:
         for name in (f"refs/heads/{revision}", f"{revision}^{{commit}}"):
             found = subprocess.run(
                 ["git", "rev-parse", "--verify", "--quiet", name], cwd=self.path, capture_output=True

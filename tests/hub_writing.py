@@ -88,7 +88,9 @@ class WritingAnswers(Answers):
         private = content.get("visibility") == "private" or bool(content.get("private"))
         made = self.server.create(name, f"{content.get('type') or 'model'}s", private)
         if made is None:
-            return self._send(409, b'{"error": "You already created this repo"}')
+            return self._send(
+                409, json.dumps({"error": "You already created this repo", "url": f"{self.server.url}/{name}"}).encode()
+            )
         self._send_json({"url": f"{self.server.url}/{name}", "name": name})
 
     def _collect(self, path: str, content: Any) -> None:
@@ -168,7 +170,8 @@ class WritingAnswers(Answers):
             )
         except Moved:
             return self._send(412, b'{"error": "A commit has happened since. Please refresh and try again."}')
-        url = f"{self.server.url}/commit/{sha}"
+        name = path.removeprefix("/api/").removeprefix("models/").partition("/commit/")[0]
+        url = f"{self.server.url}/{name}/commit/{sha}"
         self._send_json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": "", "pullRequestUrl": None})
 
     def _of(self, path: str, part: str) -> tuple[GitRepository | None, str]:

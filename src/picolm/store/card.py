@@ -28,15 +28,19 @@ def model_card(
     run: Run, repository: str, branch: str, commits: Mapping[int, str], differences: Mapping[str, Any]
 ) -> str:
     """commits: of the steps that are there. differences: keys of the configuration that are not as by default."""
+    try:
+        environment = run.environment
+    except StoreError:
+        environment = {}
     sections = [
         _what(run, repository, branch, commits),
-        _data(run),
+        _data(run, environment),
         _configuration(differences),
         _curve(run),
         _loading(run, repository, branch, commits),
         _analysis(repository, branch),
     ]
-    data = str(lookup(run.config, "data.dataset.name", ""))
+    data = str(environment.get("data", {}).get("name", ""))
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["pico", "learning-dynamics", "custom_code"]}
     if _HUB_NAME.fullmatch(data):
         front["datasets"] = [data]
@@ -83,11 +87,7 @@ def _what(run: Run, repository: str, branch: str, commits: Mapping[int, str]) ->
     )
 
 
-def _data(run: Run) -> str:
-    try:
-        environment = run.environment
-    except StoreError:
-        environment = {}
+def _data(run: Run, environment: Mapping[str, Any]) -> str:
     data, seeds = environment.get("data", {}), environment.get("seeds", {})
     rows = lookup(run.config, "data.dataloader.batch_size", None)
     lines = [f"- data: `{data.get('name') or lookup(run.config, 'data.dataset.name', 'not recorded')}`"]
