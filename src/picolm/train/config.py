@@ -18,6 +18,7 @@ from picolm.models.decoder import DecoderConfig
 from picolm.registry import Registry, refuse_foreign_code
 from picolm.schema import NoSchema, Rule, Section, flatten
 from picolm.train.evaluate import EVALUATIONS
+from picolm.train.evaluation_config import Evaluation
 from picolm.train.optim import OPTIMIZERS, SCHEDULES
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -211,27 +212,6 @@ class Checkpointing(Section):
     learning_dynamics: LearningDynamics = LearningDynamics()
 
 
-class Paloma(Section):
-    dataset_name: str = "auto"
-    """Rows to evaluate on; `auto`: the held-out part of the data, else pico-lm/pretokenized-paloma-tinsy."""
-    dataset_split: str = "val"
-    """Split of that data set."""
-    max_length: PositiveInt | None = None
-    """Tokens of a row that are used (default: model.max_seq_len)."""
-    batch_size: PositiveInt = 16
-    """Rows per forward pass."""
-    max_rows: PositiveInt | None = None
-    """Use only the first rows, spread over the sources."""
-
-
-class Evaluation(Section):
-    metrics: tuple[str, ...] | None = ("paloma",)
-    """Evaluations to run: paloma (perplexity by source), or my_lab.module:attribute; null or empty for none."""
-    every_n_steps: PositiveInt | None = None
-    """Steps between evaluations (default: at each checkpoint)."""
-    paloma: Paloma = Paloma()
-
-
 class Logging(Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least level that is shown and written to logs/."""
@@ -263,6 +243,8 @@ class Monitoring(Section):
     wandb: Wandb = Wandb()
     save_to_tensorboard: bool = False
     """Log to TensorBoard files in logs/ too (extra `tensorboard`)."""
+    save_to_trackio: bool = False
+    """Log to trackio too, on this machine and without an account (extra `trackio`; `trackio show` opens its pages)."""
     save_to_picolabs: bool = False
     """Accepted as published; nothing is sent to Pico Labs."""
     pico_report: PicoReport = PicoReport()
@@ -370,6 +352,9 @@ def _model_rules(config: TrainConfig) -> Iterator[Rule]:
             ("evaluation.paloma.max_length", "model.max_seq_len"),
             (f"{config.evaluation.paloma.max_length} is longer than the model's max_seq_len ({model.max_seq_len})"),
         )
+    for metric, key in (("minimal_pairs", "path"), ("lm_eval", "tasks")):
+        if metric in (config.evaluation.metrics or ()) and not getattr(getattr(config.evaluation, metric), key):
+            yield (f"evaluation.{metric}.{key}", "evaluation.metrics"), f"is empty, and {metric} is asked for"
 
 
 def _name_rules(config: TrainConfig) -> Iterator[Rule]:

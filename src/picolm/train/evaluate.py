@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from picolm.capture.gather import world_size
+from picolm.errors import PicoError
 from picolm.registry import Registry
 from picolm.train.strategies import reshard
 
 if TYPE_CHECKING:
     from picolm.data import Source
+    from picolm.train.text import Text
 
 
 class Rows(NamedTuple):
@@ -67,7 +69,10 @@ class Rows(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation may use. token_bytes_V: bytes of text behind each token, None where the tokenizer does not tell."""
+    """What an evaluation may use. token_bytes_V: bytes of text behind each token, None where the tokenizer does not tell.
+
+    text: the tokenizer of the run. settings: the evaluation section of its configuration.
+    """
 
     model: Any
     rows: Rows | None
@@ -76,6 +81,8 @@ class Evaluation(NamedTuple):
     rank: int
     world: int
     device: torch.device
+    text: Text | None = None
+    settings: Any = None
 
 
 EVALUATIONS: Registry[Callable[[Evaluation], dict[str, float]]] = Registry("evaluation")
@@ -134,3 +141,21 @@ def _scores(name: str, nats: float, tokens: float, text_bytes: float) -> dict[st
     per_token = nats / tokens
     scores = {name: math.inf if per_token > 700 else math.exp(per_token), f"{name}/nats_per_token": per_token}
     return scores | ({f"{name}/bits_per_byte": nats / (math.log(2) * text_bytes)} if text_bytes else {})
+
+
+@EVALUATIONS.add("minimal_pairs")
+def minimal_pairs(evaluation: Evaluation) -> dict[str, float]:
+    """The share of sentence pairs of which the acceptable one is likelier, in all and by phenomenon."""
+    from picolm.train.minimal_pairs import accuracy
+
+    return accuracy(evaluation)
+
+
+@EVALUATIONS.add("lm_eval")
+def lm_eval(evaluation: Evaluation) -> dict[str, float]:
+    """Tasks of lm-evaluation-harness: `lm_eval/TASK/METRIC`."""
+    try:
+        from picolm.train.harness import run_tasks
+    except ImportError as error:
+        raise PicoError(f"evaluation.metrics: lm_eval needs: pip install 'picolm[lm_eval]' ({error})") from error
+    return run_tasks(evaluation)

@@ -5,7 +5,9 @@ A logger takes (step, metrics) and never stops a run: what lies outside of this 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("picolm")
 
+_TRACKIO_SERVERS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # with these it would log to another machine
+
 
 class Logger(Protocol):
     """Takes the metrics of logged steps, in order."""
@@ -37,7 +41,12 @@ LOGGERS: Registry[Callable[[TrainConfig, Run], Logger]] = Registry("logger")
 def build_loggers(config: TrainConfig, run: Run) -> list[Logger]:
     """The loggers that the configuration asks for. Raises PicoError where their package is not installed."""
     monitoring = config.monitoring
-    wanted = {"jsonl": True, "tensorboard": monitoring.save_to_tensorboard, "wandb": monitoring.save_to_wandb}
+    wanted = {
+        "jsonl": True,
+        "tensorboard": monitoring.save_to_tensorboard,
+        "wandb": monitoring.save_to_wandb,
+        "trackio": monitoring.save_to_trackio,
+    }
     return [LOGGERS.get(name)(config, run) for name, asked in wanted.items() if asked]
 
 
@@ -89,6 +98,49 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self.session.close()
+
+
+@LOGGERS.add("trackio")
+class Trackio:
+    """The calls of Weights & Biases on a database of this machine: `trackio show` opens it. Nothing is sent anywhere.
+
+    The database is in $TRACKIO_DIR, by default beside the Hub's cache; monitoring.wandb.project names the project.
+    """
+
+    def __init__(self, config: TrainConfig, run: Run):
+        try:
+            import trackio
+        except ImportError as error:
+            raise PicoError("monitoring.save_to_trackio needs: pip install 'picolm[trackio]'") from error
+        begun = log_folder(config, run) / "trackio_begun"
+        elsewhere = {name: os.environ.pop(name) for name in _TRACKIO_SERVERS if name in os.environ}
+        with contextlib.redirect_stdout(None):
+            self.session = trackio.init(
+                project=config.monitoring.wandb.project or "pico",
+                name=str(config.checkpointing.run_name),
+                config=plain(config),
+                resume="allow" if begun.exists() else "never",  # another run of the same name is another run
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+        os.environ.update(elsewhere)
+        begun.touch()
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        try:
+            self.session.log(
+                {name: value for name, value in metrics.items() if isinstance(value, int | float)}, step=step
+            )
+        except Exception as error:
+            log.warning("trackio took nothing at step %d: %s", step, error)
+
+    def close(self) -> None:
+        try:
+            with contextlib.redirect_stdout(None):
+                self.session.finish()
+        except Exception as error:
+            log.warning("trackio did not close: %s", error)
 
 
 def log_folder(config: TrainConfig, run: Run) -> Path:

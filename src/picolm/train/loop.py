@@ -202,6 +202,8 @@ def evaluation(job: Job) -> dict[str, float]:
             rank=job.fabric.global_rank,
             world=job.fabric.world_size,
             device=job.device,
+            text=job.text,
+            settings=job.config.evaluation,
         )
         with job.fabric.autocast():
             return evaluate(job.config.evaluation.metrics or (), context)

@@ -156,7 +156,8 @@ def evaluation(job: Job, number: int, results: dict[str, float]) -> None:
     """Write the results of an evaluation beside the run and to the loggers."""
     if job.writer is None or job.run is None or not results:
         return
-    job.run.write_evaluation(number, results)
+    kept = job.run.evaluation(number) if number == job.continued_from else None  # others are of weights that are gone
+    job.run.write_evaluation(number, (kept or {}) | results)
     for logger in job.loggers:
         logger.log(number, {f"val/{name}": value for name, value in results.items()})
     job.progress.say(

@@ -1,7 +1,9 @@
 """Between tokens and text: what is written beside captured rows, and the bytes behind bits per byte."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,3 +48,12 @@ class Text:
             return {}
         names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
         return {name: (self.file.parent / name).read_bytes() for name in names if (self.file.parent / name).exists()}
+
+
+def checkpoint_files(model: Any, text: Text) -> dict[str, str | bytes]:
+    """The files that make a checkpoint a directory which transformers loads: configuration, modelling code, tokenizer."""
+    files: dict[str, str | bytes] = {"config.json": json.dumps(model.hf_config(), indent=2) + "\n"}
+    if text.eos is not None:
+        ends = {"eos_token_id": text.eos, "pad_token_id": text.eos}
+        files["generation_config.json"] = json.dumps(ends, indent=2) + "\n"
+    return files | model.modelling_files() | text.files()

@@ -1,0 +1,85 @@
+"""Commands for other people's tools: `export`, `import`, `evaluate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from picolm.cli.app import app
+from picolm.cli.arguments import RunArgument
+from picolm.errors import PicoError
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    step: Annotated[int | None, typer.Option(help="Which checkpoint (default: the latest).")] = None,
+    format_name: Annotated[
+        str, typer.Option("--format", help="llama (transformers), gguf (llama.cpp) or torch (a plain state dict).")
+    ] = "llama",
+) -> None:
+    """Write the model of a checkpoint in the files of other tools."""
+    from picolm.formats import export as write
+    from picolm.store import Run
+
+    written = write(Run.open(run), step, format_name, out)
+    print(f"Step {written} of {run} is in {out}, in the format {format_name}.")
+
+
+@app.command("import")
+def import_(
+    place: Annotated[
+        str, typer.Argument(metavar="DIR|OWNER/NAME", help="A LlamaForCausalLM, or what `--format torch` wrote.")
+    ],
+    out: Annotated[Path, typer.Option(help="The run to make.")],
+    step: Annotated[
+        int | None, typer.Option(help="The step it is stored as (default: the one it was exported from, else 0).")
+    ] = None,
+) -> None:
+    """Make a run of a model that another tool wrote, to analyze, evaluate and generate with."""
+    from picolm.formats.importing import import_model
+
+    run, stored = import_model(place, out, step)
+    print(f"{run.path} holds it as step {stored}.  See:  pico list {run.path}")
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Keys of the run's evaluation section to change.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="5,9,20 or 100:200 or 100:200:10 (default: all with weights).")
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="Evaluations, by comma (default: those of the run).")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, by comma.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with YAML files of your own tasks.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Minimal pairs: a jsonl file, or a folder of them.")] = None,
+) -> None:
+    """Evaluate checkpoints; the results are added to those in eval_results/."""
+    from picolm.train.afterwards import evaluate_steps
+    from picolm.train.history import own_run, parse_steps
+
+    names = metrics.split(",") if metrics else []
+    words = list(overrides or [])
+    if tasks is not None:
+        names, words = [*names, "lm_eval"], [*words, f"evaluation.lm_eval.tasks=[{tasks}]"]
+    if include_path is not None:
+        words.append(f"evaluation.lm_eval.include_path={_quoted(include_path)}")
+    if pairs is not None:
+        names, words = [*names, "minimal_pairs"], [*words, f"evaluation.minimal_pairs.path={_quoted(pairs)}"]
+    if include_path is not None and tasks is None:
+        raise PicoError("--include-path says where tasks are described; --tasks says which of them to run")
+    if names:
+        words.append(f"evaluation.metrics=[{','.join(dict.fromkeys(names))}]")
+    for number, results in evaluate_steps(own_run(run), parse_steps(steps) if steps else None, words):
+        print(f"step {number}: " + ", ".join(f"{name} {value:.6g}" for name, value in results.items()))
+
+
+def _quoted(path: Path) -> str:
+    """As a YAML value, whatever is in it."""
+    import json
+
+    return json.dumps(str(path.expanduser().absolute()))

@@ -1,0 +1,116 @@
+"""Models in the files of other people's tools: out of a run (`export`), and into a run (`importing`).
+
+A format is a function that writes an `Exported` model into an empty folder; `FORMATS` finds it by name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from picolm.errors import PicoError
+from picolm.models import MODELS
+from picolm.registry import Registry
+from picolm.store.files import disk_errors
+from picolm.train.sample import checkpoint_at, config_of
+from picolm.train.state import weight_address
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from picolm.store import Checkpoint, Run
+
+ORIGIN = "pico.json"  # beside what is exported: of which run and step it is, for `pico import`
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class Exported(NamedTuple):
+    """What a format writes. weights: by the names of `Decoder.named_parameters`, as they were stored.
+
+    end: the token that ends a document, None without a tokenizer. tokenizer: its files, name to content.
+    origin: run, step and model_type.
+    """
+
+    config: Any
+    weights: dict[str, Tensor]
+    end: int | None
+    tokenizer: dict[str, bytes]
+    origin: dict[str, Any]
+
+    @property
+    def dtype(self) -> str:
+        """The element type of the weights, as config.json spells it. Raises PicoError where there are several."""
+        found = {str(tensor.dtype).removeprefix("torch.") for tensor in self.weights.values()}
+        if len(found) != 1:
+            raise PicoError(
+                f"the weights of {self.origin['run']} have several element types: {', '.join(sorted(found))}"
+            )
+        return found.pop()
+
+
+Format = Callable[[Exported, Path], None]
+FORMATS: Registry[Format] = Registry("format")
+
+
+def export(run: Run, step: int | None, name: str, out: Path) -> int:
+    """Write the model of `step` (default: the latest) to the folder `out` in the format `name`; returns the step.
+
+    Raises PicoError for a model that the format cannot hold, and for a folder that holds something already.
+    """
+    from picolm.formats import llama, llamacpp, plain  # noqa: F401  (each adds its format)
+
+    write = FORMATS.get(name)
+    exported = collect(run, checkpoint_at(run, step))
+    with fresh_folder(out) as partial:
+        write(exported, partial)
+        (partial / ORIGIN).write_text(json.dumps(exported.origin, indent=2) + "\n")
+    return int(exported.origin["step"])
+
+
+def collect(run: Run, checkpoint: Checkpoint) -> Exported:
+    """The model of a checkpoint, its tensors as they are stored."""
+    config = config_of(run).model
+    with torch.device("meta"):  # for the names alone
+        shapes = MODELS.get(config.model_type)(config).state_dict()
+    weights = {name: checkpoint[weight_address(name)] for name in shapes}
+    wrong = [name for name, tensor in weights.items() if tensor.shape != shapes[name].shape]
+    if wrong:
+        raise PicoError(f"{checkpoint.path}: {wrong[0]} does not fit the model section of the run's configuration")
+    files = {name: checkpoint.read(name) for name in TOKENIZER_FILES if name in checkpoint.files}
+    end = None
+    if "generation_config.json" in checkpoint.files:
+        end = json.loads(checkpoint.read("generation_config.json")).get("eos_token_id")
+    origin = {"run": run.name, "step": checkpoint.step, "model_type": config.model_type}
+    return Exported(config, weights, end, files, origin)
+
+
+def write_tokenizer(exported: Exported, folder: Path) -> None:
+    """The tokenizer of the run, and what ends a text, for tools that read transformers' files."""
+    for name, content in exported.tokenizer.items():
+        (folder / name).write_bytes(content)
+    if exported.end is not None:
+        ends = {f"{what}_token_id": exported.end for what in ("bos", "eos", "pad")}
+        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+
+
+@contextmanager
+def fresh_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to that becomes `out` when all is written. Raises PicoError where `out` holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PicoError(f"{out} is there already; choose another folder with --out")
+    partial = out.with_name(f".{out.name}.partial")
+    with disk_errors("the export", out):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            partial.replace(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

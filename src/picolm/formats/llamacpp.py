@@ -1,0 +1,143 @@
+"""GGUF, the file of llama.cpp: the one door to the package `gguf`.
+
+llama.cpp turns the pairs (x0, x1), (x2, x3), … as we do, so the rows of q and k stay where they are.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from picolm.errors import PicoError
+from picolm.formats import FORMATS, Exported
+from picolm.models import MODELS
+from picolm.models.llama import check_equivalent
+
+log = logging.getLogger("picolm")
+
+FILE = "model.gguf"
+_OUTSIDE = {"embedding_proj": "token_embd", "output_norm": "output_norm", "de_embedding_proj": "output"}
+_INSIDE = {
+    "attention_norm": "attn_norm", "attention.q_proj": "attn_q", "attention.k_proj": "attn_k",
+    "attention.v_proj": "attn_v", "attention.o_proj": "attn_output", "swiglu_norm": "ffn_norm",
+    "swiglu.w_0": "ffn_gate", "swiglu.w_1": "ffn_up", "swiglu.w_2": "ffn_down",
+}  # fmt: skip
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
+
+
+@FORMATS.add("gguf")
+def gguf(exported: Exported, folder: Path) -> None:
+    """model.gguf, with the element type of the weights. Raises PicoError for a tokenizer that llama.cpp does not have."""
+    try:
+        from gguf import GGUFWriter
+    except ImportError as error:
+        raise PicoError("--format gguf needs: pip install 'picolm[gguf]'") from error
+    check_equivalent(MODELS.get(exported.config.model_type))
+    writer = GGUFWriter(folder / FILE, "llama")
+    _write_shape(writer, exported)
+    _write_tokenizer(writer, exported)
+    for name, tensor in exported.weights.items():
+        _write_tensor(writer, gguf_name(name), tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_name(name: str) -> str:
+    """What a parameter is called in the file: layers.3.attention.q_proj.weight -> blk.3.attn_q.weight."""
+    module = name.removesuffix(".weight")
+    if module in _OUTSIDE:
+        return _OUTSIDE[module] + ".weight"
+    _, layer, part = module.split(".", 2)
+    return f"blk.{layer}.{_INSIDE[part]}.weight"
+
+
+def _write_shape(writer: Any, exported: Exported) -> None:
+    from gguf import LlamaFileType
+
+    config, types = exported.config, {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
+    if exported.dtype not in types:
+        raise PicoError(f"the weights are {exported.dtype}; a GGUF file holds float32, float16 or bfloat16")
+    writer.add_name(f"{exported.origin['run']} step {exported.origin['step']}")
+    writer.add_file_type(LlamaFileType[types[exported.dtype]])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.activation_hidden_dim)
+    writer.add_head_count(config.attention_n_heads)
+    writer.add_head_count_kv(config.attention_n_kv_heads)
+    writer.add_rope_dimension_count(config.d_model // config.attention_n_heads)
+    writer.add_rope_freq_base(config.position_emb_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+
+
+def _write_tensor(writer: Any, name: str, tensor: Tensor) -> None:
+    """Vectors as float32, which is what llama.cpp multiplies by."""
+    from gguf import GGMLQuantizationType
+
+    if tensor.ndim == 1:
+        tensor = tensor.float()
+    if tensor.dtype == torch.bfloat16:  # numpy has no such type: its bytes, and what they are
+        writer.add_tensor(name, tensor.contiguous().view(torch.uint8).numpy(), raw_dtype=GGMLQuantizationType.BF16)
+    else:
+        writer.add_tensor(name, tensor.contiguous().numpy())
+
+
+def _write_tokenizer(writer: Any, exported: Exported) -> None:
+    """Tokens, their kinds and merges, as the tokenizer.json of the run says; without one, a file without a vocabulary."""
+    if "tokenizer.json" not in exported.tokenizer:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    tokenizer = json.loads(exported.tokenizer["tokenizer.json"])
+    _check_tokenizer(tokenizer)
+    tokens, kinds = _tokens(tokenizer, exported.config.vocab_size)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    if exported.end is not None:
+        writer.add_bos_token_id(exported.end)
+        writer.add_eos_token_id(exported.end)
+        writer.add_pad_token_id(exported.end)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+
+
+def _tokens(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """The text and the kind of each row of the embedding; rows without a token are called so and unused."""
+    tokens, kinds = [f"[unused {number}]" for number in range(size)], [_UNUSED] * size
+    for token, number in tokenizer["model"]["vocab"].items():
+        tokens[number], kinds[number] = token, _NORMAL
+    for added in tokenizer.get("added_tokens", []):
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    return tokens, kinds
+
+
+def _check_tokenizer(tokenizer: dict[str, Any]) -> None:
+    """Raise PicoError unless it cuts text as GPT-2's does: llama.cpp knows tokenizers by name, not by their rules."""
+    before = tokenizer.get("pre_tokenizer") or {}
+    model, normalizer = tokenizer["model"], tokenizer.get("normalizer") or {}
+    if normalizer.get("type") == "NFC":
+        log.warning("llama.cpp does not normalize text: what is not in Unicode's form NFC becomes other tokens there.")
+    reasons = [
+        reason
+        for reason, holds in (
+            (f"its model is {model['type']}, not BPE", model["type"] != "BPE"),
+            ("its pre-tokenizer is not the ByteLevel of GPT-2", before.get("type") != "ByteLevel"),
+            ("it puts a space in front", bool(before.get("add_prefix_space"))),
+            (f"it changes text before ({normalizer.get('type')})", normalizer.get("type", "NFC") != "NFC"),
+            ("it does not split words from spaces", not before.get("use_regex", True)),
+            ("it leaves whole words unmerged (ignore_merges)", bool(model.get("ignore_merges"))),
+        )
+        if holds
+    ]
+    if reasons:
+        raise PicoError(f"--format gguf: llama.cpp would read text otherwise than this tokenizer: {'; '.join(reasons)}")

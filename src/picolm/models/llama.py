@@ -1,0 +1,189 @@
+"""The Pico decoder as a LlamaForCausalLM of transformers, and back: the same function under other names.
+
+The two differ in one thing. Rotary positions turn the pairs (x0, x1), (x2, x3), … of a head here and (x0, x_D/2),
+(x1, x_D/2+1), … there, so the rows of q and k of each head change places; scores are sums over all of them and stay.
+
+Legend: N heads, D head size, F = D / 2, H model width.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from picolm.errors import PicoError
+from picolm.models.decoder import Decoder, DecoderConfig
+
+_OUTSIDE = {
+    "embedding_proj.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "de_embedding_proj.weight": "lm_head.weight",
+}
+_INSIDE = {
+    "attention_norm": "input_layernorm",
+    "attention.q_proj": "self_attn.q_proj",
+    "attention.k_proj": "self_attn.k_proj",
+    "attention.v_proj": "self_attn.v_proj",
+    "attention.o_proj": "self_attn.o_proj",
+    "swiglu_norm": "post_attention_layernorm",
+    "swiglu.w_0": "mlp.gate_proj",
+    "swiglu.w_1": "mlp.up_proj",
+    "swiglu.w_2": "mlp.down_proj",
+}
+_COMPUTED = ("rotary_emb.inv_freq",)  # stored by old versions of transformers, and no parameters
+_SAME = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "attention_n_heads": "num_attention_heads",
+    "attention_n_kv_heads": "num_key_value_heads",
+    "activation_hidden_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+# What LlamaConfig takes for granted where a config.json says nothing.
+_DEFAULTS = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+def check_equivalent(model_class: type) -> None:
+    """Raise PicoError for an architecture that computes something else than a Llama."""
+    if model_class is not Decoder:
+        raise PicoError(
+            f"{model_class.__name__} has no Llama equivalent: only pico_decoder computes what a LlamaForCausalLM computes; "
+            "use --format torch for its plain weights"
+        )
+
+
+def names(config: DecoderConfig) -> dict[str, str]:
+    """The name in a Llama of each parameter, in the order of `Decoder.named_parameters`."""
+    first, *others = _OUTSIDE.items()
+    blocks = {
+        f"layers.{i}.{own}.weight": f"model.layers.{i}.{other}.weight"
+        for i in range(config.n_layers)
+        for own, other in _INSIDE.items()
+    }
+    return dict([first]) | blocks | dict(others)
+
+
+def to_llama(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """The weights of a `Decoder` as those of the Llama that computes the same logits; the same bits, in other places."""
+    return {other: _halves(weights[own], _heads(own, config)) for own, other in names(config).items()}
+
+
+def from_llama(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """The inverse of `to_llama`. Raises PicoError for tensors that are missing, unknown, or of another shape."""
+    expected = names(config)
+    check_names([name for name in weights if not name.endswith(_COMPUTED)], expected.values())
+    return {own: _pairs(weights[other], _heads(own, config)) for own, other in expected.items()}
+
+
+def check_names(found: Collection[str], expected: Collection[str]) -> None:
+    """Raise PicoError where the names of the tensors are not those of the architecture."""
+    unknown, missing = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
+    if unknown:
+        bias = " (Pico decoders have no biases)" if unknown[0].endswith(".bias") else ""
+        raise PicoError(
+            f"the model holds {unknown[0]}{_more(unknown)}, for which there is no place in a Pico decoder{bias}"
+        )
+    if missing:
+        raise PicoError(f"the model does not hold {missing[0]}{_more(missing)}; is a file of it missing?")
+
+
+def llama_config(config: DecoderConfig, dtype: str, end: int | None) -> dict[str, Any]:
+    """config.json for transformers 4 and 5. end: the token that ends a document, None where it is not known.
+
+    transformers 4 reads rope_theta and torch_dtype, transformers 5 rope_parameters and dtype.
+    """
+    theta = config.position_emb_theta
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{other: getattr(config, own) for own, other in _SAME.items()},
+        "head_dim": config.d_model // config.attention_n_heads,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+
+
+def decoder_config(llama: Mapping[str, Any]) -> DecoderConfig:
+    """The inverse of `llama_config`. Raises PicoError, with every reason, for a Llama that computes something else."""
+    if reasons := list(_differences(llama)):
+        raise PicoError("a Pico decoder cannot compute what this model computes: " + "; ".join(reasons))
+    known = {**_DEFAULTS, **{key: value for key, value in llama.items() if value is not None}}
+    known.setdefault("num_key_value_heads", known["num_attention_heads"])
+    rope = {**_rope(llama)}
+    try:
+        config = DecoderConfig(
+            position_emb_theta=float(rope.get("rope_theta", llama.get("rope_theta") or 10000.0)),
+            **{own: type(getattr(DecoderConfig, own))(known[other]) for own, other in _SAME.items()},
+        )
+    except (TypeError, ValueError) as error:
+        raise PicoError(f"config.json of the model: {error}") from error
+    if problems := [f"{', '.join(fields)}: {message}" for fields, message in config.problems()]:
+        raise PicoError("a Pico decoder cannot compute what this model computes: " + "; ".join(problems))
+    return config
+
+
+def _differences(llama: Mapping[str, Any]) -> Iterator[str]:
+    """What of a config.json is no part of a Pico decoder."""
+    if llama.get("model_type") != "llama":
+        yield f"model_type is {llama.get('model_type')!r}, not 'llama'"
+    for key, reason in (("attention_bias", "biases in attention"), ("mlp_bias", "biases in the MLP")):
+        if llama.get(key):
+            yield f"{key} is {llama[key]!r}: there are no {reason}"
+    if llama.get("hidden_act", "silu") not in ("silu", "swish"):
+        yield f"hidden_act is {llama['hidden_act']!r}, not 'silu'"
+    kind = _rope(llama).get("rope_type", _rope(llama).get("type", "default"))
+    if kind != "default":
+        yield f"rotary positions are scaled (rope_type {kind!r})"
+    if llama.get("partial_rotary_factor", _rope(llama).get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
+        yield "only a part of each head is turned (partial_rotary_factor)"
+    if llama.get("quantization_config"):
+        yield "its weights are quantized"
+    heads, width = llama.get("num_attention_heads", 32), llama.get("hidden_size", 4096)
+    size = llama.get("head_dim")
+    if size is not None and size * heads != width:
+        yield f"head_dim is {size}, and {heads} heads of it are not hidden_size = {width}"
+
+
+def _rope(llama: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is said of rotary positions beside rope_theta, under either name."""
+    return {**(llama.get("rope_scaling") or {}), **(llama.get("rope_parameters") or {})}
+
+
+def _heads(name: str, config: DecoderConfig) -> int | None:
+    """The number of heads whose rows are turned in a weight; None for a weight whose rows stay where they are."""
+    of = {"q_proj.weight": config.attention_n_heads, "k_proj.weight": config.attention_n_kv_heads}
+    return next((heads for end, heads in of.items() if name.endswith(end)), None)
+
+
+def _halves(weight: Tensor, heads: int | None) -> Tensor:
+    """Rows (x0, x1, x2, x3, …) of each head as (x0, x2, …, x1, x3, …)."""
+    if heads is None:
+        return weight
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()  # N F 2 H -> N 2 F H
+
+
+def _pairs(weight: Tensor, heads: int | None) -> Tensor:
+    """The inverse of `_halves`."""
+    if heads is None:
+        return weight
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _more(found: Collection[str]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""

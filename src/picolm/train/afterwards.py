@@ -1,0 +1,62 @@
+"""Evaluations of checkpoints that are there already, by the same functions as during training."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from picolm.errors import PicoError
+from picolm.schema import load
+from picolm.store import Run
+from picolm.store.layout import CONFIG
+from picolm.train.build import evaluated_rows, open_batches
+from picolm.train.config import TrainConfig, schema_for
+from picolm.train.evaluate import Evaluation, Rows, evaluate
+from picolm.train.sample import load_model
+from picolm.train.text import Text
+
+
+def evaluate_steps(
+    run: Run, steps: Sequence[int] | None, overrides: Sequence[str]
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """(step, results) of each step; results are added to what eval_results/ holds for it, and replace those of one name.
+
+    steps: None for all that hold weights. overrides: `evaluation.…=value`; other keys would describe another run.
+    Computed in float32 on the CPU, or on CUDA where there is one. Raises PicoError.
+    """
+    strangers = [word for word in overrides if not word.startswith(("evaluation.", "data.dataset.", "data.tokenizer."))]
+    if strangers:
+        raise PicoError(
+            f"{strangers[0]}: evaluating changes nothing of a run; only keys of its evaluation section can differ"
+        )
+    config = load(run.path / CONFIG, schema_for, overrides)
+    if not config.evaluation.metrics:
+        raise PicoError("nothing to evaluate: name evaluations with --metrics, --tasks or --pairs")
+    rows = _rows(config)
+    for step in steps if steps is not None else [step for step in run.steps if run[step].select(kind="weights")]:
+        results = evaluate(config.evaluation.metrics, _evaluation(run, step, config, rows))
+        run.write_evaluation(step, (run.evaluation(step) or {}) | results)
+        yield step, results
+
+
+def _rows(config: TrainConfig) -> Rows | None:
+    if "paloma" not in (config.evaluation.metrics or ()):
+        return None
+    return evaluated_rows(config, open_batches(config).source)
+
+
+def _evaluation(run: Run, step: int, config: TrainConfig, rows: Rows | None) -> Evaluation:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(run, step).to(device)
+    file = run.step_path(step) / "tokenizer.json"
+    text = Text(file if file.exists() else None, config.model.vocab_size)
+    return Evaluation(
+        model=model,
+        rows=rows,
+        batch_size=config.evaluation.paloma.batch_size,
+        token_bytes_V=text.token_bytes_V,
+        rank=0,
+        world=1,
+        device=device,
+        text=text,
+        settings=config.evaluation,
+    )

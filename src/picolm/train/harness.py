@@ -1,0 +1,137 @@
+"""lm-evaluation-harness on a model in memory: the one door to `lm_eval`, which is imported with this file.
+
+`Adapter` answers the three questions that its tasks ask. Text becomes tokens as in training, rows are never cut in silence
+but where the harness prescribes it (from the left, to the context), and padding changes no number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from picolm.errors import PicoError
+from picolm.models.generate import generate
+from picolm.registry import did_you_mean
+from picolm.train.evaluate import Evaluation
+from picolm.train.scoring import Language, Piece, nats, nats_and_greedy
+
+NEW_TOKENS = 256  # that are written where a task does not say how many
+
+
+class Adapter(TemplateLM):
+    """Our model as lm_eval sees one. All processes of a job ask the same; each computes its share, and all get all."""
+
+    def __init__(self, evaluation: Evaluation):
+        super().__init__()
+        self.evaluation, self.language = evaluation, Language.of(evaluation, "lm_eval")
+        self.context = evaluation.model.config.max_seq_len
+
+    @property
+    def eot_token_id(self) -> int:
+        """What a text begins with: the end of the one before it, as in training."""
+        return self.language.end
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
+        return self.language.tokens(string)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **unused: Any
+    ) -> list[tuple[float, bool]]:
+        """The ln p of the second list of tokens given the first, and whether it is what would be generated greedily."""
+        pieces = [self._piece(before, after) for _, before, after in requests]
+        nats_N, greedy_N = nats_and_greedy(pieces, self.evaluation)
+        return [(-value, greedy or not piece.scored) for value, greedy, piece in
+                zip(nats_N.tolist(), greedy_N.tolist(), pieces)]  # fmt: skip
+
+    def _piece(self, before: list[int], after: list[int]) -> Piece:
+        if len(after) > self.context:
+            raise PicoError(f"lm_eval: an answer of {len(after)} tokens; the context of this model is {self.context}")
+        return Piece([*before, *after][-(self.context + 1) :], len(after))
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The ln p of whole texts. A long one is cut like rows of training, each beginning with the last token of the other."""
+        windows = [list(self._windows(request.args[0])) for request in requests]
+        nats_W = nats([piece for pieces in windows for piece in pieces], self.evaluation)
+        return [-part.sum().item() for part in nats_W.split([len(pieces) for pieces in windows])]
+
+    def _windows(self, text: str) -> list[Piece]:
+        windows = get_rolling_token_windows(self.tok_encode(text), self.eot_token_id, self.context, context_len=1)
+        return [Piece([*before, *after], len(after)) for before, after in map(make_disjoint_window, windows)]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes, up to the first of the texts that end an answer."""
+        return [self._answer(*request.args) for request in requests]
+
+    def _answer(self, prompt: str, options: dict[str, Any]) -> str:
+        if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+            raise PicoError("lm_eval: a task asks for random answers (do_sample); only greedy ones are given here")
+        new = min(int(options.get("max_gen_toks", NEW_TOKENS)), self.context - 1)
+        tokens = (self.tok_encode(prompt) or [self.eot_token_id])[-(self.context - new) :]
+        device = self.evaluation.device
+        written = generate(
+            self.evaluation.model,
+            torch.tensor([tokens], device=device),
+            new,
+            context=self.context,
+            eos=self.language.end,
+        )
+        answer = self.language.tokenizer.decode(written[0, len(tokens) :].tolist())  # without the end-of-text token
+        until = options.get("until") or []
+        for stop in [until] if isinstance(until, str) else until:
+            answer = answer.partition(stop)[0] if stop else answer
+        return answer
+
+
+def run_tasks(evaluation: Evaluation) -> dict[str, float]:
+    """The numbers of all tasks, `lm_eval/TASK/METRIC`. Raises PicoError for a task that there is not."""
+    settings = evaluation.settings.lm_eval
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    found = simple_evaluate(
+        Adapter(evaluation._replace(batch_size=settings.batch_size)),
+        tasks=list(settings.tasks),
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        task_manager=tasks_in(settings.include_path, tuple(settings.tasks)),
+        bootstrap_iters=0,
+        log_samples=False,
+        random_seed=None,  # the seeds of the run are its own
+        numpy_random_seed=None,
+        torch_random_seed=None,
+    )
+    assert found is not None
+    return dict(sorted(_numbers(found)))
+
+
+def _numbers(found: dict[str, Any]) -> Any:
+    """(name, value) of every number of every task and group; `acc,none` is acc, another filter shows in the name."""
+    for part in ("results", "groups"):
+        for task, results in found.get(part, {}).items():
+            for key, value in results.items():
+                metric, _, filtered = key.partition(",")
+                if isinstance(value, int | float) and filtered:
+                    name = metric if filtered == "none" else f"{metric}@{filtered}"
+                    yield f"lm_eval/{task}/{name}", float(value)
+
+
+@lru_cache(maxsize=4)
+def tasks_in(include_path: str | None, wanted: tuple[str, ...]) -> TaskManager:
+    """The descriptions of tasks: those of one's own folder if they are all there, else also those of the harness (seconds)."""
+    if include_path is not None:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(wanted) <= set(own.all_tasks):
+            return own
+    known = TaskManager(include_path=include_path)
+    unknown = [name for name in wanted if name not in known.all_tasks]
+    if unknown:
+        where = f", and no file in {include_path} describes it" if include_path is not None else ""
+        near = did_you_mean(unknown[0], known.all_tasks)
+        raise PicoError(f"evaluation.lm_eval.tasks: lm-evaluation-harness has no task {unknown[0]!r}{where}{near}")
+    return known
