@@ -4,10 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: browser demo test check format docs clean help
+.PHONY: browser demo suite test check format docs clean help
 
 help:
 	@echo "make demo   set up, and train a small language model on real text (offline, some minutes)"
+	@echo "make suite  train four sizes with three seeds each, compare them (offline, under an hour on two cores)"
 	@echo "make test   run every test"
 	@echo "make check  format, lint, types and the fast tests (about a minute)"
 	@echo "make docs   build the documentation into site/, with its figures; a warning is an error"
@@ -15,6 +16,9 @@ help:
 demo: .venv/.demo
 	$(BIN)/pico train configs/demo.yaml
 	$(BIN)/pico analyze configs/analyses/demo.yaml --run runs/demo --report
+
+suite: .venv/.demo
+	$(BIN)/pico suite configs/suites/nano.yaml --jobs 2
 
 test: .venv/.dev browser
 	$(BIN)/pytest -n 2 --dist worksteal

@@ -6,6 +6,7 @@ kept beside the suite, so giving the command again waits for what is queued inst
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,7 +122,9 @@ def _outcome(name: str, job: Any) -> Failure | None:
     error = job.exception()
     if error is None:
         return None
-    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    # submitit puts the traceback of the job between two lines of dashes, and advice behind them
+    trace = re.split(r"^-{5,}$", str(error), flags=re.MULTILINE)[1:2] or [str(error)]
+    last = (trace[0].strip().splitlines() or [type(error).__name__])[-1]
     return Failure(name, f"job {job.job_id}: {last} ({job.paths.stderr})")
 
 

@@ -1,0 +1,201 @@
+"""Draw the figures of docs/experiment-nano.md and print its tables, from the suite that `make suite` left.
+
+python docs/figures/nano.py [suites/pico-nano]    (needs matplotlib; without the suite it draws from nano_*.csv beside this file)
+"""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+
+from picolm.analyze import table
+from picolm.store import Run
+from picolm.suite.convergence import by_group, figures, interval
+
+HERE = Path(__file__).parent
+T_975_OF_4 = 2.776  # two groups of three: 4 degrees of freedom
+COLORS = ["#b8de29", "#29af7f", "#2d708e", "#482677"]  # small to large; printed in grey, light to dark
+MATTERS = {
+    ("ov_circuit", "activations"): "output of attention (OV)",
+    ("mlp", "activations"): "output of the MLP",
+    ("ov_circuit", "weights"): "weights of OV",
+    ("mlp", "weights"): "weights of the MLP's output",
+    ("ov_circuit", "gradients"): "gradients of OV",
+    ("mlp", "gradients"): "gradients of the MLP's output",
+}
+matplotlib.use("svg")
+matplotlib.rcParams |= {
+    "svg.hashsalt": "pico", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlesize": 10,
+}  # fmt: skip
+
+
+def condense(suite: Path) -> None:
+    """Write what the figures are drawn from beside this file: values with heads averaged, and the losses of all runs."""
+    members = pd.read_csv(suite / "members.csv")
+    values = table.load(suite / "convergence")
+    keys = ["run", "step", "split", "component", "kind", "layer", "metric"]
+    means = values.groupby(keys, sort=False, dropna=False)["value"].mean().reset_index()
+    means["run"] = means["run"].str.removeprefix("pico-nano-")
+    means.round({"value": 5}).to_csv(HERE / "nano_values.csv", index=False)
+    runs = Path(sys.argv[2]) if len(sys.argv) > 2 else Path("runs")
+    names = {"train/loss": "train", "val/paloma/nats_per_token": "held out"}
+    losses = [
+        (name.removeprefix("pico-nano-"), entry["step"], names[key], round(entry[key], 5))
+        for name in members["run"]
+        for entry in Run.open(runs / name).metrics()
+        for key in names
+        if key in entry
+    ]
+    pd.DataFrame(losses, columns=["run", "step", "of", "nats_per_token"]).to_csv(HERE / "nano_losses.csv", index=False)
+    members["run"] = members["run"].str.removeprefix("pico-nano-")
+    members.round(5).to_csv(HERE / "nano_runs.csv", index=False)
+
+
+def band(frame: pd.DataFrame, value: str) -> pd.DataFrame:
+    """Mean and 95 % interval over runs, by step; layers are averaged within each run first."""
+    each = frame.groupby(["step", "run"])[value].mean()
+    rows = [(step, *interval(part.tolist())[:3]) for step, part in each.groupby("step")]
+    return pd.DataFrame(rows, columns=["step", "mean", "low", "high"])
+
+
+def draw(axes: Any, frame: pd.DataFrame, groups: list[str], value: str) -> None:
+    """A line with its band per size."""
+    for color, group in zip(COLORS, groups):
+        line = band(frame[frame["group"] == group], value)
+        axes.plot(line["step"], line["mean"], color=color, label=group.upper(), linewidth=1.6)
+        axes.fill_between(line["step"], line["low"], line["high"], color=color, alpha=0.2, linewidth=0)
+    axes.set_xscale("symlog", linthresh=1, linscale=0.5)
+    axes.set_xlim(0, frame["step"].max())
+    axes.set_xticks([0, 1, 4, 16, 64, 256, 1024], ["0", "1", "4", "16", "64", "256", "1024"])
+    axes.minorticks_off()
+
+
+def save(figure: Any, name: str) -> None:
+    figure.savefig(HERE / f"nano_{name}.svg", metadata={"Date": None})
+
+
+def by_metric(values: pd.DataFrame, groups: list[str], metric: str, kinds: tuple[str, ...], label: str) -> None:
+    """A panel per matrix of a metric."""
+    from matplotlib import pyplot
+
+    chosen = [(key, title) for key, title in MATTERS.items() if key[1] in kinds]
+    rows = len(chosen) // 2
+    figure, panels = pyplot.subplots(
+        rows, 2, figsize=(7.6, 0.6 + 2.6 * rows), layout="constrained", sharex=True, squeeze=False
+    )
+    for axes, ((component, kind), title) in zip(panels.flat, chosen):
+        own = values[(values["metric"] == metric) & (values["component"] == component) & (values["kind"] == kind)]
+        draw(axes, own, groups, "value")
+        axes.set_title(title)
+    for axes in panels[-1]:
+        axes.set_xlabel("step (updates)")
+    for axes in panels[:, 0]:
+        axes.set_ylabel(label)
+    panels.flat[0].legend(frameon=False)
+    save(figure, metric)
+
+
+def by_layer(values: pd.DataFrame, groups: list[str]) -> None:
+    """CKA of each layer on its own."""
+    from matplotlib import pyplot
+
+    layers = sorted(values["layer"].dropna().unique())
+    figure, panels = pyplot.subplots(
+        2, len(layers), figsize=(11, 4.6), layout="constrained", sharex=True, sharey=True, squeeze=False
+    )
+    for row, component in zip(panels, ("ov_circuit", "mlp")):
+        for axes, layer in zip(row, layers):
+            chosen = (values["metric"] == "cka") & (values["component"] == component) & (values["layer"] == layer)
+            draw(axes, values[chosen], groups, "value")
+            axes.set_title(f"{'OV' if component == 'ov_circuit' else 'MLP'}, layer {layer:.0f}")
+            axes.set_xticks([0, 4, 64, 1024], ["0", "4", "64", "1024"])
+        row[0].set_ylabel("CKA with the last step")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("step (updates)", fontsize=10)
+    save(figure, "layers")
+
+
+def losses(frame: pd.DataFrame, groups: list[str]) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.2, 3.2), layout="constrained")
+    draw(axes, frame[frame["of"] == "held out"], groups, "nats_per_token")
+    axes.set(xlabel="step (updates)", ylabel="held-out loss (nats per token)")
+    axes.legend(frameon=False)
+    save(figure, "loss")
+
+
+def print_tables(values: pd.DataFrame, members: pd.DataFrame, groups: list[str]) -> None:
+    """Markdown: means with intervals by size, and the difference of the smallest and the largest with its own."""
+    lost = [interval(members.loc[members["group"] == g, "val/paloma/nats_per_token"].tolist()) for g in groups]
+    print("| | " + " | ".join(g.upper() for g in groups) + " | smallest - largest |")
+    print("|---" * (len(groups) + 2) + "|")
+    print(
+        "| held-out loss, nats per token | " + " | ".join(map(cell, lost)) + " | " + apart(lost[0], lost[-1], 3) + " |"
+    )
+    full = values.assign(module="", options="", against_run=None, against_step=None, against_layer=None)
+    found = pd.concat([figures(full, settled=level) for level in (0.8, 0.9, 0.95)]).drop_duplicates(
+        ["run", "metric", "component", "kind", "layer", "figure"]
+    )
+    found = pd.concat([found, ratios(found)])
+    grouped = by_group(found, dict(zip(members["run"], members["group"])))
+    for (metric, component, kind, figure), rows in grouped.groupby(
+        ["metric", "component", "kind", "figure"], sort=False
+    ):
+        by = rows.set_index("group")
+        cells = [tuple(by.loc[g, ["mean", "low", "high", "n"]]) if g in by.index else (math.nan,) * 4 for g in groups]
+        print(f"| {metric}, {MATTERS[component, kind]}: {figure} | " + " | ".join(map(cell, cells)), end=" | ")
+        print(apart(cells[0], cells[-1], 3) + " |")
+
+
+def ratios(found: pd.DataFrame) -> pd.DataFrame:
+    """Last over first effective rank: what is left of it, whatever the shape of the matrix."""
+    keys = ["run", "metric", "options", "component", "kind", "split", "module", "layer"]
+    rank = found[found["metric"] == "per"]
+    wide = (
+        rank[rank["figure"].isin(["first", "last"])]
+        .pivot_table(index=keys, columns="figure", values="value")
+        .reset_index()
+    )
+    return wide.assign(figure="last / first", value=wide["last"] / wide["first"])[[*keys, "figure", "value"]]
+
+
+def cell(found: tuple[float, ...]) -> str:
+    mean, low, high, n = found
+    if not n or math.isnan(mean):
+        return "not in every layer"
+    return f"{mean:.3f} ± {(high - low) / 2:.3f}" + ("" if n == 3 else f" (n = {n:.0f})")
+
+
+def apart(one: tuple[float, ...], other: tuple[float, ...], n: int) -> str:
+    """The difference of two means of `n` runs with its 95 % interval (Student's t, pooled)."""
+    if one[3] != n or other[3] != n:
+        return ""
+    t = 4.303
+    errors = [(high - low) / 2 / t for _, low, high, _ in (one, other)]
+    half = T_975_OF_4 * math.hypot(*errors)
+    return f"{one[0] - other[0]:+.3f} ± {half:.3f}"
+
+
+def main() -> None:
+    if len(sys.argv) > 1 or Path("suites/pico-nano").exists():
+        condense(Path(sys.argv[1] if len(sys.argv) > 1 else "suites/pico-nano"))
+    values, lost, members = (pd.read_csv(HERE / f"nano_{name}.csv") for name in ("values", "losses", "runs"))
+    values["split"] = values["split"].fillna("")  # weights have none
+    groups = list(dict.fromkeys(members["group"]))
+    belongs = dict(zip(members["run"], members["group"]))
+    values["group"], lost["group"] = values["run"].map(belongs), lost["run"].map(belongs)
+    losses(lost, groups)
+    by_metric(values, groups, "cka", ("activations",), "CKA with the last step")
+    by_metric(values, groups, "pwcca", ("activations",), "PWCCA with the last step")
+    by_metric(values, groups, "per", ("weights", "gradients"), "proportional effective rank")
+    by_layer(values, groups)
+    print_tables(values.drop(columns="group"), members, groups)
+
+
+if __name__ == "__main__":
+    main()
