@@ -1,5 +1,6 @@
 """The same configuration gives the same run on 1, 2 and 3 processes, to the rounding of float32, and can change between them."""
 
+import subprocess
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from picolm.store import Run
 
-from .conftest import torchrun
+from .conftest import PICO, torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -65,7 +66,9 @@ def check_same_checkpoints(run: Run, other: Run, steps: tuple[int, ...]) -> None
         assert here.meta["capture"] == there.meta["capture"]
 
 
-def test_one_configuration_on_one_two_and_three_processes(launch: Any, open_run: Any) -> None:
+def test_one_configuration_on_one_two_and_three_processes(
+    launch: Any, open_run: Any, environment: dict[str, str]
+) -> None:
     one, three = launch("one"), launch("three", 3, "training.fabric.strategy=ddp")
     two = launch("two", 2, "training.fabric.strategy=fsdp2", launcher=torchrun(2))
     for done in (one, two, three):
@@ -82,6 +85,10 @@ def test_one_configuration_on_one_two_and_three_processes(launch: Any, open_run:
         for address in base[0].select(kind="weights"):
             assert torch.equal(base[0][address], other[0][address])
     check_stopped_and_continued(launch, open_run, "two", 2, "training.fabric.strategy=fsdp2")
+    command = [*PICO, "replay", str(open_run("two").path), "--step", "27", "--verify"]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert (again.stdout + again.stderr).count("Identical: the weights have the recorded digest") == 1
 
 
 def check_stopped_and_continued(launch: Any, open_run: Any, whole: str, processes: int, *words: str) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from types import MethodType
@@ -127,16 +128,17 @@ def _same_name(config: TrainConfig, fabric: Fabric) -> TrainConfig:
 def _fabric(config: TrainConfig) -> Fabric:
     chosen = config.training.fabric
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # each process would say that it starts
+    strategy = make_strategy(chosen)
     try:
-        fabric = Fabric(
-            accelerator=chosen.accelerator,
-            devices=chosen.num_devices,
-            num_nodes=chosen.num_nodes,
-            precision=chosen.precision,  # type: ignore[arg-type]  # the same words, checked by the schema
-            strategy=make_strategy(chosen),
-        )
-    except PicoError:
-        raise
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"The `srun` command is available")  # a cluster can be used without it
+            fabric = Fabric(
+                accelerator=chosen.accelerator,
+                devices=chosen.num_devices,
+                num_nodes=chosen.num_nodes,
+                precision=chosen.precision,  # type: ignore[arg-type]  # the same words, checked by the schema
+                strategy=strategy,
+            )
     except Exception as error:  # a strategy that there is not, a package for the accelerator that is not installed
         raise PicoError(f"training.fabric: {error}") from error
     fabric.launch()
