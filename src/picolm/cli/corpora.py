@@ -1,23 +1,42 @@
 """`pico data …`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from picolm.cli.app import app
 from picolm.errors import PicoError
 
-data = typer.Typer(help="Prepare corpora.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from picolm.data.inspection import Inspection
+    from picolm.data.publish import Executor
+
+data = typer.Typer(help="Prepare corpora, look into them, mix them.", no_args_is_help=True)
 app.add_typer(data, name="data")
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `pico data prepare` made.")]
+Out = Annotated[Path, typer.Option(help="The folder to make.")]
+ExecutorName = Annotated[
+    str | None, typer.Option("--executor", help="Spread the work with datatrove: local, slurm or ray.")
+]
+Tasks = Annotated[int | None, typer.Option(help="Parts that the work of each stage is cut into; changes no byte.")]
+Workers = Annotated[int | None, typer.Option(help="Tasks at once (default: as many as there are processors).")]
+SlurmOptions = Annotated[
+    list[str] | None,
+    typer.Option("--slurm", help="KEY=VALUE for SLURM: partition, time, mem_per_cpu_gb, env_command, …"),
+]
 
 
 @data.command("prepare")
 def prepare_data(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH…", help="Files or folders: .txt .md .jsonl(.gz, .zst) .parquet.")
+        list[str],
+        typer.Argument(
+            metavar="PATH…", help="Files or folders: .txt .md .jsonl(.gz, .zst) .parquet; or hub:owner/name[@revision]."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    out: Out,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer.json, a folder with one, or a Hub name.")] = None,
     train_tokenizer: Annotated[
         bool, typer.Option("--train-tokenizer", help="Train one on the text (the default).")
@@ -26,16 +45,135 @@ def prepare_data(
     seq_len: Annotated[int, typer.Option(help="Input tokens of a row; rows hold one more, the last target.")] = 2048,
     seed: Annotated[int, typer.Option(help="Of the order of documents and rows, and of what is held out.")] = 42,
     val_fraction: Annotated[float, typer.Option(help="Share of the documents that is held out as split val.")] = 0.0,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option("--filter", help="Keep documents by a filter: length,min_characters=200 or my_lab.x:filter."),
+    ] = None,
+    deduplicate: Annotated[
+        bool, typer.Option("--deduplicate", help="Of documents with exactly the same text keep the first.")
+    ] = False,
+    executor: ExecutorName = None,
+    tasks: Tasks = None,
+    workers: Workers = None,
+    slurm: SlurmOptions = None,
+    memory: Annotated[
+        int,
+        typer.Option(help="MiB of text that a process holds at once (it needs several times that); changes no byte."),
+    ] = 32,
 ) -> None:
-    """Turn text into shuffled rows of token ids, ready to train on."""
+    """Turn text into shuffled rows of token ids, ready to train on. Started again after an interruption, it goes on."""
     from picolm.data.prepare import prepare
     from picolm.terminal import phases, prepared
 
     if train_tokenizer and tokenizer is not None:
         raise PicoError("--tokenizer names a tokenizer and --train-tokenizer asks for a new one: give one of them")
+    if memory < 1:
+        raise PicoError(f"--memory {memory}: at least 1 MiB")
+    spread = _executor(executor, tasks, workers, slurm)
     with phases() as progress:
         manifest = prepare(
             paths, out, tokenizer=tokenizer, vocab_size=vocab_size, seq_len=seq_len, seed=seed,
-            val_fraction=val_fraction, progress=progress,
+            val_fraction=val_fraction, filters=filters or [], deduplicate=deduplicate, progress=progress,
+            run_bytes=memory << 20, executor=spread,
         )  # fmt: skip
+    if manifest is None:
+        print(f"Handed in; {out} will be there when the last job is done. The same command hands in what failed.")
+        return
     print(prepared(manifest, out))
+    for name, dropped in manifest.left_out.items():
+        print(f"{dropped:,} documents were left out: {name}")
+
+
+@data.command("merge")
+def merge_data(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Folders that `pico data prepare` made.")],
+    out: Out,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Shares of the training rows, in the order of the folders: 0.7,0.3. Default: all rows."),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Training rows of the result (default: as many as can be had).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of which rows are taken, and of their order.")] = 42,
+) -> None:
+    """Mix prepared folders by weights, each row with its source; no row is taken twice, all held-out rows are kept."""
+    from picolm.data.merge import merge
+    from picolm.terminal import phases, prepared
+
+    with phases() as progress:
+        manifest = merge(folders, out, weights=_numbers(weights), rows=rows, seed=seed, progress=progress)
+    assert manifest is not None  # this process does the work
+    print(prepared(manifest, out))
+
+
+@data.command("inspect")
+def inspect_data(
+    folder: Folder,
+    tokens: Annotated[int, typer.Option(help="Of the most frequent tokens, show so many.")] = 20,
+    rows: Annotated[int, typer.Option(help="Random rows of each split to show as text.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the random rows.")] = 0,
+    characters: Annotated[int, typer.Option(help="Of the text of a row, show so many.")] = 400,
+) -> None:
+    """What prepared rows hold: sources, frequent tokens, rows that are on both sides of the split, random rows as text."""
+    from picolm.data.inspection import inspect
+
+    found = inspect(folder, tokens=tokens, rows=rows, seed=seed)
+    print("\n".join(_summary(found)))
+    for sample in found.samples:
+        text = sample.text[:characters] + (" …" if len(sample.text) > characters else "")
+        print(f"\n{sample.split} row {sample.number}" + (f" · {sample.source}" if sample.source else ""))
+        print("  " + text.replace("\n", "\n  "))
+
+
+@data.command("verify")
+def verify_data(folder: Folder) -> None:
+    """Compare a prepared folder with its manifest: digests, numbers of rows, range of token ids."""
+    from picolm.data.inspection import prepared_manifest, verify
+
+    if problems := verify(folder):
+        raise PicoError("\n".join([*problems, f"{len(problems)} problems; prepare or fetch {folder} again"]))
+    manifest = prepared_manifest(folder)
+    shards = sum(map(len, manifest.splits.values()))
+    print(f"{folder}: {shards} shards, {manifest.tokens:,} tokens, the tokenizer: all as the manifest says")
+
+
+def _summary(found: "Inspection") -> list[str]:
+    manifest = found.manifest
+    lines = [
+        f"{manifest.tokens:,} tokens in rows of {manifest.seq_len} + 1: "
+        + ", ".join(f"{manifest.rows(split):,} rows ({split})" for split in manifest.splits),
+        f"{manifest.documents:,} documents, vocabulary of {manifest.tokenizer['vocab_size']:,} entries, "
+        f"{found.unused_ids:,} of them in no row",
+    ]
+    lines += [
+        f"  {name}: {counts['documents']:,} documents, "
+        + ", ".join(f"{counts[f'{split}_rows']:,} rows ({split})" for split in manifest.splits)
+        for name, counts in manifest.sources.items()
+    ]
+    if "val" in manifest.splits:
+        some = f", such as {', '.join(map(str, found.repeated_rows))}" if found.repeated else ""
+        lines.append(f"{found.repeated:,} of {manifest.rows('val'):,} held-out rows are training rows too{some}")
+    lines.append("Most frequent tokens:")
+    lines += [f"  {token.times / manifest.tokens:7.2%}  {token.id:6d}  {token.text!r}" for token in found.frequent]
+    return lines
+
+
+def _executor(name: str | None, tasks: int | None, workers: int | None, slurm: list[str] | None) -> "Executor | None":
+    given = {"--tasks": tasks, "--workers": workers, "--slurm": slurm}
+    if name is None:
+        if options := [option for option, value in given.items() if value]:
+            raise PicoError(f"{options[0]} is for --executor local, slurm or ray: name one")
+        return None
+    if tasks is None:
+        raise PicoError(f"--executor {name}: into how many tasks? --tasks N")
+    from picolm.data.trove import executor
+
+    return executor(name, tasks, workers, slurm or [])
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise PicoError(f"--weights {text}: numbers with commas between them are needed, such as 0.7,0.3") from error

@@ -35,7 +35,7 @@ _WAITING = struct.Struct("<II")  # the number of its source in its group of file
 _PLACED = struct.Struct("<QI")  # the lot drawn for the document, the number of its source
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Preparation(Job):
     """Text files on their way to rows. piece_bytes: where long texts are cut; filters: the texts that name them."""
 

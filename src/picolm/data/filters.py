@@ -55,7 +55,7 @@ def load_filter(text: str) -> Keep:
     name, options = _parse(text)
     part: Any = FILTERS.get(name)
     if inspect.isclass(part):
-        from picolm.data.trove import adapted_filter
+        from picolm.data.trove import adapted_filter  # one of datatrove's
 
         return adapted_filter(part, options, text)
     known = [

@@ -26,7 +26,7 @@ def untold(what: str, done: int, total: int | None) -> None:
     """Progress that nobody watches."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Job:
     """folder: where all that is not yet finished lies; out: the folder that is made of it.
 
@@ -39,7 +39,10 @@ class Job:
     row_length: int
     run_bytes: int
     rows_per_shard: int
-    _reports: dict[str, Report] = field(default_factory=dict, compare=False, repr=False)
+    _reports: dict[str, Report] = field(default_factory=dict, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_reports": {}}  # what was read is not sent to other processes
 
     def report(self, stage: str) -> Report:
         """The report of a stage of one unit."""

@@ -33,8 +33,9 @@ class Manifest:
 
     recipe: what the rows follow from (inputs by digest, tokenizer, options), and so also the identity of the folder.
     tokenizer: file, sha256, vocab_size, eos_token, eos_id. sources: documents and rows per source and split.
-    tokens: in all rows; dropped_tokens: tails too short for a row; bad_lines: left out, with the first few of them;
-    left_out: documents that a filter refused, or that were duplicates.
+    documents: those of its rows, or, of a mixture, those of its parts. tokens: in all rows; dropped_tokens: tails too short
+    for a row; bad_lines: left out, with the first few of them; left_out: documents that a filter refused, or that were
+    duplicates.
     """
 
     row_length: int

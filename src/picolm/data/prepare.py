@@ -24,12 +24,12 @@ from picolm.data import corpus, rows
 from picolm.data.corpus import Preparation
 from picolm.data.documents import LONGEST_BYTES, TextFile, digest_files, digest_inputs, find_files
 from picolm.data.duplicates import find_duplicates
-from picolm.data.job import Job, Progress, Report, Stage, one, untold
-from picolm.data.manifest import Manifest, Shard, digest_of
+from picolm.data.job import Progress, Report, Stage, one, untold
+from picolm.data.manifest import Manifest, digest_of
 from picolm.data.publish import Executor, carry_out, publish
 from picolm.data.recipe import Recipe, already_there, is_free, recipe_for
 from picolm.data.rows import SPLITS
-from picolm.data.shards import ROWS_PER_SHARD, shards_of_job
+from picolm.data.shards import ROWS_PER_SHARD, count_shards, written_shards
 from picolm.data.shards import rank as rank_rows
 from picolm.data.shards import write as write_shard
 from picolm.data.tokenizer import Vocabulary, load_vocabulary, write_tokenizer
@@ -110,10 +110,7 @@ def prepare_files(
 
 def finish(job: Preparation, unit: int, progress: Progress) -> Report:
     """Say in the manifest what is in the folder, and give it its name."""
-    index, divide, carry, rank = (job.report(stage) for stage in ("index", "divide", "carry", "rank"))
-    splits: dict[str, list[Shard]] = {split: [] for split in rank["splits"]}
-    for (split, *_), shard in zip(shards_of_job(job), job.reports("write", range(_shards(job)))):
-        splits[split].append(Shard(**shard))
+    index, divide, carry = (job.report(stage) for stage in ("index", "divide", "carry"))
     vocabulary = job.vocabulary()
     tokenizer = {
         "file": "tokenizer.json",
@@ -129,7 +126,7 @@ def finish(job: Preparation, unit: int, progress: Progress) -> Report:
         row_length=job.row_length,
         recipe=_measured(job, index["digests"]).identity(),
         tokenizer=tokenizer,
-        splits=splits,
+        splits=written_shards(job),
         sources=_by_source(job.sources() or [], divide["documents"], carry["by_source"]),
         documents=sum(divide["documents"]),
         tokens=sum(carry["rows"].values()) * job.row_length,
@@ -181,10 +178,6 @@ def _parts(job: Preparation) -> int:
     return job.report("divide")["parts"]
 
 
-def _shards(job: Job) -> int:
-    return len(shards_of_job(job))
-
-
 STAGES = (
     Stage("read", _groups, corpus.read),
     Stage("index", one, corpus.index),
@@ -196,7 +189,7 @@ STAGES = (
     Stage("carry", one, rows.carry),
     Stage("cut", _parts, rows.cut),
     Stage("rank", one, rank_rows),
-    Stage("write", _shards, write_shard),
+    Stage("write", count_shards, write_shard),
     Stage("finish", one, finish),
 )
 

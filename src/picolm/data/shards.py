@@ -57,6 +57,19 @@ def write(job: Job, unit: int, progress: Progress) -> Report:
     return asdict(shard)
 
 
+def written_shards(job: Job) -> dict[str, list[Shard]]:
+    """The finished shards of each split."""
+    splits: dict[str, list[Shard]] = {split: [] for split in job.report("rank")["splits"]}
+    for (split, *_), shard in zip(shards_of_job(job), job.reports("write", range(count_shards(job)))):
+        splits[split].append(Shard(**shard))
+    return splits
+
+
+def count_shards(job: Job) -> int:
+    """Shards of all splits."""
+    return len(shards_of_job(job))
+
+
 def shards_of_job(job: Job) -> list[tuple[str, int, int, int]]:
     """(split, number of the shard in it, rows of the split, shards of the split) of all shards."""
     splits = job.report("rank")["splits"].items()
