@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from picolm.schema import load
+from picolm.suite.config import load_suite
 from picolm.train.config import schema_for
 from picolm.train.preview import preview
 
@@ -14,6 +15,10 @@ PARAMETERS = {
     "pico-decoder-small": "64,595,328 (25,961,856 without embeddings)",
     "pico-decoder-medium": "181,095,168 (103,828,224 without embeddings)",
     "pico-decoder-large": "569,808,384 (415,274,496 without embeddings)",
+    "pico-nano-300k": "261,972 (114,516 without embeddings)",
+    "pico-nano-1m": "966,084 (622,020 without embeddings)",
+    "pico-nano-3m": "3,174,024 (2,485,896 without embeddings)",
+    "pico-nano-10m": "9,848,280 (8,570,328 without embeddings)",
 }
 
 
@@ -24,5 +29,12 @@ def test_a_shipped_configuration_loads_and_can_be_previewed(file: Path) -> None:
     assert PARAMETERS.get(file.stem, "") in text
 
 
-def test_the_published_sizes_are_all_shipped() -> None:
+def test_the_sizes_are_all_shipped() -> None:
     assert {file.stem for file in CONFIGS.glob("*.yaml")} >= {*PARAMETERS, "demo"}
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "suites").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_shipped_suite_loads_with_its_analysis(file: Path) -> None:
+    suite = load_suite(file)
+    assert len(suite.members) >= 4
+    assert suite.analysis is not None

@@ -7,6 +7,8 @@ kept beside the suite, so giving the command again waits for what is queued inst
 import json
 import logging
 import re
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,11 +113,13 @@ def _submit(config: SuiteConfig, member: Member, file: Path, folder: Path, clust
 
 
 def _queued(folder: Path, identifier: str | None, cluster: str) -> Any | None:
-    """The job of that identifier, while it is queued or running."""
-    if identifier is None or cluster != "slurm":
+    """The job of that identifier, while it is queued or running: by squeue, which every cluster has, and not by sacct."""
+    if identifier is None or cluster != "slurm" or shutil.which("squeue") is None:
         return None
-    job = _submitit().SlurmJob(folder=folder.resolve(), job_id=identifier)
-    return None if job.done() else job
+    command = ["squeue", "--noheader", "--format=%T", "--jobs", identifier]
+    if not subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip():
+        return None
+    return _submitit().SlurmJob(folder=folder.resolve(), job_id=identifier)
 
 
 def _outcome(name: str, job: Any) -> Failure | None:
