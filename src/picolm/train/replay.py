@@ -25,6 +25,7 @@ from picolm.train.job import Job
 from picolm.train.loop import train
 from picolm.train.plan import Due, Plan, Schedule
 from picolm.train.signals import StopSignal
+from picolm.train.strategies import keeps_shards
 
 log = logging.getLogger("picolm")
 
@@ -96,8 +97,13 @@ def replay(
     _use_threads(run)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        for config, first, end in list(segments(run, begin.step, last, overrides)):
+        stretches = list(segments(run, begin.step, last, overrides))
+        for config, first, end in stretches:
             job = equip(config, stop, stack)
+            if len(stretches) > 1 and keeps_shards(job.fabric):  # no process has the whole state to hand on
+                raise PicoError(
+                    "the configuration changed on the way: give training.fabric.strategy=ddp, or one device"
+                )
             check_same_data(run, job.batches.fingerprint, job.config)
             job.state.restore(tensors, meta)
             job.plan = ReplayPlan(Plan(config), end, [step for step in steps if first <= step <= end], kinds)
