@@ -1,6 +1,5 @@
 """Tables of analyses made up for reports, and a real browser to look at them with."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ import pandas as pd
 import pytest
 
 from picolm.analyze.table import COLUMNS, load, write
+from picolm.errors import PicoError
+from picolm.report.browser import drive, view
 
 Rows = list[dict[str, Any]]
 
@@ -70,27 +71,16 @@ def toy_table(make_table: Callable[..., pd.DataFrame]) -> pd.DataFrame:
 @pytest.fixture(scope="session")
 def browser_at() -> Iterator[Callable[..., Any]]:
     """A function from a page, a width and a room to a headless Chromium that shows it. Skips where there is no Chromium."""
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip("no Chromium here (`make browser` installs Debian's as root)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    chromium.set_script_timeout(60)
+    try:
+        chromium = drive()
+    except PicoError as error:
+        pytest.skip(str(error))
 
     def show(page: Path, width: int = 1280, height: int = 900, room: str = "light") -> Any:
         chromium.get("about:blank")
         chromium.get_log("browser")
         chromium.get_log("performance")
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        features = [{"name": "prefers-color-scheme", "value": room}]
-        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        view(chromium, width, height, room)
         chromium.get(page.resolve().as_uri())
         chromium.execute_async_script("ready.then(arguments[0])")
         return chromium

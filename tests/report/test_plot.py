@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from tests.report.conftest import circuits, norms, row
 
 from picolm.analyze.table import aggregate
 from picolm.errors import PicoError
 from picolm.report import plot
 from picolm.report.look import ROOMS, label, shades
 from picolm.report.section import described
-from tests.report.conftest import circuits, norms, row
 
 Make = Callable[..., pd.DataFrame]
 

@@ -99,6 +99,9 @@ def _item(item: Drawing | Sheet | Markup, name: str) -> dict[str, Any]:
     if isinstance(item, Drawing):
         figure = json.loads(item.figure.to_json())
         figure["layout"].pop("template", None)  # the page has one for each room
+        for trace in figure["data"]:
+            if trace.get("customdata") == trace.get("z", trace.get("y")):
+                del trace["customdata"]  # the same values again, for hovering: the page gives them back
         meta = figure["layout"].get("meta") or {}
         return {
             "kind": "drawing", "id": name, "title": item.title, "file": item.name, "code": item.code, "caption": item.caption,

@@ -1,14 +1,13 @@
 """Figures as files for a paper: SVG, PDF and PNG, drawn by plotly in a browser that kaleido starts (extra `figures`)."""
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from picolm.errors import PicoError
+from picolm.report.browser import find
 from picolm.report.section import Drawing
 
 FORMATS = ("svg", "pdf", "png")
-BROWSERS = ("chromium", "google-chrome", "google-chrome-stable", "chrome", "chromium-browser", "microsoft-edge")
 
 
 def export(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
@@ -30,7 +29,7 @@ def export(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
         for kind in FORMATS
     ]
     try:
-        kaleido.write_fig_from_object_sync(jobs, kopts={"n": 1, "path": _browser(), "mathjax": False})
+        kaleido.write_fig_from_object_sync(jobs, kopts={"n": 1, "path": find(), "mathjax": False})
     except Exception as error:
         raise PicoError(f"the figures cannot be written to {folder}: {type(error).__name__}: {error}") from error
     return made
@@ -52,12 +51,3 @@ def _kaleido():  # type: ignore[no-untyped-def]
     except ImportError as error:
         raise PicoError("figures as files need kaleido: pip install 'picolm[figures]'") from error
     return kaleido
-
-
-def _browser() -> str:
-    for name in BROWSERS:
-        if (path := shutil.which(name)) is not None:
-            return path
-    raise PicoError(
-        f"figures as files need a browser, and none is found (looked for {', '.join(BROWSERS)}): apt-get install chromium"
-    )

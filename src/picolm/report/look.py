@@ -5,6 +5,7 @@ in the colours of Okabe and Ito (2008). A trace says what its colour means (`met
 """
 
 import html
+from functools import cache
 from typing import Any
 
 import plotly.graph_objects as go
@@ -40,6 +41,7 @@ def colour(meaning: dict[str, Any] | None, room: str = "light") -> str:
     return look["faint"]
 
 
+@cache
 def shades(room: str) -> list[str]:
     """The scale of depth, first layer to last."""
     name, low, high = ROOMS[room]["depth"]

@@ -34,6 +34,7 @@ function setTheme(name) {
 
 async function load(node) {
   const spec = JSON.parse(await unpack(node.querySelector("script")));
+  for (const trace of spec.data) trace.customdata ??= trace.z ?? trace.y; // what hovering shows: the exact value
   const meta = spec.layout.meta || {};
   const controls = meta.controls || [];
   const chosen = Object.fromEntries(controls.map((control) => [control.key, control.value]));

@@ -23,7 +23,7 @@ def compare(
     them with a 95 % bootstrap interval, by `picolm.analyze.aggregate`. Default: each run by itself.
     """
     rows = select(table, name, options)
-    runs = list(dict.fromkeys(rows["run"]))
+    runs = list(rows["run"].unique())
     if len(runs) < 2:
         raise PicoError("a comparison needs a table of several runs")
     belongs = {run: (groups or {}).get(run, run) for run in runs}

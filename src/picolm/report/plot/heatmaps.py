@@ -25,7 +25,7 @@ def heatmap(table: pd.DataFrame, name: str | None = None, options: str | None = 
     ]
     if not layered:
         raise PicoError("a heatmap needs several layers and several steps")
-    runs = list(dict.fromkeys(run for _, group in layered for run in group["run"]))
+    runs = list(dict.fromkeys(run for _, group in layered for run in group["run"].unique()))
     traces = [
         trace
         for place, (_, group) in enumerate(layered)
@@ -57,7 +57,7 @@ def layers(table: pd.DataFrame, name: str, options: str | None = None) -> go.Fig
     found = list(pairs(rows, "layers"))
     if not found:
         raise PicoError(f"{name}: nothing in the table compares a layer with several; target: {{layer: all}} does")
-    steps = sorted({step for _, group in found for step in group["step"]})
+    steps = sorted({step for _, group in found for step in group["step"].unique()})
     titles, traces = [], []
     for place, (matter, group) in enumerate(found):
         titles.append(_of_runs(matter, group))
@@ -78,7 +78,7 @@ def steps(table: pd.DataFrame, name: str, options: str | None = None) -> go.Figu
     found = list(pairs(rows, "steps"))
     if not found:
         raise PicoError(f"{name}: nothing in the table compares all steps; target: {{checkpoint: all}} does")
-    depths = sorted({layer for _, group in found for layer in group["layer"].dropna()})
+    depths = sorted({layer for _, group in found for layer in group["layer"].dropna().unique()})
     traces, titles = [], []
     for place, (matter, group) in enumerate(found):
         titles.append(_of_runs(matter, group))

@@ -25,7 +25,7 @@ def metric(table: pd.DataFrame, name: str, options: str | None = None) -> go.Fig
         raise PicoError(
             f"{name}: the table compares all layers or all steps with each other; see plot.layers and plot.steps"
         )
-    runs = list(dict.fromkeys(row for _, group in found for row in group["run"]))
+    runs = list(dict.fromkeys(run for _, group in found for run in group["run"].unique()))
     traces = [
         trace
         for panel, (matter, group) in enumerate(found)

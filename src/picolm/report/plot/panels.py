@@ -67,7 +67,7 @@ def figure(
     note: str = "",
     **layout: Any,
 ) -> go.Figure:
-    """Traces in panels, three in a row, painted for a light room, with the first choice of each control made.
+    """Traces in panels, three in a row, with the first choice of each control made.
 
     log: which of "x", "y" may be made logarithmic. shared_y: all panels have the same y title; only the left ones show it.
     note: words that belong under the figure, such as how many values are missing.
@@ -75,8 +75,6 @@ def figure(
     offered = [control.plain() for control in controls if len(control.options) > 1]
     made = go.Figure(list(traces))
     show(made, {control["key"]: control["value"] for control in offered})
-    for trace in made.data:
-        paint(trace)
     made.update_layout(template=template(), title_text=f"<b>{label(title)}</b>", **layout)
     meta = {"panels": len(panels), "row": height, "controls": offered, "log": log, "sharedY": shared_y, "note": note}
     made.update_layout(meta=meta, showlegend=sum(bool(trace.showlegend) for trace in made.data) > 1)
@@ -146,17 +144,6 @@ def _legend(made: go.Figure, width: int) -> tuple[int, int]:
     return entry, math.ceil(len(names) / max(1, (width - SIDES) // (entry + 46))) if len(names) > 1 else 0
 
 
-def paint(trace: Any, room: str = "light") -> None:
-    """Give a trace the colour of what it means (`paint` in page.js)."""
-    if trace.type != "scatter":
-        return
-    shade = colour(trace.meta.get("colour"), room)
-    if trace.meta.get("band"):
-        trace.update(fillcolor=faded(shade, 0.18), line_width=0)
-    else:
-        trace.update(line_color=shade, marker_color=shade)
-
-
 def line(
     x: Any,
     y: Any,
@@ -175,10 +162,11 @@ def line(
     about: words for the hover, before x and value. quiet: without an entry in the legend.
     """
     text = f"{label(about or name)}<br>%{{x}}: <b>%{{customdata}}</b><extra></extra>"
+    shade = colour(meaning)
     return go.Scatter(
         x=x, y=y, customdata=y, name=label(name), mode="lines+markers" if len(x) <= 60 else "lines",
-        line={"width": 1.8, "dash": dash}, marker={"size": 4}, connectgaps=False, hovertemplate=text,
-        xaxis=f"x{suffix(panel)}", yaxis=f"y{suffix(panel)}", legendgroup=label(name),
+        line={"width": 1.8, "dash": dash, "color": shade}, marker={"size": 4, "color": shade},
+        connectgaps=False, hovertemplate=text, xaxis=f"x{suffix(panel)}", yaxis=f"y{suffix(panel)}", legendgroup=label(name),
         meta={"colour": meaning, "shown": shown or {}, "quiet": quiet}, showlegend=False,
     )  # fmt: skip
 
@@ -193,7 +181,8 @@ def band(
     around = np.concatenate([np.asarray(x)[there], np.asarray(x)[there][::-1]])
     edge = np.concatenate([np.asarray(high)[there], np.asarray(low)[there][::-1]])
     return go.Scatter(
-        x=around, y=edge, fill="toself", mode="lines", hoverinfo="skip", showlegend=False, legendgroup=label(group),
+        x=around, y=edge, fill="toself", fillcolor=faded(colour(meaning), 0.18), mode="lines", line={"width": 0},
+        hoverinfo="skip", showlegend=False, legendgroup=label(group),
         xaxis=f"x{suffix(panel)}", yaxis=f"y{suffix(panel)}",
         meta={"colour": meaning, "shown": shown, "quiet": True, "band": True},
     )  # fmt: skip

@@ -37,14 +37,15 @@ def named(metric: str, options: str) -> str:
 
 def metrics(table: pd.DataFrame) -> list[tuple[str, str]]:
     """The metrics of a table with their options, in order."""
-    return list(dict.fromkeys(zip(table["metric"], table["options"].fillna(""))))
+    pairs = table[["metric", "options"]].fillna("").drop_duplicates()
+    return list(zip(pairs["metric"], pairs["options"]))
 
 
 def select(table: pd.DataFrame, metric: str, options: str | None = None) -> pd.DataFrame:
     """The rows of a metric. Raises PicoError that names what there is; without `options`, where there are several."""
     there = [found for name, found in metrics(table) if name == metric]
     if not there:
-        known = list(dict.fromkeys(table["metric"]))
+        known = list(table["metric"].unique())
         raise PicoError(
             f"the table has no metric {metric!r}{did_you_mean(metric, known)} (there are: {', '.join(known)})"
         )
@@ -111,9 +112,15 @@ def _against(rows: pd.DataFrame) -> pd.Series:
 
 def by_step(rows: pd.DataFrame, steps: np.ndarray) -> np.ndarray:
     """The value at each of `steps`; the mean over heads where there are several, without those that are not finite."""
-    finite = rows[np.isfinite(rows["value"].to_numpy(dtype=float))]
-    values = rows if rows["step"].is_unique else finite.groupby("step", as_index=False)["value"].mean()
-    return values.set_index("step")["value"].reindex(steps).to_numpy(dtype=float)
+    values, at = rows["value"].to_numpy(dtype=float), np.searchsorted(steps, rows["step"].to_numpy())
+    drawn = np.full(len(steps), np.nan)
+    if len(np.unique(at)) == len(at):
+        drawn[at] = values
+        return drawn
+    finite = np.isfinite(values)
+    counts = np.bincount(at[finite], minlength=len(steps))
+    sums = np.bincount(at[finite], values[finite], minlength=len(steps))
+    return np.divide(sums, counts, out=drawn, where=counts > 0)
 
 
 def gaps(rows: pd.DataFrame) -> str:

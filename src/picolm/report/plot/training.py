@@ -47,7 +47,7 @@ def loss(log: pd.DataFrame) -> go.Figure:
 
     log: see `log_table`. One run: a colour per source; several: a colour per run. Raises PicoError without a loss.
     """
-    runs = list(dict.fromkeys(log["run"]))
+    runs = list(log["run"].unique())
     curves = [curve for curve in map(_curve, log["name"].unique()) if curve is not None]
     if not curves:
         raise PicoError("nothing was logged of a loss")
@@ -108,8 +108,8 @@ def _spikes(log: pd.DataFrame, run: str) -> list[go.Scatter]:
 
 def training(log: pd.DataFrame) -> go.Figure:
     """How training went: learning rate, gradient norm and clipping, update ratios, noise scale, weight norm, speed."""
-    runs = list(dict.fromkeys(log["run"]))
-    logged = {name.partition("/")[0] for name in log["name"]}
+    runs = list(log["run"].unique())
+    logged = {name.partition("/")[0] for name in log["name"].unique()}
     there = {name: panel for name, panel in PROGRESS.items() if name in logged}
     if not there:
         raise PicoError("nothing was logged of how training went")

@@ -1,0 +1,45 @@
+"""A browser without a window: it draws figures into files, takes pictures for the docs, and is what the tests look through."""
+
+import shutil
+from typing import Any
+
+from picolm.errors import PicoError
+
+BROWSERS = ("chromium", "google-chrome", "google-chrome-stable", "chrome", "chromium-browser", "microsoft-edge")
+WORDS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
+
+
+def find() -> str:
+    """The path of a browser that can draw figures. Raises PicoError, naming those that were looked for."""
+    for name in BROWSERS:
+        if (path := shutil.which(name)) is not None:
+            return path
+    raise PicoError(
+        f"figures as files need a browser, and none is found (looked for {', '.join(BROWSERS)}): apt-get install chromium"
+    )
+
+
+def drive() -> Any:
+    """A Chromium that selenium drives; end it with `.quit()`. Raises PicoError where there is none, or no chromedriver."""
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        raise PicoError("no chromedriver here: make browser, or apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = find()
+    for word in WORDS:
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    chromium.set_script_timeout(120)
+    return chromium
+
+
+def view(chromium: Any, width: int, height: int, room: str = "light", scale: float = 1) -> None:
+    """Look through a window of this size, in CSS pixels, in a light or a dark room; scrolling takes no time."""
+    size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 500}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = {"prefers-color-scheme": room, "prefers-reduced-motion": "reduce"}
+    media = [{"name": name, "value": value} for name, value in features.items()]
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
