@@ -123,12 +123,12 @@ class Progress:
 def _conclude(suite: Suite, members: list[Member], jobs: int, report: bool) -> None:
     """Analyze the members that are finished and write the report."""
     log.info("Analyzing %d runs.", len(members))
-    outcome = analyze_members(suite, members, workers=jobs)
+    outcome, changed = analyze_members(suite, members, workers=jobs)
     if outcome is not None:
         log.info("%d values, %d of them computed now.", len(outcome.rows), outcome.computed)
         for line in outcome.absent:
             log.warning("Skipped: %s", line)
-    if report and (outcome is None or outcome.computed or not (suite.config.folder / REPORT).exists()):
+    if report and (changed or not (suite.config.folder / REPORT).exists()):
         log.info("The report is %s.", write_report(suite, members))
     log.info("Tables are in %s.", suite.config.folder)
 

@@ -24,18 +24,20 @@ LOSS = "val/paloma/nats_per_token"
 SECTION = "picolm.suite.comparison:section"
 
 
-def analyze_members(suite: Suite, members: list[Member], workers: int = 1) -> Outcome | None:
-    """Analyze the runs of `members`, and write the tables into the folder of the suite; what is known is not computed again."""
+def analyze_members(suite: Suite, members: list[Member], workers: int = 1) -> tuple[Outcome | None, bool]:
+    """Analyze the runs of `members`, and write the tables into the folder of the suite; what is known is not computed again.
+
+    Returns the outcome, None without an analysis, and whether any table is another one than before.
+    """
     folder = suite.config.folder
     described = describe(members)
-    _write(described, folder / MEMBERS)
+    changed = _write(described, folder / MEMBERS)
     if suite.analysis is None:
-        return None
+        return None, changed
     outcome = analyze(suite.analysis, [str(member.path) for member in members], workers=workers)
     table.write(outcome.rows, folder / suite.analysis.analysis_name)
     compared = compare(described, table.load(folder / suite.analysis.analysis_name))
-    _write(compared, folder / COMPARED)
-    return outcome
+    return outcome, _write(compared, folder / COMPARED) or changed or outcome.computed > 0
 
 
 def describe(members: list[Member]) -> "pd.DataFrame":
@@ -104,10 +106,15 @@ def _last(run: Run, name: str) -> Any:
     return values[-1] if values else None
 
 
-def _write(frame: "pd.DataFrame", path: Path) -> None:
+def _write(frame: "pd.DataFrame", path: Path) -> bool:
+    """Write a table, unless it stands there already."""
+    text = frame.to_csv(index=False)
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
     aside = path.with_name(f".{path.name}")
     try:
-        frame.to_csv(aside, index=False)
+        aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     except OSError as error:
         raise PicoError(f"{path}: cannot be written ({error})") from error
+    return True
