@@ -34,6 +34,9 @@ SMALL = [
     "training.fabric.precision=32-true", "checkpointing.learning_dynamics.max_rows=4", "evaluation.paloma.max_rows=8",
 ]  # fmt: skip
 
+# Lightning says so on a machine with SLURM's client, on which nobody asked for SLURM.
+pytestmark = pytest.mark.filterwarnings("ignore:The .srun. command is available")
+
 
 def page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
