@@ -107,7 +107,8 @@ class FakeHub(ThreadingHTTPServer):
     token: what a request that writes, or reads what is private, has to carry.
     faults: {part of a path: [503, (429, {"Retry-After": "7"}), "cut", "lost", …]}, each used up by one request of such a path
         that is no HEAD: `cut` ends the answer in its middle, `lost` does what was asked and does not answer.
-    log: (method, path, range) of each request. raw: its headers without the token, address and body, to be searched.
+    log: (method, path, range) of each request. tokens: its `Authorization`. raw: its address, other headers and body, to be
+        searched.
     """
 
     daemon_threads = True
@@ -119,6 +120,7 @@ class FakeHub(ThreadingHTTPServer):
         self.chaos: Chaos | None = None
         self.down = False
         self.raw: list[bytes] = []
+        self.tokens: set[str] = set()
         self.faults: defaultdict[str, list[Any]] = defaultdict(list)
         self.log: list[tuple[str, str, str | None]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -200,6 +202,7 @@ class Answers(BaseHTTPRequestHandler):
         told = [(name, value) for name, value in self.headers.items() if name.lower() != "authorization"]
         headers = b"".join(f"{name}: {value}\n".encode() for name, value in told)
         self.server.raw.append(self.path.encode() + b"\n" + headers + body)
+        self.server.tokens.add(self.headers.get("Authorization", ""))
         self.lost = False
         if self.command == "HEAD":
             return 503 if self.server.down else None, path

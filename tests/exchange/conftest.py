@@ -70,7 +70,7 @@ def digests(run: Run) -> dict[tuple[int, str], str]:
 def client_environment(hub: WritableHub, folder: Path, token: str = TOKEN) -> dict[str, str]:
     """The environment of another process that uses the Hub, with caches of its own."""
     own = {
-        "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf"),
-        "PICO_CACHE": str(folder / "pico"), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000",
+        "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(folder / "hf"), "PICO_CACHE": str(folder / "pico"), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000",
     }  # fmt: skip
     return {**os.environ, **own}

@@ -161,7 +161,10 @@ class Uploader:
         while self._thread.is_alive() and time.monotonic() < (short if self._impatient() else end):
             self._thread.join(_GLANCE_S)
         self._given_up.set()
-        if left := self._outbox.steps:
+        left = self._outbox.steps
+        if self._delivered and not left:
+            log.info("Every step is on the Hub: %s", self._sender.branch.place)
+        if left:
             log.warning(
                 "Not on the Hub yet: %s%s. To send the rest:  pico push %s",
                 _listed(left), f" ({self._trouble})" if self._trouble else "", self._sender.run.path,
@@ -217,7 +220,9 @@ class Uploader:
     def _stumble(self, error: Exception) -> None:
         """Say that something goes wrong: once, until a step is sent again."""
         if not self._trouble:
-            log.warning("Steps cannot be sent now, training goes on and they are kept: %s", error)
+            log.warning(
+                "Steps cannot be sent to the Hub now; they are kept and tried again beside the training: %s", error
+            )
         self._trouble = str(error) if isinstance(error, PicoError) else f"{type(error).__name__}: {error}"
 
 
