@@ -20,15 +20,15 @@ _OUTSIDE = {
     "de_embedding_proj.weight": "lm_head.weight",
 }
 _INSIDE = {
-    "attention_norm": "input_layernorm",
     "attention.q_proj": "self_attn.q_proj",
     "attention.k_proj": "self_attn.k_proj",
     "attention.v_proj": "self_attn.v_proj",
     "attention.o_proj": "self_attn.o_proj",
-    "swiglu_norm": "post_attention_layernorm",
+    "attention_norm": "input_layernorm",
     "swiglu.w_0": "mlp.gate_proj",
     "swiglu.w_1": "mlp.up_proj",
     "swiglu.w_2": "mlp.down_proj",
+    "swiglu_norm": "post_attention_layernorm",
 }
 _COMPUTED = ("rotary_emb.inv_freq",)  # stored by old versions of transformers, and no parameters
 _SAME = {

@@ -1,0 +1,147 @@
+"""A GGUF file holds our weights under llama.cpp's names, and llama.cpp computes with them what we compute."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.formats.conftest import STEP, TEXT
+
+from picolm.data.tokenizer import load_tokenizer
+from picolm.errors import PicoError
+from picolm.formats import FORMATS, collect, export
+from picolm.formats.llamacpp import gguf_name
+from picolm.store import Run
+from picolm.train.sample import load_model
+
+gguf = pytest.importorskip("gguf", reason="needs: pip install 'picolm[gguf]'")
+
+
+def numbers(tensor: Any) -> torch.Tensor:
+    """What a tensor of the file holds, by the library's own reading of its bytes."""
+    return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.float16, "F16")])
+def test_the_file_holds_the_weights_as_they_are(
+    make_run: Callable[..., Run], tmp_path: Path, dtype: torch.dtype, kind: str
+) -> None:
+    run = make_run(dtype)
+    export(run, STEP, "gguf", tmp_path / "out")
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    exported = collect(run, run[STEP])
+    assert set(read) == {gguf_name(name) for name in exported.weights}
+    for name, weight in exported.weights.items():
+        tensor = read[gguf_name(name)]
+        assert tensor.tensor_type.name == (kind if weight.ndim == 2 else "F32")
+        assert torch.equal(numbers(tensor).reshape(weight.shape), weight.float()), name
+
+
+def test_it_says_what_llama_cpp_needs_to_know(fox: Run, tmp_path: Path) -> None:
+    export(fox, STEP, "gguf", tmp_path / "out")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    told = {name: field.contents() for name, field in fields.items() if name.startswith(("llama.", "general."))}
+    assert told["general.architecture"] == "llama"
+    assert told["general.name"] == "fox step 7"
+    assert told["llama.rope.freq_base"] == 5000.0
+    assert told["llama.rope.dimension_count"] == 16
+    assert told["llama.attention.head_count_kv"] == 2
+    assert told["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 0
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert (len(tokens), tokens[0], tokens[-1]) == (320, "<|endoftext|>", "[unused 319]")
+
+
+def server(place: Path) -> Any:
+    """llama.cpp itself, with the file loaded, in float32 throughout."""
+    llama = pytest.importorskip("xllamacpp", reason="needs: pip install xllamacpp")
+    params = llama.CommonParams()
+    params.model.path = str(place)
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 64, 1, 0, False
+    params.cpuparams.n_threads = 1
+    params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.fit_params = False
+    return llama.Server(params)
+
+
+def next_token(running: Any, prompt: str | list[int]) -> tuple[list[tuple[int, float]], int]:
+    """The likeliest tokens after a prompt with their ln p (none for half of a character), and the tokens of the prompt."""
+    asked = {"prompt": prompt, "max_tokens": 1, "temperature": 0.0, "logprobs": 3, "cache_prompt": False}
+    answer = running.handle_completions(asked)
+    told = answer["choices"][0]["logprobs"]["content"] if answer["choices"][0]["logprobs"] else []
+    return [(entry["id"], entry["logprob"]) for first in told for entry in first["top_logprobs"]], answer["usage"][
+        "prompt_tokens"
+    ]
+
+
+@pytest.mark.slow
+def test_llama_cpp_reads_text_as_we_do_and_writes_the_same_tokens(fox: Run, tmp_path: Path) -> None:
+    export(fox, STEP, "gguf", tmp_path / "out")
+    running, model, tokenizer = (
+        server(tmp_path / "out" / "model.gguf"),
+        load_model(fox),
+        load_tokenizer(fox.step_path(STEP)),
+    )
+    compared = 0
+    for text in ("The lazy fox doesn't", "We'LL  know,\n\n\tnaïve 1790!  ", "dog<|endoftext|>", "ж€", TEXT[:60]):
+        tokens = tokenizer.encode(text.removesuffix("<|endoftext|>")).ids + [0] * text.count("<|endoftext|>")
+        written = model.generate(torch.tensor([tokens]), 20)[0].tolist()
+        ln_p_TV = model(torch.tensor([written]))[0].detach().double().log_softmax(-1)
+        for end in range(len(tokens), len(written)):
+            told, count = next_token(running, text if end == len(tokens) else written[:end])
+            assert count == end
+            assert not told or told[0][0] == written[end]
+            for token, ln_p in told:
+                assert ln_p == pytest.approx(float(ln_p_TV[end - 1, token]), abs=1e-4)
+                compared += 1
+    assert compared > 150
+
+
+def test_a_model_without_a_tokenizer_has_no_vocabulary(fox: Run, tmp_path: Path) -> None:
+    exported = collect(fox, fox[STEP])._replace(tokenizer={}, end=None)
+    FORMATS.get("gguf")(exported, tmp_path)
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.model"].contents() == "no_vocab"
+    assert fields["llama.vocab_size"].contents() == 320
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "its pre-tokenizer is not the ByteLevel of GPT-2"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "it puts a space in front"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "it does not split words from spaces"),
+        ({"normalizer": {"type": "Lowercase"}}, r"it changes text before \(Lowercase\)"),
+        ({"model": {"type": "Unigram", "vocab": {}, "merges": []}}, "its model is Unigram, not BPE"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(
+    fox: Run, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    exported = collect(fox, fox[STEP])
+    tokenizer = json.loads(exported.tokenizer["tokenizer.json"]) | changes
+    with pytest.raises(PicoError, match=f"llama.cpp would read text otherwise than this tokenizer: {words}"):
+        FORMATS.get("gguf")(exported._replace(tokenizer={"tokenizer.json": json.dumps(tokenizer).encode()}), tmp_path)
+
+
+def test_normal_forms_are_told(fox: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    exported = collect(fox, fox[STEP])
+    tokenizer = json.loads(exported.tokenizer["tokenizer.json"]) | {"normalizer": {"type": "NFC"}}
+    with caplog.at_level(logging.WARNING, "picolm"):
+        FORMATS.get("gguf")(exported._replace(tokenizer={"tokenizer.json": json.dumps(tokenizer).encode()}), tmp_path)
+    assert "llama.cpp does not normalize text" in caplog.text
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_command(
+    fox: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(PicoError, match=r"--format gguf needs: pip install 'picolm\[gguf\]'"):
+        export(fox, STEP, "gguf", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
