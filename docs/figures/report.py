@@ -20,9 +20,9 @@ from picolm.report.browser import drive, view
 HERE = Path(__file__).parent
 # Width, height, room, pixels per CSS pixel, and where the view begins: the top, or the section with a title.
 VIEWS = {
-    "light": (1280, 1500, "light", 1, "Metrics over steps"),
-    "dark": (1280, 1000, "dark", 1, ""),
-    "phone": (390, 844, "light", 2, "Training"),
+    "light": (1280, 1500, "light", 1, "Training"),
+    "dark": (1280, 1100, "dark", 1, "Heatmaps"),
+    "phone": (390, 844, "light", 2, "Metrics over steps"),
 }
 DRAW = """
 const done = arguments[1];
