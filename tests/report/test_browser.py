@@ -18,6 +18,7 @@ from tests.report.conftest import circuits, norms
 from tests.report.test_page import HOSTILE
 
 from picolm.analyze.table import load
+from picolm.errors import PicoError
 from picolm.report.assembly import compose, page, write
 from picolm.report.material import Analysis, Material, gather
 from picolm.report.render import render
@@ -332,3 +333,17 @@ def test_a_hundred_thousand_values_stay_usable(
     assert opened < 20
     assert toggled < 10
     assert path.stat().st_size < 12e6
+
+
+def test_figures_become_files_with_the_look_of_the_page(
+    toy_table: pd.DataFrame, browser_at: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, folder = tmp_path / "report.html", tmp_path / "figures"
+    words = ["report", "--analysis", tmp_path / "toy_analysis", "-o", out, "--figures", folder]
+    subprocess.run([sys.executable, "-m", "picolm", *map(str, words)], check=True, capture_output=True, timeout=200)
+    assert {file.suffix for file in folder.iterdir()} == {".svg", ".pdf", ".png"}
+    assert (folder / "cka-over-steps.pdf").read_bytes().startswith(b"%PDF")
+    assert "layer 2" in (folder / "cka-over-steps.svg").read_text()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PicoError, match="figures as files need a browser, and none is found"):
+        write([], [str(tmp_path / "toy_analysis")], out, figures=folder)

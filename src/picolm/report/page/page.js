@@ -26,7 +26,6 @@ function setTheme(name) {
   document.documentElement.dataset.theme = name;
   const button = document.getElementById("theme");
   button.textContent = name === "dark" ? "Light" : "Dark";
-  button.setAttribute("aria-pressed", name === "dark");
   for (const figure of figures.values()) if (figure.drawn) draw(figure);
 }
 

@@ -128,8 +128,9 @@ def _progress(log: pd.DataFrame, run: str, name: str, panel: int, places: tuple[
     own = log[(log["run"] == run) & (log["name"] == name)].sort_values("step")
     prefix, _, group = name.partition("/")
     part, place = places
-    colour, dash = (part, DASHES[place % 5] if part < 7 else "dot") if group else (place, "solid")
+    shade = part if alone and group else place  # several runs: a colour each, and dashes for their groups of tensors
+    dash = DASHES[part % 5] if group and not alone else "dot" if part > 6 else "solid"
     return line(
-        own["step"].to_numpy(), own["value"].to_numpy(), group or run, panel=panel, meaning={"category": colour}, dash=dash,
-        about="\n".join(filter(None, (run, PROGRESS[prefix].title, group))), quiet=alone and not group,
+        own["step"].to_numpy(), own["value"].to_numpy(), group or run, panel=panel, meaning={"category": shade}, dash=dash,
+        about="\n".join(filter(None, (run, PROGRESS[prefix].title, group))), quiet=alone != bool(group),
     )  # fmt: skip

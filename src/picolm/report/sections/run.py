@@ -75,7 +75,7 @@ def _facts(
 ) -> list[tuple[str, str, str]]:
     """Value, what it is, and a remark, for what is known."""
     losses = [(entry["step"], entry["train/loss"]) for entry in entries if "train/loss" in entry]
-    tokens = [entry["tokens"] for entry in entries if "tokens" in entry]
+    tokens = [(entry["tokens"], entry["step"]) for entry in entries if "tokens" in entry]
     speeds = [
         (entry["tokens"], entry["tokens_per_s"]) for entry in entries if "tokens" in entry and "tokens_per_s" in entry
     ]
@@ -85,8 +85,8 @@ def _facts(
         facts.append((f"{parameters:,}", "parameters", ""))
     if tokens:
         rows, length = config.get("data.dataloader.batch_size"), config.get("model.max_seq_len")
-        each = f"{rows * length:,} in each step" if isinstance(rows, int) and isinstance(length, int) else ""
-        facts.append((f"{max(tokens):,}", "tokens trained on", each))
+        each = f", {rows * length:,} in each" if isinstance(rows, int) and isinstance(length, int) else ""
+        facts.append((f"{max(tokens)[0]:,}", "tokens trained on", f"by step {max(tokens)[1]:,}{each}"))
     if losses:
         step, loss = losses[-1]
         perplexity = f"perplexity {math.exp(loss):,.1f}, at step {step:,}" if loss < 700 else f"at step {step:,}"
