@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 import yaml
 from filelock import FileLock
 from hooks.reference import configuration_keys, on_page_markdown
@@ -23,6 +24,8 @@ from picolm.address import Address
 from picolm.analyze import config as analysis
 from picolm.analyze.components import COMPONENTS
 from picolm.analyze.metrics import METRICS
+from picolm.cli import app
+from picolm.suite.config import SuiteConfig
 from picolm.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -81,8 +84,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 @pytest.fixture
 def apart() -> Iterator[None]:
     """What a page registers, imports and draws is gone after it."""
-    from picolm.analyze.components import COMPONENTS
-    from picolm.analyze.metrics import METRICS
     from picolm.data import SOURCES
     from picolm.models import MODELS
     from picolm.train.optim import OPTIMIZERS, SCHEDULES
@@ -161,6 +162,7 @@ def test_everything_a_page_shows_runs(page: Path, room: Path, request: pytest.Fi
     ("page", "within", "schema"),
     [
         ("train", "", TrainConfig),
+        ("suite", "", SuiteConfig),
         ("analyze", "file.", analysis.AnalysisConfig),
         ("analyze", "metrics.", analysis.Entry),
         ("analyze", "components.", analysis.Component),
@@ -191,8 +193,9 @@ def test_every_part_and_command_has_its_place_in_the_reference() -> None:
         assert f"\n## {name}\n" in pages["metrics"]
     for name in COMPONENTS:
         assert f"\n## {name}\n" in pages["components"]
-    for name in ("train", "analyze", "list", "verify", "generate", "replay", "fork", "batch", "data prepare"):
-        assert f"\n## pico {name}\n" in pages["command-line"]
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for member in getattr(command, "commands", [None]):
+            assert f"\n## pico {' '.join(filter(None, (name, member)))}\n" in pages["command-line"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Pages of reference that follow from the code: `<!-- generated: WHAT -->` in a page becomes tables of what the code says.
 
-WHAT: train, analyze (every key of a configuration), command-line, metrics, components. Links to files of the repository that
-are no pages (`../examples/…`) lead somewhere where the repository is browsed; in the site they are their text.
+WHAT: train, analyze, suite (every key of a configuration), command-line, metrics, components. Links to files of the repository
+that are no pages (`../examples/…`) lead somewhere where the repository is browsed; in the site they are their text.
 """
 
 import inspect
@@ -46,6 +46,12 @@ def _train() -> Iterator[str]:
     from picolm.train.config import TrainConfig
 
     yield from _tables(TrainConfig)
+
+
+def _suite() -> Iterator[str]:
+    from picolm.suite.config import SuiteConfig
+
+    yield from _tables(SuiteConfig)
 
 
 def _tables(schema: type[BaseModel]) -> Iterator[str]:
@@ -194,6 +200,7 @@ def _code(text: str) -> str:
 GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "train": _train,
     "analyze": _analyze,
+    "suite": _suite,
     "command-line": _command_line,
     "metrics": _metrics,
     "components": _components,
