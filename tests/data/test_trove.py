@@ -14,7 +14,6 @@ import pytest
 
 from picolm.data.documents import Document
 from picolm.data.filters import load_filter
-from picolm.data.manifest import read_manifest
 from picolm.data.prepare import prepare
 from picolm.errors import DataError, PicoError
 
@@ -89,7 +88,7 @@ def test_killed_in_any_stage_and_started_again_it_ends_in_the_same_bytes(corpus:
         for path, written in reports.items():
             assert path.stat().st_mtime_ns == written  # what was finished was not done again
         reports = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".killed.*/reports/*/*.json")}
-    assert len(reports) > 40
+    assert len(reports) > 25
     with start(corpus, out) as process:
         process.wait(60)
     assert process.returncode == 0, (tmp_path / "said").read_text()
