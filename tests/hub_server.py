@@ -204,6 +204,8 @@ class Answers(BaseHTTPRequestHandler):
         self.server.raw.append(self.path.encode() + b"\n" + headers + body)
         self.server.tokens.add(self.headers.get("Authorization", ""))
         self.lost = False
+        if "/allenai/" in path:  # the tokenizer that a run without one looks for: it is not here, whatever happens
+            return None, path
         if self.command == "HEAD":
             return 503 if self.server.down else None, path
         faults = next((faults for part, faults in self.server.faults.items() if part in path and faults), [])

@@ -46,6 +46,8 @@ def pull(
     wanted = source.steps if steps is None else sorted(set(steps))
     if absent := [step for step in wanted if step not in source]:
         source[absent[0]]  # raises Missing, before anything is written
+    if folder.is_dir() and not any((folder / name).exists() for name in (".lock", RUN, CONFIG)):
+        refuse_strangers(folder, (Directories.checkpoints_dir, Directories.eval_results_dir))  # before a lock is left in it
     with disk_errors("the run", folder):
         folder.mkdir(parents=True, exist_ok=True)
         with RunLock(folder / ".lock").held():

@@ -30,6 +30,7 @@ def push(
     sent, damaged = list[int](), list[int]()
     with outbox.sending():
         sender.open()
+        outbox.address(sender.branch.place)
         for done, (step, checkpoint) in enumerate(wanted.items()):
             progress(done, len(wanted))
             try:
