@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.formats.conftest import STEP, TEXT
+from tests.fox import STEP, TEXT
 
 from picolm.data.tokenizer import load_tokenizer
 from picolm.errors import PicoError

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.formats.conftest import STEP, folder_of, same
+from tests.fox import STEP, folder_of, same
 
 from picolm.errors import PicoError
 from picolm.formats import export

@@ -6,6 +6,8 @@ but where the harness prescribes it (from the left, to the context), and padding
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
@@ -57,7 +59,10 @@ class Adapter(TemplateLM):
         return Piece([*before, *after][-(self.context + 1) :], len(after))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The ln p of whole texts. A long one is cut like rows of training, each beginning with the last token of the other."""
+        """The ln p of whole texts. A long one is cut into rows that overlap by one token, as in training.
+
+        What is left for the last row is scored with all of the context before it, as the harness prescribes.
+        """
         windows = [list(self._windows(request.args[0])) for request in requests]
         nats_W = nats([piece for pieces in windows for piece in pieces], self.evaluation)
         return [-part.sum().item() for part in nats_W.split([len(pieces) for pieces in windows])]
@@ -93,19 +98,20 @@ class Adapter(TemplateLM):
 def run_tasks(evaluation: Evaluation) -> dict[str, float]:
     """The numbers of all tasks, `lm_eval/TASK/METRIC`. Raises PicoError for a task that there is not."""
     settings = evaluation.settings.lm_eval
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    found = simple_evaluate(
-        Adapter(evaluation._replace(batch_size=settings.batch_size)),
-        tasks=list(settings.tasks),
-        num_fewshot=settings.num_fewshot,
-        limit=settings.limit,
-        task_manager=tasks_in(settings.include_path, tuple(settings.tasks)),
-        bootstrap_iters=0,
-        log_samples=False,
-        random_seed=None,  # the seeds of the run are its own
-        numpy_random_seed=None,
-        torch_random_seed=None,
-    )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default
+    with contextlib.redirect_stderr(io.StringIO()):  # and draws a bar for every task
+        found = simple_evaluate(
+            Adapter(evaluation._replace(batch_size=settings.batch_size)),
+            tasks=list(settings.tasks),
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            task_manager=tasks_in(settings.include_path, tuple(settings.tasks)),
+            bootstrap_iters=0,
+            log_samples=False,
+            random_seed=None,  # the seeds of the run are its own
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
     assert found is not None
     return dict(sorted(_numbers(found)))
 

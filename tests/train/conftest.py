@@ -1,0 +1,1 @@
+from tests.fox import fox, make_run  # noqa: F401
