@@ -288,6 +288,10 @@ def test_figures_are_drawn_for_print(toy_table: pd.DataFrame, browser_at: Browse
     assert len(printed["data"]) > 20_000
     drawn = browser.execute_script("return [...figures.values()].every((figure) => figure.drawn)")
     assert drawn
+    rooms = browser.execute_script(
+        "return ['beforeprint', 'afterprint'].map((name) => { dispatchEvent(new Event(name)); return theme(); });"
+    )
+    assert rooms == ["light", "dark"]
 
 
 def test_everything_is_reached_by_the_keyboard_and_said_in_words(

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,22 @@ def test_a_section_of_ones_own(toy_table: pd.DataFrame, tmp_path: Path, monkeypa
         write([], ["toy_analysis"], own=["my_lab:none"])
 
 
+def test_runs_that_differ_in_their_seeds_are_one_group() -> None:
+    def run(name: str, seed: int, width: int) -> Any:
+        config = {
+            "model": {"d_model": width},
+            "training": {"seeds": {"init": seed}},
+            "checkpointing": {"run_name": name},
+        }
+        return SimpleNamespace(name=name, config=config)
+
+    runs = [run("a", 1, 96), run("b", 2, 96), run("c", 1, 384)]
+    material = Material(runs, [], ["runs/a", "runs/b", "runs/c"])
+    assert material.groups == {"a": "a and 1 like it", "b": "a and 1 like it", "c": "c"}
+    twins = Material([run("a", 1, 96), run("a", 2, 96)], [], ["here/a", "there/a"])
+    assert list(twins.named) == ["here/a", "there/a"]
+
+
 def test_a_section_may_hold_any_plotly_figure(toy_table: pd.DataFrame) -> None:
     drawing = Drawing(go.Figure(go.Bar(y=[1, 2]), layout={"title": {"text": "Bars & more"}}))
     assert (drawing.title, drawing.name) == ("Bars & more", "bars-more")
@@ -128,7 +145,7 @@ def test_a_section_may_hold_any_plotly_figure(toy_table: pd.DataFrame) -> None:
 def test_a_run_is_told_by_its_differences_and_its_digests(train: Callable[..., Run]) -> None:
     run = train("training.max_steps=2")
     text = page(gather([str(run.path)], []), compose(gather([str(run.path)], [])))
-    assert "Differs from the default configuration in" in text
+    assert re.search(r"Differs from the default configuration in \d+ keys", text)
     assert re.search(r"<code>model.<wbr>d_model</code></th><td>24</td><td class=\"faint\">768</td>", text)
     assert run[2].manifest.digest in text  # type: ignore[attr-defined]
     assert "Whole configuration" in text

@@ -59,7 +59,7 @@ class Material:
         for name, run in self.named.items():
             alike.setdefault(_without_seeds(run.config), []).append(name)
         return {
-            name: names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more seeds"
+            name: names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it"
             for names in alike.values()
             for name in names
         }

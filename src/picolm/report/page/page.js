@@ -26,6 +26,10 @@ function setTheme(name) {
   document.documentElement.dataset.theme = name;
   const button = document.getElementById("theme");
   button.textContent = name === "dark" ? "Light" : "Dark";
+  redraw();
+}
+
+function redraw() {
   for (const figure of figures.values()) if (figure.drawn) draw(figure);
 }
 
@@ -108,12 +112,12 @@ function show(figure) {
   }
 }
 
-function paint(trace, room) {
+function paint(trace, look) {
   const meaning = trace.meta && trace.meta.colour;
   if (trace.type !== "scatter" || !trace.meta) return;
-  let shade = room.faint;
-  if (meaning && "depth" in meaning) shade = room.depth[Math.round(meaning.depth * (room.depth.length - 1))];
-  if (meaning && "category" in meaning) shade = room.category[meaning.category % room.category.length];
+  let shade = look.faint;
+  if (meaning && "depth" in meaning) shade = look.depth[Math.round(meaning.depth * (look.depth.length - 1))];
+  if (meaning && "category" in meaning) shade = look.category[meaning.category % look.category.length];
   if (trace.meta.band) return void (trace.fillcolor = faded(shade, 0.18));
   trace.line = { ...trace.line, color: shade };
   trace.marker = { ...trace.marker, color: shade };
@@ -161,9 +165,9 @@ function arrange(layout, traces, meta, width, above) {
   layout.legend = { ...layout.legend, entrywidth: entry, y: 1 - above / layout.height };
 }
 
-function layoutOf(figure, width, room, above) {
+function layoutOf(figure, width, look, above) {
   const layout = structuredClone(figure.spec.layout);
-  layout.template = room.template;
+  layout.template = look.template;
   layout.width = width;
   for (const control of figure.controls) if (control.y) layout.yaxis.title.text = control.y[figure.chosen[control.key]];
   for (const key of Object.keys(layout)) {
@@ -174,11 +178,11 @@ function layoutOf(figure, width, room, above) {
   return layout;
 }
 
-function draw(figure, width = figure.plot.clientWidth, name = theme()) {
-  const room = rooms[name];
+function draw(figure, width = figure.plot.clientWidth) {
+  const look = rooms[theme()];
   show(figure);
-  for (const trace of figure.spec.data) paint(trace, room);
-  const layout = layoutOf(figure, width, room, 0);
+  for (const trace of figure.spec.data) paint(trace, look);
+  const layout = layoutOf(figure, width, look, 0);
   delete layout.title;
   figure.drawn = true;
   figure.plot.style.minHeight = `${layout.height || 400}px`;
@@ -186,10 +190,10 @@ function draw(figure, width = figure.plot.clientWidth, name = theme()) {
 }
 
 async function saveImage(figure, format) {
-  const width = Math.max(720, figure.plot.clientWidth), room = rooms.light;
+  const width = Math.max(720, figure.plot.clientWidth), look = rooms.light;
   const data = figure.spec.data.map((trace) => ({ ...trace }));
-  for (const trace of data) paint(trace, room);
-  const layout = layoutOf(figure, width, room, 40);
+  for (const trace of data) paint(trace, look);
+  const layout = layoutOf(figure, width, look, 40);
   const url = await Plotly.toImage({ data, layout }, { format, width, height: layout.height, scale: format === "png" ? 2 : 1 });
   offerFile(url, `${figure.node.dataset.file}.${format}`);
 }
@@ -319,8 +323,13 @@ function offerSteps(node) {
 
 // ── start ──
 
+let room; // the reader's, while the page is on paper, which is light
+
 function onPaper(begin) {
-  for (const figure of figures.values()) if (begin || figure.drawn) draw(figure, begin ? PAPER : undefined, begin ? "light" : theme());
+  if (begin) room ??= theme();
+  document.documentElement.dataset.theme = begin ? "light" : (room ?? theme());
+  if (!begin) room = undefined;
+  for (const figure of figures.values()) if (begin || figure.drawn) draw(figure, begin ? PAPER : undefined);
 }
 
 async function start() {
@@ -342,7 +351,7 @@ async function start() {
   let waiting, width = innerWidth;
   addEventListener("resize", () => {
     clearTimeout(waiting);
-    waiting = setTimeout(() => { if (width !== (width = innerWidth)) onPaper(false); }, 150);
+    waiting = setTimeout(() => { if (width !== (width = innerWidth)) redraw(); }, 150);
   });
 }
 

@@ -25,5 +25,5 @@ def heatmaps(material: Material) -> Section | None:
                 with suppress(PicoError):  # the table compares nothing of this kind
                     made = make(analysis.table, metric, options)
                     drawings.append(Drawing(made, call(function, analysis, metric, options), summary(metric)))
-    lead = "Where in the model, and when. Cells are equally wide whatever lies between the steps."
+    lead = "Where in the model, and when. Cells are equally wide whatever lies between the steps; empty cells are missing values."
     return Section("Heatmaps", drawings, lead) if drawings else None

@@ -15,16 +15,18 @@ from picolm.store import Checkpoint, Run
 from picolm.store.sealed import SealedCheckpoint
 
 EXPECTED = {"run_name", "runs_dir"}  # differ from the default in every run and say nothing
+FEW = 3  # runs whose differences from the default configuration are unfolded
 
 
 @SECTIONS.add("run")
 def run(material: Material) -> Section | None:
     """A card for each run."""
-    cards = [card(name, opened) for name, opened in material.named.items()]
+    few = len(material.runs) <= FEW
+    cards = [card(name, opened, few) for name, opened in material.named.items()]
     return Section("The run" if len(cards) == 1 else "The runs", cards) if cards else None
 
 
-def card(name: str, opened: Run) -> Markup:
+def card(name: str, opened: Run, unfolded: bool = True) -> Markup:
     """The facts of a run, its configuration (differences from the defaults first), and its provenance."""
     config, environment = flatten(_config(opened)), _environment(opened)
     last = opened.latest()
@@ -32,6 +34,7 @@ def card(name: str, opened: Run) -> Markup:
     return render(
         "run.html",
         name=name,
+        open=unfolded,
         sentence=_sentence(config, last),
         facts=_facts(config, entries, last),
         differences=_differences(opened, config),
