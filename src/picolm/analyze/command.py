@@ -43,7 +43,8 @@ def analyze_runs(
         table.aggregate(table.load(folder)).to_parquet(folder / "aggregated.parquet")
     if config.monitoring.save_to_wandb:
         _to_wandb(config, outcome.rows)
-    screen().print(table.summary(outcome.rows))
+    console = screen()
+    console.print(table.summary(outcome.rows, console.width))
     log.info(
         "%d values, %d of them computed now from %d tensors; %d things were missing. The table is %s.",
         len(outcome.rows), outcome.computed, outcome.read, len(outcome.absent), path,

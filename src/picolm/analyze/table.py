@@ -21,6 +21,7 @@ COLUMNS = (
     "against_run", "against_step", "against_layer", "reason",
 )  # fmt: skip
 RESULTS = "results.parquet"
+FULL_WIDTH = 116  # characters that all columns of a summary take
 
 
 def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) -> Path:
@@ -86,45 +87,41 @@ def json_name(row: Mapping[str, Any]) -> str:
     return f"{row['module']}.{row['kind']}" + ("" if row["head"] is None else f".heads.{row['head']}")
 
 
-def summary(rows: Iterable[Mapping[str, Any]]) -> "Table":
-    """For a terminal: the mean over layers and heads of each metric at the first and the last step, and how it went."""
+def summary(rows: Iterable[Mapping[str, Any]], width: int = FULL_WIDTH) -> "Table":
+    """For a terminal of `width` characters: the mean over layers and heads of each metric at the first and the last step,
+    and how it went. Where there is not room for all columns, what was measured is one of them, and counts are left out.
+    """
     from rich import box
     from rich.table import Table
 
     series: dict[tuple[str, ...], dict[int, list[float]]] = {}
     missing: dict[tuple[str, ...], int] = {}
     for row in rows:
-        key = (
-            row["run"],
-            " ".join(filter(None, (row["metric"], row["options"]))),
-            row["component"],
-            row["kind"],
-            row["split"],
-        )
+        metric = "\n".join(filter(None, (row["metric"], *(row["options"] or "").split())))
+        key = (row["run"], metric, row["component"], row["kind"], row["split"])
         steps = series.setdefault(key, {})
         if row["value"] is None:
             missing[key] = missing.get(key, 0) + 1
         else:
             steps.setdefault(row["step"], []).append(row["value"])
+    narrow = width < FULL_WIDTH
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("run", "metric", "component", "kind", "split"):
-        shown.add_column(heading, overflow="fold", no_wrap=heading == "metric")
-    for heading in ("values", "missing", "first", "last", "over steps"):
+    for heading in ("metric", "of") if narrow else ("run", "metric", "component", "kind", "split"):
+        shown.add_column(heading, overflow="fold", no_wrap=heading == "metric" and not narrow)
+    for heading in (*(() if narrow else ("values", "missing")), "first", "last", "over steps"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    for name, steps in series.items():
-        means = [sum(steps[step]) / len(steps[step]) for step in sorted(steps)]
-        ends = [f"{mean:.4g}" for mean in (means[0], means[-1])] if means else ["", ""]
-        count = sum(map(len, steps.values()))
-        shown.add_row(
-            name[0],
-            name[1].replace(" ", "\n"),
-            *name[2:],
-            str(count),
-            str(missing.get(name, 0) or ""),
-            *ends,
-            sparkline(means),
-        )
+    for key, steps in series.items():
+        run, metric, *what = key
+        names: tuple[str, ...] = (metric, " ".join(filter(None, (run, *what)))) if narrow else key
+        counts = () if narrow else (str(sum(map(len, steps.values()))), str(missing.get(key, 0) or ""))
+        shown.add_row(*names, *counts, *_course(steps, 10 if narrow else 16))
     return shown
+
+
+def _course(steps: Mapping[int, Sequence[float]], width: int) -> tuple[str, str, str]:
+    """The means at the first and the last step, and the means of all as a sparkline."""
+    means = [sum(steps[step]) / len(steps[step]) for step in sorted(steps)]
+    return (f"{means[0]:.4g}", f"{means[-1]:.4g}", sparkline(means, width)) if means else ("", "", "")
 
 
 def aggregate(frame: "pd.DataFrame", *, draws: int = 1000, confidence: float = 0.95, seed: int = 0) -> "pd.DataFrame":
