@@ -14,6 +14,7 @@ import pytest
 
 from picolm.data.documents import Document
 from picolm.data.filters import load_filter
+from picolm.data.manifest import read_manifest
 from picolm.data.prepare import prepare
 from picolm.errors import DataError, PicoError
 
@@ -21,6 +22,8 @@ trove = pytest.importorskip(
     "picolm.data.trove", reason="datatrove is not installed (the extra corpora)", exc_type=DataError
 )
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "corpora"
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 OPTIONS: dict[str, Any] = {
     "vocab_size": 400, "seq_len": 32, "seed": 3, "val_fraction": 0.1, "deduplicate": True,
     "filters": ["length,min_characters=20"], "run_bytes": 8000,
@@ -140,8 +143,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in commands.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
-    monkeypatch.setenv("PATH", path)
+    monkeypatch.setenv("PATH", str(folder) + os.pathsep + PATH)
     return folder
 
 
@@ -160,6 +162,39 @@ def test_jobs_for_slurm_do_the_same(corpus: Path, tmp_path: Path, slurm: Path) -
     assert digests(tmp_path / "out") == digests(tmp_path / "alone"), [p.read_text() for p in slurm.glob("out-*")]
     assert prepare([corpus], tmp_path / "out", **options, executor=spread) == alone  # once finished it is simply there
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out", "slurm", "texts"]
+
+
+@pytest.mark.slow
+def test_the_example_for_dolma_fetches_and_hands_in(corpus: Path, tmp_path: Path, slurm: Path) -> None:
+    prepare([corpus], tmp_path / "tokenizer", vocab_size=300, seq_len=32)
+    files = sorted(path for path in corpus.rglob("*.*") if path.is_file())
+    (tmp_path / "urls").write_text("".join(f"file://{path}\n" for path in files))
+    given = {
+        "DOLMA": tmp_path / "dolma", "PARTITION": "cpu", "TASKS": 2, "TOKENIZER": tmp_path / "tokenizer", "SEQ_LEN": 32,
+        "LIST": f"file://{tmp_path}/urls",
+    }  # fmt: skip
+    environment = os.environ | {name: str(value) for name, value in given.items()}
+    jobs = list[int]()
+    for _ in range(2):
+        done = subprocess.run(["bash", EXAMPLES / "dolma.sh"], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        jobs.append(len(list(slurm.glob("job-*"))))
+    assert jobs[0] == jobs[1]  # the second time nothing is handed in
+    assert "documents, " in done.stdout
+    alone = prepare([corpus], tmp_path / "alone", tokenizer=tmp_path / "tokenizer", seq_len=32)
+    assert alone is not None
+    there = read_manifest(tmp_path / "dolma" / "rows")
+    assert there is not None
+    assert (there.splits, there.documents) == (alone.splits, alone.documents)
+
+
+@pytest.mark.slow
+def test_the_example_for_a_laptop(corpus: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"VOCAB_SIZE": "300", "SEQ_LEN": "32", "MIN_CHARACTERS": "20", "PATH": PATH}
+    words = ["bash", str(EXAMPLES / "laptop.sh"), str(corpus), str(tmp_path / "rows")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Most frequent tokens:" in done.stdout
 
 
 def test_jobs_in_the_queue_are_not_handed_in_again(
