@@ -110,10 +110,10 @@ def summary(rows: Iterable[Mapping[str, Any]], width: int = FULL_WIDTH) -> "Tabl
         shown.add_column(heading, overflow="fold", no_wrap=heading == "metric" and not narrow)
     for heading in (*(() if narrow else ("values", "missing")), "first", "last", "over steps"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    for key, steps in series.items():
-        run, metric, *what = key
-        names: tuple[str, ...] = (metric, " ".join(filter(None, (run, *what)))) if narrow else key
-        counts = () if narrow else (str(sum(map(len, steps.values()))), str(missing.get(key, 0) or ""))
+    for name, steps in series.items():
+        run, metric, *what = name
+        names: tuple[str, ...] = (metric, " ".join(filter(None, (run, *what)))) if narrow else name
+        counts = () if narrow else (str(sum(map(len, steps.values()))), str(missing.get(name, 0) or ""))
         shown.add_row(*names, *counts, *_course(steps, 10 if narrow else 16))
     return shown
 
