@@ -1,5 +1,6 @@
 """Loggers: each says the same as metrics.jsonl, and none of them stops a run."""
 
+import contextlib
 import json
 import os
 import struct
@@ -67,7 +68,7 @@ def test_a_continued_run_has_each_step_once(train: Train) -> None:
     check_equal({(step, name): value for step, name, value in events(run)}, numbers(run), rel=1e-6)
 
 
-@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("package", ["tensorboard", "wandb", "trackio"])
 def test_a_package_that_is_not_installed_is_named_with_the_command(
     train: Train, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
@@ -156,8 +157,8 @@ def records(file: Path) -> Iterator[bytes]:
             record = b""
 
 
-def history(run: Run) -> Numbers:
-    """What the file of an offline W&B run holds, once its writer, a process of its own, has ended it."""
+def offline_records(run: Run) -> list[Any]:
+    """The records in the file of an offline W&B run, once its writer, a process of its own, has ended it."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = run.path.glob("logs/wandb/offline-run-*/*.wandb")
@@ -168,8 +169,13 @@ def history(run: Run) -> Numbers:
             break
         assert time.monotonic() < deadline, f"{file} has no end"
         time.sleep(0.05)
+    return read
+
+
+def history(run: Run) -> Numbers:
+    """The numbers in the file of an offline W&B run."""
     found: Numbers = {}
-    for record in read:
+    for record in offline_records(run):
         if record.WhichOneof("record_type") == "history":
             items = {
                 (item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item
@@ -180,8 +186,12 @@ def history(run: Run) -> Numbers:
 
 @pytest.mark.slow
 def test_an_offline_wandb_run_says_what_metrics_jsonl_says(train: Train) -> None:
-    run = train("monitoring.save_to_wandb=true")
+    run = train("monitoring.save_to_wandb=true", "monitoring.wandb.project=lab")
     check_equal(history(run), numbers(run), rel=1e-12)
+    first = next(record.run for record in offline_records(run) if record.WhichOneof("record_type") == "run")
+    assert (first.display_name, first.project) == ("toy", "lab")
+    config = {update.key: json.loads(update.value_json) for update in first.config.update}
+    assert {section: config[section] for section in run.config} == run.config
 
 
 @pytest.mark.slow
@@ -201,3 +211,40 @@ def test_an_unreachable_wandb_server_costs_seconds_and_not_the_run(make_config: 
     run = Run.open(tmp_path / "runs" / "toy")
     assert run.steps == [0, 2, 4, 6]
     check_equal(history(run), numbers(run), rel=1e-12)
+
+
+def train_elsewhere(tmp_path: Path, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """`pico train` in a process of its own, which reads the environment anew."""
+    command = [sys.executable, "-c", "from picolm.cli import main; main()", "train", f"{tmp_path}/toy.yaml", *words]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+
+def trackio_numbers(file: Path) -> list[tuple[str, int, str, float]]:
+    """(id of the run, step, name, value) of all that a trackio database holds."""
+    import sqlite3
+
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        lines = connection.execute("SELECT run_id, step, metrics FROM metrics ORDER BY id").fetchall()
+    return [(run, step, name, value) for run, step, text in lines for name, value in json.loads(text).items()]
+
+
+@pytest.mark.slow
+def test_trackio_says_on_this_machine_what_metrics_jsonl_says(make_config: Any, tmp_path: Path) -> None:
+    pytest.importorskip("trackio", reason="needs: pip install 'picolm[trackio]'")
+    make_config()  # writes the file
+    words = ["monitoring.save_to_trackio=true", "monitoring.wandb.project=lab"]
+    elsewhere = {"TRACKIO_DIR": f"{tmp_path}/trackio", "TRACKIO_SERVER_URL": "http://127.0.0.1:9/?write_token=secret"}
+    done = train_elsewhere(tmp_path, *words, **elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert "Trackio" not in done.stdout + done.stderr  # it has nothing to say
+    run = Run.open(tmp_path / "runs" / "toy")
+    held = trackio_numbers(tmp_path / "trackio" / "lab.db")
+    assert len({identity for identity, *_ in held}) == 1
+    seen = {(step, name): value for _, step, name, value in held if isinstance(value, int | float)}
+    check_equal(seen, numbers(run), rel=1e-12)
+
+    (run.path / "checkpoints" / "step_6" / "manifest.json").write_bytes(b"")  # so that it goes on from step 4
+    assert train_elsewhere(tmp_path, *words, **elsewhere).returncode == 0
+    assert {identity for identity, *_ in trackio_numbers(tmp_path / "trackio" / "lab.db")} == {held[0][0]}
+    assert train_elsewhere(tmp_path, *words, f"checkpointing.runs_dir={tmp_path}/others", **elsewhere).returncode == 0
+    assert len({identity for identity, *_ in trackio_numbers(tmp_path / "trackio" / "lab.db")}) == 2

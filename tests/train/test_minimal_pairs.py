@@ -82,6 +82,18 @@ def test_the_score_is_the_sum_over_all_tokens_in_batches_too(fox: Run) -> None:
             torch.testing.assert_close(nats_and_greedy(pieces, evaluation)[0].tolist(), expected, rtol=1e-6, atol=1e-5)
 
 
+def test_processes_share_the_work_and_lose_nothing(fox: Run) -> None:
+    from picolm.train.scoring import Piece, nats
+
+    tokenizer = load_tokenizer(fox.step_path(STEP))
+    pieces = [Piece([0, *ids], len(ids)) for ids in (tokenizer.encode(sentence).ids for sentence in SENTENCES)]
+    alone = Evaluation(load_model(fox), None, 2, None, 0, 1, torch.device("cpu"))
+    with torch.no_grad():
+        shares = [nats(pieces, alone._replace(rank=rank, world=3)) for rank in range(3)]  # what all_reduce adds up
+        assert [int((share > 0).sum()) for share in shares] == [2, 2, 1]
+        torch.testing.assert_close(sum(shares), nats(pieces, alone), rtol=1e-6, atol=0)
+
+
 def test_equal_sentences_are_no_success(fox: Run, tmp_path: Path) -> None:
     file = write(tmp_path / "same.jsonl", [{"sentence_good": "The dog", "sentence_bad": "The dog"}])
     assert accuracy(fox, file) == {"minimal_pairs": 0.0}

@@ -126,6 +126,7 @@ class Trackio:
             )
         os.environ.update(elsewhere)
         begun.touch()
+        self.finish = trackio.finish  # the session's own method would be called, and speak, again at exit
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         try:
@@ -138,7 +139,7 @@ class Trackio:
     def close(self) -> None:
         try:
             with contextlib.redirect_stdout(None):
-                self.session.finish()
+                self.finish()
         except Exception as error:
             log.warning("trackio did not close: %s", error)
 

@@ -1,0 +1,139 @@
+"""`pico evaluate` and evaluations while training say the same, and no result is lost to another."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests.fox import TEXT
+
+from picolm.cli import app
+from picolm.data.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
+from picolm.errors import PicoError
+from picolm.store import Run
+from picolm.store.identity import stored_weights_digest
+
+
+@pytest.fixture
+def reading(tmp_path: Path) -> list[str]:
+    """Overrides of the toy configuration that make it a model of text, and pairs of sentences to ask it for."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write_tokenizer(train_tokenizer([TEXT], 300), folder, 16)
+    tokens = np.array((load_tokenizer(folder).encode(TEXT).ids * 9)[: 17 * 120], dtype=np.int32).reshape(120, 17)
+    for split, rows in (("train", tokens), ("val", tokens[::10])):
+        pq.write_table(pa.table({"input_ids": list(rows)}), folder / f"{split}-00000-of-00001.parquet")
+    pairs = [{"sentence_good": f"The {a}", "sentence_bad": f"{a} The", "UID": "order"} for a in ("dog", "fox", "cold")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return [f"data.dataset.name={folder}", "model.vocab_size=320", "data.tokenizer.vocab_size=300"]
+
+
+def pico(*words: str) -> None:
+    app(list(words), standalone_mode=False)
+
+
+def test_pairs_are_counted_while_training_and_change_nothing_of_it(
+    train: Callable[..., Run], reading: list[str], tmp_path: Path
+) -> None:
+    plain = train(*reading)
+    asked = ["evaluation.metrics=[paloma,minimal_pairs]", f"evaluation.minimal_pairs.path={tmp_path}/pairs.jsonl"]
+    run = train(*reading, *asked, "checkpointing.run_name=asked")
+    assert stored_weights_digest(run[6]) == stored_weights_digest(plain[6])
+    logged = {entry["step"]: entry for entry in run.metrics() if "val/minimal_pairs" in entry}
+    assert list(logged) == [0, 2, 4, 6]
+    for step, entry in logged.items():
+        results = run.evaluation(step)
+        assert results is not None
+        assert set(results) >= {"paloma", "paloma/bits_per_byte", "minimal_pairs", "minimal_pairs/order"}
+        assert {name: entry[f"val/{name}"] for name in results} == results
+        assert results["minimal_pairs/order"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
+
+
+def test_afterwards_gives_what_training_gave_and_keeps_what_was_there(
+    train: Callable[..., Run], reading: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(*reading)
+    then = {step: run.evaluation(step) for step in run.steps}
+    pico("evaluate", str(run.path), "--pairs", f"{tmp_path}/pairs.jsonl", "--steps", "2,6")
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("step")] == [
+        f"step {step}: minimal_pairs {run.evaluation(step)['minimal_pairs']:.6g}" for step in (2, 6)  # type: ignore[index]
+    ]  # fmt: skip
+    assert run.evaluation(0) == then[0]
+    found = run.evaluation(6)
+    assert found is not None and found.keys() - then[6].keys() == {"minimal_pairs", "minimal_pairs/order"}  # type: ignore[union-attr]  # noqa: PT018
+    pico("evaluate", str(run.path), "--metrics", "paloma")
+    for step in run.steps:
+        again = run.evaluation(step)
+        assert again is not None
+        assert {name: again[name] for name in then[step]} == pytest.approx(then[step], rel=1e-6)  # type: ignore[union-attr]
+    assert "minimal_pairs" in run.evaluation(6)  # type: ignore[operator]
+
+
+def test_a_continued_run_keeps_results_of_its_first_step_alone(
+    train: Callable[..., Run], reading: list[str], tmp_path: Path
+) -> None:
+    run = train(*reading)
+    pico("evaluate", str(run.path), "--pairs", f"{tmp_path}/pairs.jsonl")
+    (run.path / "checkpoints" / "step_6" / "manifest.json").write_bytes(b"")  # so that it goes on from step 4
+    run = train(*reading)
+    assert ["minimal_pairs" in (run.evaluation(step) or {}) for step in (2, 4, 6)] == [True, True, False]
+
+
+def test_other_keys_and_nothing_to_do_are_refused(train: Callable[..., Run], reading: list[str]) -> None:
+    run = train(*reading, "evaluation.metrics=[]", "training.max_steps=0")
+    with pytest.raises(PicoError, match="nothing to evaluate: name evaluations with --metrics, --tasks or --pairs"):
+        pico("evaluate", str(run.path))
+    with pytest.raises(PicoError, match=r"model.d_model=12: evaluating changes nothing of a run"):
+        pico("evaluate", str(run.path), "model.d_model=12", "--metrics", "paloma")
+    with pytest.raises(PicoError, match="--tasks says which of them to run"):
+        pico("evaluate", str(run.path), "--include-path", "tasks")
+    with pytest.raises(PicoError, match=r"has no step 3 \(there are: 0\)"):
+        pico("evaluate", str(run.path), "--metrics", "paloma", "--steps", "3")
+
+
+def test_without_the_package_the_command_to_install_it_is_named(
+    train: Callable[..., Run], reading: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    run = train(*reading, "training.max_steps=0")
+    monkeypatch.delitem(sys.modules, "picolm.train.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(PicoError, match=r"lm_eval needs: pip install 'picolm\[lm_eval\]'"):
+        pico("evaluate", str(run.path), "--tasks", "blimp")
+
+
+@pytest.mark.slow
+def test_lm_eval_runs_while_training_and_afterwards_with_the_same_numbers(
+    train: Callable[..., Run], reading: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs: pip install 'picolm[lm_eval]'")
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("The dog", "fox")))
+    (tmp_path / "task.yaml").write_text(f"""
+task: fox_texts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/documents.jsonl}}, cache_dir: {tmp_path}/cache}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+""")
+    asked: list[Any] = [
+        "evaluation.metrics=[paloma,lm_eval]",
+        "evaluation.lm_eval.tasks=[fox_texts]",
+        f"evaluation.lm_eval.include_path={tmp_path}",
+    ]
+    plain, run = train(*reading), train(*reading, *asked, "checkpointing.run_name=asked")
+    assert stored_weights_digest(run[6]) == stored_weights_digest(plain[6])
+    pico("evaluate", str(plain.path), "--tasks", "fox_texts", "--include-path", str(tmp_path))
+    for step in (0, 2, 4, 6):
+        during, after = run.evaluation(step), plain.evaluation(step)
+        assert during is not None
+        assert "lm_eval/fox_texts/bits_per_byte" in during
+        assert after == pytest.approx(during, rel=1e-6)
+    assert [entry["step"] for entry in run.metrics() if "val/lm_eval/fox_texts/bits_per_byte" in entry] == [0, 2, 4, 6]
