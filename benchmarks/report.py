@@ -75,6 +75,7 @@ def main() -> None:
     view(browser, 1280, 900)
     try:
         with tempfile.TemporaryDirectory() as folder:
+            measure(browser, 1000, Path(folder))  # imports, and a browser that has just started
             for values in map(int, parser.parse_args().values.split(",")):
                 found = measure(browser, values, Path(folder))
                 print(f"{values:>8,} values", *(f"{name} {value:.2f}" for name, value in found.items()), sep="   ")

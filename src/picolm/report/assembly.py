@@ -25,6 +25,8 @@ from picolm.report.material import Material, gather
 from picolm.report.render import asset, render
 from picolm.report.section import SECTIONS, Drawing, Section, Sheet, described
 
+SCRIPTS = ("figures.js", "tables.js", "page.js")  # the last one starts
+
 
 def write(
     runs: Sequence[str],
@@ -69,7 +71,7 @@ def page(material: Material, chosen: Sequence[Section]) -> str:
     """Sections as HTML."""
     from plotly.offline import get_plotlyjs
 
-    script, plotly = asset("page.js"), get_plotlyjs()
+    script, plotly = "\n".join(map(asset, SCRIPTS)), get_plotlyjs()
     names = list(material.named) or [analysis.name for analysis in material.analyses]
     return render(
         "page.html",

@@ -91,7 +91,7 @@ def figure(
 
 
 def show(made: go.Figure, chosen: dict[str, int]) -> None:
-    """Draw the traces that belong to the choices; each group of lines has one entry in the legend (`show` in page.js)."""
+    """Draw the traces that belong to the choices; each group of lines has one entry in the legend (`show` in figures.js)."""
     named: set[str] = set()
     for trace in made.data:
         trace.visible = all(chosen.get(key, option) == option for key, option in trace.meta["shown"].items())
@@ -101,7 +101,7 @@ def show(made: go.Figure, chosen: dict[str, int]) -> None:
 
 
 def arrange(made: go.Figure, columns: int, width: int = WIDTH) -> go.Figure:
-    """Place the panels in a grid of `columns`; the page does the same for the width that it has (`arrange` in page.js)."""
+    """Place the panels in a grid of `columns`; the page does the same for the width that it has (`arrange` in figures.js)."""
     count, row = made.layout.meta["panels"], _row_height(made)
     columns = min(columns, count)
     rows = math.ceil(count / columns)
