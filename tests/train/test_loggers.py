@@ -180,7 +180,11 @@ def history(run: Run) -> Numbers:
             items = {
                 (item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item
             }
-            found |= {(int(items["_step"]), name): value for name, value in items.items() if name[0] != "_"}
+            found |= {
+                (int(items["_step"]), name): value
+                for name, value in items.items()
+                if name[0] != "_" and isinstance(value, int | float)
+            }
     return found
 
 
