@@ -69,6 +69,8 @@ def test_the_partner_of_a_comparison_is_in_the_title(make_table: Make) -> None:
 
     assert titles(rows(lambda step: 30)) == ["<b>swiglu.w_2 · weights · with step 30</b>"]
     assert titles(rows(lambda step: step - 10)) == ["<b>swiglu.w_2 · weights · with the step before</b>"]
+    shorter = [entry | {"run": "b", "against_run": "b", "against_step": 20} for entry in rows(lambda step: 20)[:2]]
+    assert titles(rows(lambda step: 30) + shorter) == ["<b>swiglu.w_2 · weights · with the last step</b>"]
     both = rows(lambda step: 30) + rows(lambda step: 10)
     assert titles(both) == [f"<b>swiglu.w_2 · weights · with step {step}</b>" for step in (30, 10)]
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,7 @@ def compose(material: Material, own: Sequence[str] = ()) -> list[Section]:
 
 def page(material: Material, chosen: Sequence[Section]) -> str:
     """Sections as HTML."""
-    from plotly.offline import get_plotlyjs
-
-    script, plotly = "\n".join(map(asset, SCRIPTS)), get_plotlyjs()
+    script, (library, library_digest) = "\n".join(map(asset, SCRIPTS)), _plotly()
     names = list(material.named) or [analysis.name for analysis in material.analyses]
     return render(
         "page.html",
@@ -79,12 +78,20 @@ def page(material: Material, chosen: Sequence[Section]) -> str:
         sections=[_numbered(section, place) for place, section in enumerate(chosen)],
         css=Markup(asset("page.css")),
         script=Markup(script),
-        digests=[_digest(script), _digest(plotly)],
-        plotly=pack_text(plotly),
+        digests=[_digest(script), library_digest],
+        plotly=library,
         rooms=pack(rooms()),
         command=material.command,
         version=__version__,
     )
+
+
+@cache
+def _plotly() -> tuple[Markup, str]:
+    """The plotting library, packed, and its digest."""
+    from plotly.offline import get_plotlyjs
+
+    return pack_text(get_plotlyjs()), _digest(get_plotlyjs())
 
 
 def _digest(script: str) -> str:

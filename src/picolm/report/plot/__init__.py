@@ -7,6 +7,7 @@ plotly figure; `figure.layout.meta` tells the page what a reader may change in i
 from picolm.report.plot.comparison import compare
 from picolm.report.plot.heatmaps import heatmap, layers, steps
 from picolm.report.plot.metrics import metric
+from picolm.report.plot.tasks import tasks
 from picolm.report.plot.training import log_table, loss, training
 
-__all__ = ["compare", "heatmap", "layers", "log_table", "loss", "metric", "steps", "training"]
+__all__ = ["compare", "heatmap", "layers", "log_table", "loss", "metric", "steps", "tasks", "training"]

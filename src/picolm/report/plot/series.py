@@ -99,9 +99,13 @@ def _relations(rows: pd.DataFrame) -> pd.Series:
 def _against(rows: pd.DataFrame) -> pd.Series:
     """Per row, the partner in words; empty for metrics of one tensor."""
     other_run = rows["against_run"].fillna("").where(rows["against_run"] != rows["run"], "")
-    fixed = rows.groupby(["component", "kind", "split", "against_step"], dropna=False)["step"].transform("nunique") > 1
+    keys = ["run", "component", "kind", "split", "against_step"]
+    fixed = rows.groupby(keys, dropna=False)["step"].transform("nunique") > 1
+    last = rows.groupby("run")["step"].transform("max")
     moving = rows["against_step"].notna() & ~fixed & (rows["against_step"] != rows["step"])
     step = ("with step " + rows["against_step"].astype("string")).where(fixed, "").fillna("")
+    if last.nunique() > 1:  # runs of different length: what they are compared with has one name
+        step = step.mask(fixed & (rows["against_step"] == last).fillna(False), "with the last step")
     step = step.mask(moving, "with the step before").where(other_run == "", "")
     layer = (
         ("layer " + rows["against_layer"].astype("string")).where(rows["against_layer"] != rows["layer"], "").fillna("")

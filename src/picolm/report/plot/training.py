@@ -14,7 +14,9 @@ from picolm.report.plot.panels import Control, Panel, figure, line
 UNITS = ("nats per token", "perplexity", "bits per byte")
 TRAINED = ("train/loss", "train/perplexity", "train/bits_per_byte")
 TRAINING = "training batches"
-VALIDATED = re.compile(r"val/(?P<name>[^/]+)(?:/(?P<source>.+?))??(?:/(?P<unit>nats_per_token|bits_per_byte))?$")
+VALIDATED = re.compile(
+    r"val/(?!lm_eval/|minimal_pairs)(?P<name>[^/]+)(?:/(?P<source>.+?))??(?:/(?P<unit>nats_per_token|bits_per_byte))?$"
+)
 PROGRESS = {
     "lr": Panel("Learning rate", "learning rate"),
     "grad_norm": Panel("Gradient norm", "L2 norm before clipping"),

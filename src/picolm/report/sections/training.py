@@ -18,8 +18,10 @@ def training(material: Material) -> Section | None:
         "Held-out loss is the mean over all predicted tokens of each source. Perplexity is the exponential of the loss in nats; "
         "bits per byte compare across tokenizers.",
         "The gradient norm is that before clipping; a factor of 1 on the gradient means that nothing was clipped.",
+        "Minimal pairs: the share of pairs whose acceptable sentence is the likelier one (0.5 by chance). Other panels: tasks of "
+        "lm-evaluation-harness in the units of their metrics.",
     )
-    for name, caption in zip(("loss", "training"), captions, strict=True):
+    for name, caption in zip(("loss", "training", "tasks"), captions, strict=True):
         with suppress(PicoError):  # nothing of it was logged
             drawings.append(Drawing(getattr(plot, name)(log), f"{CALL}{name}(log)", caption))
     return Section("Training", drawings, "Loss and the state of the optimizer over steps.") if drawings else None

@@ -1,0 +1,60 @@
+"""What tasks say of a model over its training: minimal pairs, and tasks of lm-evaluation-harness, a panel for each metric."""
+
+from typing import NamedTuple
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from picolm.errors import PicoError
+from picolm.report.look import DASHES
+from picolm.report.plot.panels import Panel, figure, line
+
+PAIRS, HARNESS = "val/minimal_pairs", "val/lm_eval/"
+
+
+class _Curve(NamedTuple):
+    name: str
+    metric: str
+    task: str
+
+
+def tasks(log: pd.DataFrame) -> go.Figure:
+    """Accuracy on minimal pairs, in all and by phenomenon, and every metric of every task.
+
+    log: see `log_table`. One run: a colour per task; several: a colour per run. Raises PicoError where there is none.
+    """
+    runs = list(log["run"].unique())
+    curves = [curve for curve in map(_curve, log["name"].unique()) if curve is not None]
+    if not curves:
+        raise PicoError("nothing was logged of tasks")
+    metrics = list(dict.fromkeys(curve.metric for curve in curves))
+    traces = []
+    for metric in metrics:
+        for part, curve in enumerate(curve for curve in curves if curve.metric == metric):
+            for place, run in enumerate(runs):
+                own = log[(log["run"] == run) & (log["name"] == curve.name)].sort_values("step")
+                words = curve.task if len(runs) == 1 else f"{run}, {curve.task}"
+                meaning, dash = (
+                    ({"category": part}, "solid") if len(runs) == 1 else ({"category": place}, DASHES[part % 5])
+                )
+                traces.append(
+                    line(
+                        own["step"].to_numpy(),
+                        own["value"].to_numpy(),
+                        words,
+                        panel=metrics.index(metric),
+                        meaning=meaning,
+                        dash=dash,
+                    )
+                )
+    return figure("Tasks", traces, [Panel(metric, metric) for metric in metrics], log="x")
+
+
+def _curve(name: str) -> _Curve | None:
+    """`val/lm_eval/TASK/METRIC`, `val/minimal_pairs` and `val/minimal_pairs/PHENOMENON`; None for other quantities."""
+    if name == PAIRS or name.startswith(PAIRS + "/"):
+        return _Curve(name, "minimal pairs: share right", name.removeprefix(PAIRS).lstrip("/") or "all pairs")
+    if not name.startswith(HARNESS):
+        return None
+    task, _, metric = name.removeprefix(HARNESS).rpartition("/")
+    return _Curve(name, metric, task)
