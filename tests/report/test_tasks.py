@@ -21,7 +21,8 @@ ENTRIES = [
 
 def test_each_metric_of_each_task_is_a_line_of_its_panel() -> None:
     figure = plot.tasks(plot.log_table({"a": ENTRIES}))
-    assert [note.text for note in figure.layout.annotations] == ["minimal pairs: share right", "acc", "bits_per_byte"]
+    titles = [note.text.removeprefix("<b>").removesuffix("</b>") for note in figure.layout.annotations]
+    assert titles == ["minimal pairs: share right", "acc", "bits_per_byte"]
     drawn = {(trace.name, trace.yaxis): list(trace.y) for trace in figure.data}
     assert drawn == {
         ("all pairs", "y"): [0.5, 0.55],
