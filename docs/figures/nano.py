@@ -152,6 +152,20 @@ def print_tables(values: pd.DataFrame, members: pd.DataFrame, groups: list[str])
         print(apart(cells[0], cells[-1], 3) + " |")
 
 
+def print_layers(values: pd.DataFrame, members: pd.DataFrame, groups: list[str]) -> None:
+    """Markdown: when the CKA of each layer has settled at 0.9, by size."""
+    full = values.assign(module="", options="", against_run=None, against_step=None, against_layer=None)
+    found = figures(full[full["metric"] == "cka"])
+    settled = found[found["figure"].str.startswith("settled")]
+    grouped = by_group(settled, dict(zip(members["run"], members["group"])), layers=True)
+    print("\n| settled at 0.9 (share of training) | " + " | ".join(g.upper() for g in groups) + " |")
+    print("|---" * (len(groups) + 1) + "|")
+    for (component, layer), rows in grouped.groupby(["component", "layer"], sort=False):
+        by = rows.set_index("group")
+        cells = [cell(tuple(by.loc[g, ["mean", "low", "high", "n"]])) for g in groups if g in by.index]
+        print(f"| {MATTERS[component, 'activations']}, layer {layer} | " + " | ".join(cells) + " |")
+
+
 def ratios(found: pd.DataFrame) -> pd.DataFrame:
     """Last over first effective rank: what is left of it, whatever the shape of the matrix."""
     keys = ["run", "metric", "options", "component", "kind", "split", "module", "layer"]
@@ -195,6 +209,7 @@ def main() -> None:
     by_metric(values, groups, "per", ("weights", "gradients"), "proportional effective rank")
     by_layer(values, groups)
     print_tables(values.drop(columns="group"), members, groups)
+    print_layers(values.drop(columns="group"), members, groups)
 
 
 if __name__ == "__main__":

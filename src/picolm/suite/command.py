@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def run_suite(
     suite = load_suite(file, overrides)
     found = standings(suite.members)
     if dry_run:
-        _preview(suite, found, jobs)
+        _preview(suite, found)
         return 0
     suite.config.folder.mkdir(parents=True, exist_ok=True)
     configure_logging("INFO", suite.config.folder / "suite.log")
@@ -54,36 +55,21 @@ def run_suite(
     return _tell(failures, len(suite.members))
 
 
-def _preview(suite: Suite, found: list[Standing], jobs: int) -> None:
+def _preview(suite: Suite, found: list[Standing]) -> None:
     forecasts = forecast(suite.config, found)
     console = Console()
     console.width = max(console.width, 116)  # wrapped by the terminal rather than cut off
     console.print(table(forecasts))
-    print(remarks(suite.config, suite.members, forecasts, jobs))
+    print(remarks(suite.config, suite.members, forecasts))
 
 
 def _train(suite: Suite, found: list[Standing], executor: str, jobs: int) -> tuple[list[Failure], int | None]:
     """Train the members that are not finished; those that another process trains are left to it."""
-    counted = {
-        state: sum(standing.state == state for standing in found) for state in dict.fromkeys(s.state for s in found)
-    }
-    log.info(
-        "%s: %d runs: %s.",
-        suite.config.suite_name,
-        len(found),
-        ", ".join(f"{n} {state}" for state, n in counted.items()),
-    )
-    for standing in found:
-        if standing.saved_otherwise:
-            log.warning(
-                "%s was saved with other %s; it stays as it is.",
-                standing.member.name,
-                ", ".join(standing.saved_otherwise),
-            )
+    _say(suite, found)
     # A job of the cluster that is running is known by its number, and waited for.
-    missing = [s for s in found if s.state != "finished" and (s.state != "running" or executor == "slurm")]
     others = [s for s in found if s.state == "running" and executor != "slurm"]
     elsewhere = [Failure(s.member.name, "another process is training it; wait for it to end") for s in others]
+    missing = [s for s in found if s.state != "finished" and s not in others]
     if not missing:
         return elsewhere, None
     members = [standing.member for standing in missing]
@@ -94,6 +80,17 @@ def _train(suite: Suite, found: list[Standing], executor: str, jobs: int) -> tup
         return elsewhere + train_on_cluster(suite.config, members, files, progress.done), None
     failures, stopped = train_locally(members, files, suite.config.folder / "logs", jobs, progress.done)
     return elsewhere + failures, stopped
+
+
+def _say(suite: Suite, found: list[Standing]) -> None:
+    """How far the suite is."""
+    states = Counter(standing.state for standing in found)
+    counted = ", ".join(f"{count} {state}" for state, count in states.items())
+    log.info("%s: %d runs: %s.", suite.config.suite_name, len(found), counted)
+    for standing in found:
+        if standing.saved_otherwise:
+            keys = ", ".join(standing.saved_otherwise)
+            log.warning("%s was saved with other %s; it stays as it is.", standing.member.name, keys)
 
 
 def _written(suite: Suite, members: list[Member]) -> list[Path]:

@@ -102,20 +102,15 @@ def _rank(steps: Sequence[float], values: Sequence[float], share: float) -> dict
 
 def by_group(table: "pd.DataFrame", groups: Mapping[str, str], layers: bool = False) -> "pd.DataFrame":
     """Mean and interval over the runs of each group of what `figures` gives: first the mean over the layers of a run, or, with
-    `layers`, each layer. n counts runs; `reached` how many of them have the figure in every layer.
+    `layers`, each layer. n: runs that have the figure in every layer, `of` how many there are.
     """
     import pandas as pd
 
-    keys = (
-        [name for name in ONE_MATRIX if name not in ("run", "layer", "module")]
-        + ["figure"]
-        + (["layer"] if layers else [])
-    )
+    apart = ("run", "module") if layers else ("run", "module", "layer")
+    keys = ["group", *(name for name in ONE_MATRIX if name not in apart), "figure"]
     records = []
-    for key, rows in table.assign(group=table["run"].map(groups)).groupby(["group", *keys], dropna=False, sort=False):
+    for key, rows in table.assign(group=table["run"].map(groups)).groupby(keys, dropna=False, sort=False):
         each = rows.groupby("run", sort=False)["value"].agg(lambda values: values.mean(skipna=False))
         mean, low, high, n = interval(each.tolist())
-        records.append(
-            dict(zip(["group", *keys], key)) | {"mean": mean, "low": low, "high": high, "n": n, "of": len(each)}
-        )
+        records.append(dict(zip(keys, key)) | {"mean": mean, "low": low, "high": high, "n": n, "of": len(each)})
     return pd.DataFrame(records)

@@ -133,7 +133,7 @@ def table(forecasts: list[Forecast]) -> Table:
     return shown
 
 
-def remarks(config: SuiteConfig, members: list[Member], forecasts: list[Forecast], jobs: int) -> str:
+def remarks(config: SuiteConfig, members: list[Member], forecasts: list[Forecast]) -> str:
     """What differs between members, and what the estimates rest on."""
     keys = differing(members)
     lines = ["Members differ in " + (", ".join(keys) or "nothing") + "; everything else is the same."]
