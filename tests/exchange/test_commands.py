@@ -72,6 +72,7 @@ def test_mistakes_are_explained(
     assert "each run is a branch (branches: main, toy)" in pico("pull", "lab/run")[1]
 
 
+@pytest.mark.slow
 def test_a_token_is_in_nothing_that_is_written_or_said(
     hub: WritableHub, make_run: Callable[..., Run], pico: Callable[..., tuple[int, str]], tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

@@ -1,6 +1,6 @@
 """Bringing a run here: the same digests, whole steps only, nothing twice, and nowhere else than into its folder."""
 
-import json
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def test_what_is_here_is_not_fetched_again(sent: Run, tmp_path: Path, hub: Writa
     assert digests(Run.open(tmp_path / "here")) == digests(sent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("only", "kinds"),
     [("weights", {"weights"}), ("optimizer", {"exp_avg"}), ("dynamics", {"activations", "gradients"})],
@@ -120,17 +121,16 @@ def test_bytes_that_are_not_those_of_the_manifest_are_refused(sent: Run, tmp_pat
     assert Run.open(tmp_path / "here").steps == [0]
 
 
-@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/../../outside", "a\\..\\b"])
-def test_no_name_leads_out_of_the_folder(sent: Run, hub: WritableHub, tmp_path: Path, name: str) -> None:
-    manifest = json.loads((sent.step_path(2) / "manifest.json").read_bytes())
-    manifest["files"][name] = {"bytes": 4, "sha256": "0" * 64}
-    forged = Manifest.from_bytes((sent.step_path(2) / "manifest.json").read_bytes(), "x")
-    object.__setattr__(forged, "files", {**forged.files, name: next(iter(forged.files.values()))})
-    body = f"Step 9 is whole with this commit; its manifest has the digest {forged.digest}."
-    hub.repository("lab/run").commit("toy", "Saving HF Model -- Step 9", {"manifest.json": forged.to_bytes()}, body)
-    with pytest.raises(StoreError, match=r"could lead out|holds step"):
-        pull(source(), tmp_path / "deep/here", [9])
-    assert not list(tmp_path.rglob("outside"))
+def test_no_name_leads_out_of_the_folder(sent: Run, hub: WritableHub, tmp_path: Path) -> None:
+    whole = Manifest.from_bytes((sent.step_path(2) / "manifest.json").read_bytes(), "x")
+    for step, name in enumerate(["../outside", "/tmp/outside", "a/../../outside", "a\\..\\outside"], start=10):
+        forged = dataclasses.replace(whole, step=step, files={**whole.files, name: next(iter(whole.files.values()))})
+        body = f"Step {step} is whole with this commit; its manifest has the digest {forged.digest}."
+        title = f"Saving HF Model -- Step {step}"
+        hub.repository("lab/run").commit("toy", title, {"manifest.json": forged.to_bytes()}, body)
+        with pytest.raises(StoreError, match=r"is not a plain relative path; it could lead out"):
+            pull(source(), tmp_path / "deep/here", [step])
+    assert not list(tmp_path.rglob("*outside"))
 
 
 def test_a_folder_of_another_run_is_left_alone(sent: Run, make_run: Callable[..., Run], tmp_path: Path) -> None:
@@ -147,6 +147,7 @@ def test_a_folder_of_another_run_is_left_alone(sent: Run, make_run: Callable[...
     }
 
 
+@pytest.mark.slow
 def test_what_retention_deleted_comes_back_from_the_hub(sent: Run) -> None:
     before = digests(sent)
     sent.thin(2, {"optimizer", "gradients"})
@@ -209,6 +210,7 @@ def test_a_published_run_is_brought_as_it_is(hub: WritableHub, tmp_path: Path) -
     assert pull(source("tiny-1", "lab/published"), here) == []
 
 
+@pytest.mark.slow
 def test_parts_of_a_published_run(hub: WritableHub, tmp_path: Path) -> None:
     published(hub, tmp_path)
     here = tmp_path / "here"

@@ -59,6 +59,7 @@ def test_commits_are_called_as_those_of_published_runs(hub: WritableHub, make_ru
     assert {"config.json", "model.safetensors", "tokenizer.json", "manifest.json", "metrics.jsonl"} <= set(model.files)
 
 
+@pytest.mark.slow
 def test_git_agrees(hub: WritableHub, make_run: Callable[..., Run], tmp_path: Path) -> None:
     """The commits are a real repository: cloned, its pointers name the large files by the digests of the manifest."""
     run = make_run()
@@ -82,6 +83,7 @@ def test_what_is_there_is_not_sent_again(hub: WritableHub, make_run: Callable[..
     assert read().steps == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_older_steps_sent_late_leave_the_newest_in_front(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
     push(sender(run, "lab/run"), [4])
@@ -93,6 +95,7 @@ def test_older_steps_sent_late_leave_the_newest_in_front(hub: WritableHub, make_
     assert digests(read()) == digests(run)
 
 
+@pytest.mark.slow
 def test_parts_are_sent_alone_and_together_are_the_step(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
     push(sender(run, "lab/run"), only=["weights"])
@@ -118,6 +121,7 @@ def test_a_step_that_lacks_something_hides_that_of_the_step_before(
     assert digests(read()) == digests(run)
 
 
+@pytest.mark.slow
 def test_a_step_trained_again_takes_the_place_of_the_other(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
     push(sender(run, "lab/run"))
@@ -141,7 +145,7 @@ def test_a_branch_of_another_run_is_left_alone(hub: WritableHub, make_run: Calla
     push(sender(make_run(), "lab/run"))
     before = titles(hub)
     with pytest.raises(
-        StoreError, match=r"lab/run@toy holds another run already \(the run 'toy' of .*\); choose another"
+        StoreError, match=r"lab/run@toy holds another run already \('toy', made 2.*\); choose another"
     ):
         push(sender(make_run("other", (0,)), "lab/run", "toy"))
     assert titles(hub) == before
@@ -152,6 +156,7 @@ def test_a_branch_of_another_run_is_left_alone(hub: WritableHub, make_run: Calla
     ]  # nothing of the other run
 
 
+@pytest.mark.slow
 def test_whatever_fails_in_between_the_run_arrives(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
     hub.chaos = Chaos(seed=3, rate=0.3, most=60, kinds=(503, (429, {"Retry-After": "1"}), "cut", "lost"))
@@ -170,6 +175,7 @@ def test_whatever_fails_in_between_the_run_arrives(hub: WritableHub, make_run: C
         assert titles(hub).count(f"Saving HF Model -- Step {step}") == 1
 
 
+@pytest.mark.slow
 def test_two_senders_do_not_mix_their_steps(hub: WritableHub, make_run: Callable[..., Run], tmp_path: Path) -> None:
     """A commit of somebody else between two of a step: the step is begun again, and whole."""
     run = make_run()
@@ -281,6 +287,7 @@ def test_what_people_wrote_on_a_card_stays(hub: WritableHub, make_run: Callable[
     assert (repository.commits("main") or [])[0].files["README.md"] == b"# Our suite\n"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_pulled_can_be_sent_on(hub: WritableHub, make_run: Callable[..., Run], tmp_path: Path) -> None:
     push(sender(make_run(), "lab/run"))
     pull(read(), tmp_path / "here")  # type: ignore[arg-type]

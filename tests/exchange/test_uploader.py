@@ -33,7 +33,7 @@ def start() -> Iterator[Callable[..., Uploader]]:
 
     yield begin
     for uploader in started:
-        uploader._patience_s = 5.0
+        uploader._patience_s = 0.1
         uploader.close()
 
 

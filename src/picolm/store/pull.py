@@ -13,14 +13,14 @@ from pathlib import Path
 from picolm.errors import StoreError
 from picolm.store import hub
 from picolm.store.arrival import ASIDE, RESULTS, Here, Parcel, is_it, refuse_strangers
-from picolm.store.files import disk_errors, load_json, write_atomically
+from picolm.store.files import disk_errors, write_atomically
 from picolm.store.hub import HubCheckpoint, HubRun
 from picolm.store.layout import CONFIG, ENVIRONMENT, MANIFEST, METRICS, RUN, Directories, check_name, step_directory
 from picolm.store.legacy_run import configured_directories
 from picolm.store.lock import RunLock
 from picolm.store.manifest import Manifest
 from picolm.store.publish import point_latest
-from picolm.store.records import read_directories
+from picolm.store.records import identity, read_directories
 from picolm.store.run import Run
 from picolm.store.sealed import SealedCheckpoint
 from picolm.store.selection import check_parts, chosen, origin, united
@@ -47,7 +47,9 @@ def pull(
     if absent := [step for step in wanted if step not in source]:
         source[absent[0]]  # raises Missing, before anything is written
     if folder.is_dir() and not any((folder / name).exists() for name in (".lock", RUN, CONFIG)):
-        refuse_strangers(folder, (Directories.checkpoints_dir, Directories.eval_results_dir))  # before a lock is left in it
+        refuse_strangers(
+            folder, (Directories.checkpoints_dir, Directories.eval_results_dir)
+        )  # before a lock is left in it
     with disk_errors("the run", folder):
         folder.mkdir(parents=True, exist_ok=True)
         with RunLock(folder / ".lock").held():
@@ -106,10 +108,7 @@ class OursHere(Here):
         """Write what makes the folder this run, unless it is."""
         about = self.read(RUN)
         if (self.folder / RUN).exists():
-            theirs, ours = (
-                load_json(data or b"{}").get("created") for data in (about, (self.folder / RUN).read_bytes())
-            )
-            if theirs != ours:
+            if identity(about) != identity((self.folder / RUN).read_bytes()):
                 raise StoreError(f"{self.folder} holds another run than {self.branch.place}; choose another --out")
             return
         refuse_strangers(self.folder)

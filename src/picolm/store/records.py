@@ -89,6 +89,12 @@ class Records:
         self._write_json(self.path / RUN, {**about, "directories": asdict(self.directories)})
 
 
+def identity(about: bytes) -> tuple[object, object]:
+    """What tells the run of one `run.json` from any other: when it was made, and its name then. Raises ValueError."""
+    content = load_json(about or b"{}")
+    return content.get("created"), content.get("run_name")
+
+
 def read_directories(path: Path) -> Directories:
     """What `run.json` at `path` says. Raises StoreError when it is damaged or of another version."""
     about = _read_json(path)

@@ -14,10 +14,10 @@ from picolm.errors import StoreError
 from picolm.network import has_moved, persist, prepare_repository, send
 from picolm.store import hub, layout
 from picolm.store.card import FILE, kept_by_hand, with_front_matter
-from picolm.store.files import load_json
 from picolm.store.hub import Whole, whole_body, whole_steps
 from picolm.store.layout import MANIFEST, METRICS, OPTIMIZER, STATE, WEIGHTS, step_directory, step_of
 from picolm.store.manifest import Manifest
+from picolm.store.records import identity
 from picolm.store.repository import Branch, Commit
 from picolm.store.run import Run
 from picolm.store.sealed import SealedCheckpoint
@@ -181,12 +181,15 @@ class Sender:
 
     def _check_same_run(self, head: str) -> None:
         """Refuse a branch that holds another run: steps of two would be taken for one."""
-        path = self.branch.find(layout.RUN, head)
-        theirs: dict[str, Any] = load_json(path.read_bytes()) if path else {}
-        ours = load_json((self.run.path / layout.RUN).read_bytes()) if (self.run.path / layout.RUN).exists() else {}
-        strangers = not path and any(" -- Step " in commit.title for commit in self.branch.commits())
-        if strangers or (path and theirs.get("created") != ours.get("created")):
-            found = f"the run {theirs['run_name']!r} of {theirs['created']}" if theirs else "a run of pico-train"
+        path, here = self.branch.find(layout.RUN, head), self.run.path / layout.RUN
+        if path is not None:
+            created, name = identity(path.read_bytes())
+            found = f"{name!r}, made {created}"
+            another = (created, name) != identity(here.read_bytes() if here.exists() else b"")
+        else:
+            found = "of pico-train"
+            another = any(" -- Step " in commit.title for commit in self.branch.commits())
+        if another:
             raise StoreError(f"{self.branch.place} holds another run already ({found}); choose another --branch")
 
     def _send(self, title: str, files: Files, parent: str | None = None, body: str = hub.PART, delete: Any = ()) -> str:
