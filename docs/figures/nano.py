@@ -17,7 +17,7 @@ from picolm.suite.convergence import by_group, figures, interval
 
 HERE = Path(__file__).parent
 T_975_OF_4 = 2.776  # two groups of three: 4 degrees of freedom
-COLORS = ["#b8de29", "#29af7f", "#2d708e", "#482677"]  # small to large; printed in grey, light to dark
+COLORS = ["#d9a514", "#35b779", "#2d708e", "#482677"]  # small to large; printed in grey, light to dark
 MATTERS = {
     ("ov_circuit", "activations"): "output of attention (OV)",
     ("mlp", "activations"): "output of the MLP",
@@ -62,14 +62,17 @@ def band(frame: pd.DataFrame, value: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "mean", "low", "high"])
 
 
-def draw(axes: Any, frame: pd.DataFrame, groups: list[str], value: str) -> None:
-    """A line with its band per size."""
+def draw(axes: Any, frame: pd.DataFrame, groups: list[str], value: str, linear: bool = False) -> None:
+    """A line with its band per size. linear: steps as they are, for what happens late; else on a logarithmic axis."""
     for color, group in zip(COLORS, groups):
         line = band(frame[frame["group"] == group], value)
         axes.plot(line["step"], line["mean"], color=color, label=group.upper(), linewidth=1.6)
         axes.fill_between(line["step"], line["low"], line["high"], color=color, alpha=0.2, linewidth=0)
-    axes.set_xscale("symlog", linthresh=1, linscale=0.5)
     axes.set_xlim(0, frame["step"].max())
+    if linear:
+        axes.set(xticks=[0, 256, 512, 768, 1024], ylim=(-0.02, 1.02))
+        return
+    axes.set_xscale("symlog", linthresh=1, linscale=0.5)
     axes.set_xticks([0, 1, 4, 16, 64, 256, 1024], ["0", "1", "4", "16", "64", "256", "1024"])
     axes.minorticks_off()
 
@@ -89,7 +92,7 @@ def by_metric(values: pd.DataFrame, groups: list[str], metric: str, kinds: tuple
     )
     for axes, ((component, kind), title) in zip(panels.flat, chosen):
         own = values[(values["metric"] == metric) & (values["component"] == component) & (values["kind"] == kind)]
-        draw(axes, own, groups, "value")
+        draw(axes, own, groups, "value", linear=kinds == ("activations",))
         axes.set_title(title)
     for axes in panels[-1]:
         axes.set_xlabel("step (updates)")
@@ -110,9 +113,9 @@ def by_layer(values: pd.DataFrame, groups: list[str]) -> None:
     for row, component in zip(panels, ("ov_circuit", "mlp")):
         for axes, layer in zip(row, layers):
             chosen = (values["metric"] == "cka") & (values["component"] == component) & (values["layer"] == layer)
-            draw(axes, values[chosen], groups, "value")
+            draw(axes, values[chosen], groups, "value", linear=True)
             axes.set_title(f"{'OV' if component == 'ov_circuit' else 'MLP'}, layer {layer:.0f}")
-            axes.set_xticks([0, 4, 64, 1024], ["0", "4", "64", "1024"])
+            axes.set_xticks([0, 512, 1024])
         row[0].set_ylabel("CKA with the last step")
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.supxlabel("step (updates)", fontsize=10)

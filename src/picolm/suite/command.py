@@ -13,10 +13,9 @@ from picolm.logs import configure_logging
 from picolm.schema import dump
 from picolm.suite.comparison import REPORT, analyze_members, write_report
 from picolm.suite.config import Member, Suite, load_suite
-from picolm.suite.forecast import duration, forecast, remarks, share_left, table
+from picolm.suite.forecast import duration, forecast, remarks, table, work_left
 from picolm.suite.local import Failure, train_locally
 from picolm.suite.standing import Standing, standings
-from picolm.train.preview import estimate
 
 log = logging.getLogger("picolm")
 
@@ -107,7 +106,7 @@ class Progress:
     """Says after each member how many are left, and how long they will take at the pace so far."""
 
     def __init__(self, missing: list[Standing]):
-        self.work = {s.member.name: estimate(s.member.config).flops * share_left(s) for s in missing}
+        self.work = {standing.member.name: work_left(standing) for standing in missing}
         self.began, self.behind = time.monotonic(), 0.0
 
     def done(self, member: Member, seconds: float) -> None:

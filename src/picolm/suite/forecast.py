@@ -97,10 +97,19 @@ def _here(member: Member) -> Speed | None:
         return None
     kind = "cuda" if fabric.accelerator == "gpu" else fabric.accelerator
     peak = devices.matmul_peak(torch.device(kind), devices.compute_dtype(fabric.precision))
+    return Speed(usual_share(member) * peak, "matrix products of this machine, and a share of that by width")
+
+
+def usual_share(member: Member) -> float:
+    """The part of the rate of large matrix products that a model of that width comes to."""
     width = getattr(member.config.model, "d_model", HALFWAY)
-    return Speed(
-        min(MOST, width / (width + HALFWAY)) * peak, "matrix products of this machine, and a share of that by width"
-    )
+    return min(MOST, width / (width + HALFWAY))
+
+
+def work_left(standing: Standing) -> float:
+    """What is left to do of a member, in numbers that are in proportion to time on one device."""
+    own = estimate(standing.member.config)
+    return share_left(standing) * (own.flops + own.beside_flops) / usual_share(standing.member)
 
 
 def table(forecasts: list[Forecast]) -> Table:
