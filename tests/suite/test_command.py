@@ -15,6 +15,7 @@ from picolm.errors import PicoError
 from picolm.store import Run
 from picolm.suite.command import run_suite
 from picolm.suite.config import load_suite
+from picolm.suite.forecast import forecast, share_left, work_left
 from picolm.suite.standing import standing, standings
 
 SEEDS = "matrix: {size: {small: {model.d_model: 24}, wide: {model.d_model: 32}}, seed: [1, 2]}"
@@ -122,6 +123,18 @@ def test_a_dry_run_says_what_it_will_take_and_makes_nothing(
     assert not (tmp_path / "suites").exists()
     assert not (tmp_path / "runs").exists()
     assert trained_here == []
+
+
+def test_time_is_work_by_speed_by_devices(toy_suite: Callable[..., Path]) -> None:
+    suite = load_suite(toy_suite(), ["flops_per_s=1e6"])
+    ours = forecast(suite.config, standings(suite.members))
+    assert [found.left_s for found in ours] == [(f.figures.flops + f.figures.beside_flops) / 1e6 for f in ours]
+    four = load_suite(toy_suite(), ["flops_per_s=1e6", "overrides.training.fabric.num_devices=4"])
+    theirs = forecast(four.config, standings(four.members))
+    assert [found.left_s for found in theirs] == [(found.left_s or 0) / 4 for found in ours]
+    half = ours[0].standing._replace(state="interrupted", step=3)
+    assert share_left(half) == 0.5
+    assert work_left(half) == work_left(ours[0].standing) / 2
 
 
 def test_time_is_foretold_from_what_was_measured(

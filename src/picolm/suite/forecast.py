@@ -16,8 +16,8 @@ from picolm.suite.standing import Standing
 from picolm.train import devices
 from picolm.train.preview import Estimate, estimate
 
-# A model of width d comes to about d / (d + HALFWAY) of the rate of large matrix products: within a few percent of what was
-# measured on CPUs at widths 36 to 384. More than MOST is rare on any device.
+# A model of width d comes to roughly d / (d + HALFWAY) of the rate of large matrix products: on CPUs at widths 36 to 384 from
+# 0.12 to 0.65 was measured. More than MOST is rare on any device.
 HALFWAY, MOST = 200, 0.65
 
 
