@@ -144,9 +144,7 @@ def test_a_damaged_step_is_not_sent(
 def test_a_branch_of_another_run_is_left_alone(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     push(sender(make_run(), "lab/run"))
     before = titles(hub)
-    with pytest.raises(
-        StoreError, match=r"lab/run@toy holds another run already \('toy', made 2.*\); choose another"
-    ):
+    with pytest.raises(StoreError, match=r"lab/run@toy holds another run already \('toy', made 2.*\); choose another"):
         push(sender(make_run("other", (0,)), "lab/run", "toy"))
     assert titles(hub) == before
     push(sender(make_run("third", (0,)), "lab/run"))

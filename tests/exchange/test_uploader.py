@@ -120,7 +120,25 @@ def test_adding_never_waits_and_never_fails(
     uploader.add(2)
     uploader.add(3)  # a step that is not there
     assert time.monotonic() - begin < 2
-    assert "Step 3 waits for the Hub in memory only" in caplog.text
+    assert "Step 3 waits for the Hub only as long as it is in the run" in caplog.text
+
+
+def test_a_disk_that_is_full_does_not_stop_the_run(
+    hub: WritableHub, make_run: Callable[..., Run], start: Callable[..., Uploader], caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run = make_run()
+    uploader = start(run)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("picolm.store.outbox.write_atomically", full)
+    monkeypatch.setattr("picolm.store.outbox.os.rename", full)
+    uploader.add(2)
+    uploader.close()
+    assert "That step 2 waits for the Hub is not written down: " in caplog.text
+    monkeypatch.undo()
 
 
 def test_a_step_that_is_gone_or_damaged_does_not_hold_up_the_others(
@@ -128,11 +146,14 @@ def test_a_step_that_is_gone_or_damaged_does_not_hold_up_the_others(
 ) -> None:
     run = make_run()
     (run.step_path(2) / "config.json").write_text("{}")
-    uploader = start(run, (0, 1, 2, 4))
+    commit(run, 3)
+    (run.step_path(3) / "manifest.json").write_text("{}")
+    uploader = start(run, (0, 1, 2, 3, 4))
     uploader.close()
     assert there().steps == [0, 4]
     assert "Step 1 was deleted before it could be sent" in caplog.text
     assert "step 2 is not sent: " in caplog.text
+    assert "step 3 is not sent: " in caplog.text
 
 
 def test_a_queue_that_cannot_be_read_costs_nothing(

@@ -68,36 +68,17 @@ class Outbox:
             self.place = place
             self._write()
 
-    def add(self, steps: Iterable[int], hold: bool = False) -> None:
-        """Remember steps; `hold` their files, too, whatever is deleted of the run."""
-        for step in steps:
-            if hold:
-                self._hold(step)
+    def add(self, steps: Iterable[int]) -> None:
+        """Remember steps."""
         with self._guard:
             self.steps = sorted({*self.steps, *steps})
             self._write()
 
-    def remove(self, step: int) -> None:
-        with self._guard:
-            self.steps = [other for other in self.steps if other != step]
-            self._write()
-        shutil.rmtree(self.path / step_directory(step), ignore_errors=True)
+    def hold(self, step: int) -> None:
+        """Give the files of a step a second name, whatever is deleted of the run.
 
-    def checkpoint(self, step: int) -> SealedCheckpoint | None:
-        """A step that waits, from what was held of it or else from the run; None when it is gone."""
-        for path in (self.path / step_directory(step), self.run.step_path(step)):
-            if (path / MANIFEST).exists():
-                return SealedCheckpoint(path)
-        return None
-
-    def _write(self) -> None:
-        with disk_errors("what waits for the Hub", self.path):
-            self.path.mkdir(exist_ok=True)
-            content = {"place": self.place, "steps": self.steps}
-            write_atomically(self.path / _FILE, json.dumps(content).encode() + b"\n")
-
-    def _hold(self, step: int) -> None:
-        """Give the files of a step a second name. Where space is short nothing is held: the run needs it more."""
+        Where space is short nothing is held: the run needs it more.
+        """
         checkpoint = SealedCheckpoint(self.run.step_path(step))
         needed = 2 * sum(record.bytes for record in checkpoint.files.values())
         if shutil.disk_usage(self.run.path).free < needed:
@@ -115,6 +96,28 @@ class Outbox:
             os.rename(aside, target)
         except OSError:  # a file system without hard links: a copy would cost what the run may need
             shutil.rmtree(aside, ignore_errors=True)
+
+    def remove(self, step: int) -> None:
+        with self._guard:
+            self.steps = [other for other in self.steps if other != step]
+            self._write()
+        shutil.rmtree(self.path / step_directory(step), ignore_errors=True)
+
+    def checkpoint(self, step: int) -> SealedCheckpoint | None:
+        """A step that waits, from what was held of it or else from the run; None when it is gone. Raises Damaged."""
+        for path in (self.path / step_directory(step), self.run.step_path(step)):
+            if (path / MANIFEST).exists():
+                try:
+                    return SealedCheckpoint(path)
+                except StoreError as error:
+                    raise Damaged(f"step {step} is not sent: {error}") from error
+        return None
+
+    def _write(self) -> None:
+        with disk_errors("what waits for the Hub", self.path):
+            self.path.mkdir(exist_ok=True)
+            content = {"place": self.place, "steps": self.steps}
+            write_atomically(self.path / _FILE, json.dumps(content).encode() + b"\n")
 
 
 class Uploader:
@@ -144,11 +147,15 @@ class Uploader:
         self._thread.start()
 
     def add(self, step: int) -> None:
-        """Take a step that is whole on the disk. Does not wait, and does not fail."""
+        """Take a step that is whole on the disk. Does not wait, and does not fail: the run is worth more than its copy."""
         try:
-            self._outbox.add([step], hold=True)
-        except PicoError as error:
-            log.warning("Step %d waits for the Hub in memory only: %s", step, error)
+            self._outbox.hold(step)
+        except Exception as error:
+            log.warning("Step %d waits for the Hub only as long as it is in the run: %s", step, error)
+        try:
+            self._outbox.add([step])
+        except Exception as error:
+            log.warning("That step %d waits for the Hub is not written down: %s", step, error)
         self._news.set()
 
     def close(self) -> None:
@@ -204,15 +211,18 @@ class Uploader:
                 self._news.wait()
 
     def _deliver(self, step: int) -> None:
-        checkpoint = self._outbox.checkpoint(step)
         try:
+            checkpoint = self._outbox.checkpoint(step)
             if checkpoint is None:
                 log.warning("Step %d was deleted before it could be sent to the Hub.", step)
-            else:
-                self._delivered += self._sender.send(checkpoint)
+            elif self._sender.send(checkpoint):
+                self._delivered += 1
+                self._recover(step)
         except Damaged as error:
             log.warning("%s", error)
         self._outbox.remove(step)
+
+    def _recover(self, step: int) -> None:
         if self._trouble:
             log.info("The Hub takes steps again: step %d is there.", step)
             self._trouble = ""
