@@ -335,7 +335,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     program = """
 import resource, sys
 from picolm.data import prepare
-prepare.prepare([sys.argv[1]], sys.argv[2], vocab_size=2000, seq_len=256)
+prepare.prepare([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], seq_len=256, deduplicate=True, run_bytes=1 << 18)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -353,11 +353,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
                     json.dumps({"text": lines[start : start + 3000]}) + "\n" for start in range(0, len(lines), 3000)
                 )
             )
-        arguments = [sys.executable, "-c", program, str(folder), str(tmp_path / f"out{megabytes}")]
+        tokenizer = tmp_path / "tokenizer"
+        if not tokenizer.exists():
+            prepare([folder / "0.jsonl"], tokenizer, vocab_size=1000, seq_len=64)
+        arguments = [sys.executable, "-c", program, str(folder), str(tmp_path / f"out{megabytes}"), str(tokenizer)]
         done = subprocess.run(
             arguments, capture_output=True, text=True, check=True, env={**os.environ, "RAYON_NUM_THREADS": "2"}
         )
         return int(done.stdout) / 1024
 
-    small, large = peak_mib(8), peak_mib(80)
-    assert large < small + 60  # ten times the text, 72 MB more of it
+    small, large = peak_mib(1), peak_mib(10)  # 4 and 40 times what is held at once
+    assert large < small + 6, (small, large)  # of 9 MB more of text
