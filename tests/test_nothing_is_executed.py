@@ -107,6 +107,19 @@ def test_the_flag_imports_it(run: Run, trap: Path, monkeypatch: pytest.MonkeyPat
     assert pico(monkeypatch, "batch", run.path, "--step", "1") == 1  # it is not remembered
 
 
+def test_no_command_imports_what_the_configuration_of_a_run_names(
+    run: Run, trap: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for key in ("model.model_type", "evaluation.metrics"):
+        rewrite(run, key, ["evil_lab:Part"] if key.endswith("metrics") else "evil_lab:Part")
+    for arguments in (["report", run.path, "-o", tmp_path / "r"], ["evaluate", run.path], ["replay", run.path, "--step", "1"],
+                      ["export", run.path, "--out", tmp_path / "o"], ["list", run.path], ["generate", run.path],
+                      ["fork", run.path, "--step", "1", "--run-name", "f"]):  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            pico(patch, *arguments)
+        assert not trap.exists(), arguments
+
+
 def test_no_command_imports_the_code_that_lies_in_a_run(
     run: Run, trap: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

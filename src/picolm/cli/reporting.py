@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from picolm.cli.app import app
+from picolm.cli.arguments import TrustRemoteCode
 
 Runs = Annotated[list[str] | None, typer.Argument(metavar="[RUN]…", help="Runs to show: their folders.")]
 
@@ -23,6 +24,7 @@ def report(
     section: Annotated[
         list[str] | None, typer.Option("--section", help="A section of your own, my_lab.module:function.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Draw what training and analysis left behind: one HTML file that opens anywhere, without a network."""
     from picolm.report.assembly import write

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from picolm.cli.app import app
-from picolm.cli.arguments import RunArgument
+from picolm.cli.arguments import RunArgument, TrustRemoteCode
 from picolm.errors import PicoError
 
 
@@ -18,6 +18,7 @@ def export(
     format_name: Annotated[
         str, typer.Option("--format", help="llama (transformers), gguf (llama.cpp) or torch (a plain state dict).")
     ] = "llama",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the model of a checkpoint in the files of other tools."""
     from picolm.formats import export as write
@@ -57,6 +58,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, by comma.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="A folder with YAML files of your own tasks.")] = None,
     pairs: Annotated[Path | None, typer.Option(help="Minimal pairs: a jsonl file, or a folder of them.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Evaluate checkpoints; the results are added to those in eval_results/."""
     from picolm.train.afterwards import evaluate_steps

@@ -114,10 +114,11 @@ def _duration(seconds: float) -> str:
 
 
 def _differences(opened: Run, config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Key, value, default; empty where the defaults are not to be had (an architecture that is not installed here)."""
-    from picolm.train.config import schema_for
+    """Key, value, default; empty where the defaults are not to be had (an architecture that is not installed, or not trusted)."""
+    from picolm.train.config import check_origin, schema_for
 
     try:
+        check_origin(_config(opened), str(opened.path))
         defaults = flatten(plain(schema_for(_config(opened))()))
     except (PicoError, ValueError):
         return []
