@@ -100,13 +100,19 @@ def test_killed_in_any_stage_and_started_again_it_ends_in_the_same_bytes(corpus:
 
 
 @pytest.mark.slow
-def test_another_number_of_workers_goes_on_where_the_first_was_left(corpus: Path, tmp_path: Path) -> None:
+def test_another_number_of_workers_goes_on_where_the_first_was_left(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alone = prepare([corpus], tmp_path / "alone", **OPTIONS)
     with pytest.MonkeyPatch.context() as broken:
         broken.setattr("picolm.data.rows._rows_of", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(DataError, match=r"No space left.*; what is done is kept in"):
             prepare([corpus], tmp_path / "out", **OPTIONS)
-    assert prepare([corpus], tmp_path / "out", **OPTIONS, executor=trove.executor("local", 3, 1)) == alone
+    monkeypatch.chdir(tmp_path)
+    with pytest.MonkeyPatch.context() as forbidden:
+        forbidden.setattr("picolm.data.rows._encoded", lambda *_: pytest.fail("done again"))
+        spread = trove.executor("local", 3, 1)  # one worker: in this process
+        assert prepare([corpus.relative_to(tmp_path)], "out", **OPTIONS, executor=spread) == alone
     assert digests(tmp_path / "out") == digests(tmp_path / "alone")
 
 

@@ -108,6 +108,11 @@ def find_files(paths: Iterable[str | Path]) -> list[TextFile]:
     return list(found.values())
 
 
+def is_remote(path: str | Path) -> bool:
+    """Whether it names a data set of the Hub."""
+    return _HUB.fullmatch(str(path)) is not None
+
+
 def digest_files(files: Sequence[TextFile]) -> str:
     """sha-256 over name, source and content of the files, in their order."""
     with ThreadPoolExecutor() as threads:

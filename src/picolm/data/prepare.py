@@ -22,7 +22,7 @@ from typing import Any
 
 from picolm.data import corpus, rows
 from picolm.data.corpus import Preparation
-from picolm.data.documents import LONGEST_BYTES, TextFile, digest_files, digest_inputs, find_files
+from picolm.data.documents import LONGEST_BYTES, TextFile, digest_files, digest_inputs, find_files, is_remote
 from picolm.data.duplicates import find_duplicates
 from picolm.data.job import Progress, Report, Stage, one, untold
 from picolm.data.manifest import Manifest, digest_of
@@ -65,6 +65,8 @@ def prepare(
     that was interrupted is gone on with. Raises DataError for inputs that cannot be read and for a corpus too short for a
     single row.
     """
+    if executor is not None:  # its tasks may run in other folders
+        out, paths = Path(out).absolute(), [path if is_remote(path) else Path(path).absolute() for path in paths]
     files, out = find_files(paths), Path(out)
     vocabulary = None if tokenizer is None else load_vocabulary(tokenizer)
     listed = _listed(files) if is_free(out) else None  # reading all of a large corpus for its digest takes long
@@ -200,4 +202,4 @@ def _listed(files: Sequence[TextFile]) -> str:
     def state(file: TextFile) -> Any:
         return list(file.remote) if file.remote is not None else [file.size(), file.path.stat().st_mtime_ns]
 
-    return _LISTED + digest_of([file.name, str(file.path), file.source, state(file)] for file in files)
+    return _LISTED + digest_of([file.name, str(file.path.absolute()), file.source, state(file)] for file in files)
