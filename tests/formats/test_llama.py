@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.fox import STEP, folder_of, same
+from tests.hub_server import FakeHub, Folder
 
 from picolm.errors import PicoError
 from picolm.formats import export
@@ -275,3 +276,27 @@ def test_the_commands_say_what_they_did(fox: Run, tmp_path: Path, capsys: pytest
     out = pico("import", f"{tmp_path}/out", "--out", f"{tmp_path}/run", "--step", "3")
     assert out == f"{tmp_path}/run holds it as step 3.  See:  pico list {tmp_path}/run\n"
     assert Run.open(tmp_path / "run").steps == [3]
+
+
+@pytest.mark.slow
+def test_a_model_on_the_hub_becomes_a_run(fox: Run, tmp_path: Path) -> None:
+    export(fox, STEP, "llama", tmp_path / "out")
+    with FakeHub({"models/lab/fox": Folder(tmp_path / "out")}).serving() as server:
+        settings = {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": f"{tmp_path}/home",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        for place, words in (("lab/fox@main", ""), ("lab/nothing", "lab/nothing")):
+            done = subprocess.run(
+                [sys.executable, "-m", "picolm", "import", place, "--out", f"{tmp_path}/{place[:7]}"],
+                env=os.environ | settings, capture_output=True, text=True, timeout=100,
+            )  # fmt: skip
+            assert (done.returncode == 0) == (not words), done.stderr
+            assert words in done.stderr
+            assert "Traceback" not in done.stderr
+    run = Run.open(tmp_path / "lab" / "fox")
+    assert same(run, fox)
+    assert run[STEP].read("tokenizer.json") == fox[STEP].read("tokenizer.json")
+    assert not (tmp_path / "lab" / "not").exists()

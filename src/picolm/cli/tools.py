@@ -61,8 +61,13 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Evaluate checkpoints; the results are added to those in eval_results/."""
+    from picolm.store import Run
     from picolm.train.afterwards import evaluate_steps
-    from picolm.train.history import own_run, parse_steps
+    from picolm.train.history import parse_steps
+
+    opened = Run.open(run)
+    if type(opened) is not Run:
+        raise PicoError(f"{run}: results are kept beside a run of picolm on this machine; `pico pull` brings one here")
 
     names = metrics.split(",") if metrics else []
     words = list(overrides or [])
@@ -76,7 +81,7 @@ def evaluate(
         raise PicoError("--include-path says where tasks are described; --tasks says which of them to run")
     if names:
         words.append(f"evaluation.metrics=[{','.join(dict.fromkeys(names))}]")
-    for number, results in evaluate_steps(own_run(run), parse_steps(steps) if steps else None, words):
+    for number, results in evaluate_steps(opened, parse_steps(steps) if steps else None, words):
         print(f"step {number}: " + ", ".join(f"{name} {value:.6g}" for name, value in results.items()))
 
 

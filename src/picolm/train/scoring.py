@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from picolm.train.evaluate import Evaluation
 
 
+LOGITS = 2**28  # numbers in memory at a time, at most (1 GiB in float32), where a single row does not have more
+
+
 class Language(NamedTuple):
     """How a run reads text: its tokenizer, and the token that ends a document, which a text by itself is given after."""
 
@@ -61,7 +64,9 @@ def nats(pieces: Sequence[Piece], evaluation: Evaluation) -> Tensor:
 def nats_and_greedy(pieces: Sequence[Piece], evaluation: Evaluation) -> tuple[Tensor, Tensor]:
     """`nats`, and whether each scored token is the likeliest one at its place (bool [N]); by the logits of the batch."""
     found_N2 = torch.zeros(len(pieces), 2, dtype=torch.float64)
-    for places, tokens_BS in _batches(pieces, evaluation):
+    longest = max((len(piece.tokens) for piece in pieces), default=1)
+    rows = max(1, LOGITS // (longest * evaluation.model.config.vocab_size))
+    for places, tokens_BS in _batches(pieces, evaluation._replace(batch_size=min(rows, evaluation.batch_size))):
         logits_BTV = evaluation.model(tokens_BS[:, :-1].to(evaluation.device))
         for row, place in enumerate(places):
             where = _scored(pieces[place])
