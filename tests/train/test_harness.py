@@ -1,8 +1,10 @@
 """lm-evaluation-harness asks, we answer: exact to the token, whatever the padding, and in the terms of our own evaluation."""
 
+import importlib
 import json
 import math
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +22,10 @@ from picolm.train.evaluation_config import Evaluation as Settings
 from picolm.train.sample import load_model
 from picolm.train.text import Text
 
-pytestmark = pytest.mark.slow
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of the packages that it imports
-    pytest.importorskip("lm_eval", reason="needs: pip install 'picolm[lm_eval]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs: pip install 'picolm[lm_eval]'"),
+]
 
 DOCUMENTS = [TEXT[:90], "naïve dog", TEXT[20:420]]  # the last is longer than the context
 QUESTIONS = [
@@ -31,6 +33,14 @@ QUESTIONS = [
     {"question": "It's cold", "choices": ["and", "over the lazy dog; the dog sleeps."], "answer": 1},
     {"question": TEXT[:400], "choices": ["fox", "dog"], "answer": 1},
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def harness() -> None:
+    """Imported here, seconds that only these tests take, with the warnings of the packages that it imports."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("lm_eval")
 
 
 @pytest.fixture
