@@ -79,6 +79,10 @@ def test_null_means_no_held_out_rows_and_no_evaluation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "checkpointing:\n  save_to_hf: true\n",
+            "c.yaml:1: checkpointing.hf_checkpoint.repo_id: '': save_to_hf sends steps to OWNER/NAME on the Hub; say which",
+        ),
         ("model: {d_model: 100}", "model.d_model"),
         ("model: {n_layer: 3}", "model.n_layer: unknown key; did you mean 'n_layers'?"),
         ("training: {max_steps: many}", "training.max_steps: \"many\": should be a valid integer. Updates in all."),

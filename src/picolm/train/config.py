@@ -6,6 +6,7 @@ its help, its documentation and the last part of its error message. The `model` 
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -373,3 +374,9 @@ def _name_rules(config: TrainConfig) -> Iterator[Rule]:
     run_name = config.checkpointing.run_name
     if run_name is not None and (not run_name or run_name in (".", "..") or "/" in run_name or "\0" in run_name):
         yield ("checkpointing.run_name",), f"{run_name!r} cannot be the name of a folder"
+    chosen = config.checkpointing
+    if chosen.save_to_hf and not re.fullmatch(r"[\w.-]+/[\w.-]+", chosen.hf_checkpoint.repo_id):
+        yield (
+            ("checkpointing.hf_checkpoint.repo_id", "checkpointing.save_to_hf"),
+            f"{chosen.hf_checkpoint.repo_id!r}: save_to_hf sends steps to OWNER/NAME on the Hub; say which",
+        )

@@ -59,11 +59,6 @@ def start_uploads(
     if not checkpointing.save_to_hf:
         return lambda step: None
     place = checkpointing.hf_checkpoint
-    if not _NAME.fullmatch(place.repo_id):
-        raise PicoError(
-            f"checkpointing.hf_checkpoint.repo_id is {place.repo_id!r}; save_to_hf sends steps to OWNER/NAME on the Hub: "
-            "say which"
-        )
     there = [step for step in run.steps if last is not None and step <= last]
     uploader = Uploader(sender(run, place.repo_id, collection=place.collection_slug), there, impatient)
     stack.callback(uploader.close)
