@@ -214,12 +214,17 @@ def test_a_folder_is_whole_or_absent_and_what_is_done_is_not_done_again(
         with pytest.raises(DataError, match=kept):
             prepare([corpus], tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
+    (result,) = tmp_path.glob(".out.*/result")
+    (result / ".train-00000-of-00001.parquet.1-ab").write_bytes(b"torn by a kill")
     with monkeypatch.context() as finished:
         for step in ("corpus.Reader", "rows.train_tokenizer", "rows._encoded", "rows._rows_of"):
             finished.setattr(f"picolm.data.{step}", fail)
         manifest = prepare([corpus], tmp_path / "out", **OPTIONS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
     assert manifest == prepare([corpus], tmp_path / "again", **OPTIONS)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "again").iterdir()
+    }
 
 
 def test_two_at_once_do_not_disturb_each_other(corpus: Path, tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def publish(job: Job, manifest: Manifest) -> None:
     result = job.path("result")
     if not result.is_dir() and read_manifest(job.out) is not None:
         return  # it had its name already when the process ended
+    for torn in result.glob(".*"):
+        torn.unlink()  # what a process that was killed was writing
     (result / FILE).write_text(manifest.to_json(), encoding="utf-8")
     if job.out.is_dir():
         job.out.rmdir()  # an empty one
