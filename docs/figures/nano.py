@@ -26,6 +26,13 @@ MATTERS = {
     ("ov_circuit", "gradients"): "gradients of OV",
     ("mlp", "gradients"): "gradients of the MLP's output",
 }
+SHARE = "(share of training)"
+SHOWN = {  # of each kind of matrix and metric, the rows of the table
+    ("cka", "activations"): ["mean over training", *(f"settled at {level} {SHARE}" for level in (0.8, 0.9, 0.95))],
+    ("pwcca", "activations"): [f"settled at 0.9 {SHARE}"],
+    ("per", "weights"): ["first", "last", "last / first", f"fallen to 95% {SHARE}"],
+    ("per", "gradients"): ["first", "last", "last / first", "mean over training"],
+}
 matplotlib.use("svg")
 matplotlib.rcParams |= {
     "svg.hashsalt": "pico", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
@@ -146,13 +153,14 @@ def print_tables(values: pd.DataFrame, members: pd.DataFrame, groups: list[str])
     )
     found = pd.concat([found, ratios(found)])
     grouped = by_group(found, dict(zip(members["run"], members["group"])))
-    for (metric, component, kind, figure), rows in grouped.groupby(
-        ["metric", "component", "kind", "figure"], sort=False
-    ):
-        by = rows.set_index("group")
-        cells = [tuple(by.loc[g, ["mean", "low", "high", "n"]]) if g in by.index else (math.nan,) * 4 for g in groups]
-        print(f"| {metric}, {MATTERS[component, kind]}: {figure} | " + " | ".join(map(cell, cells)), end=" | ")
-        print(apart(cells[0], cells[-1], 3) + " |")
+    for (metric, kind), wanted in SHOWN.items():
+        for component in ("ov_circuit", "mlp"):
+            for figure in wanted:
+                same = (grouped["metric"] == metric) & (grouped["kind"] == kind) & (grouped["component"] == component)
+                by = grouped[same & (grouped["figure"] == figure)].set_index("group")
+                cells = [tuple(by.loc[g, ["mean", "low", "high", "n"]]) for g in groups]
+                name = f"{metric.upper()}, {MATTERS[component, kind]}: {figure}"
+                print(f"| {name} | " + " | ".join(map(cell, cells)) + f" | {apart(cells[0], cells[-1], 3)} |")
 
 
 def print_layers(values: pd.DataFrame, members: pd.DataFrame, groups: list[str]) -> None:
@@ -185,7 +193,8 @@ def cell(found: tuple[float, ...]) -> str:
     mean, low, high, n = found
     if not n or math.isnan(mean):
         return "not in every layer"
-    return f"{mean:.3f} ± {(high - low) / 2:.3f}" + ("" if n == 3 else f" (n = {n:.0f})")
+    spread = "" if math.isnan(high) else f" ± {(high - low) / 2:.3f}"
+    return f"{mean:.3f}{spread}" + ("" if n == 3 else f" (n = {n:.0f})")
 
 
 def apart(one: tuple[float, ...], other: tuple[float, ...], n: int) -> str:
