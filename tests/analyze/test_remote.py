@@ -1,9 +1,11 @@
 """What an analysis asks of other machines: the files it needs of a run on the Hub and no more, and Weights & Biases."""
 
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,8 +104,14 @@ def test_weights_and_biases_gets_the_values_by_step(
     outcome = analyze_runs(tmp_path / "analysis.yaml", [], [str(runs["narrow"])])
     assert outcome is not None
     (written,) = (tmp_path / "results" / "analysis" / "wandb").glob("offline-run-*/*.wandb")
-    stored = written.read_bytes()  # records of plain text, a value under its name
     assert len(outcome.rows) == 2 * 4
-    for row in outcome.rows:
-        name = f"hoyer_train/{row['module']}.{row['kind']}"
-        assert re.search(re.escape(name) + rf".{{1,8}}{re.escape(str(row['value']))}", stored.decode("latin-1"), re.S)
+    deadline = time.monotonic() + 30  # the file is written by a process of its own
+    while missing := [row for row in outcome.rows if not _is_in(written.read_bytes(), row)]:
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.1)
+
+
+def _is_in(stored: bytes, row: dict[str, Any]) -> bool:
+    """Whether records of plain text hold the value of a row under its name."""
+    name, value = re.escape(f"hoyer_train/{row['module']}.{row['kind']}"), re.escape(str(row["value"]))
+    return bool(re.search(name + ".{1,8}" + value, stored.decode("latin-1"), re.S))
