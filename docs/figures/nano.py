@@ -70,9 +70,12 @@ def band(frame: pd.DataFrame, value: str) -> pd.DataFrame:
 
 
 def draw(axes: Any, frame: pd.DataFrame, groups: list[str], value: str, linear: bool = False) -> None:
-    """A line with its band per size. linear: steps as they are, for what happens late; else on a logarithmic axis."""
+    """A line with its band per size, and a thin one per run. linear: steps as they are, not their logarithms."""
     for color, group in zip(COLORS, groups):
-        line = band(frame[frame["group"] == group], value)
+        own = frame[frame["group"] == group]
+        for _, run in own.groupby(["run", "step"])[value].mean().groupby("run"):
+            axes.plot(run.index.get_level_values("step"), run, color=color, linewidth=0.6, alpha=0.6)
+        line = band(own, value)
         axes.plot(line["step"], line["mean"], color=color, label=group.upper(), linewidth=1.6)
         axes.fill_between(line["step"], line["low"], line["high"], color=color, alpha=0.2, linewidth=0)
     axes.set_xlim(0, frame["step"].max())
@@ -101,6 +104,7 @@ def by_metric(values: pd.DataFrame, groups: list[str], metric: str, kinds: tuple
         own = values[(values["metric"] == metric) & (values["component"] == component) & (values["kind"] == kind)]
         draw(axes, own, groups, "value", linear=kinds == ("activations",))
         axes.set_title(title)
+        axes.set_ylim(-0.02, 1.02)
     for axes in panels[-1]:
         axes.set_xlabel("step (updates)")
     for axes in panels[:, 0]:
@@ -171,7 +175,9 @@ def print_layers(values: pd.DataFrame, members: pd.DataFrame, groups: list[str])
     grouped = by_group(settled, dict(zip(members["run"], members["group"])), layers=True)
     print("\n| settled at 0.9 (share of training) | " + " | ".join(g.upper() for g in groups) + " |")
     print("|---" * (len(groups) + 1) + "|")
-    for (component, layer), rows in grouped.groupby(["component", "layer"], sort=False):
+    for (component, layer), rows in sorted(
+        grouped.groupby(["component", "layer"]), key=lambda part: part[0][0] == "mlp"
+    ):
         by = rows.set_index("group")
         cells = [cell(tuple(by.loc[g, ["mean", "low", "high", "n"]])) for g in groups if g in by.index]
         print(f"| {MATTERS[component, 'activations']}, layer {layer} | " + " | ".join(cells) + " |")
