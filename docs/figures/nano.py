@@ -44,6 +44,8 @@ def condense(suite: Path) -> None:
     """Write what the figures are drawn from beside this file: values with heads averaged, and the losses of all runs."""
     members = pd.read_csv(suite / "members.csv")
     values = table.load(suite / "convergence")
+    shared = set.intersection(*(set(own["step"]) for _, own in values.groupby("run")))
+    values = values[values["step"].isin(shared)]  # a run that was interrupted has a step more than the others
     keys = ["run", "step", "split", "component", "kind", "layer", "metric"]
     means = values.groupby(keys, sort=False, dropna=False)["value"].mean().reset_index()
     means["run"] = means["run"].str.removeprefix("pico-nano-")

@@ -69,6 +69,16 @@ def test_sizes_are_compared_with_intervals_over_seeds(
     assert set(compared["metric"].dropna()) == {"cka", "per"}
 
 
+def test_the_step_at_which_a_run_was_interrupted_is_not_compared(
+    toy_suite: Callable[..., Path], trained_here: list[str]
+) -> None:
+    from picolm.suite.comparison import planned
+
+    members = load_suite(toy_suite()).members
+    values = pd.DataFrame({"run": ["toys-small"] * 5 + ["toys-wide"], "step": [0, 2, 3, 4, 6, 5]})
+    assert planned(values, members)["step"].tolist() == [0, 2, 4, 6]
+
+
 def test_an_interrupted_member_goes_on(
     toy_suite: Callable[..., Path], trained_here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

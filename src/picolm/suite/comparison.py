@@ -12,6 +12,7 @@ from picolm.report.section import Section, Sheet
 from picolm.store import Run
 from picolm.suite.config import SEED, Member, Suite
 from picolm.suite.convergence import by_group, figures, interval
+from picolm.train.plan import Plan
 from picolm.train.preview import estimate
 
 if TYPE_CHECKING:
@@ -36,8 +37,15 @@ def analyze_members(suite: Suite, members: list[Member], workers: int = 1) -> tu
         return None, changed
     outcome = analyze(suite.analysis, [str(member.path) for member in members], workers=workers)
     table.write(outcome.rows, folder / suite.analysis.analysis_name)
-    compared = compare(described, table.load(folder / suite.analysis.analysis_name))
+    compared = compare(described, planned(table.load(folder / suite.analysis.analysis_name), members))
     return outcome, _write(compared, folder / COMPARED) or changed or outcome.computed > 0
+
+
+def planned(values: "pd.DataFrame", members: list[Member]) -> "pd.DataFrame":
+    """The rows of steps that were to be saved: a run that was interrupted has one more, which others have not."""
+    steps = {member.name: set(Plan(member.config).saved_steps()) for member in members}
+    kept = [step in steps.get(run, ()) for run, step in zip(values["run"], values["step"])]
+    return values[kept]
 
 
 def describe(members: list[Member]) -> "pd.DataFrame":
