@@ -27,12 +27,18 @@ def drawn(width: int, *runs: str) -> list[str]:
 
 def test_the_mean_of_the_first_and_the_last_step_and_the_course_between_them() -> None:
     heading, _, row, options = drawn(116, "demo")
-    assert " ".join(heading.split()) == "run metric component kind split values missing first last over steps"
+    assert " ".join(heading.split()) == "metric component kind split values missing first last over steps"
     cells = row.split()
-    assert cells[:4] == ["demo", "norm", "ov_circuit", "weights"]
-    assert cells[4:8] == ["6", "2", "3", "1"]
-    assert len(cells[8]) == 3
+    assert cells[:3] == ["norm", "ov_circuit", "weights"]
+    assert cells[3:7] == ["6", "2", "3", "1"]
+    assert len(cells[7]) == 3
     assert options.split() == ["norm_type=nuclear"]
+
+
+def test_runs_are_named_where_there_are_several() -> None:
+    heading, _, *lines = drawn(116, "demo", "other")
+    assert heading.split()[:2] == ["run", "metric"]
+    assert [line.split()[0] for line in lines if "ov_circuit" in line] == ["demo", "other"]
 
 
 @pytest.mark.parametrize("width", [50, 60, 80, 100])

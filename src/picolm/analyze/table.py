@@ -104,15 +104,17 @@ def summary(rows: Iterable[Mapping[str, Any]], width: int = FULL_WIDTH) -> "Tabl
             missing[key] = missing.get(key, 0) + 1
         else:
             steps.setdefault(row["step"], []).append(row["value"])
-    narrow = width < FULL_WIDTH
+    narrow, alone = width < FULL_WIDTH, len({run for run, *_ in series}) == 1  # the name of the only run says nothing
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("metric", "of") if narrow else ("run", "metric", "component", "kind", "split"):
+    for heading in ("metric", "of") if narrow else ("run", "metric", "component", "kind", "split")[alone:]:
         shown.add_column(heading, overflow="fold", no_wrap=heading == "metric" and not narrow)
     for heading in (*(() if narrow else ("values", "missing")), "first", "last", "over steps"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for name, steps in series.items():
         run, metric, *what = name
-        names: tuple[str, ...] = (metric, " ".join(filter(None, (run, *what)))) if narrow else name
+        names: tuple[str, ...] = (
+            (metric, " ".join(filter(None, ("" if alone else run, *what)))) if narrow else name[alone:]
+        )
         counts = () if narrow else (str(sum(map(len, steps.values()))), str(missing.get(name, 0) or ""))
         shown.add_row(*names, *counts, *_course(steps, 10 if narrow else 16))
     return shown
