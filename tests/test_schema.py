@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import PositiveInt
 
@@ -159,6 +159,8 @@ def test_overrides_win_and_nest(tmp_path: Path) -> None:
     )
 
 
+@example(Outer(name="a\x85b"))
+@example(Outer(name="\u2028"))
 @given(
     st.builds(
         Outer,

@@ -70,10 +70,16 @@ def plain(config: BaseModel) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+BREAKS = set("\x85\u2028\u2029")
+
+
 def dump(config: BaseModel | Mapping[str, Any]) -> str:
     """The configuration as YAML text that `load` reads back to an equal one."""
     mapping = plain(config) if isinstance(config, BaseModel) else dict(config)
-    return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=120)
+    if BREAKS & set(text):  # PyYAML writes them as they are, and reads them as ends of lines
+        text = yaml.safe_dump(mapping, sort_keys=False, width=120)
+    return text
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
