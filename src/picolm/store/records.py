@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from picolm.errors import StoreError
+from picolm.schema import dump
 from picolm.store.files import disk_errors, dump_json, load_json, write_atomically
 from picolm.store.journal import Journal
 from picolm.store.layout import CONFIG, ENVIRONMENT, METRICS, RUN, Directories, inside, step_directory
@@ -46,7 +47,7 @@ class Records:
         return _read_json(self.path / ENVIRONMENT)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        data = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode()
+        data = dump(config).encode()
         with disk_errors("the configuration", self.path, len(data)):
             write_atomically(self.path / CONFIG, data)
 
