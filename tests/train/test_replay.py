@@ -144,6 +144,25 @@ def test_each_stretch_is_made_with_the_configuration_it_had(
     assert [found.step for found in verdict.compared] == [0, 2, 4, 6, 8]
 
 
+def test_a_change_on_the_way_leaves_no_mark_but_the_one_it_left_live(
+    train: Train, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the running averages either, which see each loss once."""
+    runs = []
+    for options in (SPARSE, DENSE):
+        with monkeypatch.context() as patch:
+            stop_at(patch, 3)
+            run_training(make_config(*options))
+        runs.append(train(*options, "training.optimization.lr=0.02", "training.max_steps=9"))
+    sparse, dense = runs
+    sparse.remove(4)
+    replay(sparse, [4, 6, 8], kinds=EVERYTHING, destination=sparse)
+    for step in (6, 8):
+        assert content(sparse, step) == content(dense, step)
+    assert sparse[4].meta["meters"] == dense[4].meta["meters"]
+    assert sparse[4].meta["learning_rate"] == dense[4].meta["learning_rate"]
+
+
 def test_nothing_is_made_of_steps_that_were_never_trained_or_of_other_data(
     train: Train, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from picolm.store import Run
 from picolm.store.identity import weights_digest
 from picolm.store.writer import BackgroundWriter
 from picolm.train.build import equip
+from picolm.train.config import TrainConfig
 from picolm.train.history import check_same_data, check_trained, origin, recorded_digests, relative_difference, segments
 from picolm.train.job import Job
 from picolm.train.loop import train
@@ -93,22 +94,19 @@ def replay(
     verdict = Verdict(begin.step, last)
     started, writer = time.perf_counter(), None
     tensors: Mapping[Address, Tensor] = begin
-    meta = begin.meta
+    metas = {begin.step: begin.meta}
     _use_threads(run)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         stretches = list(segments(run, begin.step, last, overrides))
         for config, first, end in stretches:
-            job = equip(config, stop, stack)
-            if len(stretches) > 1 and keeps_shards(job.fabric):  # no process has the whole state to hand on
-                raise PicoError(
-                    "the configuration changed on the way: give training.fabric.strategy=ddp, or one device"
-                )
-            check_same_data(run, job.batches.fingerprint, job.config)
-            job.state.restore(tensors, meta)
-            job.plan = ReplayPlan(Plan(config), end, [step for step in steps if first <= step <= end], kinds)
+            job = _equip(run, config, stop, stack, hands_on=len(stretches) > 1)
+            job.state.restore(tensors, metas[first])
+            # The step at which the configuration changed was saved before it did.
+            kept = [step for step in steps if first < step <= end or step == first == begin.step]
+            job.plan = ReplayPlan(Plan(config), end, kept, kinds)
             job.about = {"replayed": {"run": run.name, "from_step": begin.step}, **(about or {})}
-            job.watchers = [*watchers, _compare(run, recorded, verdict)]
+            job.watchers = [*watchers, _compare(run, recorded, verdict), _remember(end, metas)]
             if destination is not None and job.fabric.is_global_zero:
                 writer = writer or _writer(destination, stack)
                 job.run, job.writer = destination, writer
@@ -118,9 +116,28 @@ def replay(
             if stop.received is not None:
                 verdict.stopped = stop.received
                 break
-            tensors, meta = {**job.state.weights(), **job.state.moments()}, job.state.meta()
+            tensors = {**job.state.weights(), **job.state.moments()}
     verdict.seconds = time.perf_counter() - started
     return verdict
+
+
+def _equip(run: Run, config: TrainConfig, stop: StopSignal, stack: ExitStack, hands_on: bool) -> Job:
+    """A job on the data of the run. hands_on: whether its state will be given to another one."""
+    job = equip(config, stop, stack)
+    if hands_on and keeps_shards(job.fabric):  # no process has the whole state
+        raise PicoError("the configuration changed on the way: give training.fabric.strategy=ddp, or one device")
+    check_same_data(run, job.batches.fingerprint, job.config)
+    return job
+
+
+def _remember(end: int, metas: dict[int, Mapping[str, Any]]) -> Any:
+    """Keep the counters of the step that a stretch ends with, before its loss is taken note of: the next stretch does that."""
+
+    def remember(job: Job, step: int) -> None:
+        if step == end:
+            metas[end] = job.state.meta()
+
+    return remember
 
 
 class CarefulWriter(BackgroundWriter):
