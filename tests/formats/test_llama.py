@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tests.alone import HIDE
 from tests.fox import STEP, folder_of, same
 from tests.hub_server import FakeHub, Folder
 
@@ -24,13 +25,9 @@ from picolm.models.llama import decoder_config, from_llama, llama_config, to_lla
 from picolm.store import Run
 from picolm.train.sample import load_model
 
-WITHOUT_PICOLM = """
-import importlib.abc, json, sys
-class Hidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "picolm":
-            raise ModuleNotFoundError("picolm is hidden")
-sys.meta_path.insert(0, Hidden())
+WITHOUT_PICOLM = (
+    HIDE
+    + """
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,6 +43,7 @@ print(json.dumps({
 }))
 save_file({"logits": model(tokens).logits.detach(), "written": written}, place + "/found.safetensors")
 """
+)
 
 
 @pytest.mark.slow

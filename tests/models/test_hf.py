@@ -9,16 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.alone import HIDE
 
 from picolm.models import Decoder
 
-WITHOUT_PICOLM = """
-import importlib.abc, json, sys
-class Hidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "picolm":
-            raise ModuleNotFoundError("picolm is hidden")
-sys.meta_path.insert(0, Hidden())
+WITHOUT_PICOLM = (
+    HIDE
+    + """
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -42,6 +39,7 @@ config = model.config
 known_as = [config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads]
 print(json.dumps({"known_as": known_as, "dtype": str(model.dtype), "picolm": "picolm" in sys.modules}))
 """
+)
 
 
 def write(model: Decoder, place: Path) -> None:

@@ -35,6 +35,15 @@ def whole_tensors(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
     return {key: tensor for key, tensor in gathered.items() if tensor is not None}
 
 
+def summed(tensor: Tensor, device: torch.device) -> Tensor:
+    """The sum over all processes of a tensor on the CPU, which each of them gets; it travels by way of `device`."""
+    if world_size() == 1:
+        return tensor
+    on_device = tensor.to(device)
+    dist.all_reduce(on_device)
+    return on_device.cpu()
+
+
 def on_every_process(tensor: Tensor) -> Tensor:
     """The whole of `tensor`, on the device it is on."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

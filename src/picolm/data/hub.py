@@ -15,7 +15,6 @@ Hub states for the shards, and so outlives a commit that only edits the data set
 from __future__ import annotations
 
 import json
-import os
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from picolm.data import SOURCES
 from picolm.data.ahead import Ahead
 from picolm.data.decode import Footer, read_footer
+from picolm.data.job import written
 from picolm.data.manifest import FILE, Manifest, digest_of, parse_manifest
 from picolm.data.parquet import ShardedRows, check_length, rows_fingerprint, shards_of
 from picolm.errors import DataError
@@ -235,7 +235,5 @@ def _load(path: Path) -> Index | None:
 
 
 def _save(index: Index, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(asdict(index)), encoding="utf-8")
-    os.replace(aside, path)
+    with written(path) as file:
+        file.write(json.dumps(asdict(index)).encode())

@@ -25,6 +25,7 @@ from picolm.report.look import rooms
 from picolm.report.material import Material, gather
 from picolm.report.render import asset, render
 from picolm.report.section import SECTIONS, Drawing, Section, Sheet, described
+from picolm.store.files import write_atomically
 
 SCRIPTS = ("figures.js", "tables.js", "page.js")  # the last one starts
 
@@ -50,9 +51,7 @@ def write(
     text = page(material, chosen)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = out.with_name(f".{out.name}.partial")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(out)
+        write_atomically(out, text.encode())
     except OSError as error:
         raise PicoError(f"{out}: the report cannot be written ({error})") from error
     return out

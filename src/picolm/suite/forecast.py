@@ -14,7 +14,7 @@ from picolm.store import Run
 from picolm.suite.config import Member, SuiteConfig, differing
 from picolm.suite.standing import Standing
 from picolm.train import devices
-from picolm.train.preview import Estimate, estimate
+from picolm.train.preview import Estimate, estimate, rounded_bytes
 
 # A model of width d comes to roughly d / (d + HALFWAY) of the rate of large matrix products: on CPUs at widths 36 to 384 from
 # 0.12 to 0.65 was measured. More than MOST is rare on any device.
@@ -132,13 +132,13 @@ def table(forecasts: list[Forecast]) -> Table:
             f"{own.tokens:,}",
             f"{own.flops:.2e}",
             time,
-            _bytes(own.disk_bytes),
+            rounded_bytes(own.disk_bytes),
         )
     times = [left_s for *_, left_s in forecasts]
     total = "?" if None in times else duration(sum(left_s or 0 for left_s in times))
     sums = [sum(getattr(own, name) for _, own, _ in forecasts) for name in ("tokens", "flops", "disk_bytes")]
     shown.add_section()
-    shown.add_row(f"{len(forecasts)} runs", "", "", f"{sums[0]:,}", f"{sums[1]:.2e}", total, _bytes(sums[2]))
+    shown.add_row(f"{len(forecasts)} runs", "", "", f"{sums[0]:,}", f"{sums[1]:.2e}", total, rounded_bytes(sums[2]))
     return shown
 
 
@@ -164,11 +164,3 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

@@ -5,12 +5,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from picolm.errors import PicoError
-from picolm.schema import load
 from picolm.store import Run
-from picolm.store.layout import CONFIG
 from picolm.train.build import evaluated_rows, open_batches
-from picolm.train.config import TrainConfig, check_origin, schema_for
+from picolm.train.config import TrainConfig
 from picolm.train.evaluate import Evaluation, Rows, evaluate
+from picolm.train.history import stored_with
 from picolm.train.sample import load_model
 from picolm.train.text import Text
 
@@ -28,8 +27,7 @@ def evaluate_steps(
         raise PicoError(
             f"{strangers[0]}: evaluating changes nothing of a run; only keys of its evaluation section can differ"
         )
-    check_origin(run.config, str(run.path))
-    config = load(run.path / CONFIG, schema_for, overrides)
+    config = stored_with(run, overrides)
     if not config.evaluation.metrics:
         raise PicoError("nothing to evaluate: name evaluations with --metrics, --tasks or --pairs")
     rows = _rows(config)

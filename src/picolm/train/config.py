@@ -26,6 +26,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Cadence = Literal["all", "last"] | PositiveInt
 Retained = Literal["all"] | Annotated[str, Field(pattern=r"^(last|every) [1-9]\d*$")]
 
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME on the Hub
+
 # Free text: everything else that looks like `my_lab.module:attribute` in the configuration of a run is taken for such a name.
 NAMES_NO_CODE = ("checkpointing.run_name",)
 
@@ -375,7 +377,7 @@ def _name_rules(config: TrainConfig) -> Iterator[Rule]:
     if run_name is not None and (not run_name or run_name in (".", "..") or "/" in run_name or "\0" in run_name):
         yield ("checkpointing.run_name",), f"{run_name!r} cannot be the name of a folder"
     chosen = config.checkpointing
-    if chosen.save_to_hf and not re.fullmatch(r"[\w.-]+/[\w.-]+", chosen.hf_checkpoint.repo_id):
+    if chosen.save_to_hf and not REPOSITORY.fullmatch(chosen.hf_checkpoint.repo_id):
         yield (
             ("checkpointing.hf_checkpoint.repo_id", "checkpointing.save_to_hf"),
             f"{chosen.hf_checkpoint.repo_id!r}: save_to_hf sends steps to OWNER/NAME on the Hub; say which",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from picolm.capture.gather import world_size
+from picolm.capture.gather import summed
 from picolm.errors import PicoError
 from picolm.registry import Registry
 from picolm.train.strategies import reshard
@@ -130,11 +130,7 @@ def _sums_by_source(evaluation: Evaluation, labels: list[str], names: list[str])
         row_sums = torch.stack([nats_B, torch.full_like(nats_B, targets_BT.shape[1]), bytes_B], dim=1)
         sources = torch.tensor([names.index(labels[place]) for place in places], dtype=torch.long)
         sums.index_add_(0, sources, row_sums)
-    if world_size() > 1:
-        on_device = sums.to(evaluation.device)
-        torch.distributed.all_reduce(on_device)
-        sums = on_device.cpu()
-    return sums
+    return summed(sums, evaluation.device)
 
 
 def _scores(name: str, nats: float, tokens: float, text_bytes: float) -> dict[str, float]:

@@ -50,10 +50,9 @@ def last_step(run: Run) -> int:
 
 def check_trained(run: Run, step: int) -> None:
     """Raise PicoError for a step that the run never came to."""
-    if not 0 <= step <= last_step(run):
-        raise PicoError(
-            f"{run.path} has been trained up to step {last_step(run)}; there is no step {step} to make again"
-        )
+    last = last_step(run)
+    if not 0 <= step <= last:
+        raise PicoError(f"{run.path} has been trained up to step {last}; there is no step {step} to make again")
 
 
 def check_same_data(run: Run, fingerprint: str, config: TrainConfig) -> None:
@@ -75,6 +74,12 @@ def origin(run: Run, step: int) -> Checkpoint:
     return found
 
 
+def stored_with(run: Run, overrides: Sequence[str]) -> TrainConfig:
+    """The configuration of a run as it is stored, with `key=value` overrides. Code that it names itself needs to be trusted."""
+    check_origin(run.config, str(run.path))
+    return load(run.path / CONFIG, schema_for, overrides)
+
+
 def config_at(run: Run, step: int, overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration with which the update from `step` was made, with `key=value` overrides.
 
@@ -85,8 +90,7 @@ def config_at(run: Run, step: int, overrides: Sequence[str] = ()) -> TrainConfig
     for start in reversed(starts[_deciding(starts, step) + 1 :]):
         undone |= {key: old for key, (old, _) in start["changed"].items()}
     before = [f"{key}={json.dumps(value)}" for key, value in undone.items()]
-    check_origin(run.config, str(run.path))
-    return load(run.path / CONFIG, schema_for, [*before, *overrides])
+    return stored_with(run, [*before, *overrides])
 
 
 def same_elsewhere(run: Run, step: int, overrides: Sequence[str]) -> TrainConfig:

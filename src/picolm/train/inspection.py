@@ -97,6 +97,7 @@ def _measure(run: Run, batch: Batch, overrides: Sequence[str]) -> None:
             ]
         measured[at] = torch.cat(rows).float().cpu()
 
-    steps = [step for step in (batch.step, batch.step + 1) if step <= last_step(run)]
+    last = last_step(run)
+    steps = [step for step in (batch.step, batch.step + 1) if step <= last]
     replay(run, steps, kinds=Due(), overrides=overrides, watchers=[watch])
     batch.before_RT, batch.after_RT = measured.get(batch.step), measured.get(batch.step + 1)

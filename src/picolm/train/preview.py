@@ -86,7 +86,7 @@ def _sizes(config: TrainConfig, model: Any, moments: int) -> dict[str, str]:
         "tokens per step": f"{tokens:,}",
         "tokens in all": f"{tokens * steps:,} in {steps:,} steps",
         "compute": f"{flops:,} FLOP per token, {flops * tokens * steps:.3g} FLOP in all",
-        "memory": f"about {_gigabytes(_memory(config, model, moments))} per device",
+        "memory": f"about {rounded_bytes(_memory(config, model, moments))} per device",
     }
 
 
@@ -126,8 +126,8 @@ def _saving(config: TrainConfig, model: Any, moments: int, captured: int) -> dic
     shown = steps if len(steps) <= 20 else [*steps[:12], "…", *steps[-5:]]
     return {
         "saved steps": f"{len(steps)}: {', '.join(map(str, shown))}",
-        "disk": ", ".join(f"{kind} {_gigabytes(value)}" for kind, value in totals.items())
-        + f", in all about {_gigabytes(sum(totals.values()))}",
+        "disk": ", ".join(f"{kind} {rounded_bytes(value)}" for kind, value in totals.items())
+        + f", in all about {rounded_bytes(sum(totals.values()))}",
     }
 
 
@@ -215,7 +215,8 @@ def _remarks(config: TrainConfig) -> list[str]:
     return []
 
 
-def _gigabytes(size: float) -> str:
+def rounded_bytes(size: float) -> str:
+    """`12.3 MB`: three digits, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

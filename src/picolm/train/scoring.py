@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from picolm.capture.gather import world_size
+from picolm.capture.gather import summed
 from picolm.errors import PicoError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def nats(pieces: Sequence[Piece], evaluation: Evaluation) -> Tensor:
         nats_BT = evaluation.model.token_nats(tokens_BS.to(evaluation.device)).double().cpu()
         for row, place in enumerate(places):
             sums_N[place] = nats_BT[row, _scored(pieces[place])].sum()
-    return _from_all(sums_N, evaluation)
+    return summed(sums_N, evaluation.device)  # each process has zeros in the places of the others
 
 
 def nats_and_greedy(pieces: Sequence[Piece], evaluation: Evaluation) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def nats_and_greedy(pieces: Sequence[Piece], evaluation: Evaluation) -> tuple[Te
             chosen_P = logits_PV.log_softmax(-1).gather(-1, targets_P[:, None])
             found_N2[place, 0] = -chosen_P.double().sum().item()
             found_N2[place, 1] = float((logits_PV.argmax(-1) == targets_P).all())
-    found_N2 = _from_all(found_N2, evaluation)
+    found_N2 = summed(found_N2, evaluation.device)
     return found_N2[:, 0], found_N2[:, 1] > 0
 
 
@@ -95,12 +95,3 @@ def _scored(piece: Piece) -> slice:
     """Where the scored tokens of a piece are among its targets."""
     end = len(piece.tokens) - 1
     return slice(end - piece.scored, end)
-
-
-def _from_all(found: Tensor, evaluation: Evaluation) -> Tensor:
-    """The sum over all processes, each of which has zeros in the places of the others."""
-    if world_size() > 1:
-        on_device = found.to(evaluation.device)
-        torch.distributed.all_reduce(on_device)
-        found = on_device.cpu()
-    return found

@@ -1,6 +1,5 @@
 """Steps of a training that go to the Hub as they are saved: what `checkpointing.save_to_hf` asks for."""
 
-import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -14,9 +13,7 @@ from picolm.store.outbox import Outbox, Uploader
 from picolm.store.repository import Branch
 from picolm.store.roworder import lookup
 from picolm.store.upload import Sender
-from picolm.train.config import TrainConfig
-
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+from picolm.train.config import REPOSITORY, TrainConfig
 
 
 def sender(
@@ -24,7 +21,8 @@ def sender(
 ) -> Sender:
     """What sends steps of a run to a branch (default: the name of the run), with a card that says how it was configured."""
     name = branch or run.name
-    describe = partial(model_card, run, repository, name, differences=differences(run.config))
+    changed = {key: value for key, (value, _) in differences(run.config).items()}
+    describe = partial(model_card, run, repository, name, differences=changed)
     return Sender(run, Branch(repository, name), describe, private, collection)
 
 
@@ -35,17 +33,21 @@ def destination(run: Run, repository: str | None, branch: str | None) -> tuple[s
     before = Outbox(run).place.removeprefix("hub:").partition("@")
     configured = lookup(run.config, "checkpointing.hf_checkpoint.repo_id", "") or ""
     repository = repository or before[0] or str(configured)
-    if not _NAME.fullmatch(repository):
+    if not REPOSITORY.fullmatch(repository):
         raise PicoError(
             f"{run.path}: where to? give --repo-id OWNER/NAME" + (f", not {repository!r}" if repository else "")
         )
     return repository, branch or (before[2] if repository == before[0] else "") or run.name
 
 
-def differences(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a configuration whose values are not the defaults."""
-    defaults = flatten(plain(TrainConfig()))
-    return {key: value for key, value in flatten(config).items() if key not in defaults or defaults[key] != value}
+def differences(config: Mapping[str, Any], schema: type[TrainConfig] = TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The keys of a configuration whose values are not the defaults of `schema`: (value, default)."""
+    defaults = flatten(plain(schema()))
+    return {
+        key: (value, defaults.get(key))
+        for key, value in flatten(config).items()
+        if key not in defaults or defaults[key] != value
+    }
 
 
 def start_uploads(

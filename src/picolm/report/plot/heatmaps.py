@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from picolm.errors import PicoError
 from picolm.report.look import label
 from picolm.report.plot.panels import Control, Panel, figure
-from picolm.report.plot.series import Matter, by_step, gaps, matters, metrics, named, pairs, select
+from picolm.report.plot.series import by_step, gaps, matters, metrics, named, pairs, select
 
 
 def heatmap(table: pd.DataFrame, name: str | None = None, options: str | None = None) -> go.Figure:
@@ -53,48 +53,37 @@ def _titled(rows: pd.DataFrame, alone: bool) -> Iterator[tuple[str, pd.DataFrame
 
 def layers(table: pd.DataFrame, name: str, options: str | None = None) -> go.Figure:
     """A metric between every two layers, of two runs or of one run at two steps; a slider chooses the step."""
-    rows = select(table, name, options)
-    found = list(pairs(rows, "layers"))
-    if not found:
-        raise PicoError(f"{name}: nothing in the table compares a layer with several; target: {{layer: all}} does")
-    steps = sorted({step for _, group in found for step in group["step"].unique()})
-    titles, traces = [], []
-    for place, (matter, group) in enumerate(found):
-        titles.append(_of_runs(matter, group))
-        for number, step in enumerate(steps):
-            own = group[group["step"] == step]
-            if len(own):
-                shown = {"matter": place, "step": number}
-                traces.append(_square(own, "layer", "against_layer", shown, about=f"step {step}"))
-    controls = [Control("matter", "Of", titles), Control("step", "Step", list(map(str, steps)), kind="slider")]
-    title = named(name, rows["options"].iloc[0] or "")
-    panel = Panel("", y="layer", x="layer compared with")
-    return _figure(f"{title} between layers", traces, panel, controls, note=gaps(rows))
+    rows, missing = select(table, name, options), "a layer with several; target: {layer: all} does"
+    return _squares(rows, name, "layer", "step", missing)
 
 
 def steps(table: pd.DataFrame, name: str, options: str | None = None) -> go.Figure:
     """A metric between every two steps of the same layer; a slider chooses the layer."""
-    rows = select(table, name, options)
-    found = list(pairs(rows, "steps"))
+    rows, missing = select(table, name, options), "all steps; target: {checkpoint: all} does"
+    return _squares(rows, name, "step", "layer", missing)
+
+
+def _squares(rows: pd.DataFrame, name: str, axis: str, slider: str, missing: str) -> go.Figure:
+    """`axis` against itself, a map for each value of `slider`. missing: what it takes to have some, for the error."""
+    found = list(pairs(rows, f"{axis}s"))
     if not found:
-        raise PicoError(f"{name}: nothing in the table compares all steps; target: {{checkpoint: all}} does")
-    depths = sorted({layer for _, group in found for layer in group["layer"].dropna().unique()})
-    traces, titles = [], []
+        raise PicoError(f"{name}: nothing in the table compares {missing}")
+    stops = sorted({stop for _, group in found for stop in group[slider].dropna().unique()})
+    titles, traces = [], []
     for place, (matter, group) in enumerate(found):
-        titles.append(_of_runs(matter, group))
-        for number, layer in enumerate(depths):
-            own = group[group["layer"] == layer]
+        titles.append(f"{group['run'].iloc[0]}: {matter.title}")
+        for number, stop in enumerate(stops):
+            own = group[group[slider] == stop]
             if len(own):
-                shown = {"matter": place, "layer": number}
-                traces.append(_square(own, "step", "against_step", shown, about=f"layer {layer}"))
-    controls = [Control("matter", "Of", titles), Control("layer", "Layer", list(map(str, depths)), kind="slider")]
+                shown = {"matter": place, slider: number}
+                traces.append(_square(own, axis, f"against_{axis}", shown, about=f"{slider} {stop}"))
+    controls = [
+        Control("matter", "Of", titles),
+        Control(slider, slider.capitalize(), list(map(str, stops)), kind="slider"),
+    ]
     title = named(name, rows["options"].iloc[0] or "")
-    panel = Panel("", y="step", x="step compared with")
-    return _figure(f"{title} between steps", traces, panel, controls, note=gaps(rows))
-
-
-def _of_runs(matter: Matter, group: pd.DataFrame) -> str:
-    return f"{group['run'].iloc[0]}: {matter.title}"
+    panel = Panel("", y=axis, x=f"{axis} compared with")
+    return _figure(f"{title} between {axis}s", traces, panel, controls, note=gaps(rows))
 
 
 def _by_step(rows: pd.DataFrame, shown: dict[str, int]) -> list[go.Heatmap]:

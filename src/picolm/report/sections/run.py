@@ -10,7 +10,7 @@ from picolm.errors import PicoError, StoreError
 from picolm.report.material import Material
 from picolm.report.render import render
 from picolm.report.section import SECTIONS, Section
-from picolm.schema import flatten, plain
+from picolm.schema import flatten
 from picolm.store import Checkpoint, Run
 from picolm.store.sealed import SealedCheckpoint
 
@@ -37,7 +37,7 @@ def card(name: str, opened: Run, unfolded: bool = True) -> Markup:
         open=unfolded,
         sentence=_sentence(config, last),
         facts=_facts(config, entries, last),
-        differences=_differences(opened, config),
+        differences=_differences(opened),
         config=config,
         parent=environment.get("forked_from") or environment.get("replay_of"),
         provenance=_provenance(environment, opened, last),
@@ -113,20 +113,18 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
 
-def _differences(opened: Run, config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def _differences(opened: Run) -> list[tuple[str, Any, Any]]:
     """Key, value, default; empty where the defaults are not to be had (an architecture that is not installed, or not trusted)."""
     from picolm.train.config import check_origin, schema_for
+    from picolm.train.upload import differences
 
+    config = _config(opened)
     try:
-        check_origin(_config(opened), str(opened.path))
-        defaults = flatten(plain(schema_for(_config(opened))()))
+        check_origin(config, str(opened.path))
+        found = differences(config, schema_for(config))
     except (PicoError, ValueError):
         return []
-    return [
-        (key, value, defaults.get(key))
-        for key, value in config.items()
-        if value != defaults.get(key) and key.rpartition(".")[2] not in EXPECTED
-    ]
+    return [(key, *pair) for key, pair in found.items() if key.rpartition(".")[2] not in EXPECTED]
 
 
 def _provenance(environment: dict[str, Any], opened: Run, last: Checkpoint | None) -> list[tuple[str, str]]:
