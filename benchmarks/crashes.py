@@ -31,6 +31,7 @@ import picolm.train.loop  # noqa: F401  (imported once, for all the lives that a
 from picolm.errors import StoreError
 from picolm.schema import load
 from picolm.store import Checkpoint, Run
+from picolm.store.sealed import SealedCheckpoint
 from picolm.train import run_training
 from picolm.train.config import schema_for
 from picolm.train.resume import resumable
@@ -254,7 +255,7 @@ def differences(run: Run, whole: Run) -> list[str]:
     """Where a run is not the undisturbed one: steps, bytes of weights, optimizer and captures, lines of metrics."""
     found = [] if run.steps == whole.steps else [f"{run.name}: steps {run.steps}"]
     for step in run.steps:
-        ours, theirs = run[step].files, whole[step].files  # type: ignore[call-overload]
+        ours, theirs = (SealedCheckpoint(one.step_path(step)).files for one in (run, whole))
         changed = {name for name, _ in set(ours.items()) ^ set(theirs.items())}
         found += [f"{run.name}: step {step}: {name}" for name in sorted(changed)]
     lines, expected = ([_essence(line) for line in one.metrics()] for one in (run, whole))

@@ -34,13 +34,16 @@ class Repository(Protocol):
         """From the newest commit of a branch, or from the commit of that id, backwards; None for an unknown revision."""
         ...
 
-    branches: list[str]
+    @property
+    def branches(self) -> Sequence[str]:
+        """Their names."""
+        ...
 
 
 class Folder:
     """A repository with one branch and one commit: the files that lie in a folder now."""
 
-    branches = ["main"]  # noqa: RUF012
+    branches = ("main",)
 
     def __init__(self, path: Path):
         self.path = path

@@ -30,7 +30,7 @@ from picolm.seeds import derive
 SPLITS = ("train", "val")
 _SOURCE = struct.Struct("<I")
 _BATCH_DOCUMENTS = 512
-_BATCH_CHARACTERS = 1 << 19
+_BATCH_CHARACTERS = 1 << 17
 _SAMPLE_CHARACTERS = 64 << 20
 
 Stream = tuple[str, int]

@@ -1,0 +1,40 @@
+"""Every benchmark runs, at the smallest size there is: a script that nobody runs is soon one that does not run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALLEST = {  # script: (its arguments, what it prints then)
+    "analyze": (["--shapes", "tiny", "--rows", "16", "--steps", "2"], "calls of algebra alone"),
+    "corpora": (["--megabytes", "1", "--times", "2", "--memory", "1"], "| local, 4 tasks, 4 workers | 2 |"),
+    "crashes": (["--kills", "2"], "torn"),
+    "report": (["--values", "2000"], "toggle"),
+    "safeguards": (["--rounds", "1", "--every", "1"], "no digests"),
+    "step_time": (["--shapes", "tiny", "--precisions", "float32", "--modes", "eager", "--rounds", "1"], "| llama |"),
+    "trainer": (["--steps", "2"], "trainer / bare"),
+    "uploads": (["--rounds", "1", "--every", "1"], "saved and sent"),
+}
+
+
+def test_each_benchmark_is_listed_here() -> None:
+    assert {script.stem for script in BENCHMARKS.glob("*.py")} == set(SMALLEST)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_benchmark_prints_its_figures(name: str, tmp_path: Path) -> None:
+    if name == "report" and not shutil.which("chromedriver"):
+        pytest.skip("there is no Chromium here (make browser)")
+    arguments, expected = SMALLEST[name]
+    script = subprocess.run(
+        [sys.executable, BENCHMARKS / f"{name}.py", *arguments],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"GOMP_SPINCOUNT": "10000"},
+    )  # fmt: skip
+    assert script.returncode == 0, script.stderr
+    assert expected in script.stdout
