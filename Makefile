@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: browser demo suite test check format docs clean help
+.PHONY: browser demo suite experiment test check format docs clean help
 
 help:
 	@echo "make demo   set up, and train a small language model on real text (offline, some minutes)"
@@ -19,6 +19,10 @@ demo: .venv/.demo
 
 suite: .venv/.demo
 	$(BIN)/pico suite configs/suites/nano.yaml --jobs 2
+
+# The figures of docs/experiment-nano.md are drawn again from the suite, and its tables printed.
+experiment: suite .venv/.docs
+	$(BIN)/python docs/figures/nano.py
 
 test: .venv/.dev browser
 	$(BIN)/pytest -n 2 --dist worksteal

@@ -1,4 +1,4 @@
-"""What a screen can show: how wide it is, whether a line can be drawn again, and a series of numbers in one line of text.
+"""What a screen can show: how wide it is, whether a line can be drawn again, a series of numbers or a time in few characters.
 
 Nobody needs a terminal: where output goes to a file or a pipe, where TERM is dumb or the encoding is not UTF-8, the same facts
 come as plain lines in ASCII. NO_COLOR and COLUMNS mean what they mean elsewhere.
@@ -67,3 +67,11 @@ def sparkline(values: Sequence[float], width: int = 16, blocks: bool | None = No
 def _mean(values: Sequence[float]) -> float | None:
     finite = [value for value in values if math.isfinite(value)]
     return sum(value / len(finite) for value in finite) if finite else None
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    for limit, unit, size in ((90, "s", 1), (5400, "min", 60)):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

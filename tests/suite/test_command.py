@@ -36,7 +36,9 @@ def test_what_is_done_is_not_done_again_and_what_is_added_is_done(
 
     assert run_suite(file) == 0
     assert len(trained_here) == 2
-    assert "values, 0 of them computed now" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "values, 0 of them computed now" in said
+    assert "report.html, as it was" in said  # where it lies is said each time
     assert digests(tmp_path / "runs") == before
     assert (folder / "report.html").read_bytes() == page
 

@@ -31,10 +31,6 @@ class Records:
         return self.path.resolve().name
 
     @property
-    def logs_path(self) -> Path:
-        return inside(self.path, self.directories.logs_dir)
-
-    @property
     def config(self) -> dict[str, Any]:
         """The configuration as it was written; the store knows no schema."""
         try:

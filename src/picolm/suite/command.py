@@ -8,12 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from picolm.console import duration
 from picolm.errors import PicoError
 from picolm.logs import configure_logging
 from picolm.schema import dump
 from picolm.suite.comparison import REPORT, analyze_members, write_report
 from picolm.suite.config import Member, Suite, load_suite
-from picolm.suite.forecast import duration, forecast, remarks, table, work_left
+from picolm.suite.forecast import forecast, remarks, table, work_left
 from picolm.suite.local import Failure, train_locally
 from picolm.suite.standing import Standing, standings
 
@@ -124,8 +125,9 @@ def _conclude(suite: Suite, members: list[Member], jobs: int, report: bool) -> N
         log.info("%d values, %d of them computed now.", len(outcome.rows), outcome.computed)
         for line in outcome.absent:
             log.warning("Skipped: %s", line)
-    if report and (changed or not (suite.config.folder / REPORT).exists()):
-        log.info("The report is %s.", write_report(suite, members))
+    if report:
+        page = suite.config.folder / REPORT
+        log.info("The report is %s.", write_report(suite, members) if changed or not page.exists() else f"{page}, as it was")
     log.info("Tables are in %s.", suite.config.folder)
 
 

@@ -9,6 +9,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from picolm.console import duration
 from picolm.errors import PicoError
 from picolm.store import Run
 from picolm.suite.config import Member, SuiteConfig, differing
@@ -156,11 +157,3 @@ def remarks(config: SuiteConfig, members: list[Member], forecasts: list[Forecast
     if any(left_s is None for *_, left_s in forecasts):
         lines.append("Of devices that are not here the speed is not known: give flops_per_s=… (of one device).")
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """`48 s`, `12 min`, `3.5 h`, `2.1 days`."""
-    for limit, unit, size in ((90, "s", 1), (5400, "min", 60)):
-        if seconds < limit:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

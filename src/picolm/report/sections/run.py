@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from picolm.console import duration
 from picolm.errors import PicoError, StoreError
 from picolm.report.material import Material
 from picolm.report.render import render
@@ -96,7 +97,7 @@ def _facts(
         facts.append((f"{loss:.3f}", "training loss, nats per token", perplexity))
     if len(speeds) > 1:
         seconds = sum((after - before) / speed for (before, _), (after, speed) in pairwise(speeds) if speed > 0)
-        facts.append((_duration(seconds), "of training", "from the logged speeds"))
+        facts.append((duration(seconds), "of training", "from the logged speeds"))
         middle = sorted(speed for _, speed in speeds)[len(speeds) // 2]
         facts.append((f"{middle:,.0f}", "tokens per second", "median"))
     return facts
@@ -106,11 +107,6 @@ def _parameters(last: Checkpoint | None) -> int:
     if not isinstance(last, SealedCheckpoint):
         return 0
     return sum(math.prod(last.record(address).shape) for address in last.select(kind="weights"))
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
 
 def _differences(opened: Run) -> list[tuple[str, Any, Any]]:
