@@ -1,7 +1,7 @@
 """What the command line shows of work in progress and of its results."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,29 @@ def parts(family: str) -> "Table":
             part = COMPONENTS.get(name)
             text = " ".join((inspect.getdoc(part) or "").split())
             shown.add_row(name, ", ".join(part.kinds or ("anything",)), escape(text))
+    return shown
+
+
+def evaluations(results: Mapping[int, Mapping[str, float]], most: int = 5) -> "Table":
+    """Results by step: a row for each of them, and a column for each step; of more than `most`, the first, the last, and a
+    sparkline of all.
+    """
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from picolm.console import sparkline
+
+    steps = sorted(results)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("evaluation", overflow="fold")
+    columns = steps if len(steps) <= most else [steps[0], steps[-1]]
+    for heading in (*(f"step {step}" for step in columns), *(["over steps"] if len(steps) > 2 else [])):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for name in dict.fromkeys(name for step in steps for name in results[step]):
+        values = [f"{results[step][name]:.6g}" if name in results[step] else "" for step in columns]
+        course = [results[step][name] for step in steps if name in results[step]]
+        shown.add_row(escape(name), *values, *([sparkline(course)] if len(steps) > 2 else []))
     return shown
 
 

@@ -59,9 +59,12 @@ def test_afterwards_gives_what_training_gave_and_keeps_what_was_there(
     run = train(*reading)
     then = {step: run.evaluation(step) for step in run.steps}
     pico("evaluate", str(run.path), "--pairs", f"{tmp_path}/pairs.jsonl", "--steps", "2,6")
-    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("step")] == [
-        f"step {step}: minimal_pairs {run.evaluation(step)['minimal_pairs']:.6g}" for step in (2, 6)  # type: ignore[index]
-    ]  # fmt: skip
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split() == ["evaluation", "step", "2", "step", "6"]
+    assert next(line.split() for line in said if line.split()[:1] == ["minimal_pairs"])[1:] == [
+        f"{run.evaluation(step)['minimal_pairs']:.6g}"
+        for step in (2, 6)  # type: ignore[index]
+    ]
     assert run.evaluation(0) == then[0]
     found = run.evaluation(6)
     assert found is not None and found.keys() - then[6].keys() == {"minimal_pairs", "minimal_pairs/order"}  # type: ignore[union-attr]  # noqa: PT018

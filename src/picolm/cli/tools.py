@@ -1,5 +1,6 @@
 """Commands for other people's tools: `export`, `import`, `evaluate`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +62,9 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Evaluate checkpoints; the results are added to those in eval_results/."""
+    from picolm.console import screen
     from picolm.store import Run
+    from picolm.terminal import evaluations, phases
     from picolm.train.afterwards import evaluate_steps
     from picolm.train.history import parse_steps
 
@@ -81,8 +84,12 @@ def evaluate(
         raise PicoError("--include-path says where tasks are described; --tasks says which of them to run")
     if names:
         words.append(f"evaluation.metrics=[{','.join(dict.fromkeys(names))}]")
-    for number, results in evaluate_steps(opened, parse_steps(steps) if steps else None, words):
-        print(f"step {number}: " + ", ".join(f"{name} {value:.6g}" for name, value in results.items()))
+    with phases() as progress:
+        found = dict(
+            evaluate_steps(opened, parse_steps(steps) if steps else None, words, partial(progress, "evaluating"))
+        )
+    screen().print(evaluations(found))
+    print(f"Added to {opened.path / opened.directories.eval_results_dir}.")
 
 
 def _quoted(path: Path) -> str:

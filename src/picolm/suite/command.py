@@ -127,7 +127,9 @@ def _conclude(suite: Suite, members: list[Member], jobs: int, report: bool) -> N
             log.warning("Skipped: %s", line)
     if report:
         page = suite.config.folder / REPORT
-        log.info("The report is %s.", write_report(suite, members) if changed or not page.exists() else f"{page}, as it was")
+        log.info(
+            "The report is %s.", write_report(suite, members) if changed or not page.exists() else f"{page}, as it was"
+        )
     log.info("Tables are in %s.", suite.config.folder)
 
 

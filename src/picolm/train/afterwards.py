@@ -1,6 +1,6 @@
 """Evaluations of checkpoints that are there already, by the same functions as during training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -15,7 +15,10 @@ from picolm.train.text import Text
 
 
 def evaluate_steps(
-    run: Run, steps: Sequence[int] | None, overrides: Sequence[str]
+    run: Run,
+    steps: Sequence[int] | None,
+    overrides: Sequence[str],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """(step, results) of each step; results are added to what eval_results/ holds for it, and replace those of one name.
 
@@ -31,10 +34,13 @@ def evaluate_steps(
     if not config.evaluation.metrics:
         raise PicoError("nothing to evaluate: name evaluations with --metrics, --tasks or --pairs")
     rows = _rows(config)
-    for step in steps if steps is not None else [step for step in run.steps if run[step].select(kind="weights")]:
+    chosen = steps if steps is not None else [step for step in run.steps if run[step].select(kind="weights")]
+    for done, step in enumerate(chosen):
+        progress(done, len(chosen))
         results = evaluate(config.evaluation.metrics, _evaluation(run, step, config, rows))
         run.write_evaluation(step, (run.evaluation(step) or {}) | results)
         yield step, results
+    progress(len(chosen), len(chosen))
 
 
 def _rows(config: TrainConfig) -> Rows | None:
