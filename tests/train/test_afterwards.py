@@ -76,6 +76,14 @@ def test_afterwards_gives_what_training_gave_and_keeps_what_was_there(
     assert "minimal_pairs" in run.evaluation(6)  # type: ignore[operator]
 
 
+def test_afterwards_in_the_precision_of_the_run(train: Callable[..., Run], reading: list[str]) -> None:
+    """The results of one curve are comparable: in float32 those of a run in bfloat16 would be shifted."""
+    run = train(*reading, "training.fabric.precision=bf16-mixed")
+    then = {step: run.evaluation(step) for step in run.steps}
+    pico("evaluate", str(run.path), "--metrics", "paloma")
+    assert {step: run.evaluation(step) for step in run.steps} == then
+
+
 def test_a_continued_run_keeps_results_of_its_first_step_alone(
     train: Callable[..., Run], reading: list[str], tmp_path: Path
 ) -> None:

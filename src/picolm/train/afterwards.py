@@ -8,6 +8,7 @@ from picolm.errors import PicoError
 from picolm.store import Run
 from picolm.train.build import evaluated_rows, open_batches
 from picolm.train.config import TrainConfig
+from picolm.train.devices import compute_dtype, weight_dtype
 from picolm.train.evaluate import Evaluation, Rows, evaluate
 from picolm.train.history import stored_with
 from picolm.train.sample import load_model
@@ -23,7 +24,8 @@ def evaluate_steps(
     """(step, results) of each step; results are added to what eval_results/ holds for it, and replace those of one name.
 
     steps: None for all that hold weights. overrides: `evaluation.…=value`; other keys would describe another run.
-    Computed in float32 on the CPU, or on CUDA where there is one. Raises PicoError.
+    Computed in the precision of the run, so that the curve of a run goes on in the numbers it began with; on the CPU, or on CUDA
+    where there is one. Raises PicoError.
     """
     strangers = [word for word in overrides if not word.startswith(("evaluation.", "data.dataset.", "data.tokenizer."))]
     if strangers:
@@ -37,10 +39,20 @@ def evaluate_steps(
     chosen = steps if steps is not None else [step for step in run.steps if run[step].select(kind="weights")]
     for done, step in enumerate(chosen):
         progress(done, len(chosen))
-        results = evaluate(config.evaluation.metrics, _evaluation(run, step, config, rows))
+        with _autocast(config):
+            results = evaluate(config.evaluation.metrics, _evaluation(run, step, config, rows))
         run.write_evaluation(step, (run.evaluation(step) or {}) | results)
         yield step, results
     progress(len(chosen), len(chosen))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _autocast(config: TrainConfig) -> torch.autocast:
+    precision = config.training.fabric.precision
+    return torch.autocast(_device().type, compute_dtype(precision), enabled=precision.endswith("-mixed"))
 
 
 def _rows(config: TrainConfig) -> Rows | None:
@@ -50,8 +62,8 @@ def _rows(config: TrainConfig) -> Rows | None:
 
 
 def _evaluation(run: Run, step: int, config: TrainConfig, rows: Rows | None) -> Evaluation:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(run, step).to(device)
+    device = _device()
+    model = load_model(run, step).to(device, weight_dtype(config.training.fabric.precision))
     file = run.step_path(step) / "tokenizer.json"
     text = Text(file if file.exists() else None, config.model.vocab_size)
     return Evaluation(
