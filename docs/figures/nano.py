@@ -13,14 +13,14 @@ import pandas as pd
 
 from picolm.analyze import table
 from picolm.store import Run
-from picolm.suite.convergence import by_group, figures, interval
+from picolm.suite.convergence import by_group, figures, interval, t_975
 
 HERE = Path(__file__).parent
-T_975_OF_4 = 2.776  # two groups of three: 4 degrees of freedom
 COLORS = ["#d9a514", "#35b779", "#2d708e", "#482677"]  # small to large; printed in grey, light to dark
 MATTERS = {
-    ("ov_circuit", "activations"): "output of attention (OV)",
+    ("attention", "activations"): "output of attention",
     ("mlp", "activations"): "output of the MLP",
+    ("ov_circuit", "activations"): "values through OV",
     ("ov_circuit", "weights"): "weights of OV",
     ("mlp", "weights"): "weights of the MLP's output",
     ("ov_circuit", "gradients"): "gradients of OV",
@@ -98,9 +98,10 @@ def by_metric(values: pd.DataFrame, groups: list[str], metric: str, kinds: tuple
     from matplotlib import pyplot
 
     chosen = [(key, title) for key, title in MATTERS.items() if key[1] in kinds]
-    rows = len(chosen) // 2
+    columns = 3 if len(chosen) == 3 else 2
+    rows = len(chosen) // columns
     figure, panels = pyplot.subplots(
-        rows, 2, figsize=(7.6, 0.6 + 2.6 * rows), layout="constrained", sharex=True, squeeze=False
+        rows, columns, figsize=(3.8 * columns, 0.6 + 2.6 * rows), layout="constrained", sharex=True, squeeze=False
     )
     for axes, ((component, kind), title) in zip(panels.flat, chosen):
         own = values[(values["metric"] == metric) & (values["component"] == component) & (values["kind"] == kind)]
@@ -121,13 +122,13 @@ def by_layer(values: pd.DataFrame, groups: list[str]) -> None:
 
     layers = sorted(values["layer"].dropna().unique())
     figure, panels = pyplot.subplots(
-        2, len(layers), figsize=(11, 4.6), layout="constrained", sharex=True, sharey=True, squeeze=False
+        3, len(layers), figsize=(11, 6.6), layout="constrained", sharex=True, sharey=True, squeeze=False
     )
-    for row, component in zip(panels, ("ov_circuit", "mlp")):
+    for row, (component, name) in zip(panels, (("attention", "attention"), ("mlp", "MLP"), ("ov_circuit", "OV"))):
         for axes, layer in zip(row, layers):
             chosen = (values["metric"] == "cka") & (values["component"] == component) & (values["layer"] == layer)
             draw(axes, values[chosen], groups, "value", linear=True)
-            axes.set_title(f"{'OV' if component == 'ov_circuit' else 'MLP'}, layer {layer:.0f}")
+            axes.set_title(f"{name}, layer {layer:.0f}")
             axes.set_xticks([0, 512, 1024])
         row[0].set_ylabel("CKA with the last step")
     panels[0, 0].legend(frameon=False, fontsize=8)
@@ -160,12 +161,12 @@ def print_tables(values: pd.DataFrame, members: pd.DataFrame, groups: list[str])
     found = pd.concat([found, ratios(found)])
     grouped = by_group(found, dict(zip(members["run"], members["group"])))
     for (metric, kind), wanted in SHOWN.items():
-        for component in ("ov_circuit", "mlp"):
+        for component, title in [(name, title) for (name, of), title in MATTERS.items() if of == kind]:
             for figure in wanted:
                 same = (grouped["metric"] == metric) & (grouped["kind"] == kind) & (grouped["component"] == component)
                 by = grouped[same & (grouped["figure"] == figure)].set_index("group")
                 cells = [tuple(by.loc[g, ["mean", "low", "high", "n"]]) for g in groups]
-                name = f"{metric.upper()}, {MATTERS[component, kind]}: {figure}"
+                name = f"{metric.upper()}, {title}: {figure}"
                 print(f"| {name} | " + " | ".join(map(cell, cells)) + f" | {apart(cells[0], cells[-1], 3)} |")
 
 
@@ -177,8 +178,9 @@ def print_layers(values: pd.DataFrame, members: pd.DataFrame, groups: list[str])
     grouped = by_group(settled, dict(zip(members["run"], members["group"])), layers=True)
     print("\n| settled at 0.9 (share of training) | " + " | ".join(g.upper() for g in groups) + " |")
     print("|---" * (len(groups) + 1) + "|")
+    order = [name for name, of in MATTERS if of == "activations"]
     for (component, layer), rows in sorted(
-        grouped.groupby(["component", "layer"]), key=lambda part: part[0][0] == "mlp"
+        grouped.groupby(["component", "layer"]), key=lambda part: order.index(part[0][0])
     ):
         by = rows.set_index("group")
         cells = [cell(tuple(by.loc[g, ["mean", "low", "high", "n"]])) for g in groups if g in by.index]
@@ -209,9 +211,8 @@ def apart(one: tuple[float, ...], other: tuple[float, ...], n: int) -> str:
     """The difference of two means of `n` runs with its 95 % interval (Student's t, pooled)."""
     if one[3] != n or other[3] != n:
         return ""
-    t = 4.303
-    errors = [(high - low) / 2 / t for _, low, high, _ in (one, other)]
-    half = T_975_OF_4 * math.hypot(*errors)
+    errors = [(high - low) / 2 / t_975(n - 1) for _, low, high, _ in (one, other)]
+    half = t_975(2 * n - 2) * math.hypot(*errors)
     return f"{one[0] - other[0]:+.3f} ± {half:.3f}"
 
 

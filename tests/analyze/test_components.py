@@ -99,6 +99,13 @@ def test_the_heads_of_a_layer_add_up_to_the_output_of_attention_at_the_first_pos
     torch.testing.assert_close(sum(heads), seen["o_proj"], atol=1e-6, rtol=1e-5)
 
 
+def test_attention_is_what_it_adds_to_the_residual_stream(checkpoint) -> None:
+    for kind in ("activations", "weights", "gradients"):
+        (operand,) = found(checkpoint, "attention", data_type=kind, layers=[1])
+        stored = tensor(checkpoint, kind, "o_proj")
+        torch.testing.assert_close(operand.load().entries, stored.flatten(0, -2))
+
+
 def test_parts_of_heads(checkpoint) -> None:
     o, v = tensor(checkpoint, "weights", "o_proj"), tensor(checkpoint, "weights", "v_proj")
     parts = found(checkpoint, "per_head", data_type="weights", layer_suffixes=("o_proj", "v_proj"), layers=[1])

@@ -84,6 +84,14 @@ def mlp(checkpoint: Any, *, layer_suffixes: Any, **asked: Any) -> Iterator[Opera
     yield from simple(checkpoint, layer_suffixes=layer_suffixes or "swiglu.w_2", **asked)
 
 
+@component("attention", kinds=KINDS)
+def attention(checkpoint: Any, *, layer_suffixes: Any, **asked: Any) -> Iterator[Operand | Absent]:
+    """The output projection of the attention (attention.o_proj): its weights, its gradients, and what attention adds to the
+    residual stream, the values of all positions mixed (ov_circuit: those of each position on its own).
+    """
+    yield from simple(checkpoint, layer_suffixes=layer_suffixes or "attention.o_proj", **asked)
+
+
 @component("embedding", kinds=KINDS)
 def embedding(checkpoint: Any, *, layer_suffixes: Any, layers: Layers, **asked: Any) -> Iterator[Operand | Absent]:
     """The token embedding (layer_suffixes: de_embedding_proj for the output layer)."""
@@ -144,7 +152,8 @@ def _heads_of(checkpoint: Any, address: Address, model: Mapping[str, Any]) -> It
 @component("ov_circuit", kinds=KINDS)
 def ov_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
     """What a head moves: weights W_O[:, h] W_V[g] (d x d, rank D; Elhage et al. 2021); activations: those of W_V[g] through
-    W_O[:, h]; gradients: the first-order change gO V + O gV. Without heads: the sum over the heads of a layer.
+    W_O[:, h], what each position offers, before attention mixes positions; gradients: the first-order change gO V + O gV.
+    Without heads: the sum over the heads of a layer.
     """
     yield from _circuit(
         checkpoint, "ov_circuit", ("output_layer", "attention.o_proj"), ("value_layer", "attention.v_proj"), **asked
