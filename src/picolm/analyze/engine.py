@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -151,6 +152,8 @@ def _results(ask: Ask, units: list[Unit], workers: int, backend: str) -> Iterato
         return
     from joblib import Parallel, delayed, parallel_config
 
+    # loky replaces a worker that has grown by 300 MB; what ours keep of the step to compare with may be that much.
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
     with parallel_config(**_cluster(backend)):
         yield from Parallel(n_jobs=workers, return_as="generator")(delayed(_in_worker)(ask, unit) for unit in units)
 
