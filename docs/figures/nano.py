@@ -12,8 +12,9 @@ import matplotlib
 import pandas as pd
 
 from picolm.analyze import table
+from picolm.analyze.intervals import interval, t_975
 from picolm.store import Run
-from picolm.suite.convergence import by_group, figures, interval, t_975
+from picolm.suite.convergence import by_group, figures
 
 HERE = Path(__file__).parent
 COLORS = ["#d9a514", "#35b779", "#2d708e", "#482677"]  # small to large; printed in grey, light to dark

@@ -236,7 +236,8 @@ def test_seeds_are_aggregated(analyze: Analyze, tmp_path: Path) -> None:
     values = frame[(frame["step"] == row["step"]) & (frame["module"] == row["module"])]["value"]
     assert row["mean"] == pytest.approx(values.mean())
     assert row["std"] == pytest.approx(values.std())
-    assert values.min() - 1e-12 <= row["low"] <= row["mean"] <= row["high"] <= values.max() + 1e-12
+    assert values.min() - 1e-12 <= row["bootstrap_low"] <= row["mean"] <= row["bootstrap_high"] <= values.max() + 1e-12
+    assert row["high"] - row["mean"] == pytest.approx(12.706 * values.std() / 2**0.5) == row["mean"] - row["low"]
 
 
 def test_a_value_that_is_missing_says_why(analyze: Analyze) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from tests.report.conftest import circuits, norms, row
 
-from picolm.analyze.table import aggregate
+from picolm.analyze.intervals import aggregate
 from picolm.errors import PicoError
 from picolm.report import plot
 from picolm.report.look import ROOMS, label, shades

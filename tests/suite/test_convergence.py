@@ -2,21 +2,17 @@
 
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from picolm.suite.convergence import (
-    T_975,
     by_group,
     fallen_step,
     figures,
-    interval,
     mean_over_training,
     settled_step,
-    t_975,
 )
 
 STEPS = [0, 1, 2, 4, 8]
@@ -48,30 +44,6 @@ def test_the_mean_over_training_weighs_by_steps() -> None:
     assert mean_over_training([0, 10], [0, 1]) == 0.5
     assert mean_over_training([0, 1, 10], [0, 1, 1]) == pytest.approx(0.95)
     assert math.isnan(mean_over_training([0], [1]))
-
-
-def test_intervals_are_those_of_student() -> None:
-    mean, low, high, n = interval([1.0, 2.0, 3.0, math.nan])
-    assert (mean, n) == (2.0, 3)
-    assert high - mean == pytest.approx(4.303 / math.sqrt(3)) == mean - low
-    # Of published tables; 1.96, that of the normal distribution, would be 8 % too narrow for 17 runs.
-    assert [round(t_975(freedom), 3) for freedom in (1, 15, 16, 20, 30, 100)] == [
-        12.706,
-        2.131,
-        2.12,
-        2.086,
-        2.042,
-        1.984,
-    ]
-    assert [math.isnan(part) for part in interval([1.0])] == [False, True, True, False]
-    assert math.isnan(interval([])[0])
-
-
-def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
-    draws = np.random.default_rng(0).normal(size=(4000, 3))
-    covered = [low <= 0 <= high for _, low, high, _ in map(interval, draws)]
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.012)
-    assert list(T_975) == sorted(T_975, reverse=True)
 
 
 def values(run: str, layer: int, curve: list[float], metric: str = "cka") -> list[dict[str, object]]:

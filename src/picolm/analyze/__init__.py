@@ -14,6 +14,8 @@ def __getattr__(name: str) -> Any:  # so that importing one part does not load t
 
     if name == "metrics":
         return importlib.import_module("picolm.analyze.metrics")
-    if name in ("aggregate", "load"):
-        return getattr(importlib.import_module("picolm.analyze.table"), name)
+    if name == "aggregate":
+        return importlib.import_module("picolm.analyze.intervals").aggregate
+    if name == "load":
+        return importlib.import_module("picolm.analyze.table").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ from typing import Any
 from picolm.analyze import table
 from picolm.analyze.config import AnalysisConfig
 from picolm.analyze.engine import Outcome, analyze, plan
+from picolm.analyze.intervals import aggregate
 from picolm.console import can_redraw, screen
 from picolm.logs import configure_logging
 from picolm.schema import dump, load, plain
@@ -40,7 +41,7 @@ def analyze_runs(
     outcome = _with_bar(config, places, workers=workers, backend=backend, strict=strict)
     path = table.write(outcome.rows, folder, csv)
     if aggregated:
-        table.aggregate(table.load(folder)).to_parquet(folder / "aggregated.parquet")
+        aggregate(table.load(folder)).to_parquet(folder / "aggregated.parquet")
     if config.monitoring.save_to_wandb:
         _to_wandb(config, outcome.rows)
     console = screen()

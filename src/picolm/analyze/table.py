@@ -126,34 +126,6 @@ def _course(steps: Mapping[int, Sequence[float]], width: int) -> tuple[str, str,
     return (f"{means[0]:.4g}", f"{means[-1]:.4g}", sparkline(means, width)) if means else ("", "", "")
 
 
-def aggregate(frame: "pd.DataFrame", *, draws: int = 1000, confidence: float = 0.95, seed: int = 0) -> "pd.DataFrame":
-    """Mean, standard deviation (n - 1), percentile bootstrap interval of the mean and n over runs that differ in their seed.
-
-    Values that stand for the same step, matrix, metric and partner are taken together; infinite and missing ones are left out
-    and counted. With one run there is no deviation and no interval.
-    """
-    import numpy as np
-    import pandas as pd
-
-    keys = [name for name in COLUMNS if name not in ("run", "value", "reason", "against_run")]
-    generator = np.random.default_rng(seed)
-    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    records = []
-    for key, group in frame.groupby(keys, dropna=False, sort=False):
-        values = group["value"].to_numpy(dtype=float)
-        finite = values[np.isfinite(values)]
-        record = dict(zip(keys, key)) | {"n": len(finite), "left_out": len(values) - len(finite)}
-        low = high = deviation = None
-        if len(finite) > 1:
-            deviation = finite.std(ddof=1)
-            means = finite[generator.integers(0, len(finite), (draws, len(finite)))].mean(1)
-            low, high = np.quantile(means, tails)
-        records.append(
-            record | {"mean": finite.mean() if len(finite) else None, "std": deviation, "low": low, "high": high}
-        )
-    return pd.DataFrame(records)
-
-
 def _write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}")

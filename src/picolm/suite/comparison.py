@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from picolm.analyze import table
 from picolm.analyze.engine import Outcome, analyze
+from picolm.analyze.intervals import interval
 from picolm.errors import PicoError
 from picolm.report.material import Material
 from picolm.report.section import Section, Sheet
 from picolm.store import Run
 from picolm.suite.config import SEED, Member, Suite
-from picolm.suite.convergence import by_group, figures, interval
+from picolm.suite.convergence import by_group, figures
 from picolm.train.plan import Plan
 from picolm.train.preview import estimate
 

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from picolm.analyze.intervals import interval
+
 if TYPE_CHECKING:
     import pandas as pd
 
-# 97.5 % points of Student's t for 1, 2, … degrees of freedom, and of the normal distribution.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-Z_975 = 1.959964
 ONE_MATRIX = ["run", "metric", "options", "component", "kind", "split", "module", "layer"]
 
 
@@ -36,25 +35,6 @@ def mean_over_training(steps: Sequence[float], values: Sequence[float]) -> float
     if len(steps) < 2:
         return math.nan
     return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float, int]:
-    """Mean, lower and upper end of its 95 % interval (Student's t), and how many values; NaN ends for fewer than two."""
-    given = np.asarray([value for value in values if math.isfinite(value)], dtype=float)
-    n = len(given)
-    if n < 2:
-        return (float(given[0]) if n else math.nan), math.nan, math.nan, n
-    half = t_975(n - 1) * float(given.std(ddof=1)) / math.sqrt(n)
-    return float(given.mean()), float(given.mean()) - half, float(given.mean()) + half, n
-
-
-def t_975(freedom: int) -> float:
-    """The 97.5 % point of Student's t; beyond the table by its expansion in 1 / freedom (Abramowitz and Stegun 26.7.5)."""
-    if freedom <= len(T_975):
-        return T_975[freedom - 1]
-    z = Z_975
-    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 def curves(table: "pd.DataFrame") -> "pd.DataFrame":

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from picolm.analyze.table import aggregate
+from picolm.analyze.intervals import aggregate
 from picolm.errors import PicoError
 from picolm.report.plot.panels import Control, Panel, band, figure, line
 from picolm.report.plot.series import gaps, matters, named, select
@@ -20,7 +20,7 @@ def compare(
     """A metric over steps, run against run: the mean over layers and heads of each, or one layer at a time.
 
     groups: run -> the group it belongs to (seeds of one configuration); a group of several runs is drawn as the mean over
-    them with a 95 % bootstrap interval, by `picolm.analyze.aggregate`. Default: each run by itself.
+    them with a 95 % interval (Student's t), by `picolm.analyze.aggregate`. Default: each run by itself.
     """
     rows = select(table, name, options)
     runs = list(rows["run"].unique())

@@ -21,6 +21,6 @@ def comparison(material: Material) -> Section | None:
                 drawings.append(Drawing(made, call("compare", analysis, metric, options), summary(metric)))
     lead = (
         "The mean over layers and heads of each run, or one layer at a time. Runs that differ only in their seeds are one line: "
-        "their mean, with a 95 % bootstrap interval."
+        "their mean, with a 95 % interval (Student's t)."
     )
     return Section("Runs side by side", drawings, lead) if drawings else None
