@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from picolm.errors import PicoError, StoreError
 from picolm.logs import configure_logging
-from picolm.store import Run
+from picolm.store import Run, sealed
 from picolm.train import report, run_training
 
 Train = Callable[..., Run]
@@ -36,6 +37,11 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, happening: Callable[[], 
     monkeypatch.setattr(report, "step", and_then)
 
 
+def delete(place: Path) -> None:
+    while place.exists():  # a step may be under way there
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def states(run: Run) -> dict[int, Any]:
     return {step: run[step].manifest.files for step in run}  # type: ignore[attr-defined]
 
@@ -46,6 +52,8 @@ def test_a_disk_without_a_byte_left_shows_one_message(
     """Not one for each line of the log that cannot be written either."""
 
     def fill() -> None:
+        while not (small_disk / "toy/checkpoints/step_0").exists():  # it is written beside the training
+            time.sleep(0.01)
         (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
         logging.getLogger("picolm").warning("x" * 10_000)
 
@@ -124,16 +132,28 @@ def test_a_run_folder_deleted_meanwhile_ends_the_run(
 ) -> None:
     config = make_config("training.max_steps=8")
     place = Path(config.checkpointing.runs_dir) / "toy"
-
-    def delete() -> None:
-        while place.exists():  # a step may be under way there
-            shutil.rmtree(place, ignore_errors=True)
-
-    at_step(monkeypatch, 3, delete)
+    at_step(monkeypatch, 3, lambda: delete(place))
     with pytest.raises(StoreError, match=r"is gone; was it deleted or moved while in use\?"):
         run_training(config)
     assert not place.exists()
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("look", range(1, 7))
+def test_a_run_folder_deleted_while_an_older_step_is_looked_at_ends_the_run(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, look: int
+) -> None:
+    config, original, looks = make_config("training.max_steps=8"), sealed.SealedCheckpoint._manifest_bytes, count(1)
+    place = Path(config.checkpointing.runs_dir) / "toy"
+
+    def delete_first(checkpoint: Any) -> bytes:
+        if next(looks) == look:
+            delete(place)
+        return original(checkpoint)
+
+    monkeypatch.setattr(sealed.SealedCheckpoint, "_manifest_bytes", delete_first)
+    with pytest.raises(StoreError, match=r"is gone; was it deleted or moved while in use\?"):
+        run_training(config)
 
 
 @pytest.mark.slow

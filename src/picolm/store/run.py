@@ -6,7 +6,7 @@ reader sees whole steps only, at any moment, and a crash costs the step that was
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,14 +202,14 @@ class Run(Records, Mapping[int, Checkpoint]):
         """
         names = frozenset(parameters)
         content = Content(step, tensors, meta, texts or {}, tables or {}, weight_prefix, names, about or {})
-        with self.lock(), self._commits, disk_errors(f"step {step}", self.path, content.bytes):
+        with self._changing(f"step {step}", content.bytes):
             self._metrics.sync()
             sweep(self.checkpoints_path)
             with set_aside(self.checkpoints_path, step) as partial:
                 manifest = write_step(partial, content, self.directories.learning_dynamics_dir, self._parent(step))
                 publish(partial, self.step_path(step), manifest, replace)
-            point_latest(self.checkpoints_path, self.steps[-1])
-        return self[step]
+            point_latest(self.checkpoints_path, max([step, *self.steps]))
+            return SealedCheckpoint(self.step_path(step))
 
     def thin(self, step: int, drop: Collection[str]) -> Checkpoint:
         """Delete what a step need not keep: kinds of `Checkpoint.files_by_kind` (`optimizer`, `activations`, …).
@@ -218,7 +218,7 @@ class Run(Records, Mapping[int, Checkpoint]):
         """
         if "other" in drop:
             raise StoreError(f"step {step}: the kind 'other' cannot be dropped; a step is nothing without its metadata")
-        with self.lock(), self._commits, disk_errors(f"step {step}, thinned,", self.path):
+        with self._changing(f"step {step}, thinned,"):
             checkpoint = self._sealed(step)
             if set(drop) & set(checkpoint.files_by_kind()):
                 with set_aside(self.checkpoints_path, step) as partial:
@@ -228,7 +228,7 @@ class Run(Records, Mapping[int, Checkpoint]):
 
     def remove(self, step: int) -> None:
         """Delete a step as a whole. Raises Missing when there is none."""
-        with self.lock(), self._commits, disk_errors(f"the deletion of step {step}", self.path):
+        with self._changing(f"the deletion of step {step}"):
             if step not in self.step_directories():
                 raise self._no_step(step)
             discard(self.checkpoints_path, step)
@@ -238,6 +238,17 @@ class Run(Records, Mapping[int, Checkpoint]):
     def lock(self) -> AbstractContextManager[None]:
         """Hold this while writing the run. Raises StoreError, naming the holder, when another process does."""
         return self._lock.held()
+
+    @contextmanager
+    def _changing(self, what: str, needed_bytes: int = 0) -> Iterator[None]:
+        """Be the only one who changes the run; what the disk refuses, or has lost meanwhile, is a StoreError about `what`."""
+        with self.lock(), self._commits, disk_errors(what, self.path, needed_bytes):
+            try:
+                yield
+            except StoreError as error:
+                if isinstance(error.__cause__, FileNotFoundError):  # an older step, deleted under our hands
+                    raise error.__cause__ from None
+                raise
 
     def _is_whole(self, step: int) -> bool:
         """Whether its manifest is; read again only when the file is another one than last time, or was written to."""
