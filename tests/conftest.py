@@ -3,19 +3,42 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.planted import SECRETS, holders, told
 
+os.environ.update(SECRETS)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of the test run in parallel already
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
 VOCABULARY = 64
 LENGTH = 16
+
+
+@pytest.fixture(autouse=True)
+def no_secret_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In any file that a test leaves."""
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    assert folder is None or holders(folder) == []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """No secret is said by a test either, on its outputs, in the log, or in the message of a failure."""
+    report = yield
+    said = told(report.longreprtext + report.capstdout + report.capstderr + report.caplog)
+    if said:
+        report.outcome, report.sections = "failed", []
+        report.longrepr = f"{item.nodeid} says what stands in {', '.join(said)}; the report is withheld"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ WORDS = {
     "network",
     "tracking",
     "console",
+    "slurm",
     "__init__",
 }
 NOUNS = {"models", "data", "capture", "store"}
@@ -40,6 +41,7 @@ ONE_DOOR = {
     "trackio": "train/loggers.py",
     "lm_eval": "train/harness.py",
     "gguf": "formats/llamacpp.py",
+    "submitit": "suite/cluster.py",
 }
 
 

@@ -11,10 +11,9 @@ import torch
 from tests.hub_server import clients_of
 from tests.hub_writing import WritableHub
 from tests.picotrain import content
+from tests.planted import TOKEN
 
 from picolm.store import Run
-
-TOKEN = "hf_planted0123456789abcdef"
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.exchange.conftest import TOKEN, digests
+from tests.exchange.conftest import digests
 from tests.hub_writing import WritableHub
+from tests.planted import TOKEN, holders
 from typer.testing import CliRunner
 
 import picolm.cli
@@ -91,7 +92,7 @@ def test_a_token_is_in_nothing_that_is_written_or_said(
     assert hub.tokens == {f"Bearer {TOKEN}", ""}
     assert "X-Signature" not in "\n".join(said)  # nor what an address of the store grants
     assert TOKEN not in "\n".join(said) + caplog.text
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()] == []
+    assert holders(tmp_path) == []
     assert [raw[:80] for raw in hub.raw if TOKEN.encode() in raw] == []
 
 

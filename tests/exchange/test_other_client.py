@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.exchange.conftest import TOKEN, digests
+from tests.exchange.conftest import digests
 from tests.hub_writing import WritableHub
+from tests.planted import TOKEN
 
 from picolm.store import Run
 from picolm.store.hub import open_branch

@@ -11,9 +11,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from tests.exchange.conftest import TOKEN, client_environment, digests
+from tests.exchange.conftest import client_environment, digests
 from tests.hub_server import Chaos
 from tests.hub_writing import WritableHub
+from tests.planted import TOKEN, holders
 
 from picolm.store import Run
 
@@ -83,9 +84,7 @@ def settings(make_config: Callable[..., Any], tmp_path: Path) -> list[str]:
 
 
 def holders_of_the_token(tmp_path: Path, server: WritableHub) -> list[str]:
-    token = TOKEN.encode()
-    files = [str(path) for path in tmp_path.rglob("*") if path.is_file() and token in path.read_bytes()]
-    return files + [raw[:80].decode() for raw in server.raw if token in raw]
+    return holders(tmp_path) + [raw[:80].decode() for raw in server.raw if TOKEN.encode() in raw]
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import atexit
 import inspect
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from picolm.data.documents import Document
 from picolm.data.job import Job, Progress, Stage, run_stage, written
 from picolm.errors import DataError
 from picolm.registry import did_you_mean
+from picolm.slurm import queued
 
 try:
     from datatrove.data import Document as TroveDocument
@@ -95,7 +95,7 @@ class Slurm:
     def __call__(self, job: Job, stages: Sequence[Stage], progress: Progress) -> bool:
         """Hand in what is not done; False, as nobody waits here. Nothing is handed in twice."""
         submitted = job.path("slurm.json")
-        if submitted.is_file() and _in_the_queue(json.loads(submitted.read_text())):
+        if submitted.is_file() and queued([str(job) for job in json.loads(submitted.read_text())]):
             return False
         executors = list[SlurmPipelineExecutor]()
         for stage in stages:
@@ -211,13 +211,6 @@ def _threads_shared_by(workers: int) -> Iterator[None]:
     finally:
         if not decided:
             del os.environ["RAYON_NUM_THREADS"]
-
-
-def _in_the_queue(jobs: list[str]) -> bool:
-    if not jobs or shutil.which("squeue") is None:
-        return False
-    asked = subprocess.run(["squeue", "--noheader", "--jobs", ",".join(map(str, jobs))], capture_output=True, text=True)
-    return asked.returncode == 0 and bool(asked.stdout.strip())
 
 
 def _slurm_options(words: Sequence[str]) -> dict[str, Any]:

@@ -1,20 +1,22 @@
 """Training members as jobs of a SLURM cluster, through submitit: one job per member, with its own nodes and devices.
 
-A job that is preempted or runs out of time is queued again and goes on from its latest checkpoint. The identifiers of jobs are
-kept beside the suite, so giving the command again waits for what is queued instead of queueing it twice.
+A job that runs out of time saves its state and is queued again. The identifiers of jobs are kept beside the suite, so giving
+the command again waits for what is queued instead of queueing it twice.
 """
 
 import json
 import logging
 import re
-import shutil
-import subprocess
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from picolm.errors import PicoError
+from picolm.slurm import queued
 from picolm.suite.config import Member, SuiteConfig
 from picolm.suite.local import Failure
 
@@ -22,10 +24,17 @@ log = logging.getLogger("picolm")
 
 JOBS = "jobs.json"
 POLL_S = 5.0
+# Before torch is loaded: as many threads as the job has cores for a process, and none that spins in the way of others.
+SETUP = ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}"]
 
 
 class Training:
-    """What a job does, on each of its processes. submitit pickles it, calls it, and asks it for what to queue again."""
+    """What a job does, on each of its processes. submitit pickles it, calls it, and asks it for what to queue again.
+
+    Shortly before the time is up SLURM sends SIGUSR2, which submitit answers by queueing the job again; here the run saves its
+    state first. After SIGTERM (somebody cancelled the job, or SLURM needs its nodes) it saves as well, and what becomes of
+    the job is SLURM's to decide.
+    """
 
     def __init__(self, file: str):
         self.file = file
@@ -35,15 +44,40 @@ class Training:
         from picolm.train import run_training
         from picolm.train.config import schema_for
 
+        time_is_up = _LastMinutes()
         code = run_training(load(self.file, schema_for))
+        if code == 128 + signal.SIGTERM:
+            if time_is_up.came:
+                time_is_up.queue_again()
+            sys.exit(code)
         if code:
             raise PicoError(f"training ended early, with exit code {code}; its steps so far are kept")
 
     def checkpoint(self) -> Any:
-        """Called when the job is about to be taken away: the run goes on from its latest checkpoint."""
+        """What to queue again: the run goes on from its latest checkpoint."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(Training(self.file))
+
+
+class _LastMinutes:
+    """Listens for SIGUSR2, and passes it on to a training that is under way as the SIGTERM that makes it save and end."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._before = signal.getsignal(signal.SIGTERM)
+        self._queue_again: Any = signal.signal(signal.SIGUSR2, self._receive)
+
+    def queue_again(self) -> None:
+        """Put the job into the queue once more, as submitit does it; the first process leaves with that."""
+        self._queue_again(signal.SIGUSR2, None)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        if signal.getsignal(signal.SIGTERM) == self._before:  # no training listens yet: there is nothing to save
+            self.queue_again()
+        else:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def train_on_cluster(
@@ -57,10 +91,11 @@ def train_on_cluster(
 
     files: the configuration of each, under a path that the nodes see too. cluster: of submitit; `local` runs jobs as processes.
     """
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns where there is no sacct, which nothing here asks
     jobs, began = _jobs(config, members, files, cluster), time.monotonic()
     failures: list[Failure] = []
     while jobs:
-        for name in [name for name, job in jobs.items() if job.done()]:
+        for name in _over(jobs, cluster):
             failure = _outcome(name, jobs.pop(name))
             if failure is None:
                 done(next(member for member in members if member.name == name), time.monotonic() - began)
@@ -71,20 +106,30 @@ def train_on_cluster(
     return failures
 
 
+def _over(jobs: dict[str, Any], cluster: str) -> list[str]:
+    """The names of the jobs that have ended, in whatever way: a result is no end, as a job may be queued again after it."""
+    if cluster != "slurm":
+        return [name for name, job in jobs.items() if job.done()]
+    waiting = queued([job.job_id for job in jobs.values()])
+    return [name for name, job in jobs.items() if job.job_id not in waiting]
+
+
 def _jobs(config: SuiteConfig, members: list[Member], files: list[Path], cluster: str) -> dict[str, Any]:
     """A job per member: the one that is queued already, or a new one."""
     folder, record = config.folder / "jobs", config.folder / JOBS
     known: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+    there = queued(known.values()) if cluster == "slurm" else set()
     jobs: dict[str, Any] = {}
     for member, file in zip(members, files, strict=True):
-        job = _queued(folder, known.get(member.name), cluster)
-        if job is None:
+        if known.get(member.name) in there:
+            processes = range(member.config.training.fabric.num_nodes * member.config.training.fabric.num_devices)
+            job = _submitit().SlurmJob(folder=folder.resolve(), job_id=known[member.name], tasks=processes)
+            log.info("%s: waiting for job %s, which is queued already.", member.name, job.job_id)
+        else:
             job = _submit(config, member, file.resolve(), folder, cluster)
             known[member.name] = job.job_id
             record.write_text(json.dumps(known, indent=1) + "\n")
             log.info("%s: job %s is queued; what it says is in %s.", member.name, job.job_id, folder)
-        else:
-            log.info("%s: waiting for job %s, which is queued already.", member.name, job.job_id)
         jobs[member.name] = job
     return jobs
 
@@ -94,9 +139,10 @@ def _submit(config: SuiteConfig, member: Member, file: Path, folder: Path, clust
     parameters: dict[str, Any] = {"name": member.name, "nodes": fabric.num_nodes, "tasks_per_node": fabric.num_devices}
     if fabric.accelerator in ("cuda", "gpu"):
         parameters["gpus_per_node"] = fabric.num_devices
+    own = {"slurm_setup": [*SETUP, *config.slurm.get("slurm_setup", ())]}
     try:
         executor = _submitit().AutoExecutor(folder=str(folder.resolve()), cluster=cluster)
-        executor.update_parameters(**parameters | config.slurm)
+        executor.update_parameters(**parameters | config.slurm | own)
         return executor.submit(Training(str(file)))
     except (
         RuntimeError,
@@ -112,24 +158,21 @@ def _submit(config: SuiteConfig, member: Member, file: Path, folder: Path, clust
         raise
 
 
-def _queued(folder: Path, identifier: str | None, cluster: str) -> Any | None:
-    """The job of that identifier, while it is queued or running: by squeue, which every cluster has, and not by sacct."""
-    if identifier is None or cluster != "slurm" or shutil.which("squeue") is None:
-        return None
-    command = ["squeue", "--noheader", "--format=%T", "--jobs", identifier]
-    if not subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip():
-        return None
-    return _submitit().SlurmJob(folder=folder.resolve(), job_id=identifier)
-
-
 def _outcome(name: str, job: Any) -> Failure | None:
-    error = job.exception()
-    if error is None:
-        return None
-    # submitit puts the traceback of the job between two lines of dashes, and advice behind them
-    trace = re.split(r"^-{5,}$", str(error), flags=re.MULTILINE)[1:2] or [str(error)]
-    last = (trace[0].strip().splitlines() or [type(error).__name__])[-1]
-    return Failure(name, f"job {job.job_id}: {last} ({job.paths.stderr})")
+    """How a job ended, by what its processes left: each of them a result, or the traceback of an error."""
+    for process in (job.task(number) for number in range(job.num_tasks)):
+        if not process.paths.result_pickle.exists():
+            return Failure(
+                name, f"job {job.job_id} left the queue without a result: it was cancelled, killed, or lost its node "
+                f"({process.paths.stderr})"
+            )  # fmt: skip
+        error = process.exception()
+        if error is not None:
+            # submitit puts the traceback of the job between two lines of dashes, and advice behind them
+            trace = re.split(r"^-{5,}$", str(error), flags=re.MULTILINE)[1:2] or [str(error)]
+            last = (trace[0].strip().splitlines() or [type(error).__name__])[-1]
+            return Failure(name, f"job {job.job_id}: {last} ({process.paths.stderr})")
+    return None
 
 
 def _submitit() -> Any:
