@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: browser demo suite experiment test check format docs clean help
+.PHONY: browser slurm demo suite experiment test check format docs clean help
 
 help:
 	@echo "make demo   set up, and train a small language model on real text (offline, some minutes)"
@@ -24,7 +24,7 @@ suite: .venv/.demo
 experiment: suite .venv/.docs
 	$(BIN)/python docs/figures/nano.py
 
-test: .venv/.dev browser
+test: .venv/.dev browser slurm
 	$(BIN)/pytest -n 2 --dist worksteal
 
 check: .venv/.dev
@@ -43,11 +43,20 @@ docs: .venv/.dev browser runs/demo/run.json
 runs/demo/run.json:
 	$(MAKE) demo
 
-# The report is looked at in a real browser. Where there is none and none can be installed, its tests are skipped and say so.
+# Tests look at the report in a real browser, and hand jobs to a real SLURM (started and stopped by them, on this machine alone).
+# Where these are not and cannot be installed, their tests are skipped and say so.
 browser:
-	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
-	|| { apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver; } >/dev/null 2>&1 \
-	|| echo "No Chromium here: as root, apt-get install chromium chromium-driver"
+	$(call installed,chromium chromedriver,chromium chromium-driver)
+
+slurm:
+	$(call installed,munged slurmctld slurmd sbatch,munge slurm-wlm)
+
+# $(1): programs that have to be there; $(2): the packages of Debian that hold them.
+define installed
+	@(PATH="$$PATH:/usr/sbin"; for program in $(1); do command -v $$program || exit 1; done) >/dev/null \
+	|| { apt-get update && apt-get install --yes --no-install-recommends $(2); } >/dev/null 2>&1 \
+	|| echo "Not here: $(1). As root: apt-get install $(2)"
+endef
 
 format: .venv/.dev
 	$(BIN)/ruff format .

@@ -29,15 +29,18 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_dask_gives_the_same_table(runs: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("distributed")
+@pytest.mark.parametrize("backend", ["dask", "ray"])
+def test_a_cluster_gives_the_same_table(runs: dict[str, Path], tmp_path: Path, backend: str) -> None:
+    """Dask on a scheduler that the environment names; Ray on the one that it starts where none is named."""
+    pytest.importorskip({"dask": "distributed", "ray": "ray"}[backend])
     for name in ("here", "there"):
         (tmp_path / f"{name}.yaml").write_text(ANALYSIS % (tmp_path / name))
     analyze_runs(tmp_path / "here.yaml", [], [str(runs["narrow"])])
     (tmp_path / "cluster.py").write_text(CLUSTER)
     pico = [sys.executable, "-c", "from picolm.cli import main; main()", "analyze", str(tmp_path / "there.yaml")]
-    words = ["--run", str(runs["narrow"]), "--workers", "-1", "--backend", "dask"]
-    command = [sys.executable, str(tmp_path / "cluster.py"), *pico, *words]
+    words = ["--run", str(runs["narrow"]), "--workers", "-1", "--backend", backend]
+    launcher = [sys.executable, str(tmp_path / "cluster.py")] if backend == "dask" else []
+    command = [*launcher, *pico, *words]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

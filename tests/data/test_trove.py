@@ -229,12 +229,27 @@ def test_what_no_executor_can_do(arguments: tuple[Any, ...], message: str) -> No
         trove.executor(*arguments)
 
 
-def test_ray_is_asked_for_by_name_where_it_is_missing(corpus: Path, tmp_path: Path) -> None:
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        with pytest.raises(DataError, match="--executor ray needs Ray: pip install ray, or use --executor local"):
-            prepare([corpus], tmp_path / "out", **OPTIONS, executor=trove.executor("ray", 2))
+def test_ray_is_asked_for_by_name_where_it_is_missing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        DataError, match=r"--executor ray needs Ray: pip install 'picolm\[ray\]', or use --executor local"
+    ):
+        prepare([corpus], tmp_path / "out", **OPTIONS, executor=trove.executor("ray", 2))
+
+
+@pytest.mark.slow
+def test_tasks_of_ray_do_the_same(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (the extra ray)")
+    options = OPTIONS | {"run_bytes": 40_000}
+    prepare([corpus], tmp_path / "alone", **options)
+    program = PROGRAM.replace('executor("local", 4, 2)', 'executor("ray", 2)')
+    command = [sys.executable, "-c", program, str(corpus), str(tmp_path / "rays"), repr(options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "datatrove" not in done.stdout + done.stderr  # its lines are in the logs
+    assert digests(tmp_path / "rays") == digests(tmp_path / "alone")
 
 
 def test_a_filter_of_datatrove_judges_our_documents() -> None:

@@ -50,26 +50,19 @@ def test_members_are_trained_as_jobs_and_compared(slurm: Slurm, suite: Path, tmp
 def test_when_its_time_is_up_a_member_saves_is_queued_again_and_goes_on(
     slurm: Slurm, suite: Path, tmp_path: Path
 ) -> None:
+    """With a process on each of two nodes."""
     run = tmp_path / "runs/toys-small"
-    words = ["matrix.size={small: {}}", *LONG, "overrides.checkpointing.save_every_n_steps=100000"]
-    with slurm.start("suite", suite, *words, "--executor", "slurm") as command:
+    words = ["suite", suite, "matrix.size={small: {}}", *LONG, "overrides.checkpointing.save_every_n_steps=100000"]
+    with slurm.start(*words, "overrides.training.fabric.num_nodes=2", "--executor", "slurm") as command:
         wait_for(lambda: logged(run) > 100)
         slurm("scancel", "--signal=USR2", slurm.number("toys-small"))  # what SLURM sends
-        wait_for(lambda: len(Run.open(run).steps) > 1)
         said = command.communicate(timeout=300)[0]
     assert command.returncode == 0, said
     first, stopped, last = Run.open(run).steps
     assert (first, last) == (0, 1500)
-    assert stopped > 100
-    slurm(
-        "pico",
-        "suite",
-        suite,
-        *words,
-        "suite_name=alone",
-        "overrides.checkpointing.runs_dir=here",
-        "run_name=toys-{size}",
-    )
+    assert 100 < stopped < 1500
+    here = ["suite_name=alone", "overrides.checkpointing.runs_dir=here", "run_name=toys-{size}"]
+    slurm("pico", *words, *here, "overrides.training.fabric.num_devices=2")
     whole = digests(tmp_path / "here/toys-small")
     assert {step: files for step, files in digests(run).items() if step != stopped} == whole
 

@@ -154,8 +154,9 @@ def _results(ask: Ask, units: list[Unit], workers: int, backend: str) -> Iterato
 
     # loky replaces a worker that has grown by 300 MB; what ours keep of the step to compare with may be that much.
     warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
+    returned = "list" if backend == "ray" else "generator"  # Ray hands over no result before it has all
     with parallel_config(**_cluster(backend)):
-        yield from Parallel(n_jobs=workers, return_as="generator")(delayed(_in_worker)(ask, unit) for unit in units)
+        yield from Parallel(n_jobs=workers, return_as=returned)(delayed(_in_worker)(ask, unit) for unit in units)
 
 
 @contextmanager

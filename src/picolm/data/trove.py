@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import inspect
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -72,16 +73,18 @@ class Ray:
         try:
             import ray
         except ImportError as error:
-            raise DataError("--executor ray needs Ray: pip install ray, or use --executor local") from error
+            raise DataError("--executor ray needs Ray: pip install 'picolm[ray]', or use --executor local") from error
         if not ray.is_initialized():
-            ray.init(log_to_driver=False)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return _in_turn(job, stages, progress, self._run)
 
     def _run(self, job: Job, stage: Stage, units: int) -> None:
         tasks = min(self.tasks, units)
-        RayPipelineExecutor(
-            [Units(job, stage)], tasks=tasks, workers=min(self.workers, tasks), logging_dir=_logs(job, stage, tasks)
-        ).run()
+        with redirect_stderr(_QUIET):
+            logger.remove()
+            RayPipelineExecutor(
+                [Units(job, stage)], tasks=tasks, workers=min(self.workers, tasks), logging_dir=_logs(job, stage, tasks)
+            ).run()
 
 
 @dataclass(frozen=True)
