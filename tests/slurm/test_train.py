@@ -44,3 +44,14 @@ def test_one_process_on_each_of_two_nodes_stopped_and_queued_again(
     assert one.keys() <= two.keys()
     early = [step for step in one if step <= 40]
     assert [two[step] for step in early] == pytest.approx([one[step] for step in early], rel=1e-5)
+
+
+def test_torchrun_on_each_of_two_nodes(slurm: Slurm, make_config: Callable[..., Any], tmp_path: Path) -> None:
+    make_config()  # writes toy.yaml
+    slurm.environment["GPUS"] = "1"
+    slurm("sbatch", "--wait", *NO_GPU, EXAMPLES / "torchrun.sbatch", "toy.yaml", "checkpointing.run_name=two")
+    slurm("pico", "train", "toy.yaml", "checkpointing.run_name=one")
+    one, two = losses(tmp_path / "runs/one"), losses(tmp_path / "runs/two")
+    assert Run.open(tmp_path / "runs/two").environment["world_size"] == 2
+    assert list(two) == list(one)
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
