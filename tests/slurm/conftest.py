@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -70,7 +71,7 @@ class Slurm(NamedTuple):
         return self("squeue", "--noheader", "--format=%A", f"--name={name}").strip()
 
 
-def wait_for(condition: Callable[[], object], limit_s: float = 120) -> None:
+def wait_for(condition: Callable[[], object], limit_s: float = 240) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -80,11 +81,15 @@ def wait_for(condition: Callable[[], object], limit_s: float = 120) -> None:
 @pytest.fixture(scope="session")
 def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The configuration of the running cluster."""
-    os.environ["PATH"] += ":/usr/sbin"
-    if os.geteuid() != 0 or any(shutil.which(name) is None for name in PROGRAMS):
+    programs = {name: shutil.which(name, path=PATH) for name in PROGRAMS}
+    if os.geteuid() != 0 or None in programs.values():
         pytest.skip("SLURM is not installed, or this is not root: see `make slurm`")
     folder = tmp_path_factory.mktemp("slurm")
-    host, conf = socket.gethostname(), folder / "slurm.conf"
+    host, conf = socket.gethostname().split(".")[0], folder / "slurm.conf"
+    try:
+        socket.gethostbyname(host)  # the first process of a job is found by this name
+    except OSError:
+        pytest.skip(f"the name of this machine, {host}, cannot be looked up: SLURM needs it")
     for name in ("munge", "state", host, f"{host}-2"):
         (folder / name).mkdir(mode=0o700)
     key = folder / "munge" / "key"
@@ -103,26 +108,34 @@ def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             ["slurmd", "-D", "-f", str(conf), "-N", f"{host}-2"],
         ):
             log = stack.enter_context((folder / f"{words[0]}-{words[-1].rpartition('/')[2]}.log").open("w"))
-            process = subprocess.Popen(words, stdout=log, stderr=log)
+            process = subprocess.Popen(words, executable=programs[words[0]], stdout=log, stderr=log)
             stack.callback(process.wait, 30)
             stack.callback(process.terminate)
             if words[0] == "munged":
                 wait_for((folder / "munge" / "socket").exists, 20)
-        ask = ["sinfo", "--noheader", "--Node", "--format=%T"]
         environment = os.environ | {"SLURM_CONF": str(conf)}
-        wait_for(
-            lambda: subprocess.run(ask, env=environment, capture_output=True, text=True).stdout == "idle\nidle\n", 30
-        )
+        if not _are_idle(environment):
+            logs = "\n".join(log.read_text()[-500:] for log in folder.glob("*.log"))
+            pytest.skip(f"SLURM does not start on this machine: {logs}")
         yield conf
         subprocess.run(["scancel", "--full", "--user=root"], env=environment)
+
+
+def _are_idle(environment: dict[str, str]) -> bool:
+    """Whether both nodes are, before long."""
+    ask = ["sinfo", "--noheader", "--Node", "--format=%T"]
+    for _ in range(60):
+        if subprocess.run(ask, env=environment, capture_output=True, text=True).stdout == "idle\nidle\n":
+            return True
+        time.sleep(1)
+    return False
 
 
 @pytest.fixture
 def slurm(_cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
     """The cluster, with an empty queue before and after, used from `tmp_path`."""
     monkeypatch.chdir(tmp_path)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    own = {"SLURM_CONF": str(_cluster), "PATH": path, "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    own = {"SLURM_CONF": str(_cluster), "PATH": PATH, "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     cluster = Slurm(os.environ | own)
     yield cluster
     cluster("scancel", "--user=root")
