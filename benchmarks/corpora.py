@@ -27,6 +27,7 @@ WAYS = {
     "local, 4 tasks, 2 workers": ["--executor", "local", "--tasks", "4", "--workers", "2"],
     "local, 4 tasks, 4 workers": ["--executor", "local", "--tasks", "4", "--workers", "4"],
 }
+FILES = 100  # of either corpus: what grows is the text, and not the list of files
 
 
 class Figures(NamedTuple):
@@ -37,15 +38,16 @@ class Figures(NamedTuple):
 
 
 def write_corpus(folder: Path, megabytes: int) -> Path:
-    """Files of 1 MB of documents of 3 kB, words from a list of 5000 in random order; no two documents are the same."""
+    """100 files of documents of 3 kB, words from a list of 5000 in random order; no two documents are the same."""
     generator = np.random.default_rng(0)
     words = generator.integers(97, 123, (5000, 6), dtype=np.uint8)
     words[:, -1] = 32
     folder.mkdir()
-    for number in range(megabytes):
-        texts = words[generator.integers(0, 5000, (333, 500))].reshape(333, 3000)
-        lines = (json.dumps({"text": text.tobytes().decode()}) for text in texts)
-        (folder / f"{number:05d}.jsonl").write_text("\n".join(lines) + "\n")
+    for number in range(FILES):
+        with (folder / f"{number:05d}.jsonl").open("w") as file:
+            for _ in range(megabytes * 333 // FILES):
+                text = words[generator.integers(0, 5000, 500)].tobytes().decode()
+                file.write(json.dumps({"text": text}) + "\n")
     return folder
 
 

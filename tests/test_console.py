@@ -71,4 +71,4 @@ def test_piped_output_is_plain_whatever_the_environment(settings: dict[str, str]
     assert done.returncode == 0, done.stderr
     assert b"\x1b" not in done.stdout
     assert "PYTHONIOENCODING" not in settings or done.stdout.isascii()
-    assert max(map(len, done.stdout.decode().splitlines())) <= 116
+    assert max(map(len, done.stdout.decode().splitlines())) <= 132

@@ -17,7 +17,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII = "_.-~=+*#"
 
 
-def screen(*, error: bool = False, least_width: int = 116) -> "Console":
+def screen(*, error: bool = False, least_width: int = 132) -> "Console":
     """Standard output, or standard error. least_width: that of lines in a file or a pipe, where no window cuts them."""
     from rich.console import Console
 

@@ -75,6 +75,12 @@ def test_the_table_shows_every_step_and_the_damaged_ones_as_such(run: Run, conte
     assert lines[5] == ["1000", "damaged"]
 
 
+SMALLER = [
+    ("step", "weights", "optimizer", "activations", "gradients", "total", "over"),
+    ("step", "total", "minimum", "over"),
+]
+
+
 def headings(run: Run, width: int) -> list[str]:
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(table(contents(run), width=width))
@@ -86,6 +92,20 @@ def headings(run: Run, width: int) -> list[str]:
 
 def test_a_narrow_screen_gets_fewer_columns_rather_than_cut_ones(run: Run, content: dict[str, Any]) -> None:
     run.commit(123456, **content)
+    whole = [
+        "step",
+        "weights",
+        "optimizer",
+        "activations",
+        "gradients",
+        "data",
+        "tokenizer",
+        "other",
+        "total",
+        "minimum",
+        "over",
+    ]
+    assert {tuple(headings(run, width)) for width in range(70, 140)} == {tuple(whole), *SMALLER}
     assert headings(run, 80) == ["step", "weights", "optimizer", "activations", "gradients", "total", "over"]
     assert headings(run, 44) == ["step", "total", "minimum", "over"]
 

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
 
 KINDS = ("weights", "optimizer", "activations", "gradients", "data", "tokenizer", "other")
 SMALL = {"data", "tokenizer", "other"}
-FULL_WIDTH, MIDDLE_WIDTH = (
-    116,
-    78,
-)  # characters that all columns take; and those without the small kinds and the minimum
 
 
 @dataclass(frozen=True)
@@ -67,26 +63,40 @@ def loss_line(run: Run) -> str:
     return f"loss  {series[0]:.4g}{drawn}  (steps {steps[0]} to {steps[-1]}, nats per token)"
 
 
-def table(steps: list[StepContents], title: str = "", width: int = FULL_WIDTH) -> "Table":
-    """For a terminal: a row for each step, a column for each kind that occurs and for which there is room in `width`."""
+def table(steps: list[StepContents], title: str = "", width: int | None = None) -> "Table":
+    """For a terminal: a row for each step, a column for each kind that occurs; fewer where not all fit into `width`."""
+    kinds = [kind for kind in _kinds(steps) if any(kind in entry.bytes for entry in steps)]
+    large = [kind for kind in kinds if kind not in SMALL]
+    for chosen, minimum in ((kinds, True), (large, False), ([], True)):
+        shown = _table(steps, title, chosen, minimum)
+        if width is None or _width(shown) <= width:
+            break
+    return shown
+
+
+def _table(steps: list[StepContents], title: str, kinds: list[str], minimum: bool) -> "Table":
     from rich import box
     from rich.table import Table
 
-    kinds = [kind for kind in _kinds(steps) if any(kind in entry.bytes for entry in steps)]
-    if width < FULL_WIDTH:
-        kinds = [kind for kind in kinds if kind not in SMALL and width >= MIDDLE_WIDTH]
-    minimum = ["minimum"] if width >= FULL_WIDTH or not kinds else []
     shown = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("step", *kinds, "total", *minimum, "over"):
+    for heading in ("step", *kinds, "total", *["minimum"] * minimum, "over"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for entry in steps:
         if entry.problem:
             shown.add_row(str(entry.step), *[""] * len(kinds), "damaged")
             continue
         cells = [size(entry.bytes[kind]) if kind in entry.bytes else "" for kind in kinds]
-        cells += [size(entry.total_bytes), *[size(entry.minimum_bytes)] * len(minimum)]
+        cells += [size(entry.total_bytes), *[size(entry.minimum_bytes)] * minimum]
         shown.add_row(str(entry.step), *cells, "" if entry.overhead is None else f"{entry.overhead:.2%}")
     return shown
+
+
+def _width(shown: "Table") -> int:
+    """Characters of its longest line."""
+    from rich.console import Console
+
+    unbounded = Console(width=10_000)
+    return unbounded.measure(shown).maximum
 
 
 def _contents(run: Run, step: int) -> StepContents:

@@ -58,7 +58,7 @@ def run_suite(
 def _preview(suite: Suite, found: list[Standing]) -> None:
     forecasts = forecast(suite.config, found)
     console = Console()
-    console.width = max(console.width, 116)  # wrapped by the terminal rather than cut off
+    console.width = max(console.width, 132)  # wrapped by the terminal rather than cut off
     console.print(table(forecasts))
     print(remarks(suite.config, suite.members, forecasts))
 
