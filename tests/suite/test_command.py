@@ -1,5 +1,6 @@
 """One command trains what is missing, analyzes all and compares; given again it does nothing twice."""
 
+import math
 import os
 import signal
 import subprocess
@@ -69,6 +70,34 @@ def test_sizes_are_compared_with_intervals_over_seeds(
     assert (losses["n"] == 2).all()
     assert (losses["low"] < losses["mean"]).all()
     assert set(compared["metric"].dropna()) == {"cka", "per"}
+
+
+def test_the_report_begins_with_the_sizes_side_by_side(
+    toy_suite: Callable[..., Path], trained_here: list[str], tmp_path: Path
+) -> None:
+    from picolm.report.assembly import compose
+    from picolm.report.material import gather
+    from picolm.suite.comparison import SECTION, side_by_side
+
+    assert run_suite(toy_suite(SEEDS)) == 0
+    folder = tmp_path / "suites/toys"
+    runs = [str(path) for path in sorted((tmp_path / "runs").glob("toys-*"))]
+    first = compose(gather(runs, [str(folder / "both")]), [SECTION])[0]
+    assert first.title == "The suite"
+    assert first.items[0].frame.columns.tolist() == ["of", "figure", "small", "wide"]  # type: ignore[union-attr]
+    page = (folder / "report.html").read_text()
+    assert "<title>toys" in page
+    assert page.index("The suite") < page.index("The runs")
+
+    compared = pd.DataFrame([
+        {"group": "a", "figure": "last", "mean": 0.12345, "low": 0.1, "high": 0.16, "n": 2, "of": 3, "metric": "per"},
+        {"group": 7, "figure": "last", "mean": 2.0, "low": math.nan, "high": math.nan, "n": 1, "of": 1, "metric": "per"},
+        {"group": "a", "figure": "train/loss", "mean": math.nan, "low": math.nan, "high": math.nan, "n": 0, "of": 3},
+    ])  # fmt: skip
+    assert side_by_side(compared).fillna("").to_dict("records") == [
+        {"of": "per", "figure": "last", "a": "0.123 ± 0.037 (2 of 3)", "7": "2.000"},
+        {"of": "loss", "figure": "train/loss", "a": "none of 3", "7": ""},
+    ]
 
 
 def test_the_step_at_which_a_run_was_interrupted_is_not_compared(

@@ -43,11 +43,14 @@ def write(
     figures: a folder for each figure as SVG, PDF and PNG. Raises PicoError for what is no run or no table, and where a file
     cannot be written.
     """
-    material = gather(runs, analyses, own)
+    return save(gather(runs, analyses, own), Path(out), own=own, figures=figures)
+
+
+def save(material: Material, out: Path, *, own: Sequence[str] = (), figures: str | Path | None = None) -> Path:
+    """The same of what has been read already."""
     chosen = compose(material, own)
     if figures is not None:
         export((item for section in chosen for item in section.items if isinstance(item, Drawing)), Path(figures))
-    out = Path(out)
     text = page(material, chosen)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -58,13 +61,13 @@ def write(
 
 
 def compose(material: Material, own: Sequence[str] = ()) -> list[Section]:
-    """The sections that have something to say, in order; one's own before the tables of all values."""
+    """The sections that have something to say, in order; one's own before the tables of all values, unless they come first."""
     names = [name for name in SECTIONS if name != "values"]
     made = [SECTIONS.get(name)(material) for name in [*names, *own, "values"]]
     found = [section for section in made if section is not None]
     if not found:
         raise PicoError("there is nothing to show yet: the runs have no log and no checkpoint, and no table was given")
-    return found
+    return sorted(found, key=lambda section: not section.first)
 
 
 def page(material: Material, chosen: Sequence[Section]) -> str:
@@ -73,7 +76,7 @@ def page(material: Material, chosen: Sequence[Section]) -> str:
     names = list(material.named) or [analysis.name for analysis in material.analyses]
     return render(
         "page.html",
-        title=", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else ""),
+        title=material.title or ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else ""),
         sections=[_numbered(section, place) for place, section in enumerate(chosen)],
         css=Markup(asset("page.css")),
         script=Markup(script),

@@ -29,12 +29,17 @@ class Analysis:
 
 @dataclass
 class Material:
-    """Everything a section may look at. command: the words that make this report again."""
+    """Everything a section may look at. command: the words that make this report again. title: of the page.
+
+    labels: by run, what it is called together with those that differ from it in seeds alone; found where nothing is said.
+    """
 
     runs: list[Run]
     analyses: list[Analysis]
     places: list[str] = field(default_factory=list)
     command: str = ""
+    title: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def log(self) -> "pd.DataFrame":
@@ -55,6 +60,8 @@ class Material:
     @cached_property
     def groups(self) -> dict[str, str]:
         """By run, what it is called together with those that differ from it in nothing but seeds and names."""
+        if self.labels:
+            return self.labels
         alike: dict[str, list[str]] = {}
         for name, run in self.named.items():
             alike.setdefault(_without_seeds(run.config), []).append(name)

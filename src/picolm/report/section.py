@@ -57,11 +57,15 @@ class Sheet:
 
 @dataclass
 class Section:
-    """A heading and what stands under it: drawings, sheets, and HTML made by `html` or a template. lead: a sentence on top."""
+    """A heading and what stands under it: drawings, sheets, and HTML made by `html` or a template. lead: a sentence on top.
+
+    first: whether it stands before all others.
+    """
 
     title: str
     items: Sequence[Drawing | Sheet | Markup]
     lead: str = ""
+    first: bool = False
 
 
 SECTIONS: Registry[Callable[["Material"], Section | None]] = Registry("report section")

@@ -1,6 +1,8 @@
 """What a suite ends with: one analysis of all members, tables that compare them with intervals over seeds, and a report."""
 
 import logging
+import math
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +10,7 @@ from picolm.analyze import table
 from picolm.analyze.engine import Outcome, analyze
 from picolm.analyze.intervals import interval
 from picolm.errors import PicoError
-from picolm.report.material import Material
+from picolm.report.material import Material, gather
 from picolm.report.section import Section, Sheet
 from picolm.store import Run
 from picolm.suite.config import SEED, Member, Suite
@@ -83,13 +85,19 @@ def compare(members: "pd.DataFrame", values: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def write_report(suite: Suite, members: list[Member]) -> Path:
-    """The report of all members, with the comparison of the suite."""
-    from picolm.report import write
+    """The report of all members, with the comparison of the suite first."""
+    import pandas as pd
+
+    from picolm.report.assembly import save
 
     folder = suite.config.folder
     analyses = [str(folder / suite.analysis.analysis_name)] if suite.analysis is not None else []
     own = [SECTION] if analyses else []
-    return write([str(member.path) for member in members], analyses, folder / REPORT, own=own)
+    material = gather([str(member.path) for member in members], analyses, own)
+    material.title = suite.config.suite_name
+    described = pd.read_csv(folder / MEMBERS, dtype=str)
+    material.labels = dict(zip(described["run"], described["group"]))
+    return save(material, folder / REPORT, own=own)
 
 
 def section(material: Material) -> Section | None:
@@ -101,13 +109,37 @@ def section(material: Material) -> Section | None:
         if (folder / COMPARED).is_file() and (folder / MEMBERS).is_file():
             lead = (
                 "Means over seeds with 95 % intervals (Student's t) of the final losses, and of what each metric gives over the "
-                "layers of a run. Steps are those that were saved."
+                f"layers of a run. Steps are those that were saved. All digits are in {COMPARED}; curves follow below."
             )
             sheets = [
-                Sheet(name, pd.read_csv(folder / file)) for name, file in (("Sizes", COMPARED), ("Runs", MEMBERS))
+                Sheet("Side by side", side_by_side(pd.read_csv(folder / COMPARED))),
+                Sheet("Runs", pd.read_csv(folder / MEMBERS)),
             ]
-            return Section("The suite", sheets, lead)
+            return Section("The suite", sheets, lead, first=True)
     return None
+
+
+def side_by_side(compared: "pd.DataFrame") -> "pd.DataFrame":
+    """A row per figure and what it is of, a column per group: `0.694 ± 0.040`; how many runs have it where not all do."""
+    import pandas as pd
+
+    what = ["metric", "options", "component", "kind", "split"]
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for row in compared.to_dict("records"):
+        of = " ".join(row[name] for name in what if isinstance(row.get(name), str))
+        rows.setdefault((of or "loss", row["figure"]), {})[str(row["group"])] = _with_interval(row)
+    matters = list(dict.fromkeys(of for of, _ in rows))
+    ordered = sorted(rows.items(), key=lambda entry: matters.index(entry[0][0]))
+    return pd.DataFrame([{"of": of, "figure": figure} | groups for (of, figure), groups in ordered])
+
+
+def _with_interval(row: Mapping[Hashable, Any]) -> str:
+    mean, half = row["mean"], row["high"] - row["mean"]
+    if not row["n"]:
+        return f"none of {row['of']}"
+    places = ".3f" if abs(mean) >= 0.1 else ".3g"
+    interval = "" if math.isnan(half) else f" ± {half:{places}}"
+    return f"{mean:{places}}{interval}" + (f" ({row['n']} of {row['of']})" if row["n"] < row["of"] else "")
 
 
 def _last(run: Run, name: str) -> Any:
