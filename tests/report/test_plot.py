@@ -175,6 +175,20 @@ def test_the_log_of_a_run_is_drawn_by_source_with_its_spikes() -> None:
         plot.loss(log[log["name"] == "lr"])
 
 
+@pytest.mark.parametrize("seeds", [3, 4])
+def test_more_runs_than_colours_have_the_colour_of_their_group(seeds: int) -> None:
+    """Seven colours: six runs of two sizes have one each, eight share two."""
+    groups = {f"{size}-{seed}": size for seed in range(seeds) for size in ("small", "wide")}
+    log = plot.log_table({
+        run: [{"step": step, "train/loss": 3.0, "grad_norm": 1.0} for step in (0, 1)] for run in groups
+    })  # fmt: skip
+    for made in (plot.loss(log, groups=groups), plot.training(log, groups=groups)):
+        colours = {trace.hovertemplate.split("<br>")[0].partition(",")[0]: trace.line.color for trace in made.data}
+        assert colours.keys() == groups.keys()
+        apart = {(groups[run], colour) for run, colour in colours.items()}
+        assert len(apart) == len(set(colours.values())) == (6 if seeds == 3 else 2)
+
+
 def test_what_is_not_there_is_told_by_name(toy_table: pd.DataFrame, make_table: Make) -> None:
     with pytest.raises(PicoError, match=re.escape("no metric 'cca'; did you mean 'cka'? (there are: norm, cka)")):
         plot.metric(toy_table, "cca")

@@ -5,6 +5,7 @@ in the colours of Okabe and Ito (2008). A trace says what its colour means (`met
 """
 
 import html
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,7 @@ ROOMS: dict[str, dict[str, Any]] = {
         "category": ["#56b4e9", "#f0854a", "#2fc79a", "#e39ac6", "#e9b949", "#9fd3f2", "#e6eaf2"],
     },
 }  # fmt: skip
+COLOURS = len(ROOMS["light"]["category"])
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
@@ -46,6 +48,15 @@ def shades(room: str) -> list[str]:
     """The scale of depth, first layer to last."""
     name, low, high = ROOMS[room]["depth"]
     return sample_colorscale(name, [low + (high - low) * i / (SHADES - 1) for i in range(SHADES)])
+
+
+def colours_of(runs: Iterable[str], groups: Mapping[str, str] | None = None) -> dict[str, int]:
+    """By run, the number of its colour: one of its own as long as there are enough of them, else that of its group."""
+    own = dict.fromkeys(runs)
+    shared = (groups or {}) if len(own) > COLOURS else {}
+    names = {run: shared.get(run, run) for run in own}
+    order = list(dict.fromkeys(names.values()))
+    return {run: order.index(name) for run, name in names.items()}
 
 
 def faded(shade: str, opacity: float) -> str:

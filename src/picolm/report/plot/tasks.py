@@ -1,12 +1,13 @@
 """What tasks say of a model over its training: minimal pairs, and tasks of lm-evaluation-harness, a panel for each metric."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from picolm.errors import PicoError
-from picolm.report.look import DASHES
+from picolm.report.look import DASHES, colours_of
 from picolm.report.plot.panels import Panel, figure, line
 
 PAIRS, HARNESS = "val/minimal_pairs", "val/lm_eval/"
@@ -18,12 +19,12 @@ class _Curve(NamedTuple):
     task: str
 
 
-def tasks(log: pd.DataFrame) -> go.Figure:
+def tasks(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.Figure:
     """Accuracy on minimal pairs, in all and by phenomenon, and every metric of every task.
 
-    log: see `log_table`. One run: a colour per task; several: a colour per run. Raises PicoError where there is none.
+    log: see `log_table`. One run: a colour per task; several: as in `loss`. Raises PicoError where there is none.
     """
-    runs = list(log["run"].unique())
+    runs = colours_of(log["run"].unique(), groups)
     curves = [curve for curve in map(_curve, log["name"].unique()) if curve is not None]
     if not curves:
         raise PicoError("nothing was logged of tasks")
@@ -31,7 +32,7 @@ def tasks(log: pd.DataFrame) -> go.Figure:
     traces = []
     for metric in metrics:
         for part, curve in enumerate(curve for curve in curves if curve.metric == metric):
-            for place, run in enumerate(runs):
+            for run, place in runs.items():
                 own = log[(log["run"] == run) & (log["name"] == curve.name)].sort_values("step")
                 words = curve.task if len(runs) == 1 else f"{run}, {curve.task}"
                 meaning, dash = (

@@ -1,14 +1,14 @@
 """The log of a run: loss by source, and how training went."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from picolm.errors import PicoError
-from picolm.report.look import DASHES
+from picolm.report.look import COLOURS, DASHES, colours_of
 from picolm.report.plot.panels import Control, Panel, figure, line
 
 UNITS = ("nats per token", "perplexity", "bits per byte")
@@ -44,32 +44,38 @@ def log_table(runs: dict[str, Iterable[dict[str, object]]]) -> pd.DataFrame:
     return table.drop_duplicates(["run", "step", "name"], keep="last", ignore_index=True)
 
 
-def loss(log: pd.DataFrame) -> go.Figure:
+def loss(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.Figure:
     """Loss, perplexity and bits per byte of training and of each source of the held-out text.
 
-    log: see `log_table`. One run: a colour per source; several: a colour per run. Raises PicoError without a loss.
+    log: see `log_table`. One run: a colour per source; several: a colour per run, and where there are more runs than colours,
+    per group (run -> the group it belongs to), of one source at a time. Raises PicoError without a loss.
     """
-    runs = list(log["run"].unique())
+    runs = colours_of(log["run"].unique(), groups)
+    many = len(runs) > COLOURS
     curves = [curve for curve in map(_curve, log["name"].unique()) if curve is not None]
     if not curves:
         raise PicoError("nothing was logged of a loss")
     sources = sorted(dict.fromkeys(source for _, source, _ in curves), key=lambda source: source != TRAINING)
     traces = []
     for name, source, unit in sorted(curves, key=lambda curve: sources.index(curve[1])):
-        for place, run in enumerate(runs):
+        for run, place in runs.items():
             own = log[(log["run"] == run) & (log["name"] == name)].sort_values("step")
             number = sources.index(source)
             meaning, dash = (
                 ({"category": number}, "solid") if len(runs) == 1 else ({"category": place}, DASHES[number % 5])
             )
             words = source if len(runs) == 1 else f"{run}, {source}"
-            style: dict[str, Any] = {"meaning": meaning, "dash": dash, "shown": {"unit": unit}}
+            style: dict[str, Any] = {
+                "meaning": meaning,
+                "dash": dash,
+                "shown": {"unit": unit} | ({"source": number} if many else {}),
+            }
             traces.append(line(own["step"].to_numpy(), own["value"].to_numpy(), words, **style))
-    spikes = [spike for run in runs for spike in _spikes(log[log["run"] == run], run)]
-    control = Control("unit", "Unit", UNITS, y=("loss (nats per token)", "perplexity", "loss (bits per byte)"))
-    return figure(
-        "Loss", traces + spikes, [Panel("", "loss (nats per token)")], controls=[control], log="xy", height=380
-    )
+    of_training = {"source": sources.index(TRAINING)} if many and TRAINING in sources else {}
+    traces += [spike for run in runs for spike in _spikes(log[log["run"] == run], run, of_training)]
+    controls = [Control("unit", "Unit", UNITS, y=("loss (nats per token)", "perplexity", "loss (bits per byte)"))]
+    controls += [Control("source", "Of", tuple(sources))] if many else []
+    return figure("Loss", traces, [Panel("", "loss (nats per token)")], controls=controls, log="xy", height=380)
 
 
 def _curve(name: str) -> tuple[str, str, int] | None:
@@ -83,7 +89,7 @@ def _curve(name: str) -> tuple[str, str, int] | None:
     return name, " ".join(filter(None, ("held out:", found["source"] or "all", ""))).strip(), unit
 
 
-def _spikes(log: pd.DataFrame, run: str) -> list[go.Scatter]:
+def _spikes(log: pd.DataFrame, run: str, shown: dict[str, int]) -> list[go.Scatter]:
     """Marks where the count of loss spikes or of skipped updates grew since the line before."""
     wide = log.pivot(index="step", columns="name", values="value")
     marks = []
@@ -99,7 +105,7 @@ def _spikes(log: pd.DataFrame, run: str) -> list[go.Scatter]:
             continue
         for unit, column in enumerate(column for column in TRAINED[:2] if column in wide):
             mark = line(
-                grown.index.to_numpy(), wide.loc[grown.index, column].to_numpy(), f"{run}: {words}", shown={"unit": unit},
+                grown.index.to_numpy(), wide.loc[grown.index, column].to_numpy(), f"{run}: {words}", shown={"unit": unit} | shown,
                 about=f"{words} since the line before",
             )  # fmt: skip
             marks.append(
@@ -108,9 +114,12 @@ def _spikes(log: pd.DataFrame, run: str) -> list[go.Scatter]:
     return marks
 
 
-def training(log: pd.DataFrame) -> go.Figure:
-    """How training went: learning rate, gradient norm and clipping, update ratios, noise scale, weight norm, speed."""
-    runs = list(log["run"].unique())
+def training(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.Figure:
+    """How training went: learning rate, gradient norm and clipping, update ratios, noise scale, weight norm, speed.
+
+    Colours are as those of `loss`.
+    """
+    runs = colours_of(log["run"].unique(), groups)
     logged = {name.partition("/")[0] for name in log["name"].unique()}
     there = {name: panel for name, panel in PROGRESS.items() if name in logged}
     if not there:
@@ -119,14 +128,12 @@ def training(log: pd.DataFrame) -> go.Figure:
     for number, prefix in enumerate(there):
         names = [name for name in log["name"].unique() if name == prefix or name.startswith(prefix + "/")]
         for part, name in enumerate(names):
-            traces += [
-                _progress(log, run, name, number, (part, place), len(runs) == 1) for place, run in enumerate(runs)
-            ]
+            traces += [_progress(log, run, name, number, (part, place), len(runs) == 1) for run, place in runs.items()]
     return figure("How training went", traces, list(there.values()), log="xy")
 
 
 def _progress(log: pd.DataFrame, run: str, name: str, panel: int, places: tuple[int, int], alone: bool) -> go.Scatter:
-    """One line. places: of the part (a group of tensors) among its parts, and of the run among the runs."""
+    """One line. places: of the part (a group of tensors) among its parts, and of the run among the colours."""
     own = log[(log["run"] == run) & (log["name"] == name)].sort_values("step")
     prefix, _, group = name.partition("/")
     part, place = places

@@ -23,5 +23,6 @@ def training(material: Material) -> Section | None:
     )
     for name, caption in zip(("loss", "training", "tasks"), captions, strict=True):
         with suppress(PicoError):  # nothing of it was logged
-            drawings.append(Drawing(getattr(plot, name)(log), f"{CALL}{name}(log)", caption))
+            made = getattr(plot, name)(log, groups=material.groups)
+            drawings.append(Drawing(made, f"{CALL}{name}(log)", caption))
     return Section("Training", drawings, "Loss and the state of the optimizer over steps.") if drawings else None
