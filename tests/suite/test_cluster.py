@@ -1,6 +1,7 @@
 """Jobs through submitit: here its executor that runs them as processes; the same code queues them with SLURM."""
 
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,10 +41,18 @@ def test_a_job_asks_for_the_nodes_and_devices_of_its_member(
     monkeypatch.setattr("submitit.AutoExecutor", Executor)
     fabric = "overrides.training.fabric={num_nodes: 2, num_devices: 4, accelerator: cuda}"
     suite = load_suite(
-        toy_suite(), [fabric, "overrides.training.optimization.gradient_accumulation_steps=1", "slurm={timeout_min: 9}"]
+        toy_suite(),
+        [
+            fabric,
+            "overrides.training.optimization.gradient_accumulation_steps=1",
+            "slurm={timeout_min: 9, slurm_setup: [module load cuda]}",
+        ],
     )
     job = cluster._submit(suite.config, suite.members[0], Path("x.yaml"), Path("jobs"), "slurm")
-    assert asked == {"name": "toys-small", "nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "timeout_min": 9}
+    assert asked == {
+        "name": "toys-small", "nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "timeout_min": 9,
+        "slurm_setup": [*cluster.SETUP, "module load cuda"],
+    }  # fmt: skip
     assert job.checkpoint().function.file == "x.yaml"  # what is queued again after a preemption
 
 
@@ -52,6 +61,21 @@ def test_a_parameter_that_there_is_not(toy_suite: Callable[..., Path], tmp_path:
     suite = load_suite(toy_suite(), ["slurm={slurm_partitoin: gpu}"])
     with pytest.raises(PicoError, match=r"toys-small cannot be queued: .*partitoin"):
         cluster._submit(suite.config, suite.members[0], Path("x.yaml"), tmp_path / "jobs", "local")
+
+
+def test_an_error_of_one_process_is_told_rather_than_the_silence_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(cluster, "LATE_S", 0)
+    job = submitit.SlurmJob(folder=tmp_path, job_id="7", tasks=(0, 1))
+    silent = cluster._outcome("toy", job)
+    assert silent is not None
+    assert "job 7 left the queue without a result: it was cancelled, killed" in silent.reason
+    job.task(1).paths.result_pickle.write_bytes(pickle.dumps(("error", "Traceback\n...\nValueError: no such layer")))
+    told = cluster._outcome("toy", job)
+    assert told is not None
+    assert told.reason.startswith("job 7: ValueError: no such layer (")
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ log = logging.getLogger("picolm")
 
 JOBS = "jobs.json"
 POLL_S = 5.0
+LATE_S = 10
 # Before torch is loaded: as many threads as the job has cores for a process, and none that spins in the way of others.
 SETUP = ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}"]
 
@@ -160,19 +161,28 @@ def _submit(config: SuiteConfig, member: Member, file: Path, folder: Path, clust
 
 def _outcome(name: str, job: Any) -> Failure | None:
     """How a job ended, by what its processes left: each of them a result, or the traceback of an error."""
-    for process in (job.task(number) for number in range(job.num_tasks)):
-        if not process.paths.result_pickle.exists():
-            return Failure(
-                name, f"job {job.job_id} left the queue without a result: it was cancelled, killed, or lost its node "
-                f"({process.paths.stderr})"
-            )  # fmt: skip
+    processes = [job.task(number) for number in range(job.num_tasks)]
+    ended = _with_result(processes)
+    for process in ended:
         error = process.exception()
         if error is not None:
             # submitit puts the traceback of the job between two lines of dashes, and advice behind them
             trace = re.split(r"^-{5,}$", str(error), flags=re.MULTILINE)[1:2] or [str(error)]
             last = (trace[0].strip().splitlines() or [type(error).__name__])[-1]
             return Failure(name, f"job {job.job_id}: {last} ({process.paths.stderr})")
+    if len(ended) < len(processes):
+        reason = "left the queue without a result: it was cancelled, killed, or lost its node"
+        return Failure(name, f"job {job.job_id} {reason} ({processes[0].paths.stderr})")
     return None
+
+
+def _with_result(processes: list[Any]) -> list[Any]:
+    """Those that left one; a file system that machines share may show it late."""
+    for _ in range(LATE_S):
+        if all(process.paths.result_pickle.exists() for process in processes):
+            break
+        time.sleep(1)
+    return [process for process in processes if process.paths.result_pickle.exists()]
 
 
 def _submitit() -> Any:
