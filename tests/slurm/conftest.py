@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tests.planted import SECRETS, holders
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
@@ -119,6 +120,7 @@ def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             pytest.skip(f"SLURM does not start on this machine: {logs}")
         yield conf
         subprocess.run(["scancel", "--full", "--user=root"], env=environment)
+    assert holders(folder) == []
 
 
 def _are_idle(environment: dict[str, str]) -> bool:
@@ -136,7 +138,8 @@ def slurm(_cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     """The cluster, with an empty queue before and after, used from `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     own = {"SLURM_CONF": str(_cluster), "PATH": PATH, "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    cluster = Slurm(os.environ | own)
+    kept = {name: value for name, value in os.environ.items() if name not in SECRETS}  # SLURM writes it all down
+    cluster = Slurm(kept | own)
     yield cluster
     cluster("scancel", "--user=root")
     wait_for(lambda: not cluster.jobs, 30)
