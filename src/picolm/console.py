@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII = "_.-~=+*#"
+LEAST_WIDTH = 132  # characters for which the widest tables have room
 
 
-def screen(*, error: bool = False, least_width: int = 132) -> "Console":
+def screen(*, error: bool = False, least_width: int = LEAST_WIDTH) -> "Console":
     """Standard output, or standard error. least_width: that of lines in a file or a pipe, where no window cuts them."""
     from rich.console import Console
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from picolm.console import duration
+from picolm.console import LEAST_WIDTH, duration
 from picolm.errors import PicoError
 from picolm.logs import configure_logging
 from picolm.schema import dump
@@ -58,7 +58,7 @@ def run_suite(
 def _preview(suite: Suite, found: list[Standing]) -> None:
     forecasts = forecast(suite.config, found)
     console = Console()
-    console.width = max(console.width, 132)  # wrapped by the terminal rather than cut off
+    console.width = max(console.width, LEAST_WIDTH)  # wrapped by the terminal rather than cut off
     console.print(table(forecasts))
     print(remarks(suite.config, suite.members, forecasts))
 
