@@ -13,3 +13,11 @@ class DataError(PicoError):
 
 class StoreError(PicoError):
     """Something about a run or a checkpoint on disk; names the path."""
+
+
+class FileError(StoreError, DataError):
+    """A file of a run, a corpus or a cache that cannot be used: runs and corpora both consist of files. Names the path."""
+
+
+class FileMissing(FileError):
+    """A file that does not exist."""

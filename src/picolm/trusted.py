@@ -1,0 +1,159 @@
+"""Read files that somebody else may have written: runs, rows, answers of the Hub, tokenizers, caches.
+
+Only regular files are read, never through a link, and never more bytes than stated. JSON and YAML are bounded in depth and
+parsed once into a typed form. Each problem is a FileError that names the file, the key, and what was expected.
+
+A path that the user typed may be a link, or lie behind links. Files below it may not: pass that path as `within`. Paths in
+the cache of huggingface_hub are links by design; `picolm.network` resolves them and checks where they lead.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from picolm.errors import FileError, FileMissing
+
+Form = TypeVar("Form")
+
+TEXT_BYTES = 64 << 20  # most bytes of a file that is read whole: the largest tokenizer.json in use has about 30 MB
+LINE_BYTES = 16 << 20  # most bytes of one line of a file that is read line by line
+_LINK = "is a link; links inside of a run, corpus or cache are not followed: put the file itself there"
+_OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
+def refuse_links(path: Path, within: Path) -> None:
+    """Raise FileError if `path`, or a folder between it and `within`, is a link or lies outside of `within`.
+
+    `within` itself may be a link. Parts that do not exist are accepted, so a path can be checked before it is written.
+    """
+    if not path.is_relative_to(within) or ".." in path.relative_to(within).parts:
+        raise FileError(f"{path}: lies outside of {within}")
+    below = within
+    for part in path.relative_to(within).parts:
+        below = below / part
+        if below.is_symlink():
+            raise FileError(f"{below}: {_LINK}")
+
+
+def require_regular(path: Path, within: Path | None = None) -> os.stat_result:
+    """Check a file before a library opens it by its path. Returns its status.
+
+    Raises FileMissing if it does not exist; FileError if it is a link, a folder, a pipe or a device.
+    """
+    if within is not None:
+        refuse_links(path, within)
+    try:
+        status = os.lstat(path)
+    except OSError as error:
+        raise _cannot_open(path, error) from None
+    if stat.S_ISLNK(status.st_mode):
+        raise FileError(f"{path}: {_LINK}")
+    if not stat.S_ISREG(status.st_mode):
+        raise FileError(f"{path}: is not a regular file")
+    return status
+
+
+def open_regular(path: Path, within: Path | None = None) -> BinaryIO:
+    """Open a file for reading in binary mode. Raises like `require_regular`; never waits for a pipe."""
+    if within is not None:
+        refuse_links(path, within)
+    if path.is_symlink():  # systems without O_NOFOLLOW
+        raise FileError(f"{path}: {_LINK}")
+    try:
+        descriptor = os.open(path, _OPEN | _BINARY)
+    except OSError as error:
+        raise _cannot_open(path, error) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileError(f"{path}: is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, within: Path | None = None, most_bytes: int = TEXT_BYTES) -> bytes:
+    """Return the content of a file of at most `most_bytes`. Raises like `open_regular`, and FileError if it is larger."""
+    with open_regular(path, within) as file:
+        try:
+            data = file.read(most_bytes + 1)
+        except OSError as error:
+            raise _cannot_open(path, error) from None
+    if len(data) > most_bytes:
+        raise FileError(f"{path}: holds more than {most_bytes:,} bytes, the most that is read of such a file")
+    return data
+
+
+def read_text(path: Path, within: Path | None = None, most_bytes: int = TEXT_BYTES) -> str:
+    """Return the content of a UTF-8 file, without a byte-order mark. Raises like `read_bytes`."""
+    return decode(read_bytes(path, within, most_bytes), str(path))
+
+
+def read_lines(path: Path, within: Path | None = None, most_bytes: int = LINE_BYTES) -> Iterator[bytes]:
+    """Yield the complete lines of a file without their ends, one at a time. Raises like `read_bytes`.
+
+    What stands behind the last newline is left out: it is a line that is still being written.
+    """
+    with open_regular(path, within) as file:
+        for number in range(1, 1 << 62):
+            line = file.readline(most_bytes + 1)
+            if len(line) > most_bytes:
+                raise FileError(f"{path}:{number}: the line holds more than {most_bytes:,} bytes")
+            if not line.endswith(b"\n"):
+                return
+            yield line[:-1]
+
+
+def decode(data: bytes, name: str) -> str:
+    """Return UTF-8 `data` as text, without a byte-order mark. Raises FileError with the offset of what is no UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{name}: is not UTF-8 text (byte {error.start})") from None
+
+
+def read_json(path: Path, form: type[Form] | Any = Any, within: Path | None = None) -> Form:
+    """Return the JSON value of a file as `form`. Raises like `read_bytes` and `parse_json`."""
+    return parse_json(read_bytes(path, within), str(path), form)
+
+
+def parse_json(data: bytes | str, name: str, form: type[Form] | Any = Any) -> Form:
+    """Return JSON `data` as `form`: a pydantic model, a dataclass, or a type such as `dict[str, Any]`.
+
+    name: the file, for messages. Nesting is limited to 200 levels by the parser. No text is
+    taken for a number. Raises FileError with every key whose value
+    is not what `form` says.
+    """
+    from pydantic import ValidationError
+
+    text = decode(data, name) if isinstance(data, bytes) else data
+    try:
+        return _adapter(form).validate_json(text, strict=True)
+    except ValidationError as failure:
+        raise FileError("\n".join(_problems(failure, name))) from None
+
+
+@cache
+def _adapter(form: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(form)
+
+
+def _problems(failure: Any, name: str, most: int = 10) -> Iterator[str]:
+    errors = failure.errors(include_url=False, include_context=False, include_input=False)
+    for error in errors[:most]:
+        key = ".".join(str(part)[:80] for part in error["loc"])
+        yield f"{name}: {key}{': ' if key else ''}{error['msg'].replace('Input should', 'should')}"
+    if len(errors) > most:
+        yield f"{name}: … {len(errors)} problems in all"
+
+
+def _cannot_open(path: Path, error: OSError) -> FileError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return FileMissing(f"{path}: there is no such file")
+    if error.errno == errno.ELOOP:
+        return FileError(f"{path}: {_LINK}")
+    return FileError(f"{path}: cannot be read ({error.strerror or error})")
