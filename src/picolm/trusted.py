@@ -13,11 +13,9 @@ import stat
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from picolm.errors import FileError, FileMissing
-
-Form = TypeVar("Form")
 
 TEXT_BYTES = 64 << 20  # most bytes of a file that is read whole: the largest tokenizer.json in use has about 30 MB
 LINE_BYTES = 16 << 20  # most bytes of one line of a file that is read line by line
@@ -114,12 +112,12 @@ def decode(data: bytes, name: str) -> str:
         raise FileError(f"{name}: is not UTF-8 text (byte {error.start})") from None
 
 
-def read_json(path: Path, form: type[Form] | Any = Any, within: Path | None = None) -> Form:
+def read_json(path: Path, form: Any = Any, within: Path | None = None) -> Any:
     """Return the JSON value of a file as `form`. Raises like `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path, within), str(path), form)
 
 
-def parse_json(data: bytes | str, name: str, form: type[Form] | Any = Any) -> Form:
+def parse_json(data: bytes | str, name: str, form: Any = Any) -> Any:
     """Return JSON `data` as `form`: a pydantic model, a dataclass, or a type such as `dict[str, Any]`.
 
     name: the file, for messages. Nesting is limited to 200 levels by the parser. No text is
