@@ -70,5 +70,6 @@ def test_piped_output_is_plain_whatever_the_environment(settings: dict[str, str]
     done = subprocess.run(command, capture_output=True, env=os.environ | settings, cwd=tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
     assert b"\x1b" not in done.stdout
+    assert all(kind in done.stdout for kind in (b"simil", b"quant"))  # folded in a narrow window
     assert "PYTHONIOENCODING" not in settings or done.stdout.isascii()
     assert max(map(len, done.stdout.decode().splitlines())) <= 132

@@ -157,7 +157,7 @@ def _metrics() -> Iterator[str]:
         yield from ("", f"## {name}", "", _paragraphs(metric.function), "")
         kinds = ", ".join(sorted(metric.of))
         needs = {"rows": " with as many rows", "shape": " of one shape"}.get(metric.needs, "")
-        yield f"Measures {'one matrix' if metric.arity == 1 else f'two matrices{needs}'}: {kinds}."
+        yield f"A {metric.kind}. Measures {'one matrix' if metric.arity == 1 else f'two matrices{needs}'}: {kinds}."
         for option in metric.options.values():
             default = "must be given" if option.required else f"default {_code(json.dumps(option.default))}"
             yield f"Option `{option.name}` ({_annotation(option.annotation)}; {default})."

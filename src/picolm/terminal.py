@@ -68,13 +68,13 @@ def parts(family: str) -> "Table":
     from picolm.analyze.metrics import METRICS
 
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("metric", "of", "options", "") if family == "metrics" else ("component", "of", ""):
+    for heading in ("metric", "kind", "of", "options", "") if family == "metrics" else ("component", "of", ""):
         shown.add_column(heading, overflow="fold")
     if family == "metrics":
         for name in METRICS:
             metric = METRICS.get(name)
-            kind = "one tensor" if metric.arity == 1 else "two tensors"
-            shown.add_row(name, kind, ", ".join(metric.options), escape(metric.summary))
+            operands = "one tensor" if metric.arity == 1 else "two tensors"
+            shown.add_row(name, metric.kind, operands, ", ".join(metric.options), escape(metric.summary))
     else:
         for name in COMPONENTS:
             part = COMPONENTS.get(name)

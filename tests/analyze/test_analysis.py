@@ -1,5 +1,6 @@
 """An analysis as its user meets it: the table is right, nothing is computed twice, what is missing is said."""
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 
 from picolm.address import Address
 from picolm.analyze import compute, metrics
 from picolm.analyze.command import analyze_runs
-from picolm.analyze.table import COLUMNS
+from picolm.analyze.table import COLUMNS, load, summary
 from picolm.errors import PicoError
 from picolm.schema import ConfigError
 from picolm.store import Run
@@ -238,6 +240,87 @@ def test_seeds_are_aggregated(analyze: Analyze, tmp_path: Path) -> None:
     assert row["std"] == pytest.approx(values.std())
     assert values.min() - 1e-12 <= row["bootstrap_low"] <= row["mean"] <= row["bootstrap_high"] <= values.max() + 1e-12
     assert row["high"] - row["mean"] == pytest.approx(12.706 * values.std() / 2**0.5) == row["mean"] - row["low"]
+
+
+MLP = "components: [{component_name: mlp, data_type: activations}]"
+
+
+def test_two_targets_of_one_metric_stay_two(analyze: Analyze, tmp_path: Path) -> None:
+    entries = ", ".join(
+        f"{{metric_name: cka, target: {target}, {MLP}}}" for target in ("{checkpoint: first}", "{checkpoint: previous}")
+    )
+    outcome, frame = analyze(f"metrics: [{entries}, {{metric_name: gini, components: [{{layer_suffixes: w_2}}]}}]")
+    assert frame.groupby("target").size().to_dict() == {"": 8, "first": 8, "previous": 6}
+    first, previous = (frame[(frame["target"] == name) & (frame["step"] == 6)] for name in ("first", "previous"))
+    assert (first["against_step"].unique(), previous["against_step"].unique()) == ([0], [4])
+    folder = tmp_path / "results" / "analysis" / "step_6"
+    assert {file.name for file in folder.iterdir()} == {
+        *("cka_target=first_val.json", "cka_target=previous_val.json", "gini_train.json")
+    }
+    for rows in (first, previous):
+        written = json.loads((folder / f"cka_target={rows['target'].iloc[0]}_val.json").read_text())
+        assert list(written.values()) == rows["value"].tolist()
+    console = Console(width=116, file=io.StringIO())
+    console.print(summary(outcome.rows))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert (shown.count("with first"), shown.count("with previous")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("{checkpoint: last}", "last"),
+        ("{checkpoint: 4}", "4"),
+        ("{checkpoint: all}", "all"),
+        ("{layer: all}", "layer all"),
+        ("{layer: 1, checkpoint: first}", "first layer 1"),
+        ("{run: wide}", "run wide"),
+        ("{run: wide, checkpoint: last, layer: 0}", "last run wide layer 0"),
+        ("{}", "same"),
+    ],
+)
+def test_the_target_that_was_asked_for_is_a_column(analyze: Analyze, target: str, words: str) -> None:
+    _, frame = analyze(f"metrics: [{{metric_name: cka, target: {target}, {MLP}}}]", "narrow", "wide")
+    assert set(frame["target"]) == {words}
+
+
+def test_what_the_json_files_cannot_hold_is_counted(analyze: Analyze, capsys: pytest.CaptureFixture[str]) -> None:
+    analyze(f"metrics: [{{metric_name: cka, target: {{checkpoint: all}}, {MLP}}}]")
+    assert "32 values compare with several layers or steps: they are in the table only" in capsys.readouterr().err
+
+
+def test_a_table_of_an_earlier_version_is_read_with_the_new_columns(analyze: Analyze, tmp_path: Path) -> None:
+    _, frame = analyze(f"metrics: [{{metric_name: gini}}, {{metric_name: cka, {MLP}}}]")
+    new = ["metric_kind", "chance", "chance_std", "z", "forced", "target"]
+    old = frame.drop(columns=new).replace({"metric": {"gini": "of_somebody"}})
+    old.to_parquet(tmp_path / "old.parquet")
+    loaded = load(tmp_path / "old.parquet")
+    assert tuple(loaded.columns) == COLUMNS
+    pd.testing.assert_frame_equal(loaded.drop(columns=new), old)
+    assert loaded.groupby("metric")["metric_kind"].unique().map(list).to_dict() == {
+        "of_somebody": [""],
+        "cka": ["similarity"],
+    }
+    assert set(loaded["target"]) == {""}
+    assert loaded[["chance", "chance_std", "z", "forced"]].isna().all(axis=None)
+    assert loaded["forced"].dtype == frame["forced"].dtype == "Int64"
+
+
+def test_a_metric_of_the_users_own_is_not_merged_with_ours_of_that_name(
+    analyze: Analyze, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for lab, number in (("lab_one", 1.0), ("lab_two", 2.0)):
+        (tmp_path / f"{lab}.py").write_text(f"def gini(x):\n    'Always the same.'\n    return {number}\n")
+    monkeypatch.chdir(tmp_path)
+    names = ["gini", "lab_one:gini", "lab_two:gini"]
+    entries = ", ".join(f"{{metric_name: '{name}', components: [{{layer_suffixes: w_2}}]}}" for name in names)
+    for _ in range(2):  # the second time from the values that were kept
+        _, frame = analyze(f"metrics: [{entries}]")
+        values = frame.groupby("metric", sort=False)["value"].unique()
+        assert list(values.index) == names
+        assert (list(values["lab_one:gini"]), list(values["lab_two:gini"])) == ([1.0], [2.0])
+    files = {file.name for file in (tmp_path / "results" / "analysis" / "step_0").iterdir()}
+    assert files == {"gini_train.json", "lab_one.gini_train.json", "lab_two.gini_train.json"}
 
 
 def test_a_value_that_is_missing_says_why(analyze: Analyze) -> None:

@@ -14,7 +14,7 @@ VALUES = {0: [4.0, 2.0], 10: [2.0, 2.0], 20: [1.0, 1.0], 30: [None, None]}
 def rows(run: str = "demo") -> list[dict[str, Any]]:
     return [
         {"run": run, "metric": "norm", "options": "norm_type=nuclear", "component": "ov_circuit", "kind": "weights",
-         "split": "", "step": step, "value": value}
+         "split": "", "step": step, "value": value, "target": ""}
         for step, values in VALUES.items() for value in values
     ]  # fmt: skip
 

@@ -40,6 +40,11 @@ def analyze_runs(
     configure_logging("INFO", folder / "analysis.log")
     outcome = _with_bar(config, places, workers=workers, backend=backend, strict=strict)
     path = table.write(outcome.rows, folder, csv)
+    if left_out := sum(table.only_in_table(outcome.rows).values()):
+        log.info(
+            "%d values compare with several layers or steps: they are in the table only, not in the JSON files%s.",
+            left_out, " or Weights & Biases" if config.monitoring.save_to_wandb else "",
+        )  # fmt: skip
     if aggregated:
         aggregate(table.load(folder)).to_parquet(folder / "aggregated.parquet")
     if config.monitoring.save_to_wandb:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from picolm.analyze.components import COMPONENTS, Operand, digest_of
 from picolm.analyze.config import Component, Entry, Target
 from picolm.analyze.matrix import Matrix
-from picolm.analyze.metrics import METRICS, Undefined, as_metric
+from picolm.analyze.metrics import Undefined, find_metric
 from picolm.analyze.pairing import Place, by_name, check_same_rows, partner_places, partners
 from picolm.analyze.reading import Reader, Readers
 from picolm.analyze.values import Value
@@ -65,7 +65,7 @@ def tasks_of(entries: Iterable[Entry]) -> list[Task]:
     """The tasks of a configuration, in its order."""
     tasks = []
     for entry in entries:
-        metric = as_metric(METRICS.get(entry.metric_name))
+        metric = find_metric(entry.metric_name)
         target = entry.compared_with if metric.arity == 2 else None
         split = entry.data_split or ("val" if metric.arity == 2 else "train")
         options = tuple(sorted(entry.options.items()))
@@ -241,9 +241,15 @@ def _row(
         "head": operand.head,
         "module": module,
         "metric": task.metric.name,
+        "metric_kind": task.metric.kind,
         "options": " ".join(f"{key}={option}" for key, option in task.options),
         "value": value.value,
+        "chance": value.chance,
+        "chance_std": value.chance_std,
+        "z": value.z,
+        "forced": value.forced,
         **dict(zip(("against_run", "against_step", "against_layer"), compared)),
+        "target": "" if task.target is None else task.target.words,
         "reason": value.reason,
         "asked_split": task.split,
     }

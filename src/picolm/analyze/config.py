@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from picolm.analyze.components import COMPONENTS
-from picolm.analyze.metrics import METRICS, as_metric
+from picolm.analyze.metrics import find_metric
 from picolm.errors import PicoError
 from picolm.registry import did_you_mean
 from picolm.schema import Rule, Section
@@ -61,6 +61,13 @@ class Target(Section):
     """Another run, at the same step unless `checkpoint` says otherwise."""
     layer: NonNegativeInt | Literal["same", "all"] = "same"
     """The layer to compare with; `all` compares every pair of layers."""
+
+    @property
+    def words(self) -> str:
+        """The target as the table names it: `last`, `300`, `run wide`, `last run wide`, `layer all`; `same` for the defaults."""
+        named = {"checkpoint": "", "run": "run ", "layer": "layer "}
+        given = [(prefix, getattr(self, name)) for name, prefix in named.items()]
+        return " ".join(f"{prefix}{value}" for prefix, value in given if value not in ("same", None)) or "same"
 
 
 class Entry(BaseModel):
@@ -144,7 +151,7 @@ class AnalysisConfig(Section):
 def entry_problems(entry: Entry) -> Iterator[Rule]:
     """What is wrong with one metric: its name, its options, its components, its target."""
     try:
-        metric = as_metric(METRICS.get(entry.metric_name))
+        metric = find_metric(entry.metric_name)
     except PicoError as error:
         yield ("metric_name",), str(error)
         return

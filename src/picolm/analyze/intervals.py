@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from picolm.analyze.table import COLUMNS
+from picolm.analyze.table import COLUMNS, MEASURED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +48,7 @@ def aggregate(frame: "pd.DataFrame", *, draws: int = 1000, seed: int = 0) -> "pd
     """
     import pandas as pd
 
-    keys = [name for name in COLUMNS if name not in ("run", "value", "reason", "against_run")]
+    keys = [name for name in COLUMNS if name not in (*MEASURED, "run", "against_run")]
     generator = np.random.default_rng(seed)
     records = []
     for key, group in frame.groupby(keys, dropna=False, sort=False):

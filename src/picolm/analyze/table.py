@@ -1,13 +1,18 @@
 """The long table: one row per value, and what is written from it.
 
-Columns: run, step, split, component, kind, layer, head, module, metric, options, value, against_run, against_step,
-against_layer, reason. A missing value is null and says why in `reason`; infinity is a value.
+COLUMNS names the columns. A missing value is null and says why in `reason`; infinity is a value. metric_kind: similarity,
+distance or quantity. chance, chance_std: mean and standard deviation over permutations of the rows; z: how many of these
+standard deviations the value is above the mean. forced: number of canonical correlations that are 1 whatever the data; null for
+metrics without them. target: what the configuration asked to compare with (`last`, `previous`, `300`, `run wide`), where
+against_run, against_step and against_layer say what that was for this row.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from picolm.console import sparkline
 
@@ -15,11 +20,16 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-TEXT = ("run", "split", "component", "kind", "module", "metric", "options", "against_run", "reason")
-COLUMNS = (
-    "run", "step", "split", "component", "kind", "layer", "head", "module", "metric", "options", "value",
-    "against_run", "against_step", "against_layer", "reason",
+TEXT = (
+    "run", "split", "component", "kind", "module", "metric", "metric_kind", "options", "against_run", "target", "reason",
 )  # fmt: skip
+NUMBERS = ("value", "chance", "chance_std", "z")
+COLUMNS = (
+    "run", "step", "split", "component", "kind", "layer", "head", "module", "metric", "metric_kind", "options", *NUMBERS,
+    "forced", "against_run", "against_step", "against_layer", "target", "reason",
+)  # fmt: skip
+MEASURED = (*NUMBERS, "forced", "reason")  # the other columns say what a row is about
+COUNTS = ("layer", "head", "forced", "against_step", "against_layer")  # whole numbers or null
 RESULTS = "results.parquet"
 FULL_WIDTH = 116  # characters that all columns of a summary take
 
@@ -30,7 +40,7 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) ->
     import pyarrow.parquet as pq
 
     folder.mkdir(parents=True, exist_ok=True)
-    types = {name: pa.string() if name in TEXT else pa.float64() if name == "value" else pa.int64() for name in COLUMNS}
+    types = {name: pa.string() if name in TEXT else pa.float64() if name in NUMBERS else pa.int64() for name in COLUMNS}
     table = pa.Table.from_pylist(
         [{name: row[name] for name in COLUMNS} for row in rows], schema=pa.schema(list(types.items()))
     )
@@ -45,41 +55,74 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) ->
 
 
 def load(place: str | Path) -> "pd.DataFrame":
-    """The long table of an analysis, from its folder or its file, as a pandas data frame (layers and heads as Int64)."""
+    """Read the long table of an analysis, from its folder or its file, as a pandas data frame (layers and heads as Int64).
+
+    A table written before a column existed has it empty; `metric_kind` is that of the metric of this name, and empty where there
+    is none.
+    """
     import pandas as pd
 
     path = Path(place)
     frame = pd.read_parquet(path / RESULTS if path.is_dir() else path)
-    return frame.astype(dict.fromkeys(("layer", "head", "against_step", "against_layer"), "Int64"))
+    added = [name for name in COLUMNS if name not in frame.columns]
+    for name in added:
+        frame[name] = math.nan if name in NUMBERS else pd.NA if name in COUNTS else ""
+    if "metric_kind" in added:
+        frame["metric_kind"] = frame["metric"].map(_kind_of)
+    return frame[[*COLUMNS, *(name for name in frame.columns if name not in COLUMNS)]].astype(
+        dict.fromkeys(COUNTS, "Int64")
+    )
+
+
+def _kind_of(metric: str) -> str:
+    from picolm.analyze.metrics import METRICS
+
+    return METRICS.get(metric).kind if metric in METRICS else ""
 
 
 def json_files(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """`step_N/<metric>_<split>.json` -> {name: value}, as pico-analyze writes them.
+    """Return `step_N/<metric>_<split>.json` -> {name: value}, as pico-analyze writes them.
 
-    With several runs each has a folder of its own; where a metric occurs with several options they become part of the file's
-    name. Values that compare with several layers or steps have no place in this format and are only in the table.
+    With several runs each has a folder of its own. Where a metric occurs with several options or targets, they become part of
+    the file's name. What one target compares with several layers or steps has no place in this format, see `only_in_table`.
     """
     rows = list(rows)
     several = len({row["run"] for row in rows}) > 1
-    variants: dict[str, set[str]] = {}
-    partners: dict[tuple[Any, ...], set[Any]] = {}
+    left_out = only_in_table(rows)
+    variants: dict[tuple[str, str], set[str]] = {}
     for row in rows:
-        variants.setdefault(row["metric"], set()).add(row["options"])
-        partners.setdefault(_identity(row), set()).add((row["against_run"], row["against_step"], row["against_layer"]))
+        for name in ("options", "target"):
+            variants.setdefault((row["metric"], name), set()).add(row[name])
     files: dict[str, dict[str, float | None]] = {}
     for row in rows:
-        if len(partners[_identity(row)]) > 1:
+        if _identity(row) in left_out:
             continue
-        options = "_" + row["options"].replace(" ", "_") if len(variants[row["metric"]]) > 1 and row["options"] else ""
+        words = [
+            prefix + row[name]
+            for name, prefix in (("options", ""), ("target", "target="))
+            if row[name] and len(variants[row["metric"], name]) > 1
+        ]
         folder = f"{row['run']}/step_{row['step']}" if several else f"step_{row['step']}"
-        files.setdefault(f"{folder}/{row['metric']}{options}_{row['asked_split']}.json", {})[json_name(row)] = row[
+        file = " ".join([row["metric"].replace(":", "."), *words, row["asked_split"]])
+        # quoted: an option may hold a slash
+        files.setdefault(f"{folder}/{quote(file, safe=' =,').replace(' ', '_')}.json", {})[json_name(row)] = row[
             "value"
         ]
     return files
 
 
+def only_in_table(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], int]:
+    """Return what the JSON files cannot hold, compared with several layers or steps by one target: how many rows of each."""
+    partners: dict[tuple[Any, ...], list[Any]] = {}
+    for row in rows:
+        partner = row["against_run"], row["against_step"], row["against_layer"]
+        partners.setdefault(_identity(row), []).append(partner)
+    return {key: len(found) for key, found in partners.items() if len(set(found)) > 1}
+
+
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("run", "step", "split", "kind", "module", "head", "metric", "options"))
+    names = "run", "step", "split", "kind", "module", "head", "metric", "options", "target"
+    return tuple(row[name] for name in names)
 
 
 def json_name(row: Mapping[str, Any]) -> str:
@@ -88,16 +131,22 @@ def json_name(row: Mapping[str, Any]) -> str:
 
 
 def summary(rows: Iterable[Mapping[str, Any]], width: int = FULL_WIDTH) -> "Table":
-    """For a terminal of `width` characters: the mean over layers and heads of each metric at the first and the last step,
-    and how it went. Where there is not room for all columns, what was measured is one of them, and counts are left out.
+    """Draw, for a terminal of `width` characters, the mean over layers and heads of each metric at the first and the last step,
+    and its course. A metric with several targets has a line for each. Where there is not room for all columns, what was
+    measured is one of them, and counts are left out.
     """
     from rich import box
     from rich.table import Table
 
+    rows = list(rows)
+    targets: dict[tuple[str, ...], set[str]] = {}
+    for row in rows:
+        targets.setdefault(_measured(row), set()).add(row["target"])
     series: dict[tuple[str, ...], dict[int, list[float]]] = {}
     missing: dict[tuple[str, ...], int] = {}
     for row in rows:
-        metric = "\n".join(filter(None, (row["metric"], *(row["options"] or "").split())))
+        against = f"with {row['target']}" if len(targets[_measured(row)]) > 1 else ""
+        metric = "\n".join(filter(None, (row["metric"], *(row["options"] or "").split(), against)))
         key = (row["run"], metric, row["component"], row["kind"], row["split"])
         steps = series.setdefault(key, {})
         if row["value"] is None:
@@ -118,6 +167,10 @@ def summary(rows: Iterable[Mapping[str, Any]], width: int = FULL_WIDTH) -> "Tabl
         counts = () if narrow else (str(sum(map(len, steps.values()))), str(missing.get(name, 0) or ""))
         shown.add_row(*names, *counts, *_course(steps, 10 if narrow else 16))
     return shown
+
+
+def _measured(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("run", "metric", "options", "component", "kind", "split"))
 
 
 def _course(steps: Mapping[int, Sequence[float]], width: int) -> tuple[str, str, str]:

@@ -7,10 +7,22 @@ from typing import NamedTuple
 
 
 class Value(NamedTuple):
-    """A number, or the reason why there is none."""
+    """A number, or the reason why there is none; with how many correlations are forced, and what chance gives, where that is
+    asked for (see `picolm.analyze.table`).
+    """
 
     value: float | None
     reason: str = ""
+    forced: int | None = None
+    chance: float | None = None
+    chance_std: float | None = None
+
+    @property
+    def z(self) -> float | None:
+        """Standard deviations of chance above its mean; None where there is no chance level, or it does not vary."""
+        if self.value is None or self.chance is None or not self.chance_std:
+            return None
+        return (self.value - self.chance) / self.chance_std
 
 
 class Values:

@@ -43,6 +43,10 @@ def test_facts() -> None:
         *("cka", "cca", "svcca", "pwcca", "procrustes", "rsa", "neighbour_overlap")
     }
     assert {name for name in METRICS if METRICS.get(name).needs == "shape"} == {"cosine", "relative_change"}
+    kinds = {name: METRICS.get(name).kind for name in METRICS}
+    assert {name for name in kinds if kinds[name] == "distance"} == {"procrustes", "relative_change"}
+    similarities = {name for name in METRICS if METRICS.get(name).arity == 2} - {"procrustes", "relative_change"}
+    assert {name for name in kinds if kinds[name] == "similarity"} == similarities
     not_symmetric = {name for name in METRICS if METRICS.get(name).arity == 2 and not METRICS.get(name).symmetric}
     assert not_symmetric == {"pwcca", "relative_change"}
     options = {name: {key: option.default for key, option in METRICS.get(name).options.items()} for name in METRICS}
@@ -246,6 +250,23 @@ def gap(x: Matrix, y: Matrix) -> float:
         del METRICS._parts["gap"]
     with pytest.raises(PicoError, match="unknown metric 'hoyr'; did you mean 'hoyer'"):
         METRICS.get("hoyr")
+
+
+def test_a_metric_of_the_users_own_says_its_kind_or_is_a_quantity() -> None:
+    def alike(x: Tensor, y: Tensor) -> float:
+        return 1.0
+
+    assert as_metric(alike).kind == "quantity"
+    alike.kind = "similarity"  # type: ignore[attr-defined]
+    assert as_metric(alike).kind == "similarity"
+    assert Metric(alike, "alike", kind="distance").kind == "distance"
+    alike.kind = "similar"  # type: ignore[attr-defined]
+    with pytest.raises(
+        PicoError, match="metric alike: kind is 'similar'; expected 'similarity', 'distance', 'quantity'"
+    ):
+        as_metric(alike)
+    with pytest.raises(PicoError, match="a similarity compares two tensors; this one takes one and is a 'quantity'"):
+        Metric(lambda x: 1.0, "alone", kind="similarity")
 
 
 def test_a_name_is_taken_once() -> None:

@@ -5,7 +5,7 @@ They take torch tensors, numpy arrays or `Matrix` objects (which share what is c
 """
 
 from picolm.analyze.matrix import Undefined
-from picolm.analyze.metrics.metric import DATA_TYPES, METRICS, Metric, Option, as_metric, metric
+from picolm.analyze.metrics.metric import DATA_TYPES, METRICS, Metric, Option, as_metric, find_metric, metric
 from picolm.analyze.metrics.norms import cosine, norm, relative_change
 from picolm.analyze.metrics.similarity import (
     cca,
@@ -39,6 +39,7 @@ __all__ = [
     "condition_number",
     "cosine",
     "effective_rank",
+    "find_metric",
     "gini",
     "hoyer",
     "kurtosis",

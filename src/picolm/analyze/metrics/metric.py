@@ -23,6 +23,7 @@ from picolm.registry import Registry, did_you_mean
 
 DATA_TYPES = frozenset({"weights", "gradients", "activations"})
 Needs = Literal["none", "rows", "shape"]
+Kind = Literal["similarity", "distance", "quantity"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Metric:
 
     name; arity: 1 or 2 matrices; of: the data types it is defined for; options: by name; needs: what a pair must have in
     common (as many `rows`, the same `shape`, `none`); symmetric: whether the order of a pair does not matter; summary: one line.
+    kind: what its value is: a similarity (1 for equal matrices, less for others), a distance (0 for equal matrices, more for
+    others), or any other quantity, which is also what a metric is that does not say.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Metric:
         of: Collection[str] = DATA_TYPES,
         needs: Needs = "none",
         symmetric: bool = False,
+        kind: Kind = "quantity",
     ):
         functools.update_wrapper(self, function)
         self.function, self.name = function, name
@@ -72,7 +76,7 @@ class Metric:
         self.__signature__ = inspect.signature(function)
         matrices, options = _parameters(function, name)
         self._forms = tuple(matrices.values())
-        self.arity = len(matrices)
+        self.arity, self.kind = len(matrices), _checked_kind(kind, name, len(matrices))
         self.options: Mapping[str, Option] = options
         self.summary = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
 
@@ -127,7 +131,7 @@ class Metric:
     def __reduce__(self) -> Any:
         """By name when that finds this very object, as for a function."""
         registered = METRICS.get(self.name) is self if self.name in METRICS else False
-        return self.function.__qualname__ if registered else (as_metric, (self.function,))
+        return self.function.__qualname__ if registered else (as_metric, (self.function, self.name))
 
     def __repr__(self) -> str:
         return f"<metric {self.name}{self.__signature__}>"
@@ -137,23 +141,47 @@ METRICS: Registry[Metric] = Registry("metric")
 
 
 def metric(
-    name: str, *, of: Collection[str] = DATA_TYPES, needs: Needs = "none", symmetric: bool = False
+    name: str,
+    *,
+    kind: Kind = "quantity",
+    of: Collection[str] = DATA_TYPES,
+    needs: Needs = "none",
+    symmetric: bool = False,
 ) -> Callable[[Callable[..., float]], Metric]:
     """Register the decorated function under `name`; the facts are those of `Metric`."""
 
     def register(function: Callable[..., float]) -> Metric:
-        return METRICS.add(name)(Metric(function, name, of, needs, symmetric))
+        return METRICS.add(name)(Metric(function, name, of, needs, symmetric, kind))
 
     return register
 
 
-def as_metric(part: Any) -> Metric:
-    """`part` itself when it is a Metric; a plain function of one or two tensors becomes one. Raises PicoError otherwise."""
+def find_metric(name: str) -> Metric:
+    """Return the metric `name` of a configuration. A plain function keeps its whole name, `my_lab.module:gini`, which no other
+    metric has. Raises PicoError.
+    """
+    return as_metric(METRICS.get(name), name)
+
+
+def as_metric(part: Any, name: str = "") -> Metric:
+    """Return `part` itself when it is a Metric; make one of a plain function of one or two tensors. Raises PicoError otherwise.
+
+    name: of the metric (default: that of the function). An attribute `kind` of the function is the kind of the metric.
+    """
     if isinstance(part, Metric):
         return part
     if not callable(part):
         raise PicoError(f"{part!r} is no metric: a metric is a function of one or two tensors that returns a number")
-    return Metric(part, getattr(part, "__name__", type(part).__name__))
+    kind: Any = getattr(part, "kind", "quantity")
+    return Metric(part, name or getattr(part, "__name__", type(part).__name__), kind=kind)
+
+
+def _checked_kind(kind: Any, name: str, arity: int) -> Kind:
+    if kind not in typing.get_args(Kind):
+        raise PicoError(f"metric {name}: kind is {kind!r}; expected {', '.join(map(repr, typing.get_args(Kind)))}")
+    if arity == 1 and kind != "quantity":
+        raise PicoError(f"metric {name}: a {kind} compares two tensors; this one takes one and is a 'quantity'")
+    return kind
 
 
 def _parameters(

@@ -23,7 +23,7 @@ def norm(x: Matrix, *, norm_type: Literal["frobenius", "nuclear", "spectral", "i
     return float(torch.linalg.vector_norm(x.entries, ord=torch.inf if norm_type == "inf" else 1))
 
 
-@metric("cosine", needs="shape", symmetric=True)
+@metric("cosine", kind="similarity", needs="shape", symmetric=True)
 def cosine(x: Matrix, y: Matrix) -> float:
     """Cosine of the angle between two tensors of one shape, seen as vectors. Undefined when one is zero."""
     if x.frobenius == 0 or y.frobenius == 0:
@@ -31,7 +31,7 @@ def cosine(x: Matrix, y: Matrix) -> float:
     return min(1.0, max(-1.0, x.dot(y) / x.frobenius / y.frobenius))
 
 
-@metric("relative_change", needs="shape")
+@metric("relative_change", kind="distance", needs="shape")
 def relative_change(x: Matrix, y: Matrix) -> float:
     """Distance of a tensor from the one it is compared with, over the norm of the latter. Undefined when that is zero.
 

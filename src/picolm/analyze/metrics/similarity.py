@@ -20,7 +20,7 @@ from picolm.analyze.metrics.metric import metric
 TIE = 1e-8
 
 
-@metric("cka", needs="rows", symmetric=True)
+@metric("cka", kind="similarity", needs="rows", symmetric=True)
 def cka(x: Matrix, y: Matrix, *, debiased: bool = False) -> float:
     """Centred kernel alignment with a linear kernel: 0 to 1; invariant to rotation and scale.
 
@@ -57,7 +57,7 @@ def _debiased_hsic(cross: float, x: Matrix, y: Matrix) -> float:
     return cross - diagonal + float(k.sum() * l.sum()) / ((rows - 1) * (rows - 2)) - 2 * diagonal / (rows - 2)
 
 
-@metric("cca", needs="rows", symmetric=True)
+@metric("cca", kind="similarity", needs="rows", symmetric=True)
 def cca(x: Matrix, y: Matrix) -> float:
     """Mean canonical correlation: 0 to 1; invariant to any invertible linear map of the features.
 
@@ -67,7 +67,7 @@ def cca(x: Matrix, y: Matrix) -> float:
     return _mean_correlation(x.directions.basis_Nd, y.directions.basis_Nd)
 
 
-@metric("svcca", needs="rows", symmetric=True)
+@metric("svcca", kind="similarity", needs="rows", symmetric=True)
 def svcca(x: Matrix, y: Matrix, *, variance: Annotated[float, Field(gt=0, le=1)] = 0.99) -> float:
     """Mean canonical correlation of the principal directions that hold `variance` of each side's variance.
 
@@ -87,7 +87,7 @@ def _mean_correlation(first: Tensor, second: Tensor) -> float:
     return float(torch.linalg.svdvals(first.mT @ second).clamp(max=1).mean())
 
 
-@metric("pwcca", needs="rows")
+@metric("pwcca", kind="similarity", needs="rows")
 def pwcca(x: Matrix, y: Matrix) -> float:
     """Canonical correlations averaged by how much of the smaller side each variate accounts for: 0 to 1.
 
@@ -123,7 +123,7 @@ def _weights(projections_dp: Tensor, correlations_d: Tensor) -> Tensor:
     return (mean_coordinate * squares.sqrt().sum(1))[group_d]
 
 
-@metric("procrustes", needs="rows", symmetric=True)
+@metric("procrustes", kind="distance", needs="rows", symmetric=True)
 def procrustes(x: Matrix, y: Matrix, *, form: Literal["angle", "distance"] = "angle") -> float:
     """Distance after the best rotation, both scaled to unit norm: an angle in radians from 0 to pi/2, or a distance.
 
@@ -136,7 +136,7 @@ def procrustes(x: Matrix, y: Matrix, *, form: Literal["angle", "distance"] = "an
     return math.acos(overlap) if form == "angle" else math.sqrt(2 - 2 * overlap)
 
 
-@metric("rsa", needs="rows", symmetric=True)
+@metric("rsa", kind="similarity", needs="rows", symmetric=True)
 def rsa(x: Matrix, y: Matrix) -> float:
     """Representational similarity: rank correlation of the distances between all pairs of rows, -1 to 1.
 
@@ -146,7 +146,7 @@ def rsa(x: Matrix, y: Matrix) -> float:
     return min(1.0, max(-1.0, float(x.distance_ranks @ y.distance_ranks)))
 
 
-@metric("neighbour_overlap", needs="rows", symmetric=True)
+@metric("neighbour_overlap", kind="similarity", needs="rows", symmetric=True)
 def neighbour_overlap(x: Matrix, y: Matrix, *, k: Annotated[int, Field(ge=1)] = 10) -> float:
     """Share of nearest neighbours in common: mean Jaccard index of the k nearest rows of each row, by cosine; 0 to 1.
 
@@ -157,7 +157,7 @@ def neighbour_overlap(x: Matrix, y: Matrix, *, k: Annotated[int, Field(ge=1)] = 
     return float(((first & second).sum(1) / (first | second).sum(1)).double().mean())
 
 
-@metric("subspace_overlap", symmetric=True)
+@metric("subspace_overlap", kind="similarity", symmetric=True)
 def subspace_overlap(
     x: Matrix, y: Matrix, *, k: Annotated[int, Field(ge=1)] = 10, side: Literal["left", "right"] = "left"
 ) -> float:
