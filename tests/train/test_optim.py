@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from picolm.address import Address
+from picolm.errors import PicoError
+from picolm.models import Decoder
 from picolm.train.config import Optimization
 from picolm.train.optim import Muon, build_optimizers, learning_rate, orthogonalize
+from picolm.train.state import State
 
 ROLES = {"block.weight": "matrix", "embedding.weight": "embedding", "norm.weight": "norm"}
 
@@ -215,3 +218,109 @@ def test_an_optimizer_of_the_users_own_trains(
     address = Address("weights", "", "layers.1.swiglu.w_2")
     change = (run[1][address] - run[0][address]).abs()
     torch.testing.assert_close(change, torch.full_like(change, run[0].meta["learning_rate"]), rtol=1e-5, atol=1e-6)
+
+
+PARTIAL = """
+import torch
+def partial(parameters, optimization):
+    chosen = [named.parameter for named in parameters if "layers.0" in named.name]
+    return [torch.optim.SGD(chosen, lr=optimization.lr)]
+def grouped(parameters, optimization):
+    def of(word):
+        return [named.parameter for named in parameters if word in named.name]
+    groups = [
+        {"params": of("layers.0"), "lr": 0.0},
+        {"params": of("layers.1"), "lr": 0.4},
+        {"params": of("embedding_proj") + of("output_norm"), "lr": torch.tensor(0.1)},
+    ]
+    return [torch.optim.SGD(groups, lr=optimization.lr)]
+def lone(parameters, optimization):
+    return torch.optim.SGD([named.parameter for named in parameters], lr=optimization.lr)
+def twice(parameters, optimization):
+    everything = [named.parameter for named in parameters]
+    return [torch.optim.SGD(everything, lr=0.1), torch.optim.SGD(everything[:1], lr=0.1)]
+"""
+PLAIN = (
+    "training.optimization.weight_decay=0", "training.optimization.grad_clip_norm=null", "training.optimization.lr=0.2",
+    "checkpointing.save_every_n_steps=1", "monitoring.logging.log_every_n_steps=1",
+)  # fmt: skip
+
+
+@pytest.fixture
+def partial_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_lab_partial.py").write_text(PARTIAL)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("partial_lab")
+def test_gradients_of_parameters_without_an_optimizer_do_not_accumulate(
+    train: Callable[..., Any], make_config: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = "checkpointing.learning_dynamics.layer_suffixes=[q_proj, w_2, embedding_proj, output_norm]"
+    run = train("training.optimization.optimizer=my_lab_partial:partial", every, *PLAIN, "training.max_steps=3")
+    said = capsys.readouterr().err
+    assert said.count("No optimizer has these parameters, which keep their values") == 1
+    assert "embedding_proj.weight, layers.1.attention.q_proj.weight" in said
+    for step in run:
+        tokens_RS = torch.tensor(run[step].rows("train")["input_ids"].to_pylist())
+        model = Decoder(make_config().model)
+        State(model, []).restore_weights(run[step])
+        nats, count = model.loss(tokens_RS)
+        (nats / count).backward()
+        true = {name.removesuffix(".weight"): parameter.grad for name, parameter in model.named_parameters()}
+        for address in run[step].select(kind="gradients", split="train"):
+            torch.testing.assert_close(run[step][address], true[address.module], rtol=1e-4, atol=1e-6)
+        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in true.values()))
+        assert run[step].meta["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.usefixtures("partial_lab")
+def test_the_schedule_is_a_factor_on_the_rate_of_each_group(train: Callable[..., Any]) -> None:
+    run = train("training.optimization.optimizer=my_lab_partial:grouped", *PLAIN)
+    lines = {entry["step"]: entry for entry in run.metrics()}
+    for step in range(6):
+        factor = run[step].meta["learning_rate"] / 0.2
+        rates = {"0": 0.0, "1": 0.4 * factor, "2": 0.1 * factor}
+        assert run[step].meta["learning_rates"] == pytest.approx(rates, rel=1e-6)
+        assert {name: lines[step][f"lr/{name}"] for name in rates} == pytest.approx(rates, rel=1e-6)
+        for module, rate in (("layers.0.swiglu.w_2", 0.0), ("layers.1.swiglu.w_2", 0.4 * factor)):
+            weights, gradients = Address("weights", "", module), Address("gradients", "train", module)
+            expected = run[step][weights] - rate * run[step][gradients]
+            torch.testing.assert_close(run[step + 1][weights], expected, rtol=1e-5, atol=1e-7)
+    assert lines[0]["lr"] == pytest.approx(0.1)  # that of training.optimization.lr
+
+
+@pytest.mark.usefixtures("partial_lab")
+def test_a_run_that_gave_every_group_the_scheduled_rate_continues_so(
+    train: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("training.optimization.optimizer=my_lab_partial:grouped", *PLAIN)
+    with monkeypatch.context() as before:  # what version 0.1.0 did, and what its checkpoints do not say
+        meta = State.meta
+        before.setattr(State, "meta", lambda self: {k: v for k, v in meta(self).items() if k != "own_rates"})
+        before.setattr(State, "own_rates", property(lambda self: False, lambda self, value: None), raising=False)
+        train(*words, "training.max_steps=2")
+    capsys.readouterr()
+    run = train(*words, "training.max_steps=4")
+    assert "begun by a version that gave every parameter group the rate of training.optimization.lr" in (
+        capsys.readouterr().err
+    )
+    weights, gradients = (
+        Address("weights", "", "layers.1.swiglu.w_2"),
+        Address("gradients", "train", "layers.1.swiglu.w_2"),
+    )
+    expected = run[3][weights] - run[3].meta["learning_rate"] * run[3][gradients]
+    torch.testing.assert_close(run[4][weights], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("partial_lab")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lone", "my_lab_partial:lone returned SGD; return a list of torch optimizers"),
+        ("twice", "my_lab_partial:twice gives embedding_proj.weight to two optimizers"),
+    ],
+)
+def test_what_is_no_list_of_optimizers_is_refused(train: Callable[..., Any], name: str, message: str) -> None:
+    with pytest.raises(PicoError, match=message):
+        train(f"training.optimization.optimizer=my_lab_partial:{name}")

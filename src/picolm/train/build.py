@@ -29,7 +29,7 @@ from picolm.train.evaluate import Rows
 from picolm.train.failure import Together
 from picolm.train.job import Job
 from picolm.train.loggers import build_loggers, log_folder
-from picolm.train.optim import build_optimizers
+from picolm.train.optim import build_optimizers, left_out
 from picolm.train.plan import Plan
 from picolm.train.progress import Progress
 from picolm.train.resume import FORKED, open_run, restore, retention
@@ -55,6 +55,7 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     if first:
         configure_logging(config.monitoring.logging.log_level, log_folder(config, job.run) / "train.log")
     job.continued_from = restore(config, environment, job.run, job.state, writes=first)
+    _tell_of_optimizers(job)
     parent = job.run.environment.get(FORKED)
     if parent is not None:
         job.about = {FORKED: parent}
@@ -67,6 +68,23 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     for logger in job.loggers:
         stack.callback(logger.close)
     return job
+
+
+def _tell_of_optimizers(job: Job) -> None:
+    """Say which parameters no optimizer has, and where the rates of groups are not those that they were given."""
+    names = left_out(job.state.model, job.state.optimizers)
+    if names:
+        log.warning("No optimizer has these parameters, which keep their values: %s.", _shortened(names))
+    if job.rates_differ and not job.state.own_rates:
+        log.warning(
+            "This run was begun by a version that gave every parameter group the rate of training.optimization.lr, and "
+            "continues so. In a new run each group has its own rate, times the factor of the schedule."
+        )
+
+
+def _shortened(names: list[str], most: int = 8) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def equip(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:

@@ -16,7 +16,7 @@ from picolm.train.config import TrainConfig
 from picolm.train.evaluate import Rows
 from picolm.train.loggers import Logger
 from picolm.train.meters import Stopwatch
-from picolm.train.optim import learning_rate
+from picolm.train.optim import OwnRates, learning_rate
 from picolm.train.plan import Schedule
 from picolm.train.progress import Progress
 from picolm.train.signals import StopSignal
@@ -59,6 +59,9 @@ class Job:
     watchers: "Sequence[Callable[[Job, int], None]]" = ()
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
+    def __post_init__(self) -> None:
+        self._own = OwnRates(self.state.optimizers, self.config.training.optimization.lr)
+
     @property
     def device(self) -> torch.device:
         return self.fabric.device
@@ -68,9 +71,23 @@ class Job:
         """Predicted tokens of one step, over all processes."""
         return self.config.data.dataloader.batch_size * self.config.model.max_seq_len
 
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of the update from `step` to `step + 1`."""
-        return learning_rate(step, self.config.training.optimization, self.config.training.max_steps)
+    def learning_rate(self, step: int, peak: float | None = None) -> float:
+        """Return the rate of the update from `step` to `step + 1`: of `lr`, or of a parameter group with this peak."""
+        return learning_rate(step, self.config.training.optimization, self.config.training.max_steps, peak)
+
+    def group_rates(self, step: int) -> dict[str, float]:
+        """Return the rate of each parameter group in the update from `step` to `step + 1`, by its name."""
+        peaks = self._own.peaks if self.state.own_rates else [None] * len(self._own.peaks)
+        return {name: self.learning_rate(step, peak) for name, peak in zip(self._own.names, peaks)}
+
+    def set_rates(self, step: int) -> None:
+        """Give each parameter group its rate of the update from `step` to `step + 1`."""
+        self._own.set(self.group_rates(step).values())
+
+    @property
+    def rates_differ(self) -> bool:
+        """Whether some parameter group has another peak than `training.optimization.lr`."""
+        return any(peak != self.config.training.optimization.lr for peak in self._own.peaks)
 
     def gradients(self) -> list[Tensor]:
         """The gradients that the parameters hold now."""

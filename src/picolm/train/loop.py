@@ -170,18 +170,16 @@ def measure(job: Job, loss: Tensor) -> Gradient:
 
 def update(job: Job, step: int, gradient: Gradient, due: Due) -> UpdateSize | None:
     """The update from `step` to `step + 1`; one with a non-finite loss or gradient is skipped and counted."""
-    state, rate = job.state, job.learning_rate(step)
+    state = job.state
     sizes = UpdateSize(state.model) if due.log else None
     with job.stopwatch.time("update"):
         if gradient.finite:
             if gradient.clip_coefficient < 1:
                 torch._foreach_mul_(job.gradients(), gradient.clip_coefficient)
+            job.set_rates(step)
             for optimizer in state.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
                 optimizer.step()
-        for optimizer in state.optimizers:
-            optimizer.zero_grad()
+        state.model.zero_grad()  # also of parameters that no optimizer has
     state.skipped_updates += not gradient.finite
     state.skipped_in_a_row = 0 if gradient.finite else state.skipped_in_a_row + 1
     state.step = step + 1

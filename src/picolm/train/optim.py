@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from picolm.capture.gather import laid_out_like, on_every_process
+from picolm.errors import PicoError
 from picolm.registry import Registry
 
 if TYPE_CHECKING:
@@ -36,17 +37,20 @@ OPTIMIZERS: Registry[Callable[[list[Named], Optimization], list[torch.optim.Opti
 SCHEDULES: Registry[Shape] = Registry("schedule")
 
 
-def learning_rate(step: int, optimization: Optimization, max_steps: int) -> float:
-    """The learning rate of the update that leads from `step` to `step + 1`.
+def learning_rate(step: int, optimization: Optimization, max_steps: int, peak: float | None = None) -> float:
+    """Return the learning rate of the update from `step` to `step + 1`: the factor of the schedule times `peak`.
 
     The warm-up reaches the peak with its last update: lr (step + 1) / warm-up, so that the very first update moves.
+    peak: the own rate of a parameter group; by default `lr` of the configuration.
     """
+    if peak is None:
+        peak = optimization.lr
     warmup = optimization.lr_warmup_steps
     decay = optimization.lr_decay_steps or max(1, max_steps // 10)
     warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
     shape = SCHEDULES.get(optimization.lr_scheduler)(step, warmup, max_steps, decay) if step >= warmup else 1.0
     floor = optimization.lr_min_ratio
-    return optimization.lr * warm * (floor + (1 - floor) * shape)
+    return peak * warm * (floor + (1 - floor) * shape)
 
 
 @SCHEDULES.add("linear_with_warmup")
@@ -76,9 +80,59 @@ def constant(step: int, warmup: int, total: int, decay: int) -> float:
 def build_optimizers(
     model: nn.Module, roles: dict[str, str], optimization: Optimization
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of all parameters of `model`; `roles` maps each parameter name to its role."""
+    """Return the optimizers of the parameters of `model`; `roles` maps each parameter name to its role.
+
+    Raises PicoError where the function does not return a list of torch optimizers, or two of them have one parameter.
+    """
     parameters = [Named(name, parameter, roles[name]) for name, parameter in model.named_parameters()]
-    return OPTIMIZERS.get(optimization.optimizer)(parameters, optimization)
+    optimizers = OPTIMIZERS.get(optimization.optimizer)(parameters, optimization)
+    where = f"training.optimization.optimizer: {optimization.optimizer}"
+    if not isinstance(optimizers, list) or not all(isinstance(each, torch.optim.Optimizer) for each in optimizers):
+        raise PicoError(f"{where} returned {_type_names(optimizers)}; return a list of torch optimizers")
+    owned = [id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)]
+    twice = [named.name for named in parameters if owned.count(id(named.parameter)) > 1]
+    if twice:
+        raise PicoError(f"{where} gives {twice[0]} to two optimizers; give each parameter to one")
+    return optimizers
+
+
+def left_out(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
+    """Return the names of the parameters that no optimizer has: they keep their values."""
+    owned = {id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in owned]
+
+
+class OwnRates:
+    """The learning rate that each parameter group was given by its optimizer: the schedule multiplies it.
+
+    names: of the groups, by their `name` where each has one, else by their number. A group without an `lr` has `default`;
+    a group whose `lr` is None is left alone: its optimizer chooses the rate.
+    """
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer], default: float):
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._groups = [group for group in groups if group.setdefault("lr", default) is not None]
+        given = [str(group.get("name", "")) for group in self._groups]
+        unique = all(given) and len(set(given)) == len(given)
+        self.names = given if unique else [str(number) for number in range(len(given))]
+        self.peaks = [float(group["lr"]) for group in self._groups]
+
+    def set(self, rates: Iterable[float]) -> None:
+        """Give each group its rate of the next update."""
+        for group, rate in zip(self._groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):  # what a compiled or captured optimizer step reads
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _type_names(value: Any) -> str:
+    inside = f" of {', '.join(type(each).__name__ for each in value)}" if isinstance(value, list | tuple) else ""
+    return type(value).__name__ + inside
 
 
 def decay_groups(parameters: Iterable[Named], optimization: Optimization) -> list[dict[str, Any]]:

@@ -76,6 +76,8 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
         text_bytes = int(total)
     if text_bytes:
         metrics["train/bits_per_byte"] = loss * job.tokens_per_step / (math.log(2) * text_bytes)
+    if job.rates_differ:
+        metrics |= {f"lr/{name}": value for name, value in job.group_rates(number).items()}
     noise_scale = job.state.meters.noise_scale()
     if noise_scale is not None:
         metrics["noise_scale"] = noise_scale
@@ -112,6 +114,8 @@ def save(job: Job, number: int, due: Due, captured: dict[Address, Tensor], gradi
         "learning_rate": job.learning_rate(number),
         "capture": _positions(job, number) if due.dynamics else None,
     }
+    if job.rates_differ:
+        meta["learning_rates"] = job.group_rates(number)
     job.writer.submit(
         number,
         tensors,

@@ -30,6 +30,7 @@ class State:
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
     meters: Meters = field(default_factory=Meters)
+    own_rates: bool = True  # False where an earlier version trained: there every group had the rate of the schedule
 
     def weights(self) -> dict[Address, Tensor]:
         """Parameters and persistent buffers, by address."""
@@ -53,6 +54,7 @@ class State:
             "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer_scalars": scalars,
             "meters": self.meters.meta(),
+            "own_rates": self.own_rates,
         }
 
     def restore(self, tensors: Mapping[Address, Tensor], meta: Mapping[str, Any]) -> None:
@@ -63,6 +65,7 @@ class State:
         self.skipped_updates = meta["skipped_updates"]
         self.skipped_in_a_row = meta["skipped_in_a_row"]
         self.meters.restore(meta["meters"])
+        self.own_rates = meta.get("own_rates", False)
 
     def restore_weights(self, tensors: Mapping[Address, Tensor]) -> None:
         """Take over the weights alone."""
@@ -83,6 +86,11 @@ class State:
         optimizer_of = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         for name, parameter in self.model.named_parameters():
             if name in held:
+                if parameter not in optimizer_of:
+                    raise PicoError(
+                        f"the checkpoint holds {', '.join(held[name])} of {name}, a parameter that no optimizer has now: "
+                        "it was made with another optimizer; choose another checkpointing.run_name"
+                    )
                 state = {kind: value.to(parameter.device, copy=True) for kind, value in held[name].items()}
                 optimizer_of[parameter].state[parameter] = {
                     kind: laid_out_like(value, parameter) if value.ndim else value for kind, value in state.items()
