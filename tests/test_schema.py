@@ -8,7 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import PositiveInt
 
-from picolm.schema import ConfigError, Section, dump, flatten, load
+from picolm.document import parse_yaml
+from picolm.schema import ConfigError, Place, Section, dump, flatten, load
 
 
 class Inner(Section):
@@ -17,6 +18,8 @@ class Inner(Section):
     rate: float = 0.1
     mode: Literal["fast", "slow"] | int = "fast"
     sizes: tuple[int, ...] = ()
+    folder: Place | None = None
+    folders: tuple[Place, ...] = ()
 
 
 class Outer(Section):
@@ -51,6 +54,119 @@ def test_numbers_and_lists_are_what_they_look_like(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["1e-3", "1E5", "1.5e3", ".5", "-1e-8", "+2.", "12"])
 def test_each_spelling_of_a_number(tmp_path: Path, text: str) -> None:
     assert read(tmp_path, f"inner: {{rate: {text}}}").inner.rate == float(text)
+
+
+CORE_SCHEMA = [  # the examples and the corners of https://yaml.org/spec/1.2.2/#103-core-schema
+    (None, ["", "~", "null", "Null", "NULL"]),
+    (True, ["true", "True", "TRUE"]),
+    (False, ["false", "False", "FALSE"]),
+    (0, ["0", "-0", "+0", "00", "0o0", "0x0"]),
+    (10, ["10", "010", "+10", "0010", "0o12", "0xa", "0xA"]),
+    (-19, ["-19", "-019"]),
+    (0o17, ["0o17"]),
+    (0x3A, ["0x3A"]),
+    (90.5, ["90.5", "+90.5", "9.05e1", "9050e-2", "090.5", "905.E-1"]),
+    (0.5, [".5", "+.5", "5e-1", "0.50"]),
+    (12e3, ["12e03", "12e+3", "12E3"]),
+    (float("inf"), [".inf", ".Inf", ".INF", "+.inf"]),
+    (float("-inf"), ["-.inf", "-.INF"]),
+]
+TEXTS = [
+    "yes", "no", "on", "off", "y", "n", "Yes", "OFF", "tRue", "nULL", "1:30", "12:30:45", "190:20:30.15", "1_000", "0b101",
+    "0o8", "0xg", "-0o7", "+0x1", "1e", "e5", ".", "-.", "+", "1.2.3", "2001-12-14", "2001-12-14t21:59:43.10-05:00", "=",
+    ".infinity", "nan", "inf", "NaN", "0x", "0o", "1__0", "1.5_0", "1 000", "\u0663",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "text"), [(value, text) for value, texts in CORE_SCHEMA for text in texts])
+def test_plain_words_are_those_of_yaml_1_2(value: object, text: str) -> None:
+    found = parse_yaml(f"key: {text}", "f")["key"]
+    assert (found, type(found)) == (value, type(value))
+    assert parse_yaml(f"key: '{text}'", "f")["key"] == text
+    assert parse_yaml(f"[{text or '~'}]", "f") == [value]
+
+
+def test_not_a_number_is_read() -> None:
+    assert [value != value for value in parse_yaml("[.nan, .NaN, .NAN, 1.0]", "f")] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_yaml_1_2_does_not_resolve_is_text(text: str) -> None:
+    assert parse_yaml(f"key: {text}", "f") == {"key": text}
+
+
+@pytest.mark.parametrize("text", ["!!int 1_000", "!!int 0b1", "!!float x", "!!bool yes", "!!null x"])
+def test_a_tag_does_not_bring_back_yaml_1_1(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"f:1: is not valid YAML: .* is no (int|float|bool|null)"):
+        parse_yaml(f"key: {text}", "f")
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text()
+        | st.sampled_from(TEXTS)
+        | st.sampled_from([text for _, texts in CORE_SCHEMA for text in texts]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    )
+)
+def test_values_of_every_type_are_written_so_that_they_are_read_back(value: object) -> None:
+    assert parse_yaml(dump({"key": value}), "f") == {"key": value}
+
+
+def test_the_command_line_reads_the_same_numbers(tmp_path: Path) -> None:
+    assert read(tmp_path, "", "max_steps=010").max_steps == 10
+    assert read(tmp_path, "", "name=1:30").name == "1:30"
+    assert problems(tmp_path, "flag: on\n", "max_steps=1:30", "inner.sizes=[1_000]", "inner.rate=1_0.5") == [
+        'c.yaml:1: flag: "on": should be a valid boolean; write true',
+        'command line: max_steps: "1:30": should be a valid integer',
+        'command line: inner.sizes.0: "1_000": should be a valid integer; write 1000, without _',
+        'command line: inner.rate: "1_0.5": should be a valid number; write 10.5, without _',
+    ]
+
+
+@pytest.mark.parametrize("word", ["yes", "No", "ON", "off", "y"])
+def test_a_truth_value_of_yaml_1_1_is_told_how_to_be_written(tmp_path: Path, word: str) -> None:
+    meant = "true" if word.lower() in ("yes", "on", "y") else "false"
+    assert problems(tmp_path, f"flag: {word}") == [
+        f'c.yaml:1: flag: "{word}": should be a valid boolean; write {meant}'
+    ]
+
+
+def test_infinity_is_a_number_that_a_field_may_refuse(tmp_path: Path) -> None:
+    assert problems(tmp_path, "inner: {rate: .inf}") == ["c.yaml:1: inner.rate: Infinity: should be a finite number"]
+
+
+def test_variables_and_home_in_paths_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "inner: {folder: $SCRATCH/runs, folders: ['${SCRATCH}-2', ~/x, 'a$$b', 'c$', 'hub:a/b']}\nname: $SCRATCH\n"
+    config = read(tmp_path, text)
+    assert config.inner.folder == "/scratch/me/runs"
+    assert config.inner.folders == ("/scratch/me-2", "/home/me/x", "a$b", "c$", "hub:a/b")
+    assert config.name == "$SCRATCH"  # no path
+    assert read(tmp_path, "", "inner.folder=~/y").inner.folder == "/home/me/y"
+
+
+def test_a_variable_that_is_not_set_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SCRATHC", raising=False)
+    assert problems(tmp_path, "inner:\n  folder: $SCRATHC/runs\n") == [
+        "c.yaml:2: inner.folder: '$SCRATHC/runs': the environment variable SCRATHC is not set; set it, or write $$ for a "
+        "dollar sign"
+    ]
+
+
+def test_variables_in_the_files_of_a_run_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "hidden")
+    (tmp_path / "c.yaml").write_text("inner: {folder: 'hub:$SECRET/x'}")
+    assert load(tmp_path / "c.yaml", Outer, within=tmp_path).inner.folder == "hub:$SECRET/x"
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "c.yaml")
+    assert load(tmp_path / "link.yaml", Outer) == load(tmp_path / "link.yaml", Outer)
+    with pytest.raises(ConfigError, match=r"link.yaml: is a link"):
+        load(tmp_path / "link.yaml", Outer, within=tmp_path)
 
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:

@@ -104,3 +104,13 @@ def test_text_is_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"te\xffxt")
     with pytest.raises(FileError, match=r"is not UTF-8 text \(byte 2\)"):
         trusted.read_text(tmp_path / "a")
+
+
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "pointer").write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+    )
+    with pytest.raises(FileError, match="pointer: is a pointer of Git LFS, not the file itself; run `git lfs pull`"):
+        trusted.refuse_lfs_pointer(tmp_path / "pointer")
+    (tmp_path / "text").write_text("version https://git-lfs is what a pointer begins with")
+    trusted.refuse_lfs_pointer(tmp_path / "text")

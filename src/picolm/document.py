@@ -1,13 +1,19 @@
-"""YAML with its places: nested mappings of plain values, the file and line of each key, and every problem found on the way."""
+"""Read YAML 1.2: nested mappings of plain values, the file and line of each key, and every problem found on the way.
 
+Plain words are resolved by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema): `010` is ten, `0o10` is
+eight, and `1:30`, `1_000`, `yes`, `off` and `2024-01-02` are text. Beyond that schema, `<<` merges a mapping.
+"""
+
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from picolm.errors import PicoError
+from picolm import trusted
+from picolm.errors import FileError, FileMissing, PicoError
 from picolm.registry import did_you_mean
 
 KeyPath = tuple[str | int, ...]
@@ -39,44 +45,119 @@ class ConfigError(PicoError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2 numbers: `3e-4` is a number, a date stays text."""
-
-
 _MOST = 100_000  # values of a document
 _DEEPEST = 50  # levels of a document; the parsers below have limits of their own, and messages of their own
-_REPLACED = {"tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
-_Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+_TAG = "tag:yaml.org,2002:"
+_CORE = {  # tag: the words it is resolved from, the letters they begin with
+    "null": (re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
+    "bool": (re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
+    "int": (re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"), list("-+0123456789")),
+    "float": (
+        re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+        list("-+.0123456789"),
+    ),
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|\.(?:inf|Inf|INF|nan|NaN|NAN))$|^[-+]\.(?:inf|Inf|INF)$"),
-    list("-+0123456789."),
-)  # fmt: skip
+_ELSEWHERE = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}  # in YAML 1.1
+_VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the core schema of YAML 1.2 in place of the types of YAML 1.1."""
+
+    def core_value(self, node: yaml.ScalarNode) -> Any:
+        """Return the value of a scalar node with one of the tags of the core schema."""
+        kind = node.tag.removeprefix(_TAG)
+        if not _CORE[kind][0].fullmatch(node.value):
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value!r} is no {kind}", node.start_mark)
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return node.value.lower() == "true"
+        if kind == "int":
+            return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
+        return float(re.sub(r"\.(inf|nan)", r"\1", node.value.lower()))
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which also quotes text that YAML 1.2 would read as something else."""
+
+
+_Loader.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
+for _name, (_pattern, _first) in _CORE.items():
+    _anchored = re.compile(rf"(?:{_pattern.pattern})\Z")
+    _Loader.add_implicit_resolver(_TAG + _name, _anchored, _first)
+    _Loader.add_constructor(_TAG + _name, _Loader.core_value)
+    if _name in ("int", "float"):
+        _Dumper.add_implicit_resolver(_TAG + _name, _anchored, _first)
+
+
+def write_yaml(values: Mapping[str, Any], **options: Any) -> str:
+    """Return a mapping of plain values as YAML text that means the same to readers of YAML 1.1 and 1.2."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, **options)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Return the plain values in YAML text. Raises ConfigError with every problem, under `name`.
+
+    Levels and number of values are limited, so that a few lines of aliases cannot fill the memory.
+    """
+    document = Document(name)
+    values = document.parse(text, name, ())
+    if document.found:
+        raise ConfigError(document.found)
+    return values
+
+
+def likely_meant(value: Any, wanted: str) -> str:
+    """Return how to write text that YAML 1.1 reads as the type that is wanted (such as `bool_type`); empty if it does not."""
+    if not isinstance(value, str):
+        return ""
+    if wanted.startswith("bool") and value.lower() in _ELSEWHERE:
+        return f"; write {_ELSEWHERE[value.lower()]}"
+    if wanted.startswith(("int", "float")) and re.fullmatch(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?", value):
+        return f"; write {value.replace('_', '')}, without {'_' if '_' in value else 'quotes'}"
+    return ""
+
+
+def expand_path(text: str) -> str:
+    """Return a path with `~`, `$NAME` and `${NAME}` replaced; `$$` stands for one `$`. Raises ValueError for unset names."""
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match[2] or match[3]
+        if match[1]:
+            return "$"
+        if not os.environ.get(name):
+            raise ValueError(f"the environment variable {name} is not set; set it, or write $$ for a dollar sign")
+        return os.environ[name]
+
+    expanded = _VARIABLE.sub(value_of, text)
+    if expanded.startswith("~"):
+        home = os.path.expanduser(expanded)
+        return expanded if home.startswith("~") else home
+    return expanded
 
 
 class Document:
-    """A YAML document that remembers on which line each key stands."""
+    """A YAML document that remembers on which line each key stands.
 
-    def __init__(self, name: str):
-        self.name = name
+    own: whether the user wrote it, so that names of environment variables in it may be replaced by their values.
+    """
+
+    def __init__(self, name: str, own: bool = True):
+        self.name, self.own = name, own
         self.data: dict[str, Any] = {}
         self.places: dict[KeyPath, str] = {}
         self.found: list[Problem] = []
         self._values = 0
 
     @classmethod
-    def read(cls, path: Path) -> "Document":
-        document = cls(str(path))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ConfigError([Problem(str(path), "", f"there is no such file{_similar_file(path)}")]) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError([Problem(str(path), "", f"cannot be read: {error}")]) from None
-        data = document._parse(text, str(path), ())
+    def read(cls, path: Path, within: Path | None = None) -> "Document":
+        """Return the document in a file. Raises ConfigError if it cannot be read or is no mapping.
+
+        within: the run that a file belongs to which others may have written (see `trusted`); None: the user's own file.
+        """
+        document = cls(str(path), own=within is None)
+        data = document.parse(_text_of(path, within), str(path), ())
         if data is not None and not isinstance(data, dict):
             raise ConfigError([Problem(f"{path}:1", "", "should be a mapping of sections (`model:`, `training:`, …)")])
         document.data = data or {}
@@ -97,7 +178,7 @@ class Document:
             node = node[part]
         self.places = {known: place for known, place in self.places.items() if known[: len(path)] != path}
         self.places[path] = "command line"
-        node[path[-1]] = self._parse(text, "command line", path)
+        node[path[-1]] = self.parse(text, "command line", path)
 
     def problem_at(self, path: KeyPath, message: str) -> Problem:
         """A problem with the value at `path`, or with what is missing there."""
@@ -106,7 +187,8 @@ class Document:
         )
         return Problem(known, _dotted(path), message)
 
-    def _parse(self, text: str, place: str, path: KeyPath) -> Any:
+    def parse(self, text: str, place: str, path: KeyPath) -> Any:
+        """Return the values in YAML text that stands at `path`. Adds to `found`; raises ConfigError for what is no YAML."""
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
@@ -159,6 +241,19 @@ class Document:
             self.places[(*path, key)] = line
             mapping[key] = self._value(loader, value_node, place, (*path, key), above)
         return mapping
+
+
+def _text_of(path: Path, within: Path | None) -> str:
+    try:
+        if within is not None:
+            return trusted.read_text(path, within)
+        return path.read_text(encoding="utf-8-sig")
+    except (FileMissing, FileNotFoundError):
+        raise ConfigError([Problem(str(path), "", f"there is no such file{_similar_file(path)}")]) from None
+    except FileError as error:
+        raise ConfigError([Problem(str(path), "", str(error).removeprefix(f"{path}: "))]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([Problem(str(path), "", f"cannot be read: {error}")]) from None
 
 
 def _dotted(path: KeyPath) -> str:

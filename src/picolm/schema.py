@@ -11,12 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from picolm.document import ConfigError, Document, KeyPath, Problem
+from picolm.document import ConfigError, Document, KeyPath, Problem, expand_path, likely_meant, write_yaml
 from picolm.errors import PicoError
 from picolm.registry import did_you_mean
 
@@ -37,6 +36,9 @@ class Section(BaseModel):
 
 Config = TypeVar("Config", bound=Section)
 
+Place = Annotated[str, Field(json_schema_extra={"place": True})]
+"""The type of keys that name a file or folder: `~` and environment variables in them are replaced in the user's own files."""
+
 
 class NoSchema(PicoError):
     """What a function from the raw mapping to the schema raises: the value at `path` names no part that there is."""
@@ -50,12 +52,14 @@ def load(
     file: str | Path,
     schema: type[Config] | Callable[[Mapping[str, Any]], type[Config]],
     overrides: Iterable[str] = (),
+    within: Path | None = None,
 ) -> Config:
-    """The configuration in `file` with `key=value` overrides applied. Raises ConfigError with every problem.
+    """Return the configuration in `file` with `key=value` overrides applied. Raises ConfigError with every problem.
 
     schema: the configuration class, or a function from the raw mapping to it, where a key decides which parts there are.
+    within: the run that `file` belongs to, which others may have written; None: the user's own file.
     """
-    document = Document.read(Path(file))
+    document = Document.read(Path(file), within)
     for override in overrides:
         document.override(override)
     try:
@@ -76,9 +80,9 @@ BREAKS = set("\x85\u2028\u2029")
 def dump(config: BaseModel | Mapping[str, Any]) -> str:
     """The configuration as YAML text that `load` reads back to an equal one."""
     mapping = plain(config) if isinstance(config, BaseModel) else dict(config)
-    text = yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=120)
+    text = write_yaml(mapping, allow_unicode=True, width=120)
     if BREAKS & set(text):  # PyYAML writes them as they are, and reads them as ends of lines
-        text = yaml.safe_dump(mapping, sort_keys=False, width=120)
+        text = write_yaml(mapping, width=120)
     return text
 
 
@@ -92,7 +96,10 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def validate(document: Document, schema: type[Config]) -> Config:
-    """The typed configuration. Raises ConfigError with the problems of reading, of fields and between fields."""
+    """Return the typed configuration. Raises ConfigError with the problems of reading, of fields and between fields."""
+    if document.own:
+        whole = _json_schema(schema)
+        document.data = _with_places(document, whole, whole, document.data, ())
     config, wrong = _fields(document, schema, document.data)
     repaired = copy.deepcopy(document.data)
     for path in sorted(wrong, key=len, reverse=True):
@@ -103,6 +110,29 @@ def validate(document: Document, schema: type[Config]) -> Config:
     if document.found or config is None:
         raise ConfigError(document.found)
     return config
+
+
+def _with_places(document: Document, whole: Any, node: Any, value: Any, path: KeyPath) -> Any:
+    """Return `value`, which `node` of the JSON schema `whole` describes, with the variables in each `Place` replaced."""
+    options = [_resolved(whole, option) for option in (node, *_resolved(whole, node).get("anyOf", ()))]
+    if isinstance(value, str) and any(option.get("place") for option in options):
+        try:
+            return expand_path(value)
+        except ValueError as error:
+            document.found.append(document.problem_at(path, f"{value!r}: {error}"))
+    for option in options:
+        if isinstance(value, list) and "items" in option:
+            return [_with_places(document, whole, option["items"], item, (*path, i)) for i, item in enumerate(value)]
+        if isinstance(value, dict) and "properties" in option:
+            known = option["properties"]
+            return {k: _with_places(document, whole, known.get(k, {}), v, (*path, k)) for k, v in value.items()}
+    return value
+
+
+def _resolved(whole: Any, node: Any) -> Any:
+    while "$ref" in node:
+        node = whole["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return node
 
 
 def _fields(
@@ -127,9 +157,11 @@ def _problem(document: Document, schema: type[BaseModel], path: KeyPath, errors:
     if errors[0]["type"] == "missing" and len(errors[0]["loc"]) == len(path):
         return document.problem_at(path, f"is missing. {_describe(schema, path)}".removesuffix(" "))
     wanted = dict.fromkeys(_lower(error["msg"]) for error in errors)
-    value = _shorten(json.dumps(_get(document.data, path), default=str, ensure_ascii=False))
+    given = _get(document.data, path)
+    value = _shorten(json.dumps(given, default=str, ensure_ascii=False))
+    meant = "".join(dict.fromkeys(likely_meant(given, error["type"]) for error in errors))
     text = _describe(schema, path)
-    return document.problem_at(path, f"{value}: {', or '.join(wanted)}" + (f". {text}" if text else ""))
+    return document.problem_at(path, f"{value}: {', or '.join(wanted)}{meant}" + (f". {text}" if text else ""))
 
 
 def _rules(document: Document, config: Section | None, wrong: set[str]) -> None:
@@ -186,9 +218,7 @@ def _fields_at(schema: type[BaseModel], path: KeyPath) -> dict[str, Any]:
     whole = _json_schema(schema)
     node: dict[str, Any] = whole
     for part in (None, *path):
-        node = node if part is None else node.get("properties", {}).get(part, {})
-        while "$ref" in node:
-            node = whole["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        node = _resolved(whole, node if part is None else node.get("properties", {}).get(part, {}))
     return node
 
 

@@ -22,7 +22,7 @@ def kept(text: str, *documents: str | Document) -> list[bool]:
 def test_filters_by_name_with_options() -> None:
     assert kept("length,min_characters=3", "ab", "abc") == [False, True]
     assert kept("length,min_characters=1,max_characters=2", "", "ab", "abc") == [False, True, False]
-    assert kept("letters,min_share=0.75", "abc1", "ab 12", "Größe", "") == [True, False, True, True]
+    assert kept("letters,min_share=75e-2", "abc1", "ab 12", "Größe", "") == [True, False, True, True]
     documents = [Document("x", "web"), Document("x", "books"), Document("x", None)]
     assert kept("sources,only=[books, web]", *documents) == [True, True, False]
     assert kept("sources,but=[web]", *documents) == [False, True, True]
@@ -34,6 +34,10 @@ def test_filters_by_name_with_options() -> None:
         ("lenght", r"unknown filter 'lenght'; did you mean 'length'"),
         ("length,min=3", r"filter 'length,min=3': has no option 'min' \(it has: min_characters, max_characters\)"),
         ("length,3", r"filter 'length,3': '3' is not of the form OPTION=VALUE"),
+        ("length,min_characters=many", r"min_characters=many: should be a valid integer"),
+        ("letters,min_share=yes", r"min_share=yes: should be a valid number"),
+        ("letters,min_share={", r"option min_share:1: is not valid YAML"),
+        ("length,min_characters=" + "[" * 5000, r"option min_characters: is not valid YAML"),
         ("my_lab.nowhere:filter", r"filter 'my_lab.nowhere:filter' cannot be imported"),
     ],
 )
@@ -42,8 +46,13 @@ def test_what_names_no_filter(text: str, message: str) -> None:
         load_filter(text)
 
 
+def test_numbers_can_name_sources() -> None:
+    documents = [Document("x", "2020"), Document("x", "0.5"), Document("x", "true"), Document("x", "a")]
+    assert kept("sources,only=[2020, 0.5, true]", *documents) == [True, True, True, False]
+
+
 def test_a_list_has_to_be_one() -> None:
-    with pytest.raises(DataError, match=r"only takes a list: only=\[web\]"):
+    with pytest.raises(DataError, match=r"only=web: takes a list: only=\[web\]"):
         kept("sources,only=web", "x")
 
 

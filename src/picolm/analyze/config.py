@@ -13,7 +13,7 @@ from picolm.analyze.components import COMPONENTS
 from picolm.analyze.metrics import find_metric
 from picolm.errors import PicoError
 from picolm.registry import did_you_mean
-from picolm.schema import Rule, Section
+from picolm.schema import Place, Rule, Section
 
 
 class StepRange(Section):
@@ -57,7 +57,7 @@ class Component(Section):
 class Target(Section):
     checkpoint: NonNegativeInt | Literal["first", "last", "previous", "same", "all"] = "same"
     """The step to compare with; `all` compares every pair of steps; `same` is for other runs and layers."""
-    run: str | None = None
+    run: Place | None = None
     """Another run, at the same step unless `checkpoint` says otherwise."""
     layer: NonNegativeInt | Literal["same", "all"] = "same"
     """The layer to compare with; `all` compares every pair of layers."""
@@ -116,7 +116,7 @@ class PicoReport(Section):
 
 
 class Monitoring(Section):
-    output_dir: str = "analysis_results"
+    output_dir: Place = "analysis_results"
     """Folder of all analyses."""
     save_to_wandb: bool = False
     """Log to Weights & Biases too (extra `wandb`)."""
@@ -129,9 +129,9 @@ class Monitoring(Section):
 class AnalysisConfig(Section):
     """A whole analysis; only `metrics` is needed."""
 
-    analysis_name: str = "analysis"
+    analysis_name: Place = "analysis"
     """Name of the folder of results."""
-    runs: tuple[str, ...] = ()
+    runs: tuple[Place, ...] = ()
     """The runs to read; `--run` on the command line replaces them."""
     steps: Literal["all", "log"] | tuple[NonNegativeInt, ...] | StepRange | EachStep = "all"
     """all, log (0, 1, and each first step at least twice the one before), a list, {start, end, step}, or {every: k}."""

@@ -69,16 +69,12 @@ def _kinds(capture: str | None) -> "tuple[Due, list[str]]":
     """What is kept of each step, and the overrides that make the capture so."""
     import json
 
-    import yaml
-
+    from picolm.document import parse_yaml
     from picolm.train.plan import Due
 
     if capture is None:
         return Due(weights=True, optimizer=True, dynamics=True), []
-    try:
-        chosen = yaml.safe_load(capture)
-    except yaml.YAMLError as error:
-        raise PicoError(f"--capture is not valid YAML: {getattr(error, 'problem', error)}") from error
+    chosen = parse_yaml(capture, "--capture")
     if not isinstance(chosen, dict):
         raise PicoError(
             "--capture should be a mapping, for example '{layers: all, positions: all, what: [activations]}'"

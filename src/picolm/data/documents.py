@@ -198,14 +198,22 @@ class Reader:
             self.first_bad_lines.append(f"{file.name}:{number}: {reason}")
 
 
+def label_of(value: Any) -> str | None:
+    """Return the value of a field `source` as text: numbers, truth values and what is nested as JSON; None if it is empty."""
+    if value is None or value == "":
+        return None
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+
+
 def _document(record: Any, source: str | None) -> Document:
-    """The document in a JSON object or table row. Raises ValueError saying why there is none."""
+    """Return the document in a JSON object or table row. Raises ValueError saying why there is none."""
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError("no text in the field `text`")
-    text.encode()  # a lone surrogate, legal in JSON, has no UTF-8: UnicodeEncodeError is a ValueError
-    own = record.get("source")
-    return Document(text, own if isinstance(own, str) and own else source)
+    label = label_of(record.get("source")) or source
+    for part in (text, label or ""):
+        part.encode()  # a lone surrogate, legal in JSON, has no UTF-8: UnicodeEncodeError is a ValueError
+    return Document(text, label)
 
 
 def _cut(document: Document) -> Iterator[Document]:

@@ -15,14 +15,14 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import yaml
-
-from picolm.data.documents import Document
+from picolm.data.documents import Document, label_of
+from picolm.document import parse_yaml
 from picolm.errors import DataError
 from picolm.registry import Registry
 
+Labels = Sequence[str | int | float | bool]
 Keep = Callable[[Document], bool]
 
 FILTERS: Registry[Callable[..., bool]] = Registry("filter")
@@ -42,12 +42,10 @@ def letters(document: Document, *, min_share: float = 0.5) -> bool:
 
 
 @FILTERS.add("sources")
-def sources(document: Document, *, only: Sequence[str] | None = None, but: Sequence[str] = ()) -> bool:
+def sources(document: Document, *, only: Labels | None = None, but: Labels = ()) -> bool:
     """Documents of these sources, `sources,only=[books,web]`, or of all but some, `sources,but=[forum]`."""
-    for name, given in (("only", only), ("but", but)):
-        if isinstance(given, str):
-            raise DataError(f"filter sources: {name} takes a list: {name}=[{given}]")
-    return (only is None or document.source in only) and document.source not in but
+    wanted, refused = ([label_of(label) for label in given or ()] for given in (only, but))
+    return (only is None or document.source in wanted) and document.source not in refused
 
 
 def load_filter(text: str) -> Keep:
@@ -66,7 +64,24 @@ def load_filter(text: str) -> Keep:
     for word in options:
         if word not in known:
             raise DataError(f"filter {text!r}: has no option {word!r} (it has: {', '.join(known) or 'none'})")
+    _check_types(part, options, text)
     return partial(part, **options)
+
+
+def _check_types(part: Callable[..., bool], options: dict[str, Any], text: str) -> None:
+    """Raise DataError for an option whose value is not of the type that the function declares."""
+    from pydantic import TypeAdapter, ValidationError
+
+    hints = get_type_hints(part)
+    for word in hints.keys() & options.keys():
+        try:
+            TypeAdapter(hints[word]).validate_python(options[word], strict=True)
+        except ValidationError as failure:
+            first = failure.errors()[0]
+            reason = first["msg"].replace("Input should", "should")
+            if first["type"] == "sequence_str":
+                reason = f"takes a list: {word}=[{options[word]}]"
+            raise DataError(f"filter {text!r}: {word}={options[word]}: {reason}") from None
 
 
 def identity(text: str) -> str:
@@ -102,5 +117,5 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = word.partition("=")
         if not equals:
             raise DataError(f"filter {text!r}: {word!r} is not of the form OPTION=VALUE")
-        options[key.strip()] = yaml.safe_load(value)
+        options[key.strip()] = parse_yaml(value, f"filter {text!r}, option {key.strip()}")
     return words[0].strip(), options

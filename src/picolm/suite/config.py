@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from picolm.analyze.config import AnalysisConfig
-from picolm.schema import ConfigError, Document, KeyPath, Problem, Rule, Section, flatten, load, plain, validate
+from picolm.schema import ConfigError, Document, KeyPath, Place, Problem, Rule, Section, flatten, load, plain, validate
 from picolm.train.config import TrainConfig, schema_for
 
 SEED = "seed"  # the axis that is called so draws other initial weights, and nothing else
@@ -29,25 +29,25 @@ Values = Annotated[tuple[Any, ...], Field(min_length=1)]
 class SuiteConfig(Section):
     """A whole suite. Files are named relative to the file of the suite."""
 
-    suite_name: str
+    suite_name: Place
     """Name of the suite, of its folder, and the beginning of the names of its runs."""
-    base: str
+    base: Place
     """The training configuration that all members have in common."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Keys that differ from the base in all members."""
     matrix: dict[str, dict[str, dict[str, Any]] | Values] = Field(default_factory=dict)
     """What differs between members: an axis is a key with a list of values (`seed` for the initial weights), or a name with
     named groups of keys. Every combination is a member."""
-    run_name: str | None = None
+    run_name: Place | None = None
     """Names of the runs, with each axis in braces, for example `mine-{size}-{seed}` (default: suite_name and all axes)."""
     same: tuple[str, ...] = (
         "data", "training.seeds.data", "training.optimization", "training.max_steps", "model.vocab_size",
         "model.max_seq_len",
     )  # fmt: skip
     """Keys, with all below them, that must be equal in all members unless they are an axis themselves."""
-    analysis: str | None = None
+    analysis: Place | None = None
     """The analysis of all members; null for none."""
-    output_dir: str = "suites"
+    output_dir: Place = "suites"
     """Folder of all suites: configurations, logs, tables and the report."""
     flops_per_s: Annotated[float, Field(gt=0)] | None = None
     """Model FLOP/s of one device, for estimates of time before a member has been trained."""

@@ -17,7 +17,7 @@ from picolm.errors import PicoError
 from picolm.models import MODELS
 from picolm.models.decoder import DecoderConfig
 from picolm.registry import Registry, refuse_foreign_code
-from picolm.schema import NoSchema, Rule, Section, flatten
+from picolm.schema import NoSchema, Place, Rule, Section, flatten
 from picolm.train.evaluate import EVALUATIONS
 from picolm.train.evaluation_config import Evaluation
 from picolm.train.optim import OPTIMIZERS, SCHEDULES
@@ -33,11 +33,11 @@ NAMES_NO_CODE = ("checkpointing.run_name",)
 
 
 class Dataset(Section):
-    name: str = "pico-lm/pretokenized-dolma"
+    name: Place = "pico-lm/pretokenized-dolma"
     """Where the rows come from: a Hub data set, a folder of token shards, or `embedded:NAME`."""
     shuffle: bool = False
     """Permute the first pass too (prepared and published data are shuffled on disk; later passes always are)."""
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     """Where fetched and generated shards are kept (default: $PICO_CACHE or ~/.cache/pico)."""
 
 
@@ -47,7 +47,7 @@ class Dataloader(Section):
 
 
 class Tokenizer(Section):
-    name: str = "auto"
+    name: Place = "auto"
     """A Hub name, a folder or a tokenizer.json; `auto`: the one that came with the data, else allenai/OLMo-7B-0724-hf."""
     vocab_size: PositiveInt = 50304
     """Entries of the tokenizer; embedded corpora train theirs with this size."""
@@ -139,7 +139,7 @@ class LearningDynamics(Section):
     """Positions whose activations are kept: last, all, a list, or random:k (k of them, drawn anew each step)."""
     batch_size: PositiveInt = 8
     """Sequences per forward pass over the evaluation rows."""
-    eval_data: str | None = "auto"
+    eval_data: Place | None = "auto"
     """The fixed rows of the `val` split; `auto`: the held-out part of the data; null: no `val` split."""
     what: tuple[Literal["activations", "gradients"], ...] = ("activations", "gradients")
     """What is recorded."""
@@ -175,24 +175,24 @@ class Keep(Section):
 
 
 class EvaluationResults(Section):
-    eval_results_dir: str = "eval_results"
+    eval_results_dir: Place = "eval_results"
     """Folder of the evaluation results inside the run."""
 
 
 class Checkpointing(Section):
-    run_name: str | None = None
+    run_name: Place | None = None
     """Name of the run and of its folder (default: the time of the start)."""
-    runs_dir: str = "runs"
+    runs_dir: Place = "runs"
     """Folder of all runs."""
-    checkpoints_dir: str = "checkpoints"
+    checkpoints_dir: Place = "checkpoints"
     """Folder of the checkpoints inside the run."""
-    logs_dir: str = "logs"
+    logs_dir: Place = "logs"
     """Folder of the logs inside the run."""
     fabric_checkpoint_dir: str = "fabric_state"
     """Accepted as published; our optimizer state is optimizer.safetensors, beside the weights."""
     fabric_checkpoint_filename: str = "checkpoint.pt"
     """Accepted as published; nothing is pickled here."""
-    learning_dynamics_dir: str = "learning_dynamics"
+    learning_dynamics_dir: Place = "learning_dynamics"
     """Folder of the captures inside a checkpoint."""
     save_every_n_steps: PositiveInt = 1000
     """Steps between checkpoints; step 0 and the last step are always saved."""

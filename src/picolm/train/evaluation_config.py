@@ -2,11 +2,11 @@
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from picolm.schema import Section
+from picolm.schema import Place, Section
 
 
 class Paloma(Section):
-    dataset_name: str = "auto"
+    dataset_name: Place = "auto"
     """Rows to evaluate on; `auto`: the held-out part of the data, else pico-lm/pretokenized-paloma-tinsy."""
     dataset_split: str = "val"
     """Split of that data set."""
@@ -19,7 +19,7 @@ class Paloma(Section):
 
 
 class MinimalPairs(Section):
-    path: str = ""
+    path: Place = ""
     """A .jsonl file of sentence pairs as BLiMP's (sentence_good, sentence_bad), or a folder of them."""
     group_by: str = "UID"
     """The field that names the phenomenon of a pair; linguistics_term makes BLiMP's twelve groups of its 67."""
@@ -30,7 +30,7 @@ class MinimalPairs(Section):
 class Harness(Section):
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness, by name."""
-    include_path: str | None = None
+    include_path: Place | None = None
     """A folder with the YAML files of your own tasks."""
     limit: PositiveInt | None = None
     """Use only so many documents of each task (for a quick look: the figures are then of that part)."""

@@ -77,7 +77,7 @@ def origin(run: Run, step: int) -> Checkpoint:
 def stored_with(run: Run, overrides: Sequence[str]) -> TrainConfig:
     """The configuration of a run as it is stored, with `key=value` overrides. Code that it names itself needs to be trusted."""
     check_origin(run.config, str(run.path))
-    return load(run.path / CONFIG, schema_for, overrides)
+    return load(run.path / CONFIG, schema_for, overrides, within=run.path)
 
 
 def config_at(run: Run, step: int, overrides: Sequence[str] = ()) -> TrainConfig:
