@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tests.fox import fox, make_run  # noqa: F401
 
 from picolm.models import Decoder, DecoderConfig
 

@@ -78,12 +78,25 @@ def test_probabilities_computed_again_give_the_same_bits(monkeypatch):
 
 def test_padded_keys_are_seen_by_nobody_else():
     q, k, v = problem(6, 6)
-    padding = torch.zeros(2, 6, dtype=torch.bool)
-    padding[:, :2] = True
-    out = routes.attention(q, k, v, padding)
+    visible = torch.ones(6, 6, dtype=torch.bool).tril()
+    visible[2:, :2] = False
+    out = routes.attention(q, k, v, visible)
     alone = routes.attention(q[:, :, 2:], k[:, :, 2:], v[:, :, 2:])
     torch.testing.assert_close(out[:, :, 2:], alone)
-    assert out.isfinite().all()  # also at the padding, which has no key but its own
+    assert out.isfinite().all()
+    added = torch.zeros(6, 6, dtype=torch.float64).masked_fill(~visible, -torch.inf)  # of another type than the queries
+    torch.testing.assert_close(routes.attention(q, k, v, added), out)
+
+
+@pytest.mark.parametrize(("length", "keys"), [(6, 6), (2, 9), (1, 4)])
+def test_the_attention_weights_are_those_of_the_output(length: int, keys: int) -> None:
+    q, k, v = problem(length, keys)
+    heads = q.shape[1] * q.shape[3]
+    weights = routes.attention_weights(q, k)
+    assert weights.shape == (2, heads, length, keys)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, heads, length))
+    out = torch.einsum("bmgtk,bmkd->bmtgd", weights.unflatten(1, (q.shape[1], -1)), v)
+    torch.testing.assert_close(out, routes.attention(q, k, v))
 
 
 def test_heads_of_a_group_share_their_keys_and_no_others():

@@ -10,8 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.alone import HIDE
+from tests.fox import STEP
 
+from picolm.formats import export
 from picolm.models import Decoder
+from picolm.store import Run
+
+SCRIPT = Path(__file__).with_name("beside_llama.py")
 
 WITHOUT_PICOLM = (
     HIDE
@@ -76,6 +81,27 @@ def test_it_loads_generates_and_agrees_where_picolm_is_not_installed(model, toke
         assert torch.equal(found[how], expected), how
     loss = model.loss(prompt)
     assert found["loss"].item() == pytest.approx(loss.nats.item() / loss.tokens, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_every_use_by_transformers_gives_what_the_llama_export_gives(fox: Run, tmp_path: Path) -> None:
+    """See `beside_llama.py`, which runs in the installed version of transformers, without this package."""
+    export(fox, STEP, "llama", tmp_path / "llama")
+    script = (
+        HIDE
+        + f"import runpy\nsys.argv = sys.argv[:1] + sys.argv[2:]\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, "-", str(fox.step_path(STEP)), f"{tmp_path}/llama"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"transformers {found['transformers']}, torch {found['torch']}: {len(found['differences'])} uses compared")
+    assert max(found["differences"].values()) < 2e-4
 
 
 def test_the_files_that_travel_import_nothing_of_this_package(model):

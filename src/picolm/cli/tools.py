@@ -1,4 +1,4 @@
-"""Commands for other people's tools: `export`, `import`, `evaluate`."""
+"""Commands for other people's tools: `export`, `import`, `renew`, `evaluate`."""
 
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,30 @@ def import_(
 
     run, stored = import_model(place, out, step)
     print(f"{run.path} holds it as step {stored}.  See:  pico list {run.path}")
+
+
+@app.command()
+def renew(
+    run: RunArgument,
+    steps: Annotated[
+        str | None, typer.Option(help="5,9,20 or 100:200 or 100:200:10 (default: all with weights).")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Replace the modelling code inside checkpoints by that of this version of picolm, so that newer transformers run them."""
+    from picolm.formats.renewal import renew_steps
+    from picolm.terminal import phases
+    from picolm.train.history import own_run, parse_steps
+
+    opened = own_run(run)
+    with phases() as progress:
+        changed = dict(renew_steps(opened, parse_steps(steps) if steps else None, partial(progress, "renewing")))
+    renewed = [step for step, names in changed.items() if names]
+    print(f"{len(renewed)} of {len(changed)} checkpoints of {run} have new modelling code; the others had it already.")
+    if renewed:
+        print(
+            "Their manifests record it under `renewed`. A copy on the Hub stays as it is until:  pico push " + str(run)
+        )
 
 
 @app.command()

@@ -14,7 +14,8 @@ In bfloat16, at 512 positions and 12 heads of 8, this takes a fifth of the time 
 bfloat16 scores are rounded before the exponential, as in any unfused implementation.
 
 Legend: B rows, M key-value heads, G query heads per key-value head, T positions of queries, K positions of keys (the
-queries are the last T of them), D head size; P = B * M independent problems, R = T * G query rows, position-major.
+queries are the last T of them), D head size, N = M * G query heads; P = B * M independent
+problems, R = T * G query rows, position-major.
 """
 
 import math
@@ -33,30 +34,45 @@ SAFE_SCORE = (
 )
 
 
-def attention(q_BMTGD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, padding_BK: Tensor | None = None) -> Tensor:
-    """sum_j 2^(q k_j) v_j / sum_j 2^(q k_j) over the keys j up to each query's own position, [B, M, T, G, D].
+def attention(q_BMTGD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return sum_j 2^(q k_j) v_j / sum_j 2^(q k_j), [B, M, T, G, D].
 
-    padding_BK: True at keys that only their own position may see (padding on the left of shorter prompts in a batch).
+    The sums are over the keys j up to each query's own position, or those that `mask` shows: a tensor that broadcasts to
+    [B, N, T, K], boolean (True: visible) or in nats that are added to the scores.
     """
-    if padding_BK is not None or q_BMTGD.device.type != "cpu" or q_BMTGD.dtype == torch.float16:
-        return fused(q_BMTGD, k_BMKD, v_BMKD, padding_BK)
+    if mask is not None or q_BMTGD.device.type != "cpu" or q_BMTGD.dtype == torch.float16:
+        return fused(q_BMTGD, k_BMKD, v_BMKD, mask)
     return block_causal(q_BMTGD, k_BMKD, v_BMKD)
 
 
-def fused(q_BMTGD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, padding_BK: Tensor | None = None) -> Tensor:
-    """`attention` by the kernels of torch; without a mask where the causal one is implied."""
+def fused(q_BMTGD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compute `attention` by the kernels of torch; without a mask where the causal one is implied."""
     T, G, K = q_BMTGD.shape[2], q_BMTGD.shape[3], k_BMKD.shape[2]
-    mask = None
-    if padding_BK is not None or 1 < T < K:  # torch's `is_causal` would align the first query with the first key
-        mask = torch.ones(T, K, dtype=torch.bool, device=k_BMKD.device).tril(K - T)
-    if mask is not None and padding_BK is not None:
-        own_TK = torch.eye(K, dtype=torch.bool, device=k_BMKD.device)[K - T :]
-        mask = mask & (own_TK | ~padding_BK[:, None, None, :])
+    if mask is None and 1 < T < K:  # torch's `is_causal` would align the first query with the first key
+        mask = causal_mask(T, K, k_BMKD.device)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q_BMTGD.dtype)
     q_BNTD = q_BMTGD.permute(0, 1, 3, 2, 4).flatten(1, 2)
     out_BNTD = scaled_dot_product_attention(
         q_BNTD, k_BMKD, v_BMKD, mask, is_causal=mask is None and T > 1, scale=math.log(2), enable_gqa=G > 1
     )
     return out_BNTD.unflatten(1, (-1, G)).transpose(2, 3)
+
+
+def attention_weights(q_BMTGD: Tensor, k_BMKD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the weights that `attention` gives to the values, [B, N, T, K], computed in float32 (or float64)."""
+    T, K = q_BMTGD.shape[2], k_BMKD.shape[2]
+    scores_BNTK = torch.einsum("bmtgd,bmkd->bmgtk", q_BMTGD, k_BMKD).flatten(1, 2)
+    nats_BNTK = scores_BNTK.to(torch.promote_types(scores_BNTK.dtype, torch.float32)) * math.log(2)
+    if mask is None:
+        mask = causal_mask(T, K, k_BMKD.device)
+    nats_BNTK = nats_BNTK.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else nats_BNTK + mask
+    return nats_BNTK.softmax(-1).to(q_BMTGD.dtype)
+
+
+def causal_mask(T: int, K: int, device: torch.device) -> Tensor:
+    """Return True at the keys up to the position of each query, [T, K]; the queries are the last T positions."""
+    return torch.ones(T, K, dtype=torch.bool, device=device).tril(K - T)
 
 
 @torch.compiler.disable  # unrolled into a compiled graph, its blocks take minutes to compile and run slower

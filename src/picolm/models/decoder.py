@@ -136,19 +136,27 @@ class Decoder(nn.Module):
         """
         return self.de_embedding_proj(self.hidden(tokens_BT, cache))
 
-    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None, padding_BK: Tensor | None = None) -> Tensor:
-        """The normed residual stream that the logits are read from, [B, T, H]. padding_BK: see `attention`."""
-        config = self.config
+    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return the normed residual stream that the logits are read from, [B, T, H]. Raises ValueError past the context."""
         start = cache.get_seq_length() if cache is not None else 0
         stop = start + tokens_BT.shape[1]
-        if stop > config.max_seq_len:
-            raise ValueError(f"{stop} positions, but the context of this model is max_seq_len = {config.max_seq_len}")
+        self.check_context(stop)
         x_BTH = self.embedding_proj(tokens_BT)
-        head_size = config.d_model // config.attention_n_heads
-        rotations_TF2 = rotations(start, stop, head_size, config.position_emb_theta, x_BTH)
+        rotations_TF2 = self.rotations(torch.arange(start, stop, device=x_BTH.device), x_BTH)
         for layer in self.layers:
-            x_BTH = layer(x_BTH, rotations_TF2, cache, padding_BK)
+            x_BTH = layer(x_BTH, rotations_TF2, cache)
         return self.output_norm(x_BTH)
+
+    def check_context(self, positions: int) -> None:
+        """Raise ValueError for more positions than the model was built for."""
+        context = self.config.max_seq_len
+        if positions > context:
+            raise ValueError(f"{positions} positions, but the context of this model is max_seq_len = {context}")
+
+    def rotations(self, positions_T: Tensor, like: Tensor) -> Tensor:
+        """Return what rotates queries and keys at these positions, see `layers.rotations`."""
+        config = self.config
+        return rotations(positions_T, config.d_model // config.attention_n_heads, config.position_emb_theta, like)
 
     def loss(self, tokens_BS: Tensor, noise: object = None) -> Loss:
         """Sum of -ln p(token | tokens before it) over all but the first position. `noise` is not used: nothing is random.

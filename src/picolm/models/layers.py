@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from .attention import attention
+from .attention import attention, attention_weights
 
 LOG2_E = 1 / math.log(2)
 
@@ -44,22 +44,23 @@ class RMSNorm(nn.Module):
         return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
 
 
-def rotations(start: int, stop: int, head_size: int, theta: float, like: Tensor) -> Tensor:
-    """The cosine and sine of t theta^(-2f/D) for each position t in [start, stop) and frequency f, [T, F, 2], float32.
+def rotations(positions_T: Tensor, head_size: int, theta: float, like: Tensor) -> Tensor:
+    """Return the cosine and sine of t theta^(-2f/D) for each position t and frequency f, [T, F, 2], float32.
 
-    Computed by each forward pass (some 50 us) rather than kept: nothing to share between models, to move to a device or
-    to lose when a model is built on the meta device.
+    Positions of [B, T] (a row of its own for each row of tokens) give [B, T, F, 2]. Computed by each forward pass (some
+    50 us) rather than kept: nothing to share between models, to move to a device or to lose when a model is built on the
+    meta device.
     """
     exact = torch.promote_types(like.dtype, torch.float32)
     powers_F = torch.arange(0, head_size, 2, device=like.device).to(exact) / head_size
-    angles_TF = torch.outer(torch.arange(start, stop, device=like.device).to(exact), 1.0 / theta**powers_F)
+    angles_TF = positions_T.to(exact)[..., None] * (1.0 / theta**powers_F)
     return torch.stack((angles_TF.cos(), angles_TF.sin()), -1)
 
 
 def rotate(x_BTND: Tensor, rotations_TF2: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021) on the interleaved pairs (x0, x1), (x2, x3), …, in float32, rounded once."""
     x_BTNF2 = x_BTND.to(rotations_TF2.dtype).unflatten(-1, (-1, 2))
-    turns_T1F2 = rotations_TF2[:, None]
+    turns_T1F2 = rotations_TF2[..., None, :, :]
     if torch.compiler.is_compiling():  # the compiler fuses this form, and knows no complex numbers
         (a, b), (cos, sin) = x_BTNF2.unbind(-1), turns_T1F2.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
@@ -81,8 +82,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x_BTH: Tensor, rotations_TF2: Tensor, cache: Cache | None = None, padding_BK: Tensor | None = None
+        self,
+        x_BTH: Tensor,
+        rotations_TF2: Tensor,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        weights: list[Tensor] | None = None,
     ) -> Tensor:
+        """mask: see `attention`. weights: a list that the attention weights of this layer are appended to, [B, N, T, K]."""
         M, scale = self.kv_heads, LOG2_E * (x_BTH.shape[-1] // self.heads) ** -0.5  # for weights that are powers of two
         q_BTND = rotate(self.q_proj(x_BTH).unflatten(-1, (self.heads, -1)), rotations_TF2 * scale)
         k_BMTD = rotate(self.k_proj(x_BTH).unflatten(-1, (M, -1)), rotations_TF2).transpose(1, 2)
@@ -90,7 +97,9 @@ class Attention(nn.Module):
         if cache is not None:
             k_BMTD, v_BMTD = cache.update(k_BMTD, v_BMTD, self.layer)
         q_BMTGD = q_BTND.unflatten(2, (M, -1)).transpose(1, 2)
-        out_BMTGD = attention(q_BMTGD, k_BMTD, v_BMTD, padding_BK)
+        if weights is not None:
+            weights.append(attention_weights(q_BMTGD, k_BMTD, mask))
+        out_BMTGD = attention(q_BMTGD, k_BMTD, v_BMTD, mask)
         return self.o_proj(out_BMTGD.transpose(1, 2).flatten(2))
 
 
@@ -118,7 +127,12 @@ class Block(nn.Module):
         self.swiglu_norm = RMSNorm(width, eps)
 
     def forward(
-        self, x_BTH: Tensor, rotations_TF2: Tensor, cache: Cache | None = None, padding_BK: Tensor | None = None
+        self,
+        x_BTH: Tensor,
+        rotations_TF2: Tensor,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        weights: list[Tensor] | None = None,
     ) -> Tensor:
-        x_BTH = x_BTH + self.attention(self.attention_norm(x_BTH), rotations_TF2, cache, padding_BK)
+        x_BTH = x_BTH + self.attention(self.attention_norm(x_BTH), rotations_TF2, cache, mask, weights)
         return x_BTH + self.swiglu(self.swiglu_norm(x_BTH))

@@ -38,13 +38,15 @@ class Checkpoint(Mapping[Address, "Tensor"]):
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """What is known of its origin and is no part of its state: `replayed`, `thinned`, …"""
+        """What is known of its origin and is no part of its state: `replayed`, `thinned`, `renewed`, …"""
         return {}
 
     @property
     def dropped(self) -> set[str]:
         """Names of the files that were deleted since it was written, see `Run.thin`."""
-        return {name for entry in self.about.get("thinned", []) for name in entry["without"]}
+        return {
+            name for key in ("thinned", "renewed") for entry in self.about.get(key, []) for name in entry["without"]
+        }
 
     @property
     @abstractmethod

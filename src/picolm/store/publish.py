@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +62,28 @@ def write_thinned(partial: Path, checkpoint: SealedCheckpoint, drop: Collection[
         _link(inside(checkpoint.path, name), partial / name)
     thinned = [*old.about.get("thinned", []), {"was": old.digest, "without": sorted(dropped)}]
     manifest = dataclasses.replace(old, files=files, tensors=tensors, about={**old.about, "thinned": thinned})
+    write_manifest(partial, manifest)
+    return manifest
+
+
+def write_renewed(
+    partial: Path, checkpoint: SealedCheckpoint, texts: Mapping[str, bytes], gone: Collection[str]
+) -> Manifest:
+    """Write the step again with other content in some text files, and without those of `gone`; link all others.
+
+    The manifest records under `renewed` the digest it had, the files that changed, and what had been thinned before: from
+    now on the step is another than the one it was (`selection.origin`).
+    """
+    old = checkpoint.manifest
+    kept = {name: record for name, record in old.files.items() if name not in texts and name not in gone}
+    make_directories(partial, {*kept, *texts})
+    for name in kept:
+        _link(inside(checkpoint.path, name), partial / name)
+    files = kept | {name: write_bytes(partial / name, data) for name, data in texts.items()}
+    entry = {"was": old.digest, "files": sorted({*texts, *gone}), "without": sorted(checkpoint.dropped)}
+    about = {key: value for key, value in old.about.items() if key != "thinned"}
+    about["renewed"] = [*old.about.get("renewed", []), entry]
+    manifest = dataclasses.replace(old, files=dict(sorted(files.items())), about=about)
     write_manifest(partial, manifest)
     return manifest
 

@@ -15,9 +15,18 @@ from picolm.errors import StoreError
 from picolm.store.checkpoint import Checkpoint, Missing
 from picolm.store.compose import Content, write_step
 from picolm.store.files import disk_errors
-from picolm.store.layout import MANIFEST, RUN, Directories, inside, step_directory, step_of
+from picolm.store.layout import MANIFEST, RUN, Directories, check_name, inside, step_directory, step_of
 from picolm.store.lock import RunLock
-from picolm.store.publish import discard, exchange, point_latest, publish, set_aside, sweep, write_thinned
+from picolm.store.publish import (
+    discard,
+    exchange,
+    point_latest,
+    publish,
+    set_aside,
+    sweep,
+    write_renewed,
+    write_thinned,
+)
 from picolm.store.records import Records, read_directories
 from picolm.store.sealed import SealedCheckpoint
 
@@ -225,6 +234,28 @@ class Run(Records, Mapping[int, Checkpoint]):
                     write_thinned(partial, checkpoint, drop)
                     exchange(partial, self.step_path(step))
         return self[step]
+
+    def renew(self, step: int, texts: Mapping[str, str]) -> list[str]:
+        """Replace the modelling code of a step (its `*.py` files) by `texts`. Return the names of the files that changed.
+
+        Tensors and all other files stay as they are; the manifest records what was replaced. Where nothing differs, nothing
+        is written. Raises StoreError for a step that is damaged or has no modelling code.
+        """
+        with self._changing(f"step {step}, renewed,"):
+            checkpoint = self._sealed(step)
+            code = {name for name in checkpoint.files if name.endswith(".py") and "/" not in name}
+            if not code:
+                raise StoreError(f"{checkpoint.path}: has no modelling code to renew (*.py beside its weights)")
+            if problems := checkpoint.verify():
+                raise StoreError(f"step {step} is damaged, and stays as it is: {problems[0]}")
+            data = {check_name(name, f"step {step}"): text.encode() for name, text in texts.items()}
+            changed = {name: text for name, text in data.items() if name not in code or checkpoint.read(name) != text}
+            gone = code - data.keys()
+            if changed or gone:
+                with set_aside(self.checkpoints_path, step) as partial:
+                    write_renewed(partial, checkpoint, changed, gone)
+                    exchange(partial, self.step_path(step))
+        return sorted({*changed, *gone})
 
     def remove(self, step: int) -> None:
         """Delete a step as a whole. Raises Missing when there is none."""
