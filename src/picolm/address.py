@@ -3,7 +3,9 @@
 import re
 from typing import NamedTuple
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+# The names that families of models give to their list of blocks: `layers.3` (Pico, Llama, GPT-NeoX), `transformer.h.3` (GPT-2),
+# `blocks.3`, `encoder.layer.3` (BERT), `decoder.block.3` (T5). The first such list in a name counts.
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?:\.(.+))?$")
 
 
 class Address(NamedTuple):
@@ -31,15 +33,21 @@ class Address(NamedTuple):
 
     @property
     def layer(self) -> int | None:
-        """The index of the block the module lies in, None outside of the blocks."""
+        """The index of the block that the module is, or lies in; None outside of the blocks."""
         match = _LAYER.search(self.module)
         return int(match[1]) if match else None
 
     @property
     def suffix(self) -> str:
-        """The name of the module inside its block (`attention.o_proj`), or the whole name outside of the blocks."""
+        """The name of the module inside its block (`attention.o_proj`): empty for a block itself, the whole name outside."""
         match = _LAYER.search(self.module)
-        return match[2] if match else self.module
+        return (match[2] or "") if match else self.module
+
+    @property
+    def stack(self) -> str:
+        """The name of the list of blocks that the module lies in (`layers`, `encoder.layers`), empty outside of the blocks."""
+        match = _LAYER.search(self.module)
+        return self.module[: match.start(1) - 1] if match else ""
 
 
 def has_suffix(module: str, suffix: str) -> bool:

@@ -272,3 +272,8 @@ def test_a_module_that_returns_no_tensor_is_named() -> None:
         capture(Taps({"lstm": model.lstm}), split="train", step=0, order=[[0]]),
     ):
         model.lstm(rows(1))
+
+
+def test_layers_restrict_whole_blocks() -> None:
+    suffixes = ("layers.0", "layers.1", "attention.o_proj", "embedding_proj")
+    assert list(find_modules(Model(), suffixes, [1])) == ["embedding_proj", "layers.1", "layers.1.attention.o_proj"]

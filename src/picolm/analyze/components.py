@@ -4,7 +4,8 @@ A component is a function of a checkpoint that yields operands: a name, a head, 
 to load it, so that nothing is read before it is needed. What a checkpoint does not hold is yielded as an `Absent`. A user's own
 component may simply yield pairs (Address, Tensor).
 
-Notation: d = d_model, D = size of a head, h a query head, g = h // (heads / key-value heads) the head of keys and values it uses.
+Notation: d = width of the residual stream, D = size of a head, h a query head,
+g = h // (heads / key-value heads) the head of keys and values it uses.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from torch import Tensor
 
 from picolm.address import Address, has_suffix
+from picolm.analyze.heads import COUNTS, HEADS, KV_HEADS, Cut, count_of, extent, layers_of, size_of
 from picolm.analyze.matrix import Matrix
 from picolm.errors import PicoError
 from picolm.registry import Registry
@@ -103,12 +105,17 @@ def residual(
     checkpoint: Any, *, data_type: str, split: str, layers: Layers, model: Mapping[str, Any], **_: Any
 ) -> Iterator[Operand | Absent]:
     """The residual stream after each block, where the run captured whole blocks (layer_suffixes: [layers.0, layers.1, …])."""
-    for layer in range(model["n_layers"]) if layers == "all" else layers:
-        address = Address(data_type, split, f"layers.{layer}")
-        if address in checkpoint:
-            yield Operand(address, None, checkpoint.digest(address), _loader(checkpoint, address))
+    captured = checkpoint.select(kind=data_type, split=split)
+    blocks = {address.layer: address for address in captured if address.layer is not None and not address.suffix}
+    there, beyond = layers_of([*captured, *checkpoint.select(kind="weights")], model)
+    for layer in there if layers == "all" else layers:
+        if layer in blocks:
+            yield Operand(blocks[layer], None, checkpoint.digest(blocks[layer]), _loader(checkpoint, blocks[layer]))
         else:
+            address = Address(data_type, split, f"layers.{layer}")
             yield Absent(f"{address} (the run has to capture whole blocks: layer_suffixes: [layers.{layer}])")
+    if layers == "all" and beyond:
+        yield Absent(f"{data_type}/{split} of {beyond}")
 
 
 @component("per_head", kinds=KINDS)
@@ -132,14 +139,20 @@ def per_head(
 
 
 def _heads_of(checkpoint: Any, address: Address, model: Mapping[str, Any]) -> Iterator[Operand]:
-    projection, size = address.module.rsplit(".", 1)[-1], model["d_model"] // model["attention_n_heads"]
-    counts = {"q_proj": "attention_n_heads", "o_proj": "attention_n_heads"}
-    if projection not in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    before, _, projection = address.module.rpartition(".")
+    if projection not in COUNTS:
         raise PicoError(f"per_head: {address.module} has no heads; it splits q_proj, k_proj, v_proj and o_proj")
     if projection == "o_proj" and address.kind == "activations":
         raise PicoError("per_head: the output of o_proj is a sum over heads and cannot be split; use ov_circuit")
-    by_column = projection == "o_proj" or address.kind == "activations"
-    for head in range(model[counts.get(projection, "attention_n_kv_heads")]):
+    beside = {address._replace(module=f"{before}.{name}".lstrip(".")): key for name, key in COUNTS.items()}
+    extents = {
+        other: (key, extent(checkpoint, other))
+        for other, key in beside.items()
+        if other in checkpoint and not (other.kind == "activations" and other.module.endswith("o_proj"))
+    }
+    where = name_of(checkpoint)
+    by_column, size = projection == "o_proj" or address.kind == "activations", size_of(model, extents, where)
+    for head in range(count_of(model, extents, address, where)):
         part = slice(head * size, (head + 1) * size)
 
         def load(part: slice = part) -> Matrix:
@@ -185,24 +198,48 @@ def _circuit(
     **_: Any,
 ) -> Iterator[Operand | Absent]:
     """outer, inner: key and default of the two layers whose product the circuit is."""
-    outer_suffix, inner_suffix = (_suffix(layer_suffixes, key, default) for key, default in (outer, inner))
-    for layer in range(model["n_layers"]) if layers == "all" else layers:
-        names = f"layers.{layer}.{outer_suffix}", f"layers.{layer}.{inner_suffix}"
-        needed = _needed(data_type, split, *names)
+    suffixes = tuple(_suffix(layer_suffixes, key, default) for key, default in (outer, inner))
+    there, beyond = layers_of(
+        [*checkpoint.select(kind="weights"), *(checkpoint.select(kind=data_type, split=split))], model
+    )
+    for layer in there if layers == "all" else layers:
+        needed = _needed(data_type, split, *(f"layers.{layer}.{suffix}" for suffix in suffixes))
         missing = [address for address in needed if address not in checkpoint]
         if missing:
             yield Absent(" and ".join(map(str, missing)))
             continue
+        cut = _cut_of(checkpoint, name, needed, model)
         address = Address(data_type, "" if data_type == "weights" else split, f"layers.{layer}.{name}")
         digests = [checkpoint.digest(part) for part in needed]
-        for head in range(model["attention_n_heads"]) if heads else (None,):
+        for head in range(cut.heads) if heads else (None,):
 
-            def load(head: int | None = head, needed: list[Address] = needed) -> Matrix:
+            def load(head: int | None = head, needed: list[Address] = needed, cut: Cut = cut) -> Matrix:
                 tensors = [rows_of(checkpoint[part]) for part in needed]
-                return _product(name, data_type, tensors, head, model)
+                return _product(name, data_type, tensors, head, cut)
 
-            shape = [model[key] for key in ("d_model", "attention_n_heads", "attention_n_kv_heads")]
-            yield Operand(address, head, digest_of(name, data_type, head, *shape, *digests), load)
+            yield Operand(address, head, digest_of(name, data_type, head, *cut, *digests), load)
+    if layers == "all" and beyond:
+        yield Absent(f"{data_type} of {beyond}")
+
+
+def _cut_of(checkpoint: Any, name: str, needed: list[Address], model: Mapping[str, Any]) -> Cut:
+    """How the two layers of a circuit are cut into heads. Raises PicoError where it is not known, or cannot be."""
+    outer, inner = needed[:2]
+    across = -1 if name == "ov_circuit" else 0
+    extents = {
+        outer: (HEADS, int(checkpoint.shape(outer)[across])),
+        inner: (KV_HEADS, int(checkpoint.shape(inner)[-1 if inner.kind == "activations" else 0])),
+    }
+    where = name_of(checkpoint)
+    heads, kv_heads = (count_of(model, extents, address, where) for address in (outer, inner))
+    if heads % kv_heads:
+        raise PicoError(f"{where}: {heads} query heads ({outer}) cannot share {kv_heads} key-value heads ({inner})")
+    return Cut(heads, kv_heads, size_of(model, extents, where))
+
+
+def name_of(checkpoint: Any) -> str:
+    """A checkpoint in messages: `step 200 of demo`, or what it says of itself."""
+    return getattr(checkpoint, "name", None) or str(getattr(checkpoint, "path", checkpoint))
 
 
 def _suffix(layer_suffixes: Any, key: str, default: str) -> str:
@@ -223,10 +260,9 @@ def _needed(data_type: str, split: str, outer: str, inner: str) -> list[Address]
     return [*weights, Address("gradients", split, outer), Address("gradients", split, inner)]
 
 
-def _product(name: str, data_type: str, tensors: list[Tensor], head: int | None, model: Mapping[str, Any]) -> Matrix:
+def _product(name: str, data_type: str, tensors: list[Tensor], head: int | None, cut: Cut) -> Matrix:
     """The circuit as a product of two factors. Left factors are d x r, right ones r x d (activations: N x r and r x d)."""
-    count, groups = model["attention_n_heads"], model["attention_n_kv_heads"]
-    size = model["d_model"] // count
+    count, groups, size = cut
     width = size if head is not None else groups * size
 
     def outer(
@@ -288,5 +324,5 @@ def available(checkpoint: Any) -> str:
     """What a checkpoint holds, for messages: `gradients/train: attention.o_proj, …; …`."""
     held: dict[str, dict[str, None]] = {}
     for address in checkpoint:
-        held.setdefault("/".join(filter(None, address[:2])), {})[address.suffix] = None
+        held.setdefault("/".join(filter(None, address[:2])), {})[address.suffix or address.module] = None
     return "; ".join(f"{kind}: {', '.join(suffixes)}" for kind, suffixes in held.items())

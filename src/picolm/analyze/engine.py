@@ -15,8 +15,9 @@ from picolm.address import Address
 from picolm.analyze.components import available
 from picolm.analyze.compute import Cell, Task, compute, plan_step, rows_of, tasks_of
 from picolm.analyze.config import AnalysisConfig, EachStep, StepRange
+from picolm.analyze.heads import LAYERS, stated
 from picolm.analyze.pairing import Place
-from picolm.analyze.reading import MODEL, Readers
+from picolm.analyze.reading import Readers, model_section
 from picolm.analyze.values import Value, Values
 from picolm.errors import PicoError
 from picolm.store import Run
@@ -24,6 +25,8 @@ from picolm.store import Run
 log = logging.getLogger("picolm")
 
 WIDE = 192  # d_model from which layers are worth computing beside each other; below, Python takes most of the time
+# Where every step is compared with every other, this many layers are computed one after the other, the rest together.
+MOST_LAYERS = 512
 
 
 @dataclass
@@ -50,7 +53,8 @@ class Unit:
 
     places: tuple[Place, ...]
     tasks: tuple[int, ...]
-    layer: int | None = None
+    layer: int | None = None  # -1: what lies outside of the blocks, and in those from `layers` on
+    layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,10 +143,9 @@ def _units(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) ->
         if others:
             yield from (Unit((Place(name, step),), others) for step in steps)
         if every:
-            layers = (MODEL | run.config.get("model", {}))["n_layers"]
-            yield from (
-                Unit(tuple(Place(name, step) for step in steps), every, layer) for layer in [-1, *range(layers)]
-            )
+            count = min(stated(model_section(run), LAYERS) or 1, MOST_LAYERS)
+            for layer in range(-1, count):
+                yield Unit(tuple(Place(name, step) for step in steps), every, layer, count)
 
 
 def _results(ask: Ask, units: list[Unit], workers: int, backend: str) -> Iterator[tuple[Outcome, dict[str, Value]]]:
@@ -169,9 +172,14 @@ def _threads_for(readers: Readers) -> Iterator[int]:
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield cores if any(model["d_model"] >= WIDE for model in readers.models.values()) else 1
+        yield cores if any(is_wide(model) for model in readers.models.values()) else 1
     finally:
         torch.set_num_threads(cores)
+
+
+def is_wide(model: Mapping[str, Any]) -> bool:
+    """Whether the matrices of a model are large enough to compute layers beside each other; a question of speed alone."""
+    return (stated(model, "d_model") or stated(model, "hidden_size") or 0) >= WIDE
 
 
 def _cluster(backend: str) -> dict[str, Any]:
@@ -229,7 +237,7 @@ def _cells(
         outcome.absent += work.absent if unit.layer in (None, -1) else []
         for cell in work.cells:
             layer = cell.operand.address.layer
-            if unit.layer is None or (-1 if layer is None else layer) == unit.layer:
+            if unit.layer is None or (-1 if layer is None or layer >= unit.layers else layer) == unit.layer:
                 cells.append(cell)
     return cells, outcome
 

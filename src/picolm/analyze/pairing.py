@@ -45,17 +45,25 @@ def partner_places(target: Target, at: Place, steps: list[int], symmetric: bool)
     return [Place(run, step) for step in chosen if not (itself and step == at.step)]
 
 
-def by_name(candidates: list[Operand]) -> dict[Name, dict[int | None, Operand]]:
-    """Operands of one name and head, by their layers."""
-    index: dict[Name, dict[int | None, Operand]] = {}
+def by_name(candidates: list[Operand]) -> dict[Name, dict[str, dict[int | None, Operand]]]:
+    """Operands of one name and head, by what stands before their blocks (`encoder`, `decoder`) and by their layers."""
+    index: dict[Name, dict[str, dict[int | None, Operand]]] = {}
     for candidate in candidates:
-        index.setdefault((candidate.address.suffix, candidate.head), {})[candidate.address.layer] = candidate
+        stacks = index.setdefault((candidate.address.suffix, candidate.head), {})
+        stacks.setdefault(candidate.address.stack, {})[candidate.address.layer] = candidate
     return index
 
 
-def partners(operand: Operand, index: Mapping[Name, Mapping[int | None, Operand]], target: Target) -> Iterable[Operand]:
-    """The operands that `target` pairs with `operand`: the same name, head, and layer as asked for."""
-    layers = index.get((operand.address.suffix, operand.head), {})
+def partners(
+    operand: Operand, index: Mapping[Name, Mapping[str, Mapping[int | None, Operand]]], target: Target
+) -> Iterable[Operand]:
+    """The operands that `target` pairs with `operand`: the same name, head, and layer as asked for.
+
+    In another run the blocks may be called otherwise (`model.layers`): where there is only one stack of them, it is meant.
+    """
+    stacks = index.get((operand.address.suffix, operand.head), {})
+    only = next(iter(stacks.values())) if len(stacks) == 1 else {}
+    layers = stacks.get(operand.address.stack, only)
     if target.layer == "all":
         return layers.values()
     asked = operand.address.layer if target.layer == "same" else target.layer

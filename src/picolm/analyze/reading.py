@@ -3,12 +3,16 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from picolm.address import Address
 from picolm.analyze.components import Absent, Operand, operands
 from picolm.analyze.config import Component
+from picolm.analyze.heads import HEADS, KV_HEADS, LAYERS, stated
+from picolm.errors import PicoError, StoreError
+from picolm.store.files import load_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +22,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("picolm")
 
-# The published defaults, for configurations that say only what differs.
-MODEL = {"d_model": 768, "n_layers": 12, "attention_n_heads": 12, "attention_n_kv_heads": 4}
 KEPT = 8  # tensors of one step for each thread: two components of four each
 
 
@@ -60,8 +62,23 @@ class Reader(Mapping[Address, "Tensor"]):
     def __contains__(self, address: object) -> bool:
         return address in self.checkpoint
 
+    def shape(self, address: Address) -> tuple[int, ...]:
+        return self.checkpoint.shape(address)
+
     def select(self, **patterns: str) -> list[Address]:
         return self.checkpoint.select(**patterns)
+
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        """The `model` section of the run's configuration; what it leaves out, as far as the step's own config.json says it."""
+        section = self.readers.models[self.run.name]
+        if all(stated(section, key) is not None for key in (LAYERS, HEADS, KV_HEADS)):
+            return section
+        try:
+            stored = load_json(self.checkpoint.read("config.json"))
+        except (StoreError, ValueError, RecursionError):
+            return section  # components that need what is missing say so
+        return {**(stored if isinstance(stored, dict) else {}), **section}
 
     def operands(self, component: Component, split: str) -> tuple[list[Operand], list[Absent]]:
         """What a component finds here, and what it does not."""
@@ -70,8 +87,7 @@ class Reader(Mapping[Address, "Tensor"]):
             asked: dict[str, Any] = {
                 name: getattr(component, name) for name in ("data_type", "layer_suffixes", "layers", "heads")
             }
-            model = self.readers.models[self.run.name]
-            found = list(operands(self, component.component_name, split=split, model=model, **asked))
+            found = list(operands(self, component.component_name, split=split, model=self.model, **asked))
             present = [operand for operand in found if isinstance(operand, Operand)]
             self._operands[key] = present, [absent for absent in found if isinstance(absent, Absent)]
         return self._operands[key]
@@ -88,13 +104,21 @@ class Reader(Mapping[Address, "Tensor"]):
         return captured.get("val_positions" if split == "val" else "positions")
 
 
+def model_section(run: "Run") -> dict[str, Any]:
+    """The `model` section of a run's configuration, empty where it has none. Raises PicoError where it is no mapping."""
+    section = run.config.get("model")
+    if section is not None and not isinstance(section, Mapping):
+        raise PicoError(f"{run.path}: `model` in its configuration is {section!r}; expected keys and values")
+    return dict(section or {})
+
+
 class Readers:
     """The readers of the steps in use: those that are pinned, and the last two others."""
 
     def __init__(self, runs: Mapping[str, "Run"]):
         self.runs = runs
         self.steps = {name: run.steps for name, run in runs.items()}  # as they were when the analysis began
-        self.models = {name: MODEL | run.config.get("model", {}) for name, run in runs.items()}
+        self.models = {name: model_section(run) for name, run in runs.items()}
         self.pinned: dict[tuple[str, int], Reader] = {}
         self._recent: OrderedDict[tuple[str, int], Reader] = OrderedDict()
         self.tensors_read = 0

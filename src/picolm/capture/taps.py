@@ -74,7 +74,7 @@ def find_modules(
         matching = {name: module for name, module in named.items() if has_suffix(name, suffix)}
         if not matching:
             known = dict.fromkeys(
-                Address("", "", name).suffix for name, m in named.items() if not isinstance(m, nn.ModuleList)
+                Address("", "", name).suffix or name for name, m in named.items() if not isinstance(m, nn.ModuleList)
             )
             raise PicoError(
                 f"checkpointing.learning_dynamics.layer_suffixes: {suffix!r} matches no module"

@@ -77,11 +77,12 @@ def _front(text: str) -> dict[str, Any]:
 def _what(run: Run, repository: str, branch: str, commits: Mapping[int, str]) -> str:
     model = run.config.get("model") or {}
     shape = ", ".join(f"{model[key]} {word}" for key, word in _SHAPE.items() if key in model)
+    kind = f"`{model['model_type']}`" if "model_type" in model else "model of a type that its configuration leaves out"
     steps = sorted(commits)
     held = f"{len(steps)} checkpoints, from step {steps[0]} to step {steps[-1]}" if steps else "no checkpoint yet"
     return (
         f"# {branch if branch != 'main' else repository.split('/')[1]}\n\n"
-        f"A training run of a `{model.get('model_type', 'pico_decoder')}` ({shape}) with its learning dynamics: {held}, "
+        f"A training run of a {kind}{f' ({shape})' if shape else ''} with its learning dynamics: {held}, "
         "each with what the run kept of weights, optimizer state, and the gradients and activations of that very step. "
         f"The run is the branch `{branch}`; a step is a commit on it.\n"
     )

@@ -72,6 +72,10 @@ class Checkpoint(Mapping[Address, "Tensor"]):
     def digest(self, address: Address) -> str:
         """Hexadecimal identity of a tensor's content, without reading the tensor. Raises Missing."""
 
+    def shape(self, address: Address) -> tuple[int, ...]:
+        """The shape of a tensor, where the format allows without reading it. Raises Missing."""
+        return tuple(self[address].shape)
+
     @abstractmethod
     def location(self, address: Address) -> str:
         """The file that holds a tensor, for people. Raises Missing."""

@@ -39,6 +39,9 @@ class PickledTensors:
         self.check()
         return self._tensors[key].detach().clone()
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key].shape)
+
     def check(self) -> None:
         """Raises StoreError when a checksum does not hold. Reads the file once."""
         if not self._checked:
@@ -61,6 +64,9 @@ class SafeTensors:
             return read_tensor(self.path, self._places[key])
         except OSError as error:
             raise StoreError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._places[key].shape)
 
     def check(self) -> None:
         """The format has no checksums; that its header fits its size was seen when it was opened."""

@@ -38,7 +38,7 @@ MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 STATE = "fabric_state"
 DYNAMICS = Directories.learning_dynamics_dir
 _PAIRS = [("weights", ""), *((kind, split) for split in SPLITS for kind in ("activations", "gradients"))]
-_MODULE = re.compile(r"(?:^|\.)((?:layers\.\d+\.|embedding_proj|output_norm|de_embedding_proj).*)$")
+_MODULE = re.compile(r"(?:^|\.)((?:layers\.\d+(?=\.|$)|embedding_proj|output_norm|de_embedding_proj).*)$")
 
 
 class StepFiles(Protocol):
@@ -148,6 +148,11 @@ class LegacyCheckpoint(Checkpoint):
 
     def __contains__(self, address: object) -> bool:
         return isinstance(address, tuple) and len(address) == 3 and address[2] in self._modules(*address[:2])
+
+    def shape(self, address: Address) -> tuple[int, ...]:
+        address = Address(*address)
+        tensors, keys = self._open(self._holding(address))
+        return tensors.shape(keys[address.module])
 
     def digest(self, address: Address) -> str:
         """Of the digest of the file, the key in it, and for activations of the order in which their rows are taken."""

@@ -54,6 +54,9 @@ class SealedCheckpoint(Checkpoint):
             return self.manifest.tensors[address]
         raise self._missing(Address(*address))
 
+    def shape(self, address: Address) -> tuple[int, ...]:
+        return tuple(self.record(address).shape)
+
     def digest(self, address: Address) -> str:
         """The sha-256 of its elements in row-major order, as recorded."""
         return self.record(address).sha256

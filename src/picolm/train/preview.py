@@ -86,12 +86,12 @@ def _sizes(config: TrainConfig, model: Any, moments: int) -> dict[str, str]:
         "tokens per step": f"{tokens:,}",
         "tokens in all": f"{tokens * steps:,} in {steps:,} steps",
         "compute": f"{flops:,} FLOP per token, {flops * tokens * steps:.3g} FLOP in all",
-        "memory": f"about {rounded_bytes(_memory(config, model, moments))} per device",
+        "memory": _memory(config, model, moments),
     }
 
 
-def _memory(config: TrainConfig, model: Any, moments: int) -> int:
-    """Weights, gradients, moments, the snapshot that is being saved, and the activations of one micro-batch.
+def _memory(config: TrainConfig, model: Any, moments: int) -> str:
+    """In words: weights, gradients, moments, the snapshot that is being saved, and the activations of one micro-batch.
 
     An estimate: per token and layer, a block keeps about 10 vectors of width d_model and 4 of its hidden width for backward.
     """
@@ -99,11 +99,13 @@ def _memory(config: TrainConfig, model: Any, moments: int) -> int:
     optimization, fabric = config.training.optimization, config.training.fabric
     devices_in_all = fabric.num_devices * fabric.num_nodes
     rows = config.data.dataloader.batch_size // (optimization.gradient_accumulation_steps * devices_in_all)
-    shape = config.model
-    hidden = getattr(shape, "activation_hidden_dim", 4 * getattr(shape, "d_model", 0))
-    per_token = getattr(shape, "n_layers", 0) * (10 * getattr(shape, "d_model", 0) + 4 * hidden)
+    shape, least = config.model, 2 * weights + moments + (weights + moments)
+    layers, width = (getattr(shape, name, None) for name in ("n_layers", "d_model"))
+    if layers is None or width is None:
+        return f"at least {rounded_bytes(least)} per device, without activations: {shape.model_type} does not state its sizes"
+    per_token = layers * (10 * width + 4 * getattr(shape, "activation_hidden_dim", 4 * width))
     size = devices.compute_dtype(fabric.precision).itemsize
-    return 2 * weights + moments + (weights + moments) + size * rows * config.model.max_seq_len * per_token
+    return f"about {rounded_bytes(least + size * rows * shape.max_seq_len * per_token)} per device"
 
 
 def _bytes(config: TrainConfig, tensors: Iterable[Tensor]) -> int:

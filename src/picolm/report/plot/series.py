@@ -84,7 +84,7 @@ def _word(value: object) -> str:
 
 def _parts(rows: pd.DataFrame) -> pd.Series:
     """The name of the matrix within its layer."""
-    known = {module: Address("", "", module).suffix for module in rows["module"].unique()}
+    known = {module: Address("", "", module).suffix or "block" for module in rows["module"].unique()}
     return rows["module"].map(known)
 
 
