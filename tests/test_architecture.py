@@ -24,6 +24,7 @@ WORDS = {
     "network",
     "tracking",
     "console",
+    "csvfile",
     "slurm",
     "trusted",
     "__init__",

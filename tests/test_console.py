@@ -1,10 +1,13 @@
 """A series in one line, and output that stays plain where no terminal can show more."""
 
+import ast
 import io
+import logging
 import math
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from picolm.console import ASCII, BLOCKS, can_redraw, shows_blocks, sparkline
+import picolm
+from picolm.console import ASCII, BLOCKS, can_redraw, screen, shows_blocks, sparkline, visible
+from picolm.logs import configure_logging
 
 numbers = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=100)
 
@@ -73,3 +78,72 @@ def test_piped_output_is_plain_whatever_the_environment(settings: dict[str, str]
     assert all(kind in done.stdout for kind in (b"simil", b"quant"))  # folded in a narrow window
     assert "PYTHONIOENCODING" not in settings or done.stdout.isascii()
     assert max(map(len, done.stdout.decode().splitlines())) <= 132
+
+
+OBEYED = [
+    "\x1b[31m",
+    "\x1b]0;title\x07",
+    "\r",
+    "\x00",
+    "\x08",
+    "\x7f",
+    "\x9b2J",
+    "\x85",
+    "\u202e",
+    "\u2066",
+    "\u200f",
+    "\ud83d",
+    "\u2028",
+]
+
+
+@pytest.mark.parametrize("text", OBEYED, ids=ascii)
+def test_what_a_terminal_obeys_is_shown_as_an_escape(text: str) -> None:
+    shown = visible(f"run {text}\tof\nme")
+    assert shown.startswith("run \\")
+    assert shown.endswith("\tof\nme")
+    assert all(character in "\t\n" or character.isprintable() for character in shown)
+
+
+@given(st.text())
+def test_visible_text_stays_what_it_is(text: str) -> None:
+    shown = visible(text)
+    assert visible(shown) == shown
+    assert shown == text or any(unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs") for character in text)
+    shown.encode()
+
+
+@pytest.mark.parametrize("text", ["[red]run[/red]", "[/]", ":smile:", "\x1b[2J[bold]"])
+def test_cells_of_a_table_are_what_they_say_and_its_colours_stay(text: str) -> None:
+    from rich.table import Table
+
+    stream = io.StringIO()
+    console = screen(file=stream, force_terminal=True, width=80, color_system="standard", highlight=False)
+    table = Table()
+    table.add_column(text, style="red")
+    table.add_row(text)
+    console.print(table)
+    console.print(text)
+    assert stream.getvalue().count(visible(text)) == 3
+    assert "\x1b[2J" not in stream.getvalue()
+    assert "\x1b[31m" in stream.getvalue()
+
+
+def test_lines_of_the_log_are_visible_on_the_screen_and_in_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging("INFO", tmp_path / "x.log")
+    logging.getLogger("picolm").warning("run %s", "\x1b[2Jevil\u202e")
+    for text in (capsys.readouterr().err, (tmp_path / "x.log").read_text()):
+        assert "run \\x1b[2Jevil\\u202e" in text
+        assert "\x1b" not in text
+
+
+def test_nothing_prints_lines_but_say() -> None:
+    source = Path(picolm.__file__).parent
+    for file in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            called = (
+                isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "Console")
+            )
+            assert not called or file.name == "console.py", f"{file}:{node.lineno}"  # type: ignore[attr-defined]

@@ -2,14 +2,12 @@
 
 import io
 
-from rich.console import Console
-
-from picolm.console import sparkline
+from picolm.console import screen, sparkline
 from picolm.terminal import evaluations
 
 
 def shown(results: dict[int, dict[str, float]]) -> list[list[str]]:
-    console = Console(width=100, record=True, file=io.StringIO())
+    console = screen(width=100, record=True, file=io.StringIO())
     console.print(evaluations(results))
     return [line.split() for line in console.export_text().splitlines() if line.strip()]
 

@@ -5,8 +5,10 @@ come as plain lines in ASCII. NO_COLOR and COLUMNS mean what they mean elsewhere
 """
 
 import math
+import re
 import sys
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +18,52 @@ if TYPE_CHECKING:
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII = "_.-~=+*#"
 LEAST_WIDTH = 132  # characters for which the widest tables have room
+# What a terminal obeys instead of showing: C0 (but tab and newline), DEL and C1; line and paragraph separators; marks that turn
+# the direction of writing, byte-order marks and annotations; and lone surrogates, which no encoding can write.
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
 
 
-def screen(*, error: bool = False, least_width: int = LEAST_WIDTH) -> "Console":
-    """Standard output, or standard error. least_width: that of lines in a file or a pipe, where no window cuts them."""
-    from rich.console import Console
+def visible(text: object) -> str:
+    r"""Return text that a terminal shows as it is: each character that it would obey becomes an escape (`\x1b`, `\u202e`).
 
-    console = Console(stderr=error)
+    Names, sources, and texts of runs and corpora may have been chosen by somebody else. Tabs and newlines stay.
+    """
+    return _OBEYED.sub(lambda found: _escape(ord(found[0])), str(text))
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x20 else f"\\u{code:04x}"
+
+
+def say(*texts: object, error: bool = False) -> None:
+    """Print a line to standard output, or standard error, with `visible` text. Nothing else in Pico prints lines."""
+    print(*map(visible, texts), file=sys.stderr if error else sys.stdout)
+
+
+def screen(*, error: bool = False, least_width: int = LEAST_WIDTH, **options: Any) -> "Console":
+    """Standard output, or standard error, for tables and progress bars; text in them is made `visible` and has no markup.
+
+    least_width: that of lines in a file or a pipe, where no window cuts them. options: of rich's Console.
+    """
+    console = _screen_type()(stderr=error, markup=False, emoji=False, **options)
     if not console.is_terminal:
         console.width = max(console.width, least_width)
     return console
+
+
+@cache
+def _screen_type() -> Any:
+    from rich.console import Console
+
+    class Screen(Console):
+        """A console of rich for which cells of tables, headings and lines are what they say."""
+
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(visible(text), **options)
+
+    return Screen
 
 
 def can_redraw(console: "Console") -> bool:
@@ -42,7 +80,7 @@ def shows_blocks(stream: Any = None) -> bool:
 def tolerate() -> None:
     """Characters that the encoding of the output lacks are written as an escape rather than ending the command."""
     for stream in (sys.stdout, sys.stderr):
-        if not shows_blocks(stream) and hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -1,20 +1,27 @@
 """Plain sentences on the screen and in a file: every part logs to "picolm", the commands say where it goes."""
 
 import logging
-import sys
 from contextlib import suppress
 from pathlib import Path
 
+from picolm.console import say, visible
 from picolm.errors import PicoError
 
 log = logging.getLogger("picolm")
+
+
+class _Visible(logging.Formatter):
+    """Names and texts in a message, and in the traceback of an error, are shown instead of obeyed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 class _Screen(logging.Handler):
     """Writes to whatever sys.stderr is at the time: a progress bar puts itself in its place."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        say(self.format(record), error=True)
 
 
 class _File(logging.FileHandler):
@@ -35,13 +42,13 @@ def configure_logging(level: str, file: Path | None = None) -> None:
         log.removeHandler(handler)
         handler.close()
     screen = _Screen()
-    screen.setFormatter(logging.Formatter("%(message)s"))
+    screen.setFormatter(_Visible("%(message)s"))
     log.addHandler(screen)
     if file is not None:
         try:
             written = _File(file, encoding="utf-8")
         except OSError as error:
             raise PicoError(f"{file}: the log cannot be written ({error.strerror})") from error
-        written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        written.setFormatter(_Visible("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(written)
     log.propagate = False

@@ -1,6 +1,5 @@
 """What the command line shows of work in progress and of its results."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,18 +16,18 @@ def phases() -> Iterator[Callable[[str, int, int | None], None]]:
     """A function (what is being done, how much is done, of how much): a bar for each phase, or a line where nobody watches."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from picolm.console import can_redraw, screen
+    from picolm.console import can_redraw, say, screen, visible
 
     console = screen(error=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not can_redraw(console)) as bars:
         tasks: dict[str, object] = {}
 
         def report(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                tasks[what] = bars.add_task(visible(what), total=total)
                 if not can_redraw(console):
-                    print(f"{what} …", file=sys.stderr)
+                    say(f"{what} …", error=True)
             bars.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
 
         yield report
@@ -61,7 +60,6 @@ def parts(family: str) -> "Table":
     import inspect
 
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     from picolm.analyze.components import COMPONENTS
@@ -74,12 +72,12 @@ def parts(family: str) -> "Table":
         for name in METRICS:
             metric = METRICS.get(name)
             operands = "one tensor" if metric.arity == 1 else "two tensors"
-            shown.add_row(name, metric.kind, operands, ", ".join(metric.options), escape(metric.summary))
+            shown.add_row(name, metric.kind, operands, ", ".join(metric.options), metric.summary)
     else:
         for name in COMPONENTS:
             part = COMPONENTS.get(name)
             text = " ".join((inspect.getdoc(part) or "").split())
-            shown.add_row(name, ", ".join(part.kinds or ("anything",)), escape(text))
+            shown.add_row(name, ", ".join(part.kinds or ("anything",)), text)
     return shown
 
 
@@ -88,7 +86,6 @@ def evaluations(results: Mapping[int, Mapping[str, float]], most: int = 5) -> "T
     sparkline of all.
     """
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     from picolm.console import sparkline
@@ -102,7 +99,7 @@ def evaluations(results: Mapping[int, Mapping[str, float]], most: int = 5) -> "T
     for name in dict.fromkeys(name for step in steps for name in results[step]):
         values = [f"{results[step][name]:.6g}" if name in results[step] else "" for step in columns]
         course = [results[step][name] for step in steps if name in results[step]]
-        shown.add_row(escape(name), *values, *([sparkline(course)] if len(steps) > 2 else []))
+        shown.add_row(name, *values, *([sparkline(course)] if len(steps) > 2 else []))
     return shown
 
 

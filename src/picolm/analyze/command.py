@@ -9,7 +9,7 @@ from picolm.analyze import table
 from picolm.analyze.config import AnalysisConfig
 from picolm.analyze.engine import Outcome, analyze, plan
 from picolm.analyze.intervals import aggregate
-from picolm.console import can_redraw, screen
+from picolm.console import can_redraw, say, screen
 from picolm.logs import configure_logging
 from picolm.schema import dump, load, plain
 from picolm.tracking import Session
@@ -33,7 +33,7 @@ def analyze_runs(
     config = load(config_path, AnalysisConfig, overrides)
     places = places or list(config.runs)
     if dry_run:
-        print(dump(config) + "\n" + plan(config, places))
+        say(dump(config) + "\n" + plan(config, places))
         return None
     folder = Path(config.monitoring.output_dir) / config.analysis_name
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def _with_bar(config: AnalysisConfig, places: list[str], **options: Any) -> Outc
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = screen(error=True)
-    columns = (TextColumn("analyzing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("analyzing", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not can_redraw(console)) as bar:
         task = bar.add_task("", total=None)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from picolm.console import sparkline
+from picolm.csvfile import csv_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +51,7 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) ->
     for name, values in json_files(rows).items():
         _write_text(folder / name, json.dumps(values, indent=1) + "\n")
     if csv:
-        _write_text(folder / "results.csv", load(folder).to_csv(index=False))
+        _write_text(folder / "results.csv", csv_text(load(folder)))
     return folder / RESULTS
 
 

@@ -10,7 +10,7 @@ from picolm.cli import training, again, analysis, reporting, suites, runs, corpo
 
 # isort: on
 from picolm.cli.app import app
-from picolm.console import tolerate
+from picolm.console import say, tolerate
 from picolm.errors import PicoError
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     try:
         app()
     except PicoError as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:  # from where the training listens
         sys.exit(130)

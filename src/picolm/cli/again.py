@@ -7,6 +7,7 @@ import typer
 
 from picolm.cli.app import app
 from picolm.cli.arguments import RunArgument, TrustRemoteCode
+from picolm.console import say
 from picolm.errors import PicoError
 
 if TYPE_CHECKING:
@@ -91,32 +92,30 @@ def _tell(run: "Run", wanted: list[int], target: "Run | None", verdict: "Verdict
     from picolm.train.history import circumstances
 
     if verdict.stopped is not None:
-        print("Interrupted: the steps that were finished are kept.")
+        say("Interrupted: the steps that were finished are kept.")
         raise typer.Exit(128 + verdict.stopped)
     made = f"step {wanted[0]}" if len(wanted) == 1 else f"{len(wanted)} steps, {wanted[0]} to {wanted[-1]},"
     updates = verdict.last - verdict.first
-    print(
-        f"Made {made} again from the checkpoint of step {verdict.first}: {updates} updates in {verdict.seconds:.1f} s."
-    )
+    say(f"Made {made} again from the checkpoint of step {verdict.first}: {updates} updates in {verdict.seconds:.1f} s.")
     if target is not None:
-        print(
+        say(
             f"To be found in {target.path}"
             + (", marked as replayed." if target is run else f"; for example: pico list {target.path}")
         )
     if not verify:
         return
     if not verdict.compared:
-        print("Nothing was recorded between these steps to compare with.")
+        say("Nothing was recorded between these steps to compare with.")
         raise typer.Exit(1)
     same = [str(found.step) for found in verdict.compared if found.identical]
     if verdict.identical:
-        print(f"Identical: the weights have the recorded digest at step(s) {', '.join(same)}.")
+        say(f"Identical: the weights have the recorded digest at step(s) {', '.join(same)}.")
         return
     for found in verdict.compared:
         if not found.identical:
             far = "" if found.difference is None else f", relative difference {found.difference:.2e}"
-            print(f"Different at step {found.step}{far}.")
-    print(circumstances(run))
+            say(f"Different at step {found.step}{far}.")
+    say(circumstances(run))
     raise typer.Exit(1)
 
 
@@ -136,9 +135,9 @@ def fork(
 
     config = make(own_run(run), step, run_name, overrides or [])
     folder = Path(config.checkpointing.runs_dir) / run_name
-    print(f"{folder} starts from step {step} of {run}.")
+    say(f"{folder} starts from step {step} of {run}.")
     if not train:
-        print(f"Train it:  pico train {folder}/training_config.yaml")
+        say(f"Train it:  pico train {folder}/training_config.yaml")
         return
     raise typer.Exit(run_training(config))
 
@@ -163,7 +162,7 @@ def batch(
 
     seen = batch_at(own_run(run), step, overrides or [], rows=rows, loss=loss)
     for line in batch_rows(seen, characters):
-        print(line)
+        say(line)
     if out is not None:
         seen.write(out)
-        print(f"One line per token: {out}")
+        say(f"One line per token: {out}")

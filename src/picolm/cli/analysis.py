@@ -55,10 +55,10 @@ def analyze(
 
 def _report(config_path: Path, overrides: list[str], places: list[str]) -> None:
     from picolm.analyze.config import AnalysisConfig
-    from picolm.cli.reporting import say
+    from picolm.cli.reporting import say_where
     from picolm.report.assembly import write
     from picolm.schema import load
 
     config = load(config_path, AnalysisConfig, overrides)
     folder = Path(config.monitoring.output_dir) / config.analysis_name
-    say(write(places or list(config.runs), [str(folder)], folder / "report.html"))
+    say_where(write(places or list(config.runs), [str(folder)], folder / "report.html"))

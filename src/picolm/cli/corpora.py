@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from picolm.cli.app import app
+from picolm.console import say
 from picolm.errors import PicoError
 
 if TYPE_CHECKING:
@@ -77,11 +78,11 @@ def prepare_data(
             run_bytes=memory << 20, executor=spread,
         )  # fmt: skip
     if manifest is None:
-        print(f"Handed in; {out} will be there when the last job is done. The same command hands in what failed.")
+        say(f"Handed in; {out} will be there when the last job is done. The same command hands in what failed.")
         return
-    print(prepared(manifest, out))
+    say(prepared(manifest, out))
     for name, dropped in manifest.left_out.items():
-        print(f"{dropped:,} documents were left out: {name}")
+        say(f"{dropped:,} documents were left out: {name}")
 
 
 @data.command("merge")
@@ -104,7 +105,7 @@ def merge_data(
     with phases() as progress:
         manifest = merge(folders, out, weights=_numbers(weights), rows=rows, seed=seed, progress=progress)
     assert manifest is not None  # this process does the work
-    print(prepared(manifest, out))
+    say(prepared(manifest, out))
 
 
 @data.command("inspect")
@@ -119,11 +120,11 @@ def inspect_data(
     from picolm.data.inspection import inspect
 
     found = inspect(folder, tokens=tokens, rows=rows, seed=seed)
-    print("\n".join(_summary(found)))
+    say("\n".join(_summary(found)))
     for sample in found.samples:
         text = sample.text[:characters] + (" …" if len(sample.text) > characters else "")
-        print(f"\n{sample.split} row {sample.number}" + (f" · {sample.source}" if sample.source else ""))
-        print("  " + text.replace("\n", "\n  "))
+        say(f"\n{sample.split} row {sample.number}" + (f" · {sample.source}" if sample.source else ""))
+        say("  " + text.replace("\n", "\n  "))
 
 
 @data.command("verify")
@@ -135,7 +136,7 @@ def verify_data(folder: Folder) -> None:
         raise PicoError("\n".join([*problems, f"{len(problems)} problems; prepare or fetch {folder} again"]))
     manifest = prepared_manifest(folder)
     shards = sum(map(len, manifest.splits.values()))
-    print(f"{folder}: {shards} shards, {manifest.tokens:,} tokens, the tokenizer: all as the manifest says")
+    say(f"{folder}: {shards} shards, {manifest.tokens:,} tokens, the tokenizer: all as the manifest says")
 
 
 def _summary(found: "Inspection") -> list[str]:

@@ -9,6 +9,7 @@ import typer
 from picolm.cli.app import app
 from picolm.cli.arguments import RunArgument
 from picolm.cli.corpora import data
+from picolm.console import say
 from picolm.errors import PicoError
 
 Steps = Annotated[
@@ -48,7 +49,7 @@ def push(
             lambda done, total: progress("steps", done, total),
         )
     what = "nothing was missing" if not sent else f"sent {len(sent)} step{'s' * (len(sent) > 1)}"
-    print(f"{repository}@{name}: {what}. To have it elsewhere:  pico pull {repository}@{name}")
+    say(f"{repository}@{name}: {what}. To have it elsewhere:  pico pull {repository}@{name}")
     if damaged:
         raise PicoError(f"damaged here, and not sent: step {', '.join(map(str, damaged))}")
 
@@ -75,7 +76,7 @@ def pull(
     what = (
         "nothing was missing" if not fetched else f"{len(fetched)} step{'s' * (len(fetched) > 1)}, every digest as sent"
     )
-    print(f"{folder}: {what}. For example:  pico list {folder}")
+    say(f"{folder}: {what}. For example:  pico list {folder}")
 
 
 @data.command("push")
@@ -98,7 +99,7 @@ def push_data(
             progress=lambda done, total: progress("shards", done, total),
         )
     revision = "" if branch == "main" else f"@{branch}"
-    print(f"{repo_id} holds the rows. Train on them:  pico train CONFIG data.dataset.name={repo_id}{revision}")
+    say(f"{repo_id} holds the rows. Train on them:  pico train CONFIG data.dataset.name={repo_id}{revision}")
 
 
 def _chosen(steps: str | None, there: Sequence[int]) -> list[int] | None:

@@ -7,6 +7,7 @@ import typer
 
 from picolm.cli.app import app
 from picolm.cli.arguments import TrustRemoteCode
+from picolm.console import say
 
 Runs = Annotated[list[str] | None, typer.Argument(metavar="[RUN]…", help="Runs to show: their folders.")]
 
@@ -30,11 +31,11 @@ def report(
     from picolm.report.assembly import write
 
     path = write(runs or [], analysis or [], out, own=section or [], figures=figures)
-    say(path)
+    say_where(path)
     if figures is not None:
-        print(f"Its figures are in {figures}.")
+        say(f"Its figures are in {figures}.")
 
 
-def say(path: Path) -> None:
+def say_where(path: Path) -> None:
     """Where the report is and how big it is."""
-    print(f"The report: {path} ({path.stat().st_size / 1e6:.1f} MB). It opens in any browser, offline.")
+    say(f"The report: {path} ({path.stat().st_size / 1e6:.1f} MB). It opens in any browser, offline.")

@@ -1,6 +1,5 @@
 """Commands that look at a run: `list`, `verify`, `generate`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +7,7 @@ import typer
 
 from picolm.cli.app import app
 from picolm.cli.arguments import RunArgument, TrustRemoteCode
+from picolm.console import say
 from picolm.errors import PicoError
 
 
@@ -32,7 +32,8 @@ def list_run(
 
     opened = Run.open(run)
     console.print(table(contents(opened), width=console.width))
-    print(loss_line(opened), end="\n" if loss_line(opened) else "")
+    if line := loss_line(opened):
+        say(line)
 
 
 @app.command()
@@ -44,11 +45,11 @@ def verify(run: RunArgument) -> None:
     steps = dict(listing.verify(opened))
     problems = [problem for found in steps.values() for problem in found]
     for problem in problems:
-        print(problem, file=sys.stderr)
+        say(problem, error=True)
     if problems or not steps:
         raise PicoError(f"{len(problems)} problem(s) in {len(steps)} checkpoints of {run}")
     kept = type(opened) is Run
-    print(
+    say(
         f"{len(steps)} checkpoints of {run}: "
         + ("every digest holds" if kept else "all can be read; their format keeps no digests")
     )
@@ -72,4 +73,4 @@ def generate(
     from picolm.train.sample import sample
 
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    print(sample(run, step, prompt, max_new_tokens=max_new_tokens, seed=seed, **options))
+    say(sample(run, step, prompt, max_new_tokens=max_new_tokens, seed=seed, **options))

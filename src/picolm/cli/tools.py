@@ -8,6 +8,7 @@ import typer
 
 from picolm.cli.app import app
 from picolm.cli.arguments import RunArgument, TrustRemoteCode
+from picolm.console import say
 from picolm.errors import PicoError
 
 
@@ -26,7 +27,7 @@ def export(
     from picolm.store import Run
 
     written = write(Run.open(run), step, format_name, out)
-    print(f"Step {written} of {run} is in {out}, in the format {format_name}.")
+    say(f"Step {written} of {run} is in {out}, in the format {format_name}.")
 
 
 @app.command("import")
@@ -43,7 +44,7 @@ def import_(
     from picolm.formats.importing import import_model
 
     run, stored = import_model(place, out, step)
-    print(f"{run.path} holds it as step {stored}.  See:  pico list {run.path}")
+    say(f"{run.path} holds it as step {stored}.  See:  pico list {run.path}")
 
 
 @app.command()
@@ -113,7 +114,7 @@ def evaluate(
             evaluate_steps(opened, parse_steps(steps) if steps else None, words, partial(progress, "evaluating"))
         )
     screen().print(evaluations(found))
-    print(f"Added to {opened.path / opened.directories.eval_results_dir}.")
+    say(f"Added to {opened.path / opened.directories.eval_results_dir}.")
 
 
 def _quoted(path: Path) -> str:

@@ -6,6 +6,7 @@ import typer
 
 from picolm.cli.app import app
 from picolm.cli.arguments import ConfigArguments, ConfigPath, config_and_overrides
+from picolm.console import say
 
 
 @app.command()
@@ -24,7 +25,7 @@ def train(
     if dry_run:
         from picolm.train.preview import preview
 
-        print(preview(config))
+        say(preview(config))
         return
 
     from picolm.train import run_training

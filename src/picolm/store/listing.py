@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from picolm.console import sparkline
+from picolm.console import screen, sparkline
 from picolm.errors import StoreError
 from picolm.store.files import size
 from picolm.store.run import Run
@@ -93,9 +93,7 @@ def _table(steps: list[StepContents], title: str, kinds: list[str], minimum: boo
 
 def _width(shown: "Table") -> int:
     """Characters of its longest line."""
-    from rich.console import Console
-
-    unbounded = Console(width=10_000)
+    unbounded = screen(width=10_000)
     return unbounded.measure(shown).maximum
 
 

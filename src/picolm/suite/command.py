@@ -6,9 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from rich.console import Console
-
-from picolm.console import LEAST_WIDTH, duration
+from picolm.console import LEAST_WIDTH, duration, say, screen
 from picolm.errors import PicoError
 from picolm.logs import configure_logging
 from picolm.schema import dump
@@ -57,10 +55,10 @@ def run_suite(
 
 def _preview(suite: Suite, found: list[Standing]) -> None:
     forecasts = forecast(suite.config, found)
-    console = Console()
+    console = screen()
     console.width = max(console.width, LEAST_WIDTH)  # wrapped by the terminal rather than cut off
     console.print(table(forecasts))
-    print(remarks(suite.config, suite.members, forecasts))
+    say(remarks(suite.config, suite.members, forecasts))
 
 
 def _train(suite: Suite, found: list[Standing], executor: str, jobs: int) -> tuple[list[Failure], int | None]:

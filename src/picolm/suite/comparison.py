@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from picolm.analyze import table
 from picolm.analyze.engine import Outcome, analyze
 from picolm.analyze.intervals import interval
+from picolm.csvfile import csv_text, read
 from picolm.errors import PicoError
 from picolm.report.material import Material, gather
 from picolm.report.section import Section, Sheet
@@ -86,8 +87,6 @@ def compare(members: "pd.DataFrame", values: "pd.DataFrame") -> "pd.DataFrame":
 
 def write_report(suite: Suite, members: list[Member]) -> Path:
     """The report of all members, with the comparison of the suite first."""
-    import pandas as pd
-
     from picolm.report.assembly import save
 
     folder = suite.config.folder
@@ -95,15 +94,13 @@ def write_report(suite: Suite, members: list[Member]) -> Path:
     own = [SECTION] if analyses else []
     material = gather([str(member.path) for member in members], analyses, own)
     material.title = suite.config.suite_name
-    described = pd.read_csv(folder / MEMBERS, dtype=str)
+    described = read(folder / MEMBERS, dtype=str)
     material.labels = dict(zip(described["run"], described["group"]))
     return save(material, folder / REPORT, own=own)
 
 
 def section(material: Material) -> Section | None:
     """The part of a report that compares the groups of a suite: found beside the analysis."""
-    import pandas as pd
-
     for analysis in material.analyses:
         folder = Path(analysis.place).parent
         if (folder / COMPARED).is_file() and (folder / MEMBERS).is_file():
@@ -112,8 +109,8 @@ def section(material: Material) -> Section | None:
                 f"layers of a run. Steps are those that were saved. All digits are in {COMPARED}; curves follow below."
             )
             sheets = [
-                Sheet("Side by side", side_by_side(pd.read_csv(folder / COMPARED))),
-                Sheet("Runs", pd.read_csv(folder / MEMBERS)),
+                Sheet("Side by side", side_by_side(read(folder / COMPARED))),
+                Sheet("Runs", read(folder / MEMBERS)),
             ]
             return Section("The suite", sheets, lead, first=True)
     return None
@@ -149,7 +146,7 @@ def _last(run: Run, name: str) -> Any:
 
 def _write(frame: "pd.DataFrame", path: Path) -> bool:
     """Write a table, unless it stands there already."""
-    text = frame.to_csv(index=False)
+    text = csv_text(frame)
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
     aside = path.with_name(f".{path.name}")

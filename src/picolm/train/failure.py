@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from lightning_fabric import Fabric
 from torch.distributed import DistError, TCPStore
 
+from picolm.console import say
 from picolm.errors import PicoError
 
 log = logging.getLogger("picolm")
@@ -128,7 +129,7 @@ class Together:
             return
         known = isinstance(error, PicoError) or lost_connection(error)
         text = first.message if known else "".join(traceback.format_exception(error)).rstrip()
-        print(f"[process {self.rank} on {socket.gethostname()}] {text}", file=sys.stderr)
+        say(f"[process {self.rank} on {socket.gethostname()}] {text}", error=True)
 
     def _said(self) -> Failure | None:
         return Failure(*json.loads(self.store.get(FAILURE))) if self.store.check([FAILURE]) else None
@@ -175,7 +176,7 @@ class Together:
         if self._over.wait(self.half_s):
             return
         if self.rank == 0:
-            print(_told(failure), file=sys.stderr)
+            say(_told(failure), error=True)
             self._end_children(0)
         _exit_now(1)
 

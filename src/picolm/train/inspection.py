@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from picolm.csvfile import csv_text
 from picolm.errors import PicoError
 from picolm.store import Run
 from picolm.train.build import open_batches, tokenizer_file
@@ -56,7 +57,7 @@ class Batch:
         if path.suffix == ".parquet":
             table.to_parquet(path, index=False)
         elif path.suffix == ".csv":
-            table.to_csv(path, index=False)
+            path.write_text(csv_text(table), encoding="utf-8", errors="backslashreplace", newline="")
         else:
             raise PicoError(f"{path}: the table can be written as .csv or .parquet")
 

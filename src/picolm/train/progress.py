@@ -66,7 +66,7 @@ class Progress:
 
 def _bar(console: Console) -> Bar:
     return Bar(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         *(TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "lr", "speed")),

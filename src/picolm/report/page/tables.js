@@ -89,10 +89,14 @@ function order_by(sheet, name) {
   [...sheet.node.querySelectorAll("th button")].find((button) => button.textContent.replace(/ [↑↓]$/, "") === name)?.focus();
 }
 
+// Text that a spreadsheet would take for a formula begins with an apostrophe, as in csvfile.py; numbers stay numbers.
+const guarded = (text) => (/^'*[=+\-@\t\r\n＝＋－＠]/.test(text) && !/^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$/.test(text) ? `'${text}` : text);
+
 function csvOf(sheet) {
   const quote = (value) => (value === null ? "" : /[",\r\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
-  const lines = [sheet.names.map(quote).join(",")];
-  for (const row of sheet.order) lines.push(sheet.names.map((name) => quote(cell(sheet.data.columns[name], row))).join(","));
+  const written = (column, row) => quote(column.words ? guarded(cell(column, row)) : cell(column, row));
+  const lines = [sheet.names.map(guarded).map(quote).join(",")];
+  for (const row of sheet.order) lines.push(sheet.names.map((name) => written(sheet.data.columns[name], row)).join(","));
   return lines.join("\n") + "\n";
 }
 
