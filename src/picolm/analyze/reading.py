@@ -11,8 +11,8 @@ from picolm.address import Address
 from picolm.analyze.components import Absent, Operand, operands
 from picolm.analyze.config import Component
 from picolm.analyze.heads import HEADS, KV_HEADS, LAYERS, stated
-from picolm.errors import PicoError, StoreError
-from picolm.store.files import load_json
+from picolm.errors import PicoError
+from picolm.trusted import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,10 +75,10 @@ class Reader(Mapping[Address, "Tensor"]):
         if all(stated(section, key) is not None for key in (LAYERS, HEADS, KV_HEADS)):
             return section
         try:
-            stored = load_json(self.checkpoint.read("config.json"))
-        except (StoreError, ValueError, RecursionError):
+            stored = parse_json(self.checkpoint.read("config.json"), f"config.json of {self.name}", dict[str, Any])
+        except PicoError:
             return section  # components that need what is missing say so
-        return {**(stored if isinstance(stored, dict) else {}), **section}
+        return {**stored, **section}
 
     def operands(self, component: Component, split: str) -> tuple[list[Operand], list[Absent]]:
         """What a component finds here, and what it does not."""
