@@ -12,9 +12,9 @@ import matplotlib
 import pandas as pd
 
 from picolm.analyze import table
-from picolm.analyze.intervals import interval, t_975
+from picolm.analyze.intervals import difference, interval
 from picolm.store import Run
-from picolm.suite.convergence import by_group, figures
+from picolm.suite.convergence import by_group, by_run, figures
 
 HERE = Path(__file__).parent
 COLORS = ["#d9a514", "#35b779", "#2d708e", "#482677"]  # small to large; printed in grey, light to dark
@@ -149,26 +149,31 @@ def losses(frame: pd.DataFrame, groups: list[str]) -> None:
 
 def print_tables(values: pd.DataFrame, members: pd.DataFrame, groups: list[str]) -> None:
     """Markdown: means with intervals by size, and the difference of the smallest and the largest with its own."""
-    lost = [interval(members.loc[members["group"] == g, "val/paloma/nats_per_token"].tolist()) for g in groups]
-    print("| | " + " | ".join(g.upper() for g in groups) + " | smallest - largest |")
+    ends = [members.loc[members["group"] == g, "val/paloma/nats_per_token"] for g in groups]
+    lost = [interval(end.tolist()) for end in ends]
+    print("| | " + " | ".join(g.upper() for g in groups) + " | smallest - largest (Welch) |")
     print("|---" * (len(groups) + 2) + "|")
-    print(
-        "| held-out loss, nats per token | " + " | ".join(map(cell, lost)) + " | " + apart(lost[0], lost[-1], 3) + " |"
-    )
+    print("| held-out loss, nats per token | " + " | ".join(map(cell, lost)) + " | " + apart(ends[0], ends[-1]) + " |")
     full = values.assign(module="", options="", against_run=None, against_step=None, against_layer=None)
     found = pd.concat([figures(full, settled=level) for level in (0.8, 0.9, 0.95)]).drop_duplicates(
         ["run", "metric", "component", "kind", "layer", "figure"]
     )
     found = pd.concat([found, ratios(found)])
-    grouped = by_group(found, dict(zip(members["run"], members["group"])))
+    belongs = dict(zip(members["run"], members["group"]))
+    grouped, each = by_group(found, belongs), by_run(found, belongs)
     for (metric, kind), wanted in SHOWN.items():
         for component, title in [(name, title) for (name, of), title in MATTERS.items() if of == kind]:
             for figure in wanted:
-                same = (grouped["metric"] == metric) & (grouped["kind"] == kind) & (grouped["component"] == component)
-                by = grouped[same & (grouped["figure"] == figure)].set_index("group")
+                of = {"metric": metric, "kind": kind, "component": component, "figure": figure}
+                by = grouped[(grouped[list(of)] == pd.Series(of)).all(axis=1)].set_index("group")
                 cells = [tuple(by.loc[g, ["mean", "low", "high", "n"]]) for g in groups]
+                runs = each[(each[list(of)] == pd.Series(of)).all(axis=1)].set_index("group")["value"]
                 name = f"{metric.upper()}, {title}: {figure}"
-                print(f"| {name} | " + " | ".join(map(cell, cells)) + f" | {apart(cells[0], cells[-1], 3)} |")
+                print(
+                    f"| {name} | "
+                    + " | ".join(map(cell, cells))
+                    + f" | {apart(runs.loc[groups[0]], runs.loc[groups[-1]])} |"
+                )
 
 
 def print_layers(values: pd.DataFrame, members: pd.DataFrame, groups: list[str]) -> None:
@@ -190,7 +195,7 @@ def print_layers(values: pd.DataFrame, members: pd.DataFrame, groups: list[str])
 
 def ratios(found: pd.DataFrame) -> pd.DataFrame:
     """Last over first effective rank: what is left of it, whatever the shape of the matrix."""
-    keys = ["run", "metric", "options", "component", "kind", "split", "module", "layer"]
+    keys = [name for name in found.columns if name not in ("figure", "value")]
     rank = found[found["metric"] == "per"]
     wide = (
         rank[rank["figure"].isin(["first", "last"])]
@@ -208,13 +213,12 @@ def cell(found: tuple[float, ...]) -> str:
     return f"{mean:.3f}{spread}" + ("" if n == 3 else f" (n = {n:.0f})")
 
 
-def apart(one: tuple[float, ...], other: tuple[float, ...], n: int) -> str:
-    """The difference of two means of `n` runs with its 95 % interval (Student's t, pooled)."""
-    if one[3] != n or other[3] != n:
+def apart(one: pd.Series, other: pd.Series) -> str:
+    """The difference of two means over runs with its 95 % interval (Welch); empty where a run has no value."""
+    if one.isna().any() or other.isna().any():
         return ""
-    errors = [(high - low) / 2 / t_975(n - 1) for _, low, high, _ in (one, other)]
-    half = t_975(2 * n - 2) * math.hypot(*errors)
-    return f"{one[0] - other[0]:+.3f} ± {half:.3f}"
+    found, low, high = difference(one.tolist(), other.tolist())
+    return f"{found:+.3f} ± {(high - low) / 2:.3f}"
 
 
 def main() -> None:

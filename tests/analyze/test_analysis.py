@@ -242,6 +242,19 @@ def test_seeds_are_aggregated(analyze: Analyze, tmp_path: Path) -> None:
     assert row["high"] - row["mean"] == pytest.approx(12.706 * values.std() / 2**0.5) == row["mean"] - row["low"]
 
 
+def test_runs_of_other_configurations_are_not_pooled_with_seeds(
+    analyze: Analyze, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "metrics: [{metric_name: gini, components: [{layer_suffixes: w_2}]}]"
+    analyze(text, "narrow", "other", "wide", aggregated=True)
+    pooled = pd.read_parquet(tmp_path / "results" / "analysis" / "aggregated.parquet")
+    assert pooled.groupby("group")["n"].unique().map(list).to_dict() == {"narrow and 1 like it": [2], "wide": [1]}
+    assert pooled.loc[pooled["group"] == "wide", "low"].isna().all()
+    said = capsys.readouterr().err
+    assert "--aggregate: narrow, other are taken together as seeds of one configuration" in said
+    assert "--aggregate: wide is by itself: differs from narrow in model.d_model" in said
+
+
 MLP = "components: [{component_name: mlp, data_type: activations}]"
 
 

@@ -95,3 +95,58 @@ def test_comparisons_with_other_steps_runs_and_layers_stay_out() -> None:
     zeros = [row | other | {"value": 0.0} for row in rows for other in others]
     settled = figures(pd.DataFrame([*rows, *zeros]))
     assert settled.loc[settled["figure"].str.startswith("settled"), "value"].tolist() == [2 / 8]
+
+
+def shaped(kind: str, curve: list[float | None], steps: list[int] = STEPS, **other: object) -> list[dict[str, object]]:
+    """Rows of a metric of one's own, of a kind, compared with the last step unless it is a quantity."""
+    rows = values("a", 0, [0.0] * 5, "cka" if kind != "quantity" else "per")
+    own = {"metric": f"my_lab:{kind}", "metric_kind": kind} | other
+    return [row | own | {"step": step, "value": value} for row, step, value in zip(rows, steps, curve)]
+
+
+def settled_of(rows: list[dict[str, object]]) -> dict[str, float]:
+    return figures(pd.DataFrame(rows)).set_index("figure")["value"].to_dict()
+
+
+def test_a_distance_has_settled_when_it_stays_low() -> None:
+    found = settled_of(shaped("distance", [2.0, 0.1, 1.0, 0.2, 0.0]))
+    assert found["settled at 10% of the first (share of training)"] == 4 / 8
+    assert set(found) == {"settled at 10% of the first (share of training)", "mean over training"}
+    scaled = settled_of(shaped("distance", [200.0, 10.0, 100.0, 20.0, 0.0]))
+    assert scaled["settled at 10% of the first (share of training)"] == 4 / 8
+
+
+@pytest.mark.parametrize("metric", ["condition_number", "norm", "stable_rank", "my_lab:gone"])
+def test_of_a_quantity_nothing_settles(metric: str) -> None:
+    rows = [row | {"metric": metric} for row in values("a", 0, [5.0, 4.0, 3.0, 2.0, 1.0], "per")]
+    found = settled_of(rows)
+    assert not [name for name in found if name.startswith("settled")]
+    assert (found["first"], found["last"]) == (5.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["similarity", "distance", "quantity"])
+@pytest.mark.parametrize("missing", [[None, None], "absent"])
+def test_a_curve_whose_late_values_are_missing_does_not_end_early(kind: str, missing: object) -> None:
+    curve = [0.1, 0.95, 1.0, 1.0, 1.0] if kind == "similarity" else [1.0, 0.05, 0.0, 0.0, 0.0]
+    whole = shaped(kind, curve, metric="my_lab:whole")
+    rows = shaped(kind, [*curve[:3], None, None])
+    found = figures(pd.DataFrame([*whole, *(rows[:3] if missing == "absent" else rows)]))
+    cut = found[found["metric"] != "my_lab:whole"].set_index("figure")["value"]
+    wanted = [name for name in cut.index if name.startswith(("settled", "last", "mean"))]
+    assert len(wanted) == 2
+    assert cut[wanted].isna().all()
+    assert found[found["metric"] == "my_lab:whole"]["value"].notna().all()
+
+
+def test_a_head_without_a_value_is_not_averaged_away() -> None:
+    heads = [row | {"head": head} for head in (0, 1) for row in shaped("similarity", [1.0] * 5)]
+    heads[-1]["value"] = None
+    assert math.isnan(settled_of(heads)["settled at 0.9 (share of training)"])
+
+
+def test_what_is_compared_with_the_step_before_has_not_settled() -> None:
+    rows = shaped("similarity", [1.0] * 4, target="previous")
+    before = [row | {"step": step, "against_step": other} for row, step, other in zip(rows, STEPS[1:], STEPS)]
+    whole = shaped("similarity", [0.0, 0.0, 0.0, 0.0, 1.0], target="last")
+    found = figures(pd.DataFrame([*before, *whole]))
+    assert set(found["target"]) == {"last"}

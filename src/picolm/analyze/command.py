@@ -8,10 +8,12 @@ from typing import Any
 from picolm.analyze import table
 from picolm.analyze.config import AnalysisConfig
 from picolm.analyze.engine import Outcome, analyze, plan
+from picolm.analyze.groups import alike, config_of
 from picolm.analyze.intervals import aggregate
 from picolm.console import can_redraw, say, screen
 from picolm.logs import configure_logging
 from picolm.schema import dump, load, plain
+from picolm.store import Run
 from picolm.tracking import Session
 
 log = logging.getLogger("picolm")
@@ -46,7 +48,7 @@ def analyze_runs(
             left_out, " or Weights & Biases" if config.monitoring.save_to_wandb else "",
         )  # fmt: skip
     if aggregated:
-        aggregate(table.load(folder)).to_parquet(folder / "aggregated.parquet")
+        _write_aggregated(folder, places)
     if config.monitoring.save_to_wandb:
         _to_wandb(config, outcome.rows)
     console = screen()
@@ -56,6 +58,15 @@ def analyze_runs(
         len(outcome.rows), outcome.computed, outcome.read, len(outcome.absent), path,
     )  # fmt: skip
     return outcome
+
+
+def _write_aggregated(folder: Path, places: list[str]) -> None:
+    """Means and intervals over the runs that differ in seeds and names alone; says how runs are grouped and what is left out."""
+    groups, sentences = alike({run.name: config_of(run) for run in map(Run.open, places)})
+    pooled = aggregate(table.load(folder), groups)
+    for sentence in (*sentences, *pooled.attrs["left_out"]):
+        log.warning("--aggregate: %s", sentence)
+    pooled.to_parquet(folder / "aggregated.parquet")
 
 
 def _with_bar(config: AnalysisConfig, places: list[str], **options: Any) -> Outcome:

@@ -1,12 +1,14 @@
-"""Means over runs that differ in their seed, and how far they may be from the mean over all seeds.
+"""Means over runs that differ in their seed, how far they may be from the mean over all seeds, and how far groups differ.
 
 Student's t takes the runs for draws from a normal distribution, and covers as often as it says from two runs on. The percentile
 bootstrap takes no distribution, but lies between the least and the greatest run: of three runs it covers three times in four.
+Groups may vary by different amounts, so that their difference has the interval of Welch (1947), which pools no variances.
 """
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,18 +17,26 @@ from picolm.analyze.table import COLUMNS, MEASURED
 if TYPE_CHECKING:
     import pandas as pd
 
-# 97.5 % points of Student's t for 1, 2, … degrees of freedom, and of the normal distribution.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-Z_975 = 1.959964
+SUBJECT = ["metric", "options", "component", "kind", "split", "target"]  # what steps are counted of
 
 
-def t_975(freedom: int) -> float:
-    """The 97.5 % point of Student's t; beyond the table by its expansion in 1 / freedom (Abramowitz and Stegun 26.7.5)."""
-    if freedom <= len(T_975):
-        return T_975[freedom - 1]
-    z = Z_975
-    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return sum(term / freedom**power for power, term in enumerate(terms))
+@cache
+def t_975(freedom: float) -> float:
+    """The 97.5 % point of Student's t for any number of degrees of freedom from 1 on, also between two integers.
+
+    With t = sqrt(freedom) tan(a), the share of the distribution within +-t is the integral of cos(x)^(freedom - 1) from 0 to a,
+    over that from 0 to pi / 2, which has a closed form. The integrand is smooth, so Gauss's rule gives it to the last digits.
+    """
+    if not freedom >= 1:
+        raise ValueError(f"Student's t needs at least one degree of freedom, not {freedom}")
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    log_whole = 0.5 * math.log(math.pi) - math.log(2) + math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2)
+    low, high = 0.0, min(math.pi / 2, 13 / math.sqrt(freedom))  # t is 12.7 for one degree, and less for more
+    for _ in range(60):
+        end = (low + high) / 2
+        logs = (freedom - 1) * np.log(np.cos(end / 2 * (nodes + 1))) - log_whole
+        low, high = (end, high) if end / 2 * float(np.exp(logs) @ weights) < 0.95 else (low, end)
+    return math.sqrt(freedom) * math.tan(low)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float, int]:
@@ -39,24 +49,88 @@ def interval(values: Sequence[float]) -> tuple[float, float, float, int]:
     return float(given.mean()), float(given.mean()) - half, float(given.mean()) + half, n
 
 
-def aggregate(frame: "pd.DataFrame", *, draws: int = 1000, seed: int = 0) -> "pd.DataFrame":
-    """Mean, standard deviation (n - 1), n and 95 % intervals of the mean over runs that differ in their seed.
+def difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """The difference of two means with its 95 % interval after Welch: t with the degrees of freedom of Satterthwaite (1946).
 
-    low, high: by Student's t; bootstrap_low, bootstrap_high: percentiles of the means of `draws` samples. Values that stand for
-    the same step, matrix, metric and partner are taken together; infinite and missing ones are left out and counted (left_out).
-    With one run there is no deviation and no interval.
+    NaN ends where a group has fewer than two values. Values that are not finite are left out.
+    """
+    groups = [np.asarray([value for value in group if math.isfinite(value)], dtype=float) for group in (one, other)]
+    if not all(map(len, groups)):
+        return math.nan, math.nan, math.nan
+    apart = float(groups[0].mean() - groups[1].mean())
+    if min(map(len, groups)) < 2:
+        return apart, math.nan, math.nan
+    errors = [float(group.var(ddof=1)) / len(group) for group in groups]
+    total = sum(errors)
+    if total == 0:
+        return apart, apart, apart
+    freedom = 1 / sum((error / total) ** 2 / (len(group) - 1) for error, group in zip(errors, groups))
+    half = t_975(freedom) * math.sqrt(total)
+    return apart, apart - half, apart + half
+
+
+def aggregate(
+    frame: "pd.DataFrame", groups: Mapping[str, str] | None = None, *, draws: int = 1000, seed: int = 0
+) -> "pd.DataFrame":
+    """Mean, standard deviation (n - 1), n and 95 % intervals of the mean over the runs of each group.
+
+    groups: by run, the name of its group, as `alike` gives them (default: all runs are seeds of one configuration). low, high: by
+    Student's t; bootstrap_low, bootstrap_high: percentiles of the means of `draws` samples. Values of the same step, matrix,
+    metric and target are taken together; comparisons with the last step, also where runs end at different ones. Only steps that
+    all runs of a group have are used; the sentences in `attrs["left_out"]` of the result name the others. Infinite and missing
+    values are left out and counted (left_out). With one run there is no deviation and no interval.
     """
     import pandas as pd
 
-    keys = [name for name in COLUMNS if name not in (*MEASURED, "run", "against_run")]
+    belongs = [("all runs" if groups is None else groups.get(run, run)) for run in frame["run"]]
+    rows = frame.assign(group=belongs)
+    rows = rows.assign(target=_asked(rows))
+    relative = rows["target"].astype("string").str.contains(r"\b(?:first|last|previous)\b").fillna(False)
+    rows["against_step"] = rows["against_step"].mask(relative.to_numpy(dtype=bool))
+    rows, told = _common(rows)
+    keys = ["group", *(name for name in COLUMNS if name not in (*MEASURED, "run", "against_run"))]
     generator = np.random.default_rng(seed)
-    records = []
-    for key, group in frame.groupby(keys, dropna=False, sort=False):
-        values = group["value"].to_numpy(dtype=float)
-        mean, low, high, n = interval(values.tolist())
-        finite = values[np.isfinite(values)]
-        means = finite[generator.integers(0, n, (draws, n))].mean(1) if n > 1 else np.array([math.nan])
-        record = dict(zip(keys, key)) | {"n": n, "left_out": len(values) - n, "mean": mean}
-        record |= {"std": finite.std(ddof=1) if n > 1 else math.nan, "low": low, "high": high}
-        records.append(record | dict(zip(("bootstrap_low", "bootstrap_high"), np.quantile(means, (0.025, 0.975)))))
-    return pd.DataFrame(records)
+    records = [_record(key, keys, group, draws, generator) for key, group in _grouped(rows, keys)]
+    made = pd.DataFrame(records, columns=[*keys, *_FIGURES])
+    made.attrs["left_out"] = told
+    return made
+
+
+_FIGURES = ("n", "left_out", "mean", "std", "low", "high", "bootstrap_low", "bootstrap_high")
+
+
+def _grouped(rows: "pd.DataFrame", keys: list[str]) -> Iterator[tuple[Any, "pd.DataFrame"]]:
+    yield from rows.groupby(keys, dropna=False, sort=False)
+
+
+def _record(key: Any, keys: list[str], rows: "pd.DataFrame", draws: int, generator: Any) -> dict[str, Any]:
+    values = rows["value"].to_numpy(dtype=float)
+    mean, low, high, n = interval(values.tolist())
+    finite = values[np.isfinite(values)]
+    means = finite[generator.integers(0, n, (draws, n))].mean(1) if n > 1 else np.array([math.nan])
+    deviation = finite.std(ddof=1) if n > 1 else math.nan
+    found = (n, len(values) - n, mean, deviation, low, high, *np.quantile(means, (0.025, 0.975)))
+    return dict(zip(keys, key)) | dict(zip(_FIGURES, found))
+
+
+def _asked(rows: "pd.DataFrame") -> "pd.Series":
+    """The targets; in a table of an earlier version, which has none, `last` where a run is compared with its last step only."""
+    if not (rows["target"].fillna("") == "").any() or rows.empty:
+        return rows["target"]
+    last = rows.groupby("run")["step"].transform("max")
+    same_run = (rows["against_run"] == rows["run"]) & (rows["against_step"] == last).fillna(False)
+    throughout = same_run.groupby([rows["run"], rows["metric"], rows["options"].fillna("")]).transform("all")
+    return rows["target"].mask((rows["target"].fillna("") == "") & throughout, "last")
+
+
+def _common(rows: "pd.DataFrame") -> tuple["pd.DataFrame", list[str]]:
+    """The rows of steps that all runs of a group have, and in words what is left out."""
+    subject = ["group", *SUBJECT]
+    by_step = rows.groupby([*subject, "step"], dropna=False)["run"].transform("nunique")
+    runs = rows.groupby(subject, dropna=False)["run"].transform("nunique")
+    kept, told = by_step == runs, []
+    for (group, run), own in rows[~kept].groupby(["group", "run"], sort=False):
+        steps = sorted(map(int, own["step"].unique()))
+        shown = ", ".join(map(str, steps[:6])) + (f", … {steps[-1]} ({len(steps)} in all)" if len(steps) > 6 else "")
+        told.append(f"{group}: left out of the means: step {shown} of {run}, which not all of its runs have")
+    return rows[kept], told

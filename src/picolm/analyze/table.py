@@ -58,21 +58,24 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) ->
 def load(place: str | Path) -> "pd.DataFrame":
     """Read the long table of an analysis, from its folder or its file, as a pandas data frame (layers and heads as Int64).
 
-    A table written before a column existed has it empty; `metric_kind` is that of the metric of this name, and empty where there
-    is none.
+    A table written before a column existed is completed, see `completed`.
     """
     import pandas as pd
 
     path = Path(place)
-    frame = pd.read_parquet(path / RESULTS if path.is_dir() else path)
-    added = [name for name in COLUMNS if name not in frame.columns]
-    for name in added:
-        frame[name] = math.nan if name in NUMBERS else pd.NA if name in COUNTS else ""
-    if "metric_kind" in added:
-        frame["metric_kind"] = frame["metric"].map(_kind_of)
+    frame = completed(pd.read_parquet(path / RESULTS if path.is_dir() else path))
     return frame[[*COLUMNS, *(name for name in frame.columns if name not in COLUMNS)]].astype(
         dict.fromkeys(COUNTS, "Int64")
     )
+
+
+def completed(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """Return a table with all columns: those that it lacks are empty, `metric_kind` is that of the metric of this name."""
+    import pandas as pd
+
+    added = [name for name in COLUMNS if name not in frame.columns]
+    frame = frame.assign(**{name: math.nan if name in NUMBERS else pd.NA if name in COUNTS else "" for name in added})
+    return frame.assign(metric_kind=frame["metric"].map(_kind_of)) if "metric_kind" in added else frame
 
 
 def _kind_of(metric: str) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from picolm.analyze.groups import alike, config_of
 from picolm.analyze.table import RESULTS, load
 from picolm.errors import PicoError
 from picolm.store import Run
@@ -62,14 +63,7 @@ class Material:
         """By run, what it is called together with those that differ from it in nothing but seeds and names."""
         if self.labels:
             return self.labels
-        alike: dict[str, list[str]] = {}
-        for name, run in self.named.items():
-            alike.setdefault(_without_seeds(run.config), []).append(name)
-        return {
-            name: names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it"
-            for names in alike.values()
-            for name in names
-        }
+        return alike({name: config_of(run) for name, run in self.named.items()})[0]
 
 
 def gather(places: Sequence[str], analyses: Sequence[str], own: Sequence[str] = ()) -> Material:
@@ -91,11 +85,3 @@ def _table(place: str) -> "pd.DataFrame":
         return load(path)
     except (OSError, ValueError, KeyError) as error:
         raise PicoError(f"{place}: cannot be read as the table of an analysis ({error})") from error
-
-
-def _without_seeds(config: dict[str, Any]) -> str:
-    import json
-
-    training = {key: value for key, value in (config.get("training") or {}).items() if key != "seeds"}
-    kept = {key: config.get(key) for key in ("data", "model")} | {"training": training}
-    return json.dumps(kept, sort_keys=True, default=str)

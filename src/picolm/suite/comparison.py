@@ -123,7 +123,9 @@ def side_by_side(compared: "pd.DataFrame") -> "pd.DataFrame":
     what = ["metric", "options", "component", "kind", "split"]
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for row in compared.to_dict("records"):
-        of = " ".join(row[name] for name in what if isinstance(row.get(name), str))
+        target = row.get("target")
+        against = f"with {target}" if isinstance(target, str) and target not in ("last", "same") else ""
+        of = " ".join(filter(None, [*(row[name] for name in what if isinstance(row.get(name), str)), against]))
         rows.setdefault((of or "loss", row["figure"]), {})[str(row["group"])] = _with_interval(row)
     matters = list(dict.fromkeys(of for of, _ in rows))
     ordered = sorted(rows.items(), key=lambda entry: matters.index(entry[0][0]))

@@ -30,16 +30,18 @@ def compare(
     found = list(matters(rows))
     depths = sorted({int(layer) for _, group in found for layer in group["layer"].dropna().unique()})[:MOST_LAYERS]
     choices = ["mean of layers", *(f"layer {layer}" for layer in depths)] if len(depths) > 1 else []
-    traces = []
+    traces: list[go.Scatter] = []
+    left_out: dict[str, None] = {}
     for panel, (_, group) in enumerate(found):
         for place, layer in enumerate([None, *(depths if choices and group["layer"].notna().any() else [])]):
             chosen = _per_run(group if layer is None else group[group["layer"] == layer])
             fixed = group["layer"].isna().all() or not choices
-            traces += _lines(chosen, belongs, panel, {} if fixed else {"layer": place})
+            traces += _lines(chosen, belongs, panel, {} if fixed else {"layer": place}, left_out)
     title = named(name, rows["options"].iloc[0] or "")
     panels = [Panel(matter.title, y=title) for matter, _ in found]
     control = Control("layer", "Layer", choices)
-    return figure(f"{title}, run by run", traces, panels, controls=[control], log="xy", shared_y=True, note=gaps(rows))
+    note = " ".join(filter(None, [gaps(rows), *(f"{sentence}." for sentence in left_out)]))
+    return figure(f"{title}, run by run", traces, panels, controls=[control], log="xy", shared_y=True, note=note)
 
 
 def _per_run(rows: pd.DataFrame) -> pd.DataFrame:
@@ -51,7 +53,9 @@ def _per_run(rows: pd.DataFrame) -> pd.DataFrame:
     return means.merge(one, how="cross") if len(rows) else means
 
 
-def _lines(rows: pd.DataFrame, belongs: Mapping[str, str], panel: int, shown: dict[str, int]) -> list[go.Scatter]:
+def _lines(
+    rows: pd.DataFrame, belongs: Mapping[str, str], panel: int, shown: dict[str, int], left_out: dict[str, None]
+) -> list[go.Scatter]:
     names = list(dict.fromkeys(belongs.values()))
     traces: list[go.Scatter] = []
     for number, name in enumerate(names):
@@ -66,7 +70,8 @@ def _lines(rows: pd.DataFrame, belongs: Mapping[str, str], panel: int, shown: di
                 line(own["step"].to_numpy(), own["value"].to_numpy(), name, panel=panel, meaning=meaning, shown=shown)
             )
             continue
-        mean = aggregate(own).sort_values("step")
+        mean = aggregate(own, dict.fromkeys(members, name)).sort_values("step")
+        left_out |= dict.fromkeys(mean.attrs["left_out"])
         at, values = mean["step"].to_numpy(), mean["mean"].to_numpy(dtype=float)
         low, high = (mean[column].to_numpy(dtype=float) for column in ("low", "high"))
         traces.append(band(at, low, high, panel=panel, meaning=meaning, shown=shown, group=name))
