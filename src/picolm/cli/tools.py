@@ -64,11 +64,9 @@ def renew(
     with phases() as progress:
         changed = dict(renew_steps(opened, parse_steps(steps) if steps else None, partial(progress, "renewing")))
     renewed = [step for step, names in changed.items() if names]
-    print(f"{len(renewed)} of {len(changed)} checkpoints of {run} have new modelling code; the others had it already.")
+    say(f"{len(renewed)} of {len(changed)} checkpoints of {run} have new modelling code; the others had it already.")
     if renewed:
-        print(
-            "Their manifests record it under `renewed`. A copy on the Hub stays as it is until:  pico push " + str(run)
-        )
+        say("Their manifests record it under `renewed`. A copy on the Hub stays as it is until:  pico push " + str(run))
 
 
 @app.command()
