@@ -123,7 +123,7 @@ def test_unknown_names_are_explained(hub: Any, opened: Any, write_shards: Write)
     with pytest.raises(DataError, match=r"lab/rows at v9: is not on the Hub .*check the revision"):
         opened("lab/rows@v9")
     with pytest.raises(
-        DataError, match=r"lab/rows: has no shards of the split 'val' \(there are 1 files; expected val-"
+        DataError, match=r"lab/rows: has no parquet shards of the split 'val'; it has shards of train \(expected val-"
     ):
         opened(split="val")
 

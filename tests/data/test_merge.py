@@ -94,7 +94,7 @@ def test_parts_that_do_not_fit_are_refused(parts: tuple[Path, Path], tmp_path: P
     with pytest.raises(DataError, match=r"texts: is no folder of prepared rows"):
         merge([parts[0], texts], tmp_path / "out")
     (parts[1] / "train-00000-of-00001.parquet").write_bytes(b"")
-    with pytest.raises(DataError, match=r"train-00000-of-00001.parquet: is not what the manifest says; see"):
+    with pytest.raises(DataError, match=r"train-00000-of-00001.parquet: has 0 bytes, the manifest says \d+ bytes\nsee"):
         merge(parts, tmp_path / "out")
 
 

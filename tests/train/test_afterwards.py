@@ -1,5 +1,6 @@
 """`pico evaluate` and evaluations while training say the same, and no result is lost to another."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.fox import TEXT
 
 from picolm.cli import app
 from picolm.data.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
-from picolm.errors import PicoError
+from picolm.errors import DataError, PicoError
 from picolm.store import Run
 from picolm.store.identity import stored_weights_digest
 
@@ -148,3 +149,66 @@ metric_list: [{{metric: bits_per_byte}}]
         assert "lm_eval/fox_texts/bits_per_byte" in during
         assert after == pytest.approx(during, rel=1e-6)
     assert [entry["step"] for entry in run.metrics() if "val/lm_eval/fox_texts/bits_per_byte" in entry] == [0, 2, 4, 6]
+
+
+@pytest.fixture
+def another_tokenizer(tmp_path: Path) -> Path:
+    folder = tmp_path / "another"
+    folder.mkdir()
+    write_tokenizer(train_tokenizer(["completely other words " * 9], 290), folder, 16)
+    return folder
+
+
+def prepared(tmp_path: Path, name: str, **options: Any) -> Path:
+    from picolm.data.prepare import prepare
+
+    (tmp_path / "texts").mkdir(exist_ok=True)
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"{number} {TEXT}")
+    options = {"vocab_size": 300, "seq_len": 16, "val_fraction": 0.2} | options
+    prepare([tmp_path / "texts"], tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_a_tokenizer_that_is_not_that_of_the_rows_is_refused_with_both_digests(
+    train: Callable[..., Run], tmp_path: Path, another_tokenizer: Path
+) -> None:
+    rows = prepared(tmp_path, "rows")
+    words = [f"data.dataset.name={rows}", "model.vocab_size=320", "data.tokenizer.vocab_size=300"]
+    digests = [
+        hashlib.sha256((place / "tokenizer.json").read_bytes()).hexdigest() for place in (rows, another_tokenizer)
+    ]
+    with pytest.raises(
+        DataError, match=f"rows: .*sha-256 {digests[0]}.* than data.tokenizer.name .*{digests[1]}.* auto"
+    ):
+        train(*words, f"data.tokenizer.name={another_tokenizer}")
+    renamed = tmp_path / "renamed.json"  # the same one, written in another way
+    renamed.write_text(json.dumps(json.loads((rows / "tokenizer.json").read_text())))
+    run = train(*words, f"data.tokenizer.name={renamed}")
+
+    other = prepared(tmp_path, "other", tokenizer=another_tokenizer)
+    for key in ("checkpointing.learning_dynamics.eval_data", "evaluation.paloma.dataset_name"):
+        with pytest.raises(DataError, match=f"other: its rows .*{digests[1]}.* than those of .*rows .*{digests[0]}"):
+            train(*words, f"{key}={other}", "checkpointing.run_name=held", "evaluation.metrics=[paloma]")
+    with pytest.raises(DataError, match=f"other: its rows .*{digests[1]}.* than the run .*sha-256 "):
+        pico("evaluate", str(run.path), "--metrics", "paloma", "--steps", "6", f"data.dataset.name={other}")
+
+
+def test_a_held_out_shard_that_is_cut_is_an_error(
+    train: Callable[..., Run], reading: list[str], tmp_path: Path
+) -> None:
+    shard = tmp_path / "text" / "val-00000-of-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"val-00000-of-00001.parquet: cannot be read as parquet"):
+        train(*reading)
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "tokenizer_config.json"])
+def test_files_beside_a_tokenizer_that_are_links_do_not_get_into_a_checkpoint(
+    train: Callable[..., Run], reading: list[str], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "secret").write_text('{"key": "secret"}')
+    (tmp_path / "text" / name).unlink(missing_ok=True)
+    (tmp_path / "text" / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(PicoError, match=f"{name}: is a link"):
+        train(*reading)

@@ -8,13 +8,13 @@ fast-forwarded. A family of sources is one factory registered in `SOURCES`; the 
     hub:owner/name[@revision]     a data set of the Hugging Face Hub; owner/name alone does
     my_lab.module:attribute       a factory of the user's own, called like those below
 
-Splits are told from file names: `train-*.parquet` and `val-*.parquet`, in the folder itself or in its `data/` folder, which is
-the layout of published data sets and of `picolm.data.prepare`. Shards that name no split are the train split.
+Splits are told from the names of files and folders (see `splits.py`): `train-*.parquet` and `val-*.parquet`, in the folder itself
+or in its `data/` folder, is the layout of published data sets and of `picolm.data.prepare`. Shards of a data set without the
+word train are the train split if they name no other one.
 """
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from typing import Protocol
 
 import numpy as np
 
+from picolm.data.splits import matching
 from picolm.errors import DataError
 from picolm.network import cache_folder
 from picolm.registry import Registry, did_you_mean
@@ -34,7 +35,8 @@ class Source(Protocol):
     fingerprint: digest of the content and its order, the same wherever the data lie.
     row_length: tokens in a row, the shifted target included.
     max_token: the largest token id, where a manifest states it, and max_token_file: the shard it is in.
-    eos: the id of the token that ends a document; tokenizer_file: the tokenizer.json that made the rows; None where unknown.
+    eos: the id of the token that ends a document; tokenizer_file: the tokenizer.json that made the rows, and
+    tokenizer_sha256, its digest; None where unknown.
     """
 
     fingerprint: str
@@ -43,6 +45,7 @@ class Source(Protocol):
     max_token_file: str | None
     eos: int | None
     tokenizer_file: Path | None
+    tokenizer_sha256: str | None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -92,7 +95,7 @@ def _find(name: str) -> tuple[SourceFactory, str]:
     family, colon, place = name.partition(":")
     if colon and family in SOURCES:
         return SOURCES.get(family), place
-    if os.path.exists(os.path.expanduser(name)) or glob.glob(os.path.expanduser(name)):
+    if os.path.exists(os.path.expanduser(name)) or matching(os.path.expanduser(name))[1]:
         return SOURCES.get("parquet"), name
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         return SOURCES.get(name), ""

@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from picolm import trusted
 from picolm.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+
+_MOST_VALUES = 1 << 29  # of one row group: 2 GiB of int32
 
 
 class Footer(NamedTuple):
@@ -36,8 +40,8 @@ def read_footer(file: Path | Any, name: str) -> Footer:
     """The footer of a shard, from its path or an open (also a remote) file. `name` is what messages call it."""
     import pyarrow.parquet as pq
 
-    with _named(name):
-        metadata = pq.read_metadata(file)
+    with _named(name, file):
+        metadata = pq.read_metadata(_regular(file))
     paths = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
     columns = [column for column, path in enumerate(paths) if path.split(".")[0] == "input_ids"]
     if not columns:
@@ -67,7 +71,15 @@ def read_tokens(path: Path, name: str, group: int) -> np.ndarray:
     if column.null_count or values.null_count:
         raise DataError(f"{name}: row group {group} of input_ids holds nulls")
     length = _common_length(column, name, group)
-    return _as_int32(values.to_numpy(zero_copy_only=False), name).reshape(len(column), length)
+    tokens_RT = _as_int32(values.to_numpy(zero_copy_only=False), name).reshape(len(column), length)
+    if length == 0 or tokens_RT.min() < 0:
+        row = 0 if length == 0 else int(np.argmax((tokens_RT < 0).any(axis=1)))
+        wrong = "no tokens" if length == 0 else f"the token id {tokens_RT[row][tokens_RT[row] < 0][0]}"
+        raise DataError(
+            f"{name}: row {row} of row group {group} has {wrong}; rows hold ids from 0, without padding or masks: leave such "
+            "rows out, or cut the text anew with `pico data prepare`"
+        )
+    return tokens_RT
 
 
 def read_labels(path: Path, name: str, group: int) -> list[str]:
@@ -80,6 +92,13 @@ def _read_column(path: Path, name: str, group: int, column: str) -> pa.Array:
     import pyarrow as pa
 
     with opened(path, name) as shard:
+        metadata = shard.metadata.row_group(group)
+        sizes = [metadata.column(place).num_values for place in range(metadata.num_columns)]
+        if max(sizes, default=0) > _MOST_VALUES:
+            raise DataError(
+                f"{name}: row group {group} holds {max(sizes):,} values, which are decoded at once; write it again with fewer "
+                "rows in a group"
+            )
         chunks = shard.read_row_group(group, columns=[column], use_threads=False).column(column)
         return pa.concat_arrays(chunks.chunks) if chunks.num_chunks != 1 else chunks.chunk(0)
 
@@ -114,20 +133,31 @@ def opened(path: Path, name: str) -> Iterator[pq.ParquetFile]:
     import pyarrow.parquet as pq
 
     with (
-        _named(name),
-        pq.ParquetFile(path, page_checksum_verification=True) as shard,
+        _named(name, path),
+        pq.ParquetFile(_regular(path), page_checksum_verification=True) as shard,
     ):  # where the writer left checksums
         yield shard
 
 
+def _regular(file: Path | Any) -> Path | Any:
+    """Return the real path of a file that is opened by its path, so that nobody waits for a pipe."""
+    if not isinstance(file, Path):
+        return file
+    file = file.resolve()
+    trusted.require_regular(file)
+    return file
+
+
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def _named(name: str, file: Path | Any) -> Iterator[None]:
     """Turn what pyarrow and the file system report into a DataError that names the shard."""
     import pyarrow as pa
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        if isinstance(file, Path):
+            trusted.refuse_lfs_pointer(file.resolve())
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{name}: cannot be read as parquet ({reason}); is the file truncated? fetch or prepare it again"

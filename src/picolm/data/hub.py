@@ -14,25 +14,29 @@ Hub states for the shards, and so outlives a commit that only edits the data set
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from picolm import trusted
 from picolm.data import SOURCES
 from picolm.data.ahead import Ahead
 from picolm.data.decode import Footer, read_footer
 from picolm.data.job import written
-from picolm.data.manifest import FILE, Manifest, digest_of, parse_manifest
-from picolm.data.parquet import ShardedRows, check_length, rows_fingerprint, shards_of
-from picolm.errors import DataError
+from picolm.data.manifest import FILE, Count, Manifest, Name, digest_of, parse_manifest
+from picolm.data.parquet import ShardedRows, check_length, rows_fingerprint
+from picolm.data.splits import NoSplit, canonical, no_shards, shards_of
+from picolm.errors import DataError, FileError
 from picolm.network import cache_folder, fetch, is_offline, persist
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 _FOOTER_BYTES = 1 << 16
+_MOST_FOOTER_BYTES = 1 << 28
 _TIMEOUT_S = 30.0
 
 
@@ -69,7 +73,7 @@ class Repository:
 
         tail = self.read_tail(file, size, _FOOTER_BYTES)
         needed = struct.unpack("<I", tail[-8:-4])[0] + 8 if len(tail) >= 8 else 0
-        if len(tail) < needed <= size:
+        if len(tail) < needed <= min(size, _MOST_FOOTER_BYTES):
             tail = self.read_tail(file, size, needed)
         return read_footer(pa.BufferReader(tail), f"{self.name}: {file}")
 
@@ -79,9 +83,9 @@ class Index:
     """What has to be known of a split before any shard is fetched: its files and digests in order, and rows in each."""
 
     commit: str
-    files: list[str]
+    files: list[Name]
     digests: list[str]
-    rows: list[int]
+    rows: list[Count]
     has_manifest: bool
     has_tokenizer: bool
 
@@ -121,7 +125,7 @@ def open_hub(
     index = _load(cached)
     if is_offline():
         if index is None:
-            raise DataError(
+            raise NoSplit(
                 f"{name}: offline mode (HF_HUB_OFFLINE) is on, and this machine has never opened the split {split!r} of "
                 "this data set; switch it off once, or use local data"
             )
@@ -137,9 +141,15 @@ def _open(repository: Repository, index: Index, split: str, row_length: int | No
     manifest = _manifest(repository) if index.has_manifest else None
     if manifest is not None:
         check_length(manifest.row_length, row_length or 0, repository.name)
+        split = canonical(split)
+        if [shard.file for shard in manifest.splits.get(split, [])] != index.files:
+            raise DataError(
+                f"{repository.name}: its manifest and its list of files in the cache differ; delete the latter"
+            )
         fingerprint = rows_fingerprint(manifest, split)
     else:
         fingerprint = digest_of(zip(index.digests, index.rows))
+    tokenizer = repository.fetch("tokenizer.json").resolve() if index.has_tokenizer else None
     return ShardedRows(
         [f"{repository.name}: {file}" for file in index.files],
         index.rows,
@@ -148,7 +158,8 @@ def _open(repository: Repository, index: Index, split: str, row_length: int | No
         row_length=row_length,
         manifest=manifest,
         split=split,
-        tokenizer_file=repository.fetch("tokenizer.json") if index.has_tokenizer else None,
+        tokenizer_file=tokenizer,
+        tokenizer_sha256=None if tokenizer is None else hashlib.sha256(trusted.read_bytes(tokenizer)).hexdigest(),
     )
 
 
@@ -196,23 +207,23 @@ def _survey(repository: Repository, split: str, row_length: int | None) -> Index
     listed = _tree(repository)
     manifest = _manifest(repository) if FILE in listed else None
     if manifest is not None:
-        rows = {shard.file: shard.rows for shard in manifest.splits.get(split, [])}
+        rows = {shard.file: shard.rows for shard in manifest.splits.get(canonical(split), [])}
     else:
-        files = shards_of(list(listed), split)
+        files = shards_of(list(listed), split, repository.name)
         rows = dict(zip(files, _count_rows(repository, [(file, listed[file].size) for file in files], row_length)))
-    missing = [file for file in rows if file not in listed]
-    if missing or not rows:
-        problem = (
-            f"its manifest names {missing[0]}, which is not there"
-            if missing
-            else f"has no shards of the split {split!r}"
-        )
-        raise DataError(f"{repository.name}: {problem} (there are {len(listed)} files; expected {split}-*.parquet)")
+    if missing := [file for file in rows if file not in listed]:
+        raise DataError(f"{repository.name}: its manifest names {', '.join(missing)}, which {_are(missing)} not there")
+    if not rows:
+        raise no_shards(repository.name, split, listed)
     entries = [listed[file] for file in rows]
     digests = [entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries]
     return Index(
         repository.commit, list(rows), digests, list(rows.values()), manifest is not None, "tokenizer.json" in listed
     )
+
+
+def _are(files: list[str]) -> str:
+    return "is" if len(files) == 1 else "are"
 
 
 def _count_rows(repository: Repository, shards: list[tuple[str, int]], row_length: int | None) -> list[int]:
@@ -224,14 +235,16 @@ def _count_rows(repository: Repository, shards: list[tuple[str, int]], row_lengt
 
 
 def _manifest(repository: Repository) -> Manifest | None:
-    return parse_manifest(repository.fetch(FILE).read_text(encoding="utf-8"), f"{repository.name}: {FILE}")
+    # the Hub's cache consists of links
+    return parse_manifest(trusted.read_bytes(repository.fetch(FILE).resolve()), f"{repository.name}: {FILE}")
 
 
 def _load(path: Path) -> Index | None:
     try:
-        return Index(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        index = trusted.read_json(path, Index)
+    except FileError:
         return None  # it can be made again
+    return index if 0 < len(index.files) == len(index.digests) == len(index.rows) else None
 
 
 def _save(index: Index, path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from picolm.data.decode import read_footer, read_labels, read_tokens
-from picolm.data.manifest import Manifest, Shard, read_manifest
+from picolm.data.manifest import Manifest, Shard, damaged_files, file_of, read_manifest
 from picolm.data.parquet import open_parquet
 from picolm.data.tokenizer import load_tokenizer
-from picolm.errors import DataError
+from picolm.errors import DataError, FileError, FileMissing
 from picolm.seeds import derive
 
 _DIGEST = np.dtype([("first", "<u8"), ("second", "<u8")])
@@ -94,7 +94,7 @@ def verify(folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     manifest = prepared_manifest(folder)
-    problems = _tokenizer_problems(folder, manifest)
+    problems = damaged_files(folder, manifest, [])
     for split, shards in manifest.splits.items():
         for number, shard in enumerate(shards):
             problems += [f"{folder / shard.file}: {problem}" for problem in _shard_problems(folder, manifest, shard)]
@@ -124,19 +124,14 @@ def prepared_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
-    path = folder / manifest.tokenizer["file"]
-    if not path.is_file():
-        return [f"{path}: is missing"]
-    if hashlib.sha256(path.read_bytes()).hexdigest() != manifest.tokenizer["sha256"]:
-        return [f"{path}: is not the tokenizer that made the rows (sha-256)"]
-    return []
-
-
 def _shard_problems(folder: Path, manifest: Manifest, shard: Shard) -> Iterator[str]:
-    path = folder / shard.file
-    if not path.is_file():
+    try:
+        path = file_of(folder, shard.file)
+    except FileMissing:
         yield "is missing"
+        return
+    except FileError as error:
+        yield str(error).removeprefix(f"{folder / shard.file}: ")
         return
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:

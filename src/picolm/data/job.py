@@ -17,6 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from picolm import trusted
+from picolm.data.manifest import digest_of
+from picolm.errors import FileError
+
+WORK_FORMAT = 2  # of the files in a work folder; folders of another one are not continued
+_REPORT_BYTES = 1 << 30
 Progress = Callable[[str, int, int | None], None]
 """(what is being done, how much is done, how much there is in all): bytes while reading, then documents, then rows."""
 
@@ -54,7 +60,7 @@ class Job:
     def reports(self, stage: str, units: Iterable[int]) -> Iterator[Report]:
         """The reports of finished units."""
         for unit in units:
-            yield json.loads(self._report_path(stage, unit).read_text(encoding="utf-8"))
+            yield read_sealed(self._report_path(stage, unit), self.folder)
 
     def is_done(self, stage: str, unit: int) -> bool:
         """Whether a unit is finished."""
@@ -67,7 +73,7 @@ class Job:
     def finish(self, stage: str, unit: int, report: Report) -> None:
         """Remember that a unit is finished."""
         with written(self._report_path(stage, unit)) as file:
-            file.write(json.dumps(report).encode())
+            file.write(sealed(report))
 
     def sources(self) -> list[str] | None:
         """The names of the sources by number, None where nothing names one."""
@@ -109,6 +115,20 @@ def _give_back() -> None:
     """
     with suppress(AttributeError, OSError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def sealed(value: Any) -> bytes:
+    """Return a JSON value together with its digest, so that damage shows before the value is used."""
+    value = json.loads(json.dumps(value))  # keys that are numbers become text
+    return json.dumps({"value": value, "sha256": digest_of([value])}).encode()
+
+
+def read_sealed(path: Path, folder: Path) -> Any:
+    """Return a value written with `sealed` into a file of the work folder. Raises FileError if it is not as it was written."""
+    content = trusted.parse_json(trusted.read_bytes(path, folder, _REPORT_BYTES), str(path), dict[str, Any])
+    if content.get("sha256") != digest_of([content.get("value")]):
+        raise FileError(f"{path}: is damaged; delete {folder} and start again")
+    return content["value"]
 
 
 @contextmanager

@@ -19,8 +19,8 @@ import numpy as np
 
 from picolm.data.decode import read_footer, read_labels, read_tokens
 from picolm.data.inspection import prepared_manifest
-from picolm.data.job import Job, Progress, Report, Stage, one, untold
-from picolm.data.manifest import Manifest, Shard, digest_of
+from picolm.data.job import WORK_FORMAT, Job, Progress, Report, Stage, one, untold
+from picolm.data.manifest import Manifest, Shard, damaged_files, digest_of
 from picolm.data.order import permute
 from picolm.data.parquet import rows_fingerprint
 from picolm.data.publish import Executor, carry_out, publish
@@ -105,7 +105,7 @@ def merge(
     }  # fmt: skip
     out = Path(out)
     job = Merging(
-        folder=out.parent / f".{out.name}.{digest_of([recipe, rows_per_shard])[:12]}", out=out, seed=seed,
+        folder=out.parent / f".{out.name}.{digest_of([recipe, rows_per_shard, WORK_FORMAT])[:12]}", out=out, seed=seed,
         row_length=manifests[0].row_length, run_bytes=_RUN_BYTES, rows_per_shard=rows_per_shard, parts=parts,
         recipe=recipe,
     )  # fmt: skip
@@ -141,7 +141,7 @@ def shares(available: Sequence[int], weights: Sequence[float] | None, rows: int 
 def pick(job: Merging, unit: int, progress: Progress) -> Report:
     """Take the rows of one shard that are chosen, and write them in the order of the result."""
     number, split, start, shard = job.pieces[unit]
-    part, names = job.parts[number], job.sources()
+    part, numbers = job.parts[number], {name: place for place, name in enumerate(job.sources())}
     path, keys, records, counts = part.folder / shard.file, list[int](), list[bytes](), Counter[str]()
     footer, run = read_footer(path, str(path)), itertools.count()
     for group, end in enumerate(footer.ends_G):
@@ -150,7 +150,12 @@ def pick(job: Merging, unit: int, progress: Progress) -> Report:
         labels = read_labels(path, str(path), group) if footer.has_labels else part.labels * len(rows_R)
         for place in np.flatnonzero(_chosen(job, number, split, rows_R)).tolist():
             keys.append(derive(job.seed, f"merge {split}", number, int(rows_R[place])))
-            records.append(record_of(names.index(labels[place]), tokens_RT[place]))
+            if labels[place] not in numbers:
+                raise DataError(
+                    f"{path}: row {int(rows_R[place]) - start} has the source {labels[place]!r}, which its manifest does not "
+                    f"list; see `pico data verify {part.folder}`"
+                )
+            records.append(record_of(numbers[labels[place]], tokens_RT[place]))
             counts[labels[place]] += 1
         if 4 * job.row_length * len(records) >= job.run_bytes or end == footer.rows:
             write_run(job.path("rows", split, f"{unit:06d}-{next(run):06d}"), keys, records)
@@ -170,13 +175,13 @@ def finish(job: Merging, unit: int, progress: Progress) -> Report:
             by_source[name]["documents"] += found["documents"]
         if not part.manifest.sources:
             by_source[part.labels[0]]["documents"] += part.manifest.documents
-    first, splits = job.parts[0], written_shards(job)
+    first, splits, digests = job.parts[0], written_shards(job), dict[str, str]()
     if job.path("result").is_dir():
-        write_tokenizer(load_vocabulary(first.folder), job.path("result"), job.row_length - 1)
+        digests = write_tokenizer(load_vocabulary(first.folder), job.path("result"), job.row_length - 1)
     manifest = Manifest(
         row_length=job.row_length,
         recipe=job.recipe,
-        tokenizer=first.manifest.tokenizer,
+        tokenizer=first.manifest.tokenizer | digests,
         splits=splits,
         sources=by_source,
         documents=sum(part.manifest.documents for part in job.parts),
@@ -201,10 +206,8 @@ def _chosen(job: Merging, number: int, split: str, rows_R: np.ndarray) -> np.nda
 
 def _manifest(folder: Path) -> Manifest:
     manifest = prepared_manifest(folder)
-    for shard in itertools.chain.from_iterable(manifest.splits.values()):
-        path = folder / shard.file
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            raise DataError(f"{path}: is not what the manifest says; see `pico data verify {folder}`")
+    if problems := damaged_files(folder, manifest, itertools.chain.from_iterable(manifest.splits.values())):
+        raise DataError("\n".join([*problems, f"see `pico data verify {folder}`"]))
     return manifest
 
 

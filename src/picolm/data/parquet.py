@@ -11,24 +11,26 @@ of every row group, so that another content shows without reading terabytes.
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import logging
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from picolm.data import SOURCES
 from picolm.data.decode import Footer, read_footer, read_labels, read_tokens
-from picolm.data.manifest import Manifest, digest_of, read_manifest
+from picolm.data.manifest import Manifest, damaged_files, digest_of, read_manifest
+from picolm.data.splits import NoSplit, canonical, matching, no_shards, shards_in, shards_of
 from picolm.errors import DataError
 
 _CACHE_BYTES = 1 << 30
-_HELD_OUT = ("val-", "validation-", "test-")
+
+log = logging.getLogger("picolm")
 
 
 class ShardedRows:
@@ -45,6 +47,7 @@ class ShardedRows:
         manifest: Manifest | None = None,
         split: str = "train",
         tokenizer_file: Path | None = None,
+        tokenizer_sha256: str | None = None,
         cache_bytes: int = _CACHE_BYTES,
     ):
         """`row_length`: tokens needed in a row, longer rows are cut; None: those of the first row (reads one row group)."""
@@ -52,12 +55,13 @@ class ShardedRows:
         self._starts = np.concatenate([[0], np.cumsum(rows_per_shard, dtype=np.int64)])
         self._cache = ByteBoundedCache(cache_bytes)
         self._footers: dict[int, tuple[Path, Footer]] = {}
-        self.fingerprint, self.tokenizer_file = fingerprint, tokenizer_file
+        self.fingerprint, self.tokenizer_file, self.tokenizer_sha256 = fingerprint, tokenizer_file, tokenizer_sha256
         self.max_token, self.max_token_file, self.eos = None, None, None
         if manifest is not None:
             largest = max(manifest.splits[split], key=lambda shard: shard.max_token)
             self.max_token, self.max_token_file = largest.max_token, largest.file
-            self.eos = manifest.tokenizer.get("eos_id")
+            self.eos = manifest.tokenizer["eos_id"]
+            self.tokenizer_sha256 = manifest.tokenizer["sha256"]
         self._needed = row_length
         self.row_length = row_length if row_length is not None else self._first_length()
 
@@ -66,9 +70,10 @@ class ShardedRows:
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """int32 [R, row_length]."""
+        found = [(places, self._tokens(shard, group)[rows]) for places, shard, group, rows in self._groups_of(indices)]
         tokens_RT = np.empty((len(indices), self.row_length), dtype=np.int32)
-        for places, shard, group, rows in self._groups_of(indices):
-            tokens_RT[places] = self._tokens(shard, group)[rows]
+        for places, read_RT in found:
+            tokens_RT[places] = read_RT
         return tokens_RT
 
     def labels(self, indices: np.ndarray) -> list[str] | None:
@@ -170,26 +175,18 @@ def check_length(found: float, needed: int, name: str) -> None:
         )
 
 
-def shards_of(files: Sequence[str], split: str) -> list[str]:
-    """The parquet files of a split, in the order of their names; files that name no split are the train split."""
-    shards = sorted(file for file in files if file.endswith(".parquet"))
-    named = [file for file in shards if PurePosixPath(file).name.startswith((f"{split}-", f"{split}."))]
-    if named or split != "train":
-        return named
-    return [file for file in shards if not PurePosixPath(file).name.startswith(_HELD_OUT)]
-
-
 @SOURCES.add("parquet")
 def open_parquet(place: str, *, split: str = "train", row_length: int | None = None, **_: Any) -> ShardedRows:
     """The shards of a split in a folder (or its `data/`), a glob or a single file."""
-    folder, files = _files_at(Path(place).expanduser())
-    manifest = read_manifest(folder) if folder is not None else None
-    if manifest is not None and folder is not None:
-        return _open_with_manifest(folder, manifest, split, row_length)
-    shards = [Path(name) for name in shards_of([file.as_posix() for file in files], split)]
+    given = Path(place).expanduser()
+    manifest = read_manifest(given) if given.is_dir() else None
+    if manifest is not None:
+        return _open_with_manifest(given, manifest, canonical(split), row_length)
+    base, files = _files_at(given)
+    names = [file.relative_to(base).as_posix() for file in files]
+    shards = [base / name for name in shards_of(names, split, place)]
     if not shards:
-        others = f"; it holds {len(files)} parquet files that belong to other splits" if files else ""
-        raise DataError(f"{place}: has no parquet shards of the split {split!r}{others} (expected {split}-*.parquet)")
+        raise no_shards(place, split, names)
     return _open_without_manifest(shards, row_length)
 
 
@@ -199,7 +196,14 @@ def rows_fingerprint(manifest: Manifest, split: str) -> str:
 
 
 def _open_without_manifest(shards: list[Path], row_length: int | None) -> ShardedRows:
-    footers = [read_footer(path, str(path)) for path in shards]
+    footers, problems = list[Footer](), list[str]()
+    for path in shards:
+        try:
+            footers.append(read_footer(path, str(path)))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
     for path, footer in zip(shards, footers):
         check_length(footer.lengths_G.min(initial=np.inf), row_length or 0, str(path))
     rows = [footer.rows for footer in footers]
@@ -210,21 +214,18 @@ def _open_without_manifest(shards: list[Path], row_length: int | None) -> Sharde
     tokenizer = next((file for file in beside if file.is_file()), None)
     names = [str(path) for path in shards]
     return ShardedRows(
-        names, rows, shards.__getitem__, fingerprint=digest, row_length=row_length, tokenizer_file=tokenizer
-    )
+        names, rows, shards.__getitem__, fingerprint=digest, row_length=row_length, tokenizer_file=tokenizer,
+        tokenizer_sha256=None if tokenizer is None else hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+    )  # fmt: skip
 
 
 def _open_with_manifest(folder: Path, manifest: Manifest, split: str, row_length: int | None) -> ShardedRows:
     shards = manifest.splits.get(split, [])
-    if not shards:
+    if not manifest.rows(split):
         there = ", ".join(name for name, held in manifest.splits.items() if held)
-        raise DataError(f"{folder}: has no split {split!r} (there are: {there}); prepare it with --val-fraction")
-    for shard in shards:
-        path = folder / shard.file
-        size = path.stat().st_size if path.is_file() else None
-        if size != shard.bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise DataError(f"{path}: {found}, the manifest says {shard.bytes} bytes; prepare the data again")
+        raise NoSplit(f"{folder}: has no split {split!r} (there are: {there}); prepare it with --val-fraction")
+    if problems := damaged_files(folder, manifest, shards):
+        raise DataError("\n".join([*problems, f"{folder}: is not whole; prepare the data again"]))
     needed = manifest.row_length if row_length is None else row_length
     check_length(manifest.row_length, needed, str(folder))
     return ShardedRows(
@@ -239,14 +240,22 @@ def _open_with_manifest(folder: Path, manifest: Manifest, split: str, row_length
     )
 
 
-def _files_at(place: Path) -> tuple[Path | None, list[Path]]:
-    """(the folder, its parquet files) or, for a glob or a file, (None, the files)."""
+def _files_at(place: Path) -> tuple[Path, list[Path]]:
+    """Return a folder and the parquet files in it, or where a glob begins and the files that it matches."""
     if place.is_dir():
-        return place, [*place.glob("*.parquet"), *place.glob("data/*.parquet")]
-    files = [Path(file) for file in glob.glob(str(place)) if os.path.isfile(file)]
+        files, others = shards_in(place)
+        if others:
+            log.warning(
+                "%s: %d parquet files in other folders below it are not read, such as %s; a glob names them: %s/**/*.parquet",
+                place, len(others), others[0].relative_to(place), place,
+            )  # fmt: skip
+        return place, files
+    if place.is_file():
+        return place.parent, [place]
+    base, files = matching(str(place))
     if not files:
         raise DataError(f"{place}: there is no such file or folder, and no file matches it as a glob")
-    return None, files
+    return base, files
 
 
 def _edges(path: Path, edge_bytes: int = 1 << 16) -> str:

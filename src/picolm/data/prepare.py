@@ -24,7 +24,7 @@ from picolm.data import corpus, rows
 from picolm.data.corpus import Preparation
 from picolm.data.documents import LONGEST_BYTES, TextFile, digest_files, digest_inputs, find_files, is_remote
 from picolm.data.duplicates import find_duplicates
-from picolm.data.job import Progress, Report, Stage, one, untold
+from picolm.data.job import WORK_FORMAT, Progress, Report, Stage, one, untold
 from picolm.data.manifest import Manifest, digest_of
 from picolm.data.publish import Executor, carry_out, publish
 from picolm.data.recipe import Recipe, already_there, is_free, recipe_for
@@ -92,7 +92,7 @@ def prepare_files(
     executor: Executor | None = None,
 ) -> Manifest | None:
     """Make the folder of a recipe unless it is there already. `recipe.inputs` may be a digest of names, sizes and times."""
-    name = digest_of([recipe.identity(), run_bytes, rows_per_shard])[:12]
+    name = digest_of([recipe.identity(), run_bytes, rows_per_shard, WORK_FORMAT])[:12]
     job = Preparation(
         folder=out.parent / f".{out.name}.{name}", out=out, seed=recipe.seed, row_length=recipe.seq_len + 1,
         run_bytes=run_bytes, rows_per_shard=rows_per_shard, files=tuple(files), recipe=recipe, filters=tuple(filters),
@@ -116,9 +116,7 @@ def finish(job: Preparation, unit: int, progress: Progress) -> Report:
     vocabulary = job.vocabulary()
     tokenizer = {
         "file": "tokenizer.json",
-        "sha256": write_tokenizer(vocabulary, job.path("result"), job.row_length - 1)
-        if job.path("result").is_dir()
-        else "",
+        **(write_tokenizer(vocabulary, job.path("result"), job.row_length - 1) if job.path("result").is_dir() else {}),
         "vocab_size": vocabulary.tokenizer.get_vocab_size(),
         "eos_token": vocabulary.eos_token,
         "eos_id": vocabulary.eos_id,
@@ -136,6 +134,8 @@ def finish(job: Preparation, unit: int, progress: Progress) -> Report:
         bad_lines=index["bad_lines"],
         first_bad_lines=index["first_bad_lines"],
         left_out=index["left_out"] | duplicates,
+        lost_characters=carry["lost_characters"],
+        most_lost=carry["most_lost"],
     )
     publish(job, manifest)
     return {}

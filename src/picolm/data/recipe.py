@@ -10,7 +10,7 @@ from typing import Any
 
 from picolm.data.documents import TextFile, digest_files
 from picolm.data.filters import identity
-from picolm.data.manifest import Manifest, read_manifest
+from picolm.data.manifest import Manifest, damaged_files, read_manifest
 from picolm.data.tokenizer import Vocabulary, check_size
 from picolm.errors import DataError
 
@@ -79,10 +79,8 @@ def already_there(out: Path, recipe: dict[str, Any]) -> Manifest | None:
         raise DataError(f"{out}: is there already and holds something else; choose another folder or delete it")
     if differences := _differences(manifest.recipe, recipe):
         raise DataError(f"{out}: holds rows made in another way ({differences}); choose another folder or delete it")
-    for shard in (shard for shards in manifest.splits.values() for shard in shards):
-        path = out / shard.file
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            raise DataError(f"{path}: is not whole; delete {out} and prepare it again")
+    if problems := damaged_files(out, manifest, (shard for shards in manifest.splits.values() for shard in shards)):
+        raise DataError("\n".join([*problems, f"{out}: is not whole; delete it and prepare it again"]))
     return manifest
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 from picolm.data.corpus import Placed, Preparation, documents_of
 from picolm.data.job import Job, Progress, Report, written
 from picolm.data.runs import write_run
-from picolm.data.tokenizer import Vocabulary, allow_parallelism, train_tokenizer, write_tokenizer
+from picolm.data.tokenizer import Losses, Vocabulary, allow_parallelism, encode, train_tokenizer, write_tokenizer
 from picolm.errors import DataError
 from picolm.seeds import derive
 
@@ -31,6 +31,7 @@ SPLITS = ("train", "val")
 _SOURCE = struct.Struct("<I")
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1 << 17
+_NAMED_LOST = 10
 _SAMPLE_CHARACTERS = 64 << 20
 
 Stream = tuple[str, int]
@@ -63,7 +64,8 @@ def tokenize(job: Preparation, part: int, progress: Progress) -> Report:
         list[int](),
         dict[Stream, int](),
     )
-    for placed, tokens in _encoded(documents_of(job, part), job.vocabulary()):
+    losses = Losses(job.vocabulary().tokenizer)
+    for placed, tokens in _encoded(documents_of(job, part), job.vocabulary(), losses):
         stream = placed.split, placed.source
         streams[stream].append(tokens)
         owners.append(numbers.setdefault(stream, len(numbers)))
@@ -74,16 +76,21 @@ def tokenize(job: Preparation, part: int, progress: Progress) -> Report:
         for tokens in chain.from_iterable(streams.values()):
             file.write(tokens.astype("<i4").tobytes())
         file.write(np.array([owners, sizes], dtype="<i4").tobytes())
-    return {"streams": [[*stream, sum(map(len, found))] for stream, found in streams.items()], "documents": len(sizes)}
+    return {
+        "streams": [[*stream, sum(map(len, found))] for stream, found in streams.items()], "documents": len(sizes),
+        "characters": losses.characters, "lost": losses.lost,
+    }  # fmt: skip
 
 
 def carry(job: Preparation, unit: int, progress: Progress) -> Report:
     """For each part: what its streams go on from, and how many rows of each split are complete before it."""
     rests: dict[Stream, np.ndarray] = {}
     rows, by_source = dict.fromkeys(SPLITS, 0), defaultdict[Stream, int](int)
+    characters, lost = 0, Counter[str]()
     parts = job.report("divide")["parts"]
     for part, report in enumerate(job.reports("tokenize", range(parts))):
         streams = [(split, source) for split, source, _ in report["streams"]]
+        characters, lost = characters + report["characters"], lost + Counter(report["lost"])
         with written(_carry_path(job, part)) as file:
             np.savez(
                 file, *(rests.get(stream, _none()) for stream in streams), before=[rows[split] for split in SPLITS]
@@ -97,11 +104,13 @@ def carry(job: Preparation, unit: int, progress: Progress) -> Report:
             place += size
     dropped = {split: sum(len(rest) for (side, _), rest in rests.items() if side == split) for split in SPLITS}
     progress("tokenizing", sum(job.report("divide")["documents"]), sum(job.report("divide")["documents"]))
+    _check_losses(job, characters, lost)
     _check(job, rows, dropped)
     shutil.rmtree(job.path("documents"), ignore_errors=True)
     return {
         "rows": rows, "dropped": dropped, "parts": parts,
         "by_source": [[*stream, full] for stream, full in by_source.items()],
+        "lost_characters": lost.total(), "most_lost": dict(lost.most_common(_NAMED_LOST)),
     }  # fmt: skip
 
 
@@ -145,14 +154,17 @@ def _rows_of(
         yield from zip(completing_R.tolist(), [source] * full, stream[: full * length].reshape(full, length))
 
 
-def _encoded(documents: Iterable[Placed], vocabulary: Vocabulary) -> Iterator[tuple[Placed, np.ndarray]]:
+def _encoded(
+    documents: Iterable[Placed], vocabulary: Vocabulary, losses: Losses
+) -> Iterator[tuple[Placed, np.ndarray]]:
     """Each document with its tokens (int32) and the end of text."""
     allow_parallelism()
     for batch in _batches(documents):
         texts = [document.text for document in batch]
-        encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for document, encoding in zip(batch, encodings):
-            yield document, np.array([*encoding.ids, vocabulary.eos_id], dtype=np.int32)
+        ids = encode(vocabulary, texts)
+        losses.add(texts, ids)
+        for document, numbers in zip(batch, ids):
+            yield document, np.array([*numbers, vocabulary.eos_id], dtype=np.int32)
 
 
 def _batches(documents: Iterable[Placed]) -> Iterator[list[Placed]]:
@@ -206,6 +218,16 @@ def _check(job: Preparation, rows: dict[str, int], dropped: dict[str, int]) -> N
                 f"the {part} is too short for a single row: {dropped[split]} tokens at most, a row takes {job.row_length} "
                 f"({sum(job.report('divide')['documents'])} documents in {len(job.files)} files); {advice}or lower seq_len"
             )
+
+
+def _check_losses(job: Preparation, characters: int, lost: Counter[str]) -> None:
+    """Raise DataError where the tokenizer has no tokens for most of the text."""
+    if 2 * lost.total() > characters:
+        shown = ", ".join(f"{character!r}" for character, _ in lost.most_common(_NAMED_LOST))
+        raise DataError(
+            f"the tokenizer has no token for {lost.total():,} of {characters:,} characters of the text, such as {shown}; "
+            "choose one that was made for such text, or train one on it (leave out --tokenizer)"
+        )
 
 
 def _none() -> np.ndarray:

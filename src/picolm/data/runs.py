@@ -9,13 +9,15 @@ On disk, little-endian: number of records N, N keys, N + 1 offsets into what fol
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from picolm.data.job import written
+from picolm.errors import FileError
 
 KEYS = 1 << 63
 _WORD = np.dtype("<u8")
@@ -41,8 +43,9 @@ def write_run(path: Path, keys: Sequence[int], records: Sequence[bytes]) -> None
 
 
 def read_keys(path: Path) -> np.ndarray:
-    """The keys of a run, uint64 [N], rising."""
-    count = int(np.fromfile(path, dtype=_WORD, count=1)[0])
+    """Return the keys of a run, uint64 [N], rising."""
+    with path.open("rb") as file:
+        count = _count(file, path)
     return np.fromfile(path, dtype=_WORD, count=count, offset=_WORD.itemsize)
 
 
@@ -63,9 +66,21 @@ def bounds(part: int, parts: int) -> tuple[int, int]:
     return part * KEYS // parts, (part + 1) * KEYS // parts
 
 
+def _count(file: BinaryIO, path: Path) -> int:
+    """Return the number of records of a run. Raises FileError if the file does not have the size that its table tells."""
+    size = os.fstat(file.fileno()).st_size
+    count = int.from_bytes(file.read(8), "little")
+    header = 8 * (2 + 2 * count)
+    if header <= size:
+        file.seek(header - 8)
+        if header + int.from_bytes(file.read(8), "little") == size:
+            return count
+    raise FileError(f"{path}: is damaged; delete the work folder that it is in and start again")
+
+
 def _slice(run: Path, low: int, high: int) -> _Slice:
     with run.open("rb") as file:
-        count = int.from_bytes(file.read(8), "little")
+        count = _count(file, run)
         if count == 0:
             return _Slice(np.empty(0, _WORD), np.zeros(1, _WORD), b"")
         keys_N = np.memmap(file, dtype=_WORD, mode="r", offset=8, shape=(count,))

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable
+import re
+import threading
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from picolm.errors import DataError
+from picolm import trusted
+from picolm.data.manifest import file_of
+from picolm.errors import DataError, PicoError
 from picolm.network import fetch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from picolm.data import Source
+
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
+_LONG_RUN, _PIECE_OF_RUN = 4096, 256
+_RUN = re.compile(rf"[^\W\d_]{{{_LONG_RUN},}}|\d{{{_LONG_RUN},}}|(?:[^\s\w]|_){{{_LONG_RUN},}}")
 _ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|eos|>")
 
 
@@ -40,10 +52,11 @@ def load_tokenizer(place: str | Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     file = find_tokenizer(place)
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exceptions
-        raise DataError(f"{file}: cannot be read as a tokenizer.json ({error})") from error
+    trusted.refuse_lfs_pointer(file.resolve())
+    data = trusted.read_bytes(file.resolve())
+    trusted.parse_json(data, str(file), dict[str, Any])  # the library has no limit of depth
+    with _library_errors(f"{file}: cannot be read as a tokenizer.json"):
+        tokenizer = Tokenizer.from_buffer(data.removeprefix(codecs.BOM_UTF8))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -67,8 +80,9 @@ def load_vocabulary(place: str | Path) -> Vocabulary:
 def find_tokenizer(place: str | Path) -> Path:
     """The local path of a tokenizer.json: the file itself, the one of a folder, or the one of a Hub repository, downloaded."""
     path = Path(place).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
+    if path.is_dir() and os.path.lexists(path / "tokenizer.json"):
+        file_of(path, "tokenizer.json")
+        return path / "tokenizer.json"
     if path.is_file():
         return path
     if path.exists() or str(place).count("/") != 1 or path.suffix == ".json":
@@ -105,17 +119,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Vocabulary:
         show_progress=False,
     )
     allow_parallelism()
-    tokenizer.train_from_iterator(texts, trainer)
+    with _library_errors("the tokenizer cannot be trained"):
+        _interruptible(lambda: tokenizer.train_from_iterator(_cut_runs(texts), trainer))
     return Vocabulary(tokenizer, END_OF_TEXT, 0, None)
 
 
-def write_tokenizer(vocabulary: Vocabulary, folder: Path, max_length: int) -> str:
-    """Write tokenizer.json and a tokenizer_config.json, so that transformers loads the folder; returns the former's sha-256."""
+def write_tokenizer(vocabulary: Vocabulary, folder: Path, max_length: int) -> dict[str, str]:
+    """Write tokenizer.json and a tokenizer_config.json, so that transformers loads the folder.
+
+    Returns their digests as a manifest states them: sha256 and config_sha256.
+    """
     target = folder / "tokenizer.json"
     if vocabulary.file is None:
         target.write_text(vocabulary.tokenizer.to_str(pretty=True), encoding="utf-8")
     else:
-        shutil.copyfile(vocabulary.file, target)
+        target.write_bytes(trusted.read_bytes(vocabulary.file.resolve()))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 and 5 both know
         "eos_token": vocabulary.eos_token,
@@ -124,7 +142,149 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, max_length: int) -> st
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    return hashlib.sha256(target.read_bytes()).hexdigest()
+    files = {"sha256": target, "config_sha256": folder / "tokenizer_config.json"}
+    return {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items()}
+
+
+def check_same(rows: Source, name: str, file: Path | None, sha256: str | None, what: str) -> None:
+    """Raise DataError where rows were made with another tokenizer than the one in `file`, as far as both are known.
+
+    name: of the rows; what: what the tokenizer belongs to; sha256: its digest where there is no file.
+    """
+    made_with = getattr(rows, "tokenizer_sha256", None)
+    if file is not None:
+        sha256 = hashlib.sha256(trusted.read_bytes(file.resolve())).hexdigest()
+    if made_with is None or sha256 is None or made_with == sha256:
+        return
+    if file is not None and rows.tokenizer_file is not None and is_same(file, rows.tokenizer_file):
+        return
+    raise DataError(
+        f"{name}: its rows were made with another tokenizer (sha-256 {made_with}) than {what} (sha-256 {sha256}), so their ids "
+        "mean other text; set data.tokenizer.name to auto, or prepare the text again with `pico data prepare --tokenizer`"
+    )
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Tell whether two files hold the same tokenizer: equal bytes, or equal once the library has read them."""
+    if trusted.read_bytes(one.resolve()) == trusted.read_bytes(other.resolve()):
+        return True
+    return bool(load_tokenizer(one).to_str() == load_tokenizer(other).to_str())
+
+
+def encode(vocabulary: Vocabulary, texts: list[str]) -> list[list[int]]:
+    """Return the token ids of each text, without special tokens. Raises DataError where the tokenizer cannot encode one."""
+    with _library_errors(f"{vocabulary.file or 'tokenizer'}: cannot encode the text; is its unknown token missing?"):
+        encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+
+class Losses:
+    """Counts the characters that a tokenizer has no token for, or only the one for what is unknown.
+
+    Each text is compared with what its tokens decode to. White space is not counted; with a normalizer, neither are case,
+    accents and compatible forms of a character. Byte-level tokenizers lose nothing and are not measured.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        described = json.loads(tokenizer.to_str())
+        model = described["model"]
+        unknown = model.get("unk_id") if model.get("unk_token") is None else tokenizer.token_to_id(model["unk_token"])
+        self._tokenizer, self._unknown = tokenizer, unknown
+        self._fold = _Folded() if described["normalizer"] else _Visible()
+        self._measured = not _keeps_all(described, set(tokenizer.get_vocab()))
+        self.characters, self.lost = 0, Counter[str]()
+
+    def add(self, texts: list[str], ids: list[list[int]]) -> None:
+        """Count what is lost between texts and their token ids."""
+        if not self._measured:
+            return
+        known = [[number for number in numbers if number != self._unknown] for numbers in ids]
+        for text, decoded in zip(texts, self._tokenizer.decode_batch(known, skip_special_tokens=False)):
+            wanted = Counter(text.translate(self._fold))
+            self.characters += wanted.total()
+            self.lost += wanted - Counter(decoded.translate(self._fold))
+
+
+class _Visible(dict[int, str]):
+    """A translation table that removes white space."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = found = self.kept(chr(code))
+        return found
+
+    def kept(self, character: str) -> str:
+        """Return what stands for a character in the comparison."""
+        return "" if character.isspace() else character
+
+
+class _Folded(_Visible):
+    """The same, without what normalizers may change of a character: its case, its accents, its form."""
+
+    def kept(self, character: str) -> str:
+        """Return what stands for a character in the comparison."""
+        parts = unicodedata.normalize("NFKD", character.casefold())
+        bare = "".join(part for part in parts if not unicodedata.combining(part) and not part.isspace())
+        return bare or ("" if character.isspace() or unicodedata.combining(character) else character)
+
+
+def _keeps_all(described: dict[str, Any], vocabulary: set[str]) -> bool:
+    """Tell whether a tokenizer is byte-level BPE with a token for each byte, before which nothing is removed."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    normalizer, before = described["normalizer"] or {"normalizers": []}, described["pre_tokenizer"] or {}
+    forms = normalizer.get("normalizers", [normalizer])
+    return (
+        all(form["type"] in ("NFC", "NFD", "NFKC", "NFKD") for form in forms)
+        and before.get("pretokenizers", [before])[-1].get("type") == "ByteLevel"
+        and '"Removed"' not in json.dumps(before)
+        and described["model"]["type"] == "BPE"
+        and vocabulary >= set(ByteLevel.alphabet())
+    )
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Turn what the tokenizers library raises, bare Exceptions and panics, into a DataError that begins with `what`."""
+    try:
+        yield
+    except PicoError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{what} ({str(error) or type(error).__name__})") from error
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Do work in another thread, so that Ctrl-C is answered while the library is at it."""
+    result: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            result.set_result(None)
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="tokenizer training").start()
+    while not result.done():
+        wait([result], timeout=0.5)
+    result.result()
+
+
+def _cut_runs(texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts with very long runs of letters, digits or signs cut into pieces.
+
+    The trainer takes each run for one word, and its time grows with the square of the longest ones: 0.2 MB of DNA took 68 s.
+    """
+    for text in texts:
+        start = 0
+        if any(len(word) >= _LONG_RUN for word in text.split()):
+            for run in _RUN.finditer(text):
+                for end in range(run.start() + _PIECE_OF_RUN, run.end(), _PIECE_OF_RUN):
+                    yield text[start:end]
+                    start = end
+        yield text[start:]
 
 
 def token_bytes(tokenizer_file: str | Path) -> np.ndarray | None:
@@ -159,12 +319,18 @@ def allow_parallelism() -> None:
 def _configured_end(place: str | Path, file: Path) -> str | None:
     """The `eos_token` of the tokenizer_config.json beside a tokenizer.json."""
     beside = file.with_name("tokenizer_config.json")
-    if not beside.is_file() and not Path(place).expanduser().exists():
+    if os.path.lexists(beside):
+        beside = file_of(file.parent, beside.name)
+    elif Path(place).expanduser().exists():
+        return None
+    else:
         try:
             beside = fetch(str(place), "tokenizer_config.json", None, DataError)
         except DataError:
             return None  # not every repository has one
-    if not beside.is_file():
-        return None
-    token = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
-    return token.get("content") if isinstance(token, dict) else token
+    config = trusted.read_json(beside.resolve(), dict[str, Any])
+    token = config.get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    if content is not None and not isinstance(content, str):
+        raise DataError(f"{beside}: eos_token: should be text, or an object whose content is text")
+    return content

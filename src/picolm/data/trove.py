@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import inspect
-import json
 import logging
 import os
 import subprocess
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from picolm.data.documents import Document
-from picolm.data.job import Job, Progress, Stage, run_stage, written
+from picolm.data.job import Job, Progress, Stage, read_sealed, run_stage, sealed, written
 from picolm.errors import DataError
 from picolm.registry import did_you_mean
 from picolm.slurm import queued
@@ -98,7 +97,7 @@ class Slurm:
     def __call__(self, job: Job, stages: Sequence[Stage], progress: Progress) -> bool:
         """Hand in what is not done; False, as nobody waits here. Nothing is handed in twice."""
         submitted = job.path("slurm.json")
-        if submitted.is_file() and queued([str(job) for job in json.loads(submitted.read_text())]):
+        if submitted.is_file() and queued([str(number) for number in read_sealed(submitted, job.folder)]):
             return False
         executors = list[SlurmPipelineExecutor]()
         for stage in stages:
@@ -110,7 +109,7 @@ class Slurm:
             except (OSError, subprocess.CalledProcessError) as error:
                 raise DataError(f"sbatch took no job ({error}); is this a machine that may hand in jobs?") from error
         with written(submitted) as file:
-            file.write(json.dumps([executor.job_id for executor in executors if executor.job_id != -1]).encode())
+            file.write(sealed([executor.job_id for executor in executors if executor.job_id != -1]))
         return False
 
     def _executor(self, job: Job, stage: Stage, before: SlurmPipelineExecutor | None) -> SlurmPipelineExecutor:

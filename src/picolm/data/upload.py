@@ -5,12 +5,13 @@ same content is not sent again.
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
-from picolm.data.manifest import FILE, Manifest, Shard, read_manifest
+from picolm.data.manifest import FILE, Manifest, Shard, file_of, read_manifest
 from picolm.errors import DataError
 from picolm.network import prepare_repository, send
 
@@ -42,8 +43,9 @@ def push_rows(
         last = first + len(part)
         send(repository, branch, "dataset", f"Shards {first + 1} to {last} of {len(shards)}", files, DataError)
     last_files: dict[str, Path | bytes] = {FILE: folder / FILE, _CARD: data_card(manifest, repository).encode()}
-    if (folder / _TOKENIZER).exists():
-        last_files[_TOKENIZER] = folder / _TOKENIZER
+    for name in (manifest.tokenizer["file"], "tokenizer_config.json"):
+        if os.path.lexists(folder / name):
+            last_files[name] = file_of(folder, name)
     send(repository, branch, "dataset", "Manifest and card", last_files, DataError)
     progress(len(shards), len(shards))
     return manifest
@@ -84,12 +86,9 @@ pico train CONFIG.yaml data.dataset.name={repository}
 
 
 def _checked(folder: Path, shard: Shard) -> Path:
-    path = folder / shard.file
-    try:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}), though {FILE} lists it") from error
+    path = file_of(folder, shard.file)
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != shard.sha256:
         raise DataError(f"{path}: is not the file that {FILE} describes; prepare the data again")
     return path

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from picolm.data.tokenizer import check_same
 from picolm.errors import PicoError
 from picolm.store import Run
 from picolm.train.build import evaluated_rows, open_batches
@@ -35,8 +36,8 @@ def evaluate_steps(
     config = stored_with(run, overrides)
     if not config.evaluation.metrics:
         raise PicoError("nothing to evaluate: name evaluations with --metrics, --tasks or --pairs")
-    rows = _rows(config)
     chosen = steps if steps is not None else [step for step in run.steps if run[step].select(kind="weights")]
+    rows = _rows(config, run, chosen)
     for done, step in enumerate(chosen):
         progress(done, len(chosen))
         with _autocast(config):
@@ -55,10 +56,15 @@ def _autocast(config: TrainConfig) -> torch.autocast:
     return torch.autocast(_device().type, compute_dtype(precision), enabled=precision.endswith("-mixed"))
 
 
-def _rows(config: TrainConfig) -> Rows | None:
+def _rows(config: TrainConfig, run: Run, steps: Sequence[int]) -> Rows | None:
     if "paloma" not in (config.evaluation.metrics or ()):
         return None
-    return evaluated_rows(config, open_batches(config).source)
+    source = open_batches(config).source
+    for file in (run.step_path(step) / "tokenizer.json" for step in steps):
+        if file.exists():
+            check_same(source, config.data.dataset.name, file, None, f"the run ({file})")
+            break
+    return evaluated_rows(config, source)
 
 
 def _evaluation(run: Run, step: int, config: TrainConfig, rows: Rows | None) -> Evaluation:

@@ -191,16 +191,18 @@ def open_batches(config: TrainConfig, rank: int = 0, world: int = 1) -> Batches:
 
 def tokenizer_file(config: TrainConfig, source: Source) -> Path | None:
     """The tokenizer.json of the data or of the configuration; None, said once, where `auto` finds none."""
-    from picolm.data.tokenizer import find_tokenizer
+    from picolm.data.tokenizer import check_same, find_tokenizer
 
     name = config.data.tokenizer.name
-    if name != "auto":
-        return find_tokenizer(name)
-    if source.tokenizer_file is not None:
+    if name == "auto" and source.tokenizer_file is not None:
         return source.tokenizer_file
     try:
-        return find_tokenizer(PUBLISHED_TOKENIZER)
+        file = find_tokenizer(PUBLISHED_TOKENIZER if name == "auto" else name)
+        check_same(source, config.data.dataset.name, file, None, f"data.tokenizer.name ({name})")
+        return file
     except PicoError as error:
+        if name != "auto":
+            raise
         log.warning("No tokenizer (%s): checkpoints will hold no text, and bits per byte are not known.", error)
         return None
 
@@ -227,17 +229,23 @@ def evaluated_rows(config: TrainConfig, source: Source) -> Rows | None:
 
 def _held_out(config: TrainConfig, name: str, split: str, source: Source) -> Source | None:
     """The rows called `name`; for `auto` those held out of the training data, else the published validation set if that is
-    what the training data come with, else none, said once.
+    what the training data come with, else none, said once. Raises DataError where they are damaged, or of another tokenizer.
     """
+    from picolm.data.splits import NoSplit
+    from picolm.data.tokenizer import check_same
+
     own = config.data.dataset.name
     place = name if name != "auto" else PUBLISHED_VALIDATION if own == "pico-lm/pretokenized-dolma" else own
     # An embedded corpus is cut to the length that is asked for; other held-out rows may be shorter than training rows.
     row_length = config.model.max_seq_len + 1 if place.startswith("embedded:") else None
-    if name != "auto":
-        return _open(config, place, split, row_length)
     try:
-        return _open(config, place, "val", row_length)
-    except DataError as error:
+        held_out = _open(config, place, split if name != "auto" else "val", row_length)
+        sha256 = getattr(source, "tokenizer_sha256", None)
+        check_same(held_out, place, source.tokenizer_file, sha256, f"those of {own}")
+        return held_out
+    except NoSplit as error:
+        if name != "auto":
+            raise
         log.warning("No held-out rows: %s. There will be no validation figures and no val captures.", error)
         return None
 

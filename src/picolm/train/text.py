@@ -1,6 +1,7 @@
 """Between tokens and text: what is written beside captured rows, and the bytes behind bits per byte."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from picolm import trusted
+from picolm.data.manifest import file_of
 from picolm.data.tokenizer import load_vocabulary, token_bytes
 
 
@@ -46,8 +49,9 @@ class Text:
         """tokenizer.json and the files beside it that transformers reads."""
         if self.file is None:
             return {}
-        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-        return {name: (self.file.parent / name).read_bytes() for name in names if (self.file.parent / name).exists()}
+        folder, names = self.file.parent, ("tokenizer_config.json", "special_tokens_map.json")
+        beside = {name: trusted.read_bytes(file_of(folder, name)) for name in names if os.path.lexists(folder / name)}
+        return {"tokenizer.json": trusted.read_bytes(self.file.resolve())} | beside
 
 
 def checkpoint_files(model: Any, text: Text) -> dict[str, str | bytes]:

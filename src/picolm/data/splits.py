@@ -1,0 +1,115 @@
+"""Find the files of a data set: those that a folder or a glob holds, and the split that each belongs to, told from its name.
+
+A split is a whole word in the name of a file, or of a folder below the given place, at any separator and in any case:
+`train-00000-of-00002.parquet`, `Corpus.VALID.parquet`, `dev/0001.parquet`. The name of the file goes before that of its folder.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from picolm.errors import DataError
+
+_SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "dev",
+    "development": "dev", "test": "test", "testing": "test", "eval": "eval", "evaluation": "eval", "heldout": "heldout",
+    "holdout": "heldout",
+}  # fmt: skip
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_NAMED = 5
+
+
+class NoSplit(DataError):
+    """A data set that has no rows of the split that was asked for."""
+
+
+def canonical(split: str) -> str:
+    """Return the name that stands for all spellings of a split: `val` for valid and validation."""
+    return _SPLITS.get(split.lower(), split)
+
+
+def split_of(file: str) -> str | None:
+    """Return the split that the relative path of a file names, None if it names none. Raises DataError if it names two."""
+    path = PurePosixPath(file)
+    for part in (path.stem, *reversed(path.parts[:-1])):
+        joined = re.sub(r"(?i)held[^a-z]out", "heldout", part)
+        found = {_SPLITS[word] for word in map(str.lower, _WORD.findall(joined)) if word in _SPLITS}
+        if len(found) > 1:
+            raise DataError(f"{file}: {part!r} names several splits ({', '.join(sorted(found))}); rename it")
+        if found:
+            return found.pop()
+    return None
+
+
+def shards_of(files: Iterable[str], split: str, name: str) -> list[str]:
+    """Return the parquet files of a split in the order of their names; files that name no split are the train split.
+
+    files: paths relative to the data set `name`. Raises DataError for files of which the split cannot be told.
+    """
+    shards, wanted = sorted(file for file in files if is_parquet(file)), canonical(split)
+    if wanted not in _SPLITS.values():
+        return [file for file in shards if PurePosixPath(file).name.startswith((f"{split}-", f"{split}."))]
+    splits = {file: split_of(file) for file in shards}
+    named = [file for file in shards if splits[file] == wanted]
+    unnamed = [file for file in shards if splits[file] is None]
+    if wanted != "train":
+        return named
+    if named and unnamed:
+        raise DataError(
+            f"{name}: {len(unnamed)} of its shards name no split, others are called train ({_some(named)}), so it cannot be "
+            f"told what to train on: {_some(unnamed)}; rename them, or name the shards that are meant with a glob"
+        )
+    return named or unnamed
+
+
+def no_shards(name: str, split: str, files: Iterable[str]) -> NoSplit:
+    """Return the error for a data set whose files are not of the split that was asked for."""
+    found = sorted({str(split_of(file) or "train") for file in files if is_parquet(file)})
+    others = f"; it has shards of {', '.join(found)}" if found else ""
+    return NoSplit(f"{name}: has no parquet shards of the split {split!r}{others} (expected {split}-*.parquet)")
+
+
+def is_parquet(file: str) -> bool:
+    """Tell whether the name of a file ends in `.parquet`, in any case."""
+    return file.lower().endswith(".parquet")
+
+
+def shards_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the parquet files that belong to a folder, and those in other folders below it, which are not read.
+
+    A folder's own are those in it, in its `data/`, and in folders of these two whose names are splits.
+    """
+    own, other = list[Path](), list[Path]()
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        relative = PurePosixPath(Path(parent).relative_to(folder).as_posix())
+        parts = relative.parts[1:] if relative.parts[:1] == ("data",) else relative.parts
+        is_own = not parts or (len(parts) == 1 and split_of(f"{parts[0]}/x") is not None)
+        found = [Path(parent) / name for name in files if is_parquet(name) and not name.startswith(".")]
+        (own if is_own else other).extend(found)
+    return own, other
+
+
+def matching(pattern: str) -> tuple[Path, list[Path]]:
+    """Return the folder in which a glob begins, and the files that match it; `**` stands for any number of folders.
+
+    Folders that exist are taken literally, whatever characters their names have. A file that `**` reaches by several ways,
+    because of links, is returned once.
+    """
+    begin, rest = Path(pattern).anchor, list(Path(pattern).parts)
+    base = Path(begin)
+    while len(rest) > 1 and (base / rest[0]).is_dir():
+        base /= rest.pop(0)
+    found = glob.glob(str(Path(glob.escape(str(base)), *rest)), recursive=True)
+    files = sorted(Path(file) for file in found if os.path.isfile(file))
+    if "**" in rest:
+        files = list({file.resolve(): file for file in reversed(files)}.values())[::-1]
+    return base, files
+
+
+def _some(files: Sequence[str]) -> str:
+    return ", ".join(files[:_NAMED]) + (", …" if len(files) > _NAMED else "")
