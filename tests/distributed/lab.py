@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from torch.nn.functional import cross_entropy
 
 from picolm.data import open_source
 from picolm.errors import DataError
@@ -66,3 +67,27 @@ def happen(how: str) -> None:
     if how == "hang":
         time.sleep(1000)
     os.kill(os.getpid(), signal.Signals[how])
+
+
+@dataclass(frozen=True)
+class SomeConfig(DecoderConfig):
+    model_type: str = "lab:Some"  # type: ignore[assignment]
+
+
+class Some(Decoder):
+    """A decoder that predicts the tokens of low numbers only: another count in each row, none in some."""
+
+    Config: ClassVar[type] = SomeConfig
+
+    def _some(self, tokens_BS: Any) -> Any:
+        targets_BT = tokens_BS[:, 1:]
+        alone_B1 = (tokens_BS[:, :1] % 3 == 0).logical_not()  # rows in which nothing is predicted
+        return (targets_BT < self.config.vocab_size // 3) & alone_B1
+
+    def loss(self, tokens_BS: Any, noise: object = None) -> Loss:
+        nats_BT = cross_entropy(self(tokens_BS[:, :-1]).mT, tokens_BS[:, 1:], reduction="none")
+        some_BT = self._some(tokens_BS)
+        return Loss((nats_BT * some_BT).sum(), int(some_BT.sum()))
+
+    def token_nats(self, tokens_BS: Any) -> Any:
+        return super().token_nats(tokens_BS) * self._some(tokens_BS)

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from picolm.store import Run
+from picolm.train.sample import load_model
+from picolm.train.state import State
 
 from .conftest import PICO, torchrun
+from .lab import Some, SomeConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -36,7 +39,7 @@ def check_same_numbers(run: Run, other: Run) -> None:
     entries, others = logged(run), logged(other)
     assert list(entries) == list(others) == list(range(51))
     for step, entry in entries.items():
-        assert set(entry) == set(others[step])
+        assert {key for key in entry if key != "noise_scale"} == {key for key in others[step] if key != "noise_scale"}
         for key, value in entry.items():
             if isinstance(value, float) and not key.startswith(PER_PROCESS):
                 assert others[step][key] == pytest.approx(value, rel=1e-5 if key == "train/loss" else 1e-4), (step, key)
@@ -125,3 +128,57 @@ def test_a_run_moves_between_numbers_of_processes(launch: Any, open_run: Any) ->
     for entry in moved.metrics():
         if "train/loss" in entry:
             assert entry["train/loss"] == pytest.approx(losses[entry["step"]], rel=1e-5)
+
+
+def test_losses_are_normalised_by_the_tokens_that_all_processes_predict(launch: Any, open_run: Any) -> None:
+    """The counts differ by micro-batch and process; a micro-batch of one row may predict nothing."""
+    words = ("model.model_type=lab:Some", "training.max_steps=4", "training.optimization.grad_clip_norm=null",
+             "checkpointing.learning_dynamics.layer_suffixes=[v_proj, w_2]", "checkpointing.save_every_n_steps=2")  # fmt: skip
+    for name, processes, strategy, accumulation in (
+        ("one", 1, "auto", 1), ("twelve", 1, "auto", 12), ("two", 2, "ddp", 1), ("shards", 2, "fsdp2", 6),
+    ):  # fmt: skip
+        more = (f"training.fabric.strategy={strategy}",
+                f"training.optimization.gradient_accumulation_steps={accumulation}")  # fmt: skip
+        done = launch(name, processes, *words, *more)
+        assert done.returncode == 0, done.stderr
+    base = open_run("one")
+    tokens_RS = torch.tensor(base[0].rows("train")["input_ids"].to_pylist())
+    model = Some(SomeConfig(d_model=20, n_layers=2, attention_n_heads=2, attention_n_kv_heads=1, vocab_size=300,
+                            activation_hidden_dim=40, max_seq_len=16))  # fmt: skip
+    State(model, []).restore_weights(base[0])
+    nats, tokens = model.loss(tokens_RS)
+    counts = [model.loss(row_S[None]).tokens for row_S in tokens_RS]
+    assert 0 in counts and len(set(counts)) > 3 and tokens == sum(counts) < tokens_RS[:, 1:].numel() / 2  # noqa: PT018
+    (nats / tokens).backward()
+    for name in ("one", "twelve", "two", "shards"):
+        run = open_run(name)
+        first = logged(run)[0]
+        assert first["train/loss"] == pytest.approx(float(nats.detach()) / tokens, rel=1e-5)
+        for address in run[0].select(kind="gradients", split="train"):
+            true = model.get_parameter(f"{address.module}.weight").grad
+            assert difference(true, run[0][address]) < 1e-4, (name, address)
+        assert run.evaluation(4) == pytest.approx(base.evaluation(4), rel=1e-4)
+        assert "train/bits_per_byte" not in first
+
+
+def test_the_noise_scale_of_two_processes_without_accumulation(launch: Any, open_run: Any) -> None:
+    """Each process's own gradient, before the averaging, is the small batch."""
+    words = ("training.max_steps=0", "training.optimization.gradient_accumulation_steps=1")
+    done = launch("two", 2, "training.fabric.strategy=ddp", *words)
+    assert done.returncode == 0, done.stderr
+    run = open_run("two")
+    tokens_RS = torch.tensor(run[0].rows("train")["input_ids"].to_pylist())
+    model = load_model(run, 0)
+    squares = []
+    for rows_RS in (tokens_RS, tokens_RS[0::2], tokens_RS[1::2]):
+        model.zero_grad()
+        nats, tokens = model.loss(rows_RS)
+        (nats / tokens).backward()
+        squares.append(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+    large, small = squares[0], (squares[1] + squares[2]) / 2
+    line = logged(run)[0]
+    assert line["noise_scale/S"] == pytest.approx((small - large) / (1 / 6 - 1 / 12), rel=1e-3)
+    assert line["noise_scale/G2"] == pytest.approx((12 * large - 6 * small) / 6, rel=1e-3)
+    sharded = launch("shards", 2, "training.fabric.strategy=fsdp2", *words)
+    assert sharded.returncode == 0, sharded.stderr
+    assert sharded.stderr.count("No noise_scale: a sharded model (fsdp2) averages its gradients") == 1

@@ -252,3 +252,54 @@ def test_what_is_logged_of_the_weights_is_of_those_that_the_step_has(train: Trai
         assert lines[step]["weight_norm"] == pytest.approx(
             float(torch.cat([w.flatten() for w in weights]).norm()), rel=1e-6
         )
+
+
+SOME = '''
+from dataclasses import dataclass
+import torch
+from torch.nn.functional import cross_entropy
+from picolm.models import Decoder, DecoderConfig, Loss
+@dataclass(frozen=True)
+class Config(DecoderConfig):
+    model_type: str = "my_lab_some:Some"
+class Some(Decoder):
+    """Predicts every fourth token; nothing in a batch that begins with token NOTHING."""
+    Config = Config
+    def loss(self, tokens_BS, noise=None):
+        nats_BT = cross_entropy(self(tokens_BS[:, :-1]).mT, tokens_BS[:, 1:], reduction="none")[:, ::4]
+        predicted = nats_BT[tokens_BS[:, 0] != NOTHING]
+        return Loss(predicted.sum(), torch.tensor(predicted.numel()))
+    def token_nats(self, tokens_BS):
+        return super().token_nats(tokens_BS)[:, ::4]
+'''
+
+
+def some_model(folder: Path, monkeypatch: pytest.MonkeyPatch, nothing: str = "-1") -> tuple[str, ...]:
+    name = f"my_lab_{hashlib.sha256(str(folder).encode()).hexdigest()}"  # a module is imported once in a process
+    (folder / f"{name}.py").write_text(SOME.replace("NOTHING", nothing).replace("my_lab_some", name))
+    monkeypatch.chdir(folder)
+    return f"model.model_type={name}:Some", "training.optimization.grad_clip_norm=null"
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_loss_of_a_model_that_predicts_a_quarter_of_the_tokens_is_per_predicted_token(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    words = some_model(tmp_path, monkeypatch)
+    run = train(*words, f"training.optimization.gradient_accumulation_steps={accumulation}")
+    first = next(entry for entry in run.metrics() if "train/loss" in entry)
+    assert first["train/loss"] == pytest.approx(math.log(64), rel=0.02)
+    assert run.evaluation(0)["paloma/nats_per_token"] == pytest.approx(math.log(64), rel=0.02)
+    assert run[0].meta["loss"] == first["train/loss"]
+
+
+def test_a_batch_in_which_nothing_is_predicted_makes_no_update(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = some_model(tmp_path, monkeypatch, nothing="tokens_BS[:, 0]")
+    run = train(*words, "checkpointing.save_every_n_steps=1", "training.max_steps=2")
+    assert "Step 0: the model predicted no token of the batch; the update is skipped (1 in a row)" in (
+        capsys.readouterr().err
+    )
+    for address in run[0].select(kind="weights"):
+        assert torch.equal(run[0][address], run[1][address])

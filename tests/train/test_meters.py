@@ -85,10 +85,51 @@ def test_the_noise_scale_averages_numerator_and_denominator_apart() -> None:
         one = Meters()
         one.observe_noise(SMALL, small, LARGE, large)
         pairs.append((one.signal, one.noise))
-    weights = [meters.DECAY**age * (1 - meters.DECAY if age < 399 else 1) for age in range(399, -1, -1)]
-    signal, noise = (sum(w * pair[i] for w, pair in zip(weights, pairs)) for i in (0, 1))
-    assert seen.noise_scale() == pytest.approx(noise / signal)
+    weights = [meters.DECAY**age for age in range(399, -1, -1)]
+    signal, noise = (sum(w * pair[i] for w, pair in zip(weights, pairs)) / sum(weights) for i in (0, 1))
+    assert seen.signal == pytest.approx(signal, rel=0.02)  # older samples than 128 have a weight of 0.14 % together
+    assert seen.noise == pytest.approx(noise, rel=0.02)
+    assert seen.noise_scale() == seen.noise / seen.signal
     assert 5 < seen.noise_scale() < 100  # 22.5 with the noise of some 40 effective measurements
+
+
+@pytest.mark.parametrize("samples", [2, 5, 20, 60])
+def test_the_first_sample_has_no_special_weight(samples: int) -> None:
+    values = [float(i % 3) for i in range(samples)]
+    weights = [0.95**age for age in range(samples - 1, -1, -1)]
+    expected = sum(w * x for w, x in zip(weights, values)) / sum(weights)
+    assert meters.recent_mean(values) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("place", [0, 7, 60, 119])
+@pytest.mark.parametrize("factor", [1e2, 1e8])
+def test_an_outlier_does_not_take_the_noise_scale_away(place: int, factor: float) -> None:
+    """One batch whose gradient is large: what was logged before lost the scale for the rest of 120 steps."""
+    generator, seen, found = torch.Generator().manual_seed(1), Meters(), []
+    for step in range(120):
+        small, large = gradient_norms(generator)
+        if step == place:
+            small, large = small * factor, large
+        seen.observe_noise(SMALL, small, LARGE, large)
+        found.append((seen.signal, seen.noise))
+    late = [(signal, noise) for step, (signal, noise) in enumerate(found) if step > 20 and step > place]
+    for signal, noise in late or found[-1:]:
+        assert signal > 0
+        assert noise == pytest.approx(NOISE, rel=0.5)
+
+
+def test_clipping_outliers_does_not_move_the_averages_of_ordinary_samples() -> None:
+    generator, signals, noises = torch.Generator().manual_seed(2), [], []
+    for _ in range(60):
+        seen = Meters()
+        for _ in range(80):
+            small, large = gradient_norms(generator)
+            seen.observe_noise(SMALL, small, LARGE, large)
+        signals.append(seen.signal)
+        noises.append(seen.noise)
+    for estimates, truth in ((signals, SIGNAL), (noises, NOISE)):
+        error = statistics.stdev(estimates) / math.sqrt(len(estimates))
+        assert abs(statistics.mean(estimates) - truth) < 4 * error + 0.01 * truth
 
 
 def test_there_is_no_noise_scale_where_it_cannot_be_told() -> None:
@@ -118,7 +159,9 @@ def test_meters_go_on_where_they_were() -> None:
 
 
 def test_the_noise_scale_of_a_run_follows_from_gradients_computed_apart(train: Callable[..., Any]) -> None:
-    run = train("training.max_steps=0", "data.dataset.shuffle=true")
+    run = train(
+        "training.max_steps=0", "data.dataset.shuffle=true", "training.optimization.gradient_accumulation_steps=2"
+    )
     model, tokens_RS = load_model(run, 0), torch.tensor(run[0].rows("train")["input_ids"].to_pylist())
     squares = []
     for rows_RS in (tokens_RS[:4], tokens_RS):
@@ -130,7 +173,28 @@ def test_the_noise_scale_of_a_run_follows_from_gradients_computed_apart(train: C
     signal, noise = (8 * large - 4 * small) / 4, (small - large) / (1 / 4 - 1 / 8)
     assert (signal > 0) is (noise > 0) is True  # else this step would log none
     assert run.metrics()[-1]["noise_scale"] == pytest.approx(noise / signal, rel=1e-4)
+    assert run.metrics()[-1]["noise_scale/S"] == pytest.approx(noise, rel=1e-4)
+    assert run.metrics()[-1]["noise_scale/G2"] == pytest.approx(signal, rel=1e-4)
     assert run.metrics()[-1]["grad_norm"] == pytest.approx(math.sqrt(large), rel=1e-5)
+
+
+def test_a_run_says_once_why_it_has_no_noise_scale(
+    train: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train("training.optimization.gradient_accumulation_steps=1")
+    assert not [entry for entry in run.metrics() if "noise_scale" in entry]
+    said = capsys.readouterr().err
+    assert said.count("No noise_scale: it compares gradients of two batch sizes") == 1
+    assert "Set training.optimization.gradient_accumulation_steps to 2 or more" in said
+
+
+def test_both_parts_are_logged_where_their_quotient_is_not(
+    train: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Meters, "noise_scale", lambda self: None)
+    lines = [entry for entry in train().metrics() if "train/loss" in entry]
+    assert all({"noise_scale/S", "noise_scale/G2"} <= set(entry) for entry in lines)
+    assert capsys.readouterr().err.count("noise_scale = S / G2 is left out where") == 1
 
 
 def test_update_ratios_are_those_of_the_groups() -> None:

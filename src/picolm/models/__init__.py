@@ -33,6 +33,8 @@ class Model(Protocol):
 
     tokens_BS are rows of S = T + 1 token ids, inputs and shifted targets in one. What is random in `loss` comes from `noise`,
     one stream of numbers for each of the rows: then it is the same for any number of processes and micro-batches.
+    The loss of a step is the sum of `Loss.nats` over the sum of `Loss.tokens`, over all micro-batches and processes.
+    `token_nats` has the terms of `loss`, with zeros where nothing is predicted, or a term for each token that it scores.
     """
 
     Config: ClassVar[type]

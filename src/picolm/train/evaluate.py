@@ -17,6 +17,7 @@ from torch import Tensor
 
 from picolm.capture.gather import summed
 from picolm.errors import PicoError
+from picolm.models import Loss, Noise
 from picolm.registry import Registry
 from picolm.train.strategies import reshard
 
@@ -122,18 +123,45 @@ def _sums_by_source(evaluation: Evaluation, labels: list[str], names: list[str])
     """[sources, 3] float64: nats, predicted tokens and bytes of text."""
     assert evaluation.rows is not None
     sums = torch.zeros(len(names), 3, dtype=torch.float64)
-    for places, tokens_BS in evaluation.rows.micro_batches(evaluation.batch_size, evaluation.rank, evaluation.world):
-        nats_B = evaluation.model.token_nats(tokens_BS.to(evaluation.device)).double().sum(1).cpu()[: len(places)]
-        targets_BT = tokens_BS[: len(places), 1:]
-        table = evaluation.token_bytes_V
+    some = _predicts_some(evaluation)
+    size = 1 if some else evaluation.batch_size  # so that a loss tells the tokens of one row
+    for places, tokens_BS in evaluation.rows.micro_batches(size, evaluation.rank, evaluation.world):
+        nats_BT = evaluation.model.token_nats(tokens_BS.to(evaluation.device))[: len(places)]
+        nats_B, targets_BT = nats_BT.double().sum(1).cpu(), tokens_BS[: len(places), 1:]
+        count = float(_own_loss(evaluation, tokens_BS).tokens) if some else nats_BT.shape[1]
+        tokens_B = torch.full_like(nats_B, count)
+        table = evaluation.token_bytes_V if count == targets_BT.shape[1] else None  # else: the bytes of which tokens?
         bytes_B = table[targets_BT].sum(1).double() if table is not None else torch.zeros(len(places)).double()
-        row_sums = torch.stack([nats_B, torch.full_like(nats_B, targets_BT.shape[1]), bytes_B], dim=1)
+        row_sums = torch.stack([nats_B, tokens_B, bytes_B], dim=1)
         sources = torch.tensor([names.index(labels[place]) for place in places], dtype=torch.long)
         sums.index_add_(0, sources, row_sums)
     return summed(sums, evaluation.device)
 
 
+def _predicts_some(evaluation: Evaluation) -> bool:
+    """Whether `token_nats` has the terms of a loss that predicts some of the targets only, with zeros elsewhere.
+
+    Then `Loss.tokens` counts what was predicted. A `token_nats` that is not the terms of the loss has a term for each token
+    that it scores. Asked of the first row, on all processes together.
+    """
+    assert evaluation.rows is not None
+    if not hasattr(evaluation.model, "loss"):
+        return False
+    row_1S = evaluation.rows.tokens_RS[:1]
+    terms, loss = evaluation.model.token_nats(row_1S.to(evaluation.device)), _own_loss(evaluation, row_1S)
+    return int(loss.tokens) != terms.numel() and math.isclose(
+        float(loss.nats), float(terms.double().sum()), rel_tol=1e-3
+    )
+
+
+def _own_loss(evaluation: Evaluation, tokens_1S: Tensor) -> Loss:
+    loss: Loss = evaluation.model.loss(tokens_1S.to(evaluation.device), Noise([0], evaluation.device))
+    return loss
+
+
 def _scores(name: str, nats: float, tokens: float, text_bytes: float) -> dict[str, float]:
+    if not tokens:
+        return {f"{name}/nats_per_token": math.nan}
     per_token = nats / tokens
     scores = {name: math.inf if per_token > 700 else math.exp(per_token), f"{name}/nats_per_token": per_token}
     return scores | ({f"{name}/bits_per_byte": nats / (math.log(2) * text_bytes)} if text_bytes else {})

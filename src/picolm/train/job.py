@@ -61,6 +61,13 @@ class Job:
 
     def __post_init__(self) -> None:
         self._own = OwnRates(self.state.optimizers, self.config.training.optimization.lr)
+        self._said: set[str] = set()
+
+    def say_once(self, text: str) -> None:
+        """Log a remark on the metrics the first time, where metrics are logged."""
+        if self.loggers and text not in self._said:
+            self._said.add(text)
+            self.progress.say(text)
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +75,7 @@ class Job:
 
     @property
     def tokens_per_step(self) -> int:
-        """Predicted tokens of one step, over all processes."""
+        """Targets in the rows of one step, over all processes; a model may predict fewer."""
         return self.config.data.dataloader.batch_size * self.config.model.max_seq_len
 
     def learning_rate(self, step: int, peak: float | None = None) -> float:

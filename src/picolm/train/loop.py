@@ -12,6 +12,7 @@ from torch import Tensor
 
 from picolm.address import Address
 from picolm.capture import capture
+from picolm.capture.gather import summed
 from picolm.capture.taps import Order
 from picolm.errors import PicoError
 from picolm.models import Loss, Noise
@@ -71,33 +72,68 @@ def train(job: Job) -> None:
 def accumulate(
     job: Job, step: int, micro_batches: Sequence[Tensor], order: Order, tokens: int, due: Due | None = None
 ) -> Tensor:
-    """Forward and backward over every micro-batch; returns the mean loss, in nats, over all `tokens` of all processes.
+    """Run forward and backward over every micro-batch; returns the mean loss in nats per predicted token.
 
-    The gradients that the parameters hold afterwards are those of that mean. order: the places of the rows of each
-    micro-batch in the global batch; one without places does not count. due: of the step whose batch this is; None for rows
-    that are captured and not trained on.
+    The mean is over the tokens that the model says it predicted, in all micro-batches of all processes; the gradients that
+    the parameters hold afterwards are those of that mean. Where no token was predicted the loss is NaN.
+    order: the places of the rows of each micro-batch in the global batch; one without places does not count. tokens: the
+    targets in all rows, by which gradients are divided until the predicted ones are counted. due: of the step whose batch
+    this is; None for rows that are captured and not trained on.
     """
     world, nats, split = job.fabric.world_size, torch.zeros((), device=job.device), "train" if due else "val"
+    predicted = 0.0
+    if due:
+        job.stopwatch.small = None
     for index, (tokens_BS, places) in enumerate(zip(micro_batches, order, strict=True)):
         last, counts = index == len(micro_batches) - 1, float(len(places) > 0)
-        with job.fabric.no_backward_sync(job.model, enabled=not (last or keeps_shards(job.fabric))):
+        measured = bool(due and due.log and index == 0 and counts)
+        with (
+            job.fabric.no_backward_sync(job.model, enabled=not (last or keeps_shards(job.fabric))),
+            own_gradients(job, enabled=measured and last and world > 1) as squares,
+        ):
             with job.stopwatch.time("forward" if due else "capture"):
                 loss = forward(job, step, places, tokens_BS, split, compiled=job.compiled and due is not None)
             with job.stopwatch.time("backward" if due else "capture"):
                 job.fabric.backward(loss.nats * (counts * world / tokens))  # DDP averages over processes
         nats = nats + counts * loss.nats.detach()
-        if due and due.log and index == 0 and not last:
-            job.stopwatch.small = small_batch(job, len(tokens_BS), len(micro_batches))
+        predicted += counts * float(loss.tokens)
+        if measured and loss.tokens and (not last or squares):
+            scale = tokens / (world * float(loss.tokens))  # from the share of the whole mean to the mean of this one
+            own = math.sqrt(sum(map(float, squares))) if squares else norm(job.gradients())
+            job.stopwatch.small = small_batch(job, len(tokens_BS), own * scale)
     total: Any = job.fabric.all_reduce(nats, reduce_op="sum")
-    return total / tokens
+    predicted = summed(torch.tensor(predicted, dtype=torch.float64), job.device).item() if world > 1 else predicted
+    if due:
+        job.stopwatch.predicted = predicted
+    if predicted not in (tokens, 0):
+        torch._foreach_mul_(job.gradients(), tokens / predicted)
+    return total / predicted if predicted else torch.full_like(total, math.nan)
 
 
-def small_batch(job: Job, rows: int, micro_batches: int) -> tuple[int, float]:
-    """After the first micro-batch: its rows, and the norm of its gradient, the root mean square over the processes.
+@contextmanager
+def own_gradients(job: Job, enabled: bool) -> Iterator[list[Tensor]]:
+    """Collect the squared norms of this process's own gradients in the block, before DDP averages them over processes.
+
+    Stays empty where not `enabled`, and for a sharded model: what its parameters see are averages.
+    """
+    squares: list[Tensor] = []
+    watched = [p for p in job.state.model.parameters() if p.requires_grad] if enabled else []
+    hooks = [
+        parameter.register_hook(lambda gradient: squares.append(gradient.detach().float().square().sum()))
+        for parameter in (() if keeps_shards(job.fabric) else watched)
+    ]
+    try:
+        yield squares
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def small_batch(job: Job, rows: int, own: float) -> tuple[int, float]:
+    """Return the rows of one micro-batch and the norm of its gradient, the root mean square over the processes.
 
     A sharded model has averaged its gradient over all processes by then; other gradients are each process's own.
     """
-    own = norm(job.gradients()) * micro_batches
     if job.fabric.world_size == 1 or keeps_shards(job.fabric):
         return rows * job.fabric.world_size, own
     squared: Any = job.fabric.all_reduce(torch.tensor(own * own, device=job.device), reduce_op="mean")

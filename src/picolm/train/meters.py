@@ -1,9 +1,10 @@
 """What is measured while training: loss spikes, the gradient noise scale, sizes of updates, and where the time goes."""
 
 import math
+import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from picolm.capture.gather import on_every_process
 
 WINDOW = 128  # steps over which a loss spike is judged
-DECAY = 0.95  # of the running averages of the noise scale, per logged step
+DECAY = 0.95  # of the weights in the averages of the noise scale, per logged step
+SAMPLES = 128  # of the noise scale that are kept: the weight of older ones is 0.95^128 = 0.0014
+NEIGHBOURS = 10  # samples before and after one that say whether it is an outlier
+OUTLIER = 5.0  # robust standard deviations (1.4826 median absolute deviations) from their median
 
 
 class Meters:
@@ -22,15 +26,23 @@ class Meters:
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.spikes = 0
-        self.noise = 0.0  # running average of S, the trace of the gradient's covariance per sequence
-        self.signal = 0.0  # running average of G2, the squared norm of the true gradient
+        self.noises: deque[float] = deque(maxlen=SAMPLES)  # S, the trace of the gradient's covariance per sequence
+        self.signals: deque[float] = deque(maxlen=SAMPLES)  # G2, the squared norm of the true gradient
 
     def meta(self) -> dict[str, Any]:
-        return {"losses": list(self.losses), "spikes": self.spikes, "noise": self.noise, "signal": self.signal}
+        """Return the memory as JSON values."""
+        return {
+            "losses": list(self.losses),
+            "spikes": self.spikes,
+            "noises": list(self.noises),
+            "signals": list(self.signals),
+        }
 
     def restore(self, meta: Mapping[str, Any]) -> None:
-        self.losses = deque(meta["losses"], maxlen=WINDOW)
-        self.spikes, self.noise, self.signal = meta["spikes"], meta["noise"], meta["signal"]
+        """Take over what `meta` returned. Checkpoints of earlier versions hold no samples: the averages begin anew."""
+        self.losses, self.spikes = deque(meta["losses"], maxlen=WINDOW), meta["spikes"]
+        self.noises = deque(meta.get("noises", ()), maxlen=SAMPLES)
+        self.signals = deque(meta.get("signals", ()), maxlen=SAMPLES)
 
     def observe_loss(self, loss: float) -> bool:
         """Take note of the loss of a step; True when it is a spike: above mean + 6 standard deviations of the window."""
@@ -53,13 +65,47 @@ class Meters:
         signal = (large_rows * large - small_rows * small) / (large_rows - small_rows)
         noise = (small - large) / (1 / small_rows - 1 / large_rows)
         if math.isfinite(signal) and math.isfinite(noise):
-            first = self.signal == self.noise == 0.0
-            self.signal = signal if first else DECAY * self.signal + (1 - DECAY) * signal
-            self.noise = noise if first else DECAY * self.noise + (1 - DECAY) * noise
+            self.signals.append(signal)
+            self.noises.append(noise)
+
+    @property
+    def noise(self) -> float | None:
+        """The average of S; None before the first sample."""
+        return recent_mean(self.noises)
+
+    @property
+    def signal(self) -> float | None:
+        """The average of G2; None before the first sample. It may be below 0 where the noise hides the signal."""
+        return recent_mean(self.signals)
 
     def noise_scale(self) -> float | None:
-        """The batch size, in sequences, at which noise and signal are equal; None before it can be told."""
-        return self.noise / self.signal if self.signal > 0 and self.noise > 0 else None
+        """The batch size, in sequences, at which noise and signal are equal; None where one of them is not above 0."""
+        noise, signal = self.noise, self.signal
+        return noise / signal if noise is not None and signal is not None and noise > 0 and signal > 0 else None
+
+
+def recent_mean(samples: Sequence[float]) -> float | None:
+    """Return the mean of samples weighted by DECAY^age, divided by the sum of the weights; None where there is none.
+
+    The division is the bias correction of Adam (Kingma and Ba 2015): the first sample has no special weight. Outliers count
+    as the bound that their neighbours set (the filter of Hampel 1974, with clipping).
+    """
+    values = clip_outliers(list(samples))
+    weights = [DECAY**age for age in range(len(values) - 1, -1, -1)]
+    return sum(w * x for w, x in zip(weights, values)) / sum(weights) if values else None
+
+
+def clip_outliers(samples: Sequence[float]) -> list[float]:
+    """Return the samples, each within OUTLIER robust standard deviations of the median of its neighbours and itself."""
+    clipped = []
+    for place, sample in enumerate(samples):
+        near = samples[max(0, place - NEIGHBOURS) : place + NEIGHBOURS + 1]
+        if len(near) > 4:  # of fewer, nobody can tell which is the outlier
+            middle = statistics.median(near)
+            bound = OUTLIER * 1.4826 * statistics.median([abs(other - middle) for other in near])
+            sample = min(max(sample, middle - bound), middle + bound)
+        clipped.append(sample)
+    return clipped
 
 
 class Stopwatch:
@@ -69,9 +115,8 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self.started = time.perf_counter()
         self.steps = 0
-        self.small: tuple[int, float] | None = (
-            None  # rows and gradient norm of one micro-batch of the latest logged step
-        )
+        self.predicted = 0.0  # tokens of the latest step, over all processes
+        self.small: tuple[int, float] | None = None  # rows and gradient norm of one micro-batch of a logged step
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:

@@ -74,16 +74,48 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
     if text_bytes is not None:
         total: Any = job.fabric.all_reduce(torch.tensor(text_bytes, device=job.device), reduce_op="sum")
         text_bytes = int(total)
-    if text_bytes:
+    if text_bytes and job.stopwatch.predicted == job.tokens_per_step:
         metrics["train/bits_per_byte"] = loss * job.tokens_per_step / (math.log(2) * text_bytes)
+    elif text_bytes:
+        job.say_once(
+            "The model does not predict every token, so the bytes behind its loss are not known: no bits per byte."
+        )
     if job.rates_differ:
         metrics |= {f"lr/{name}": value for name, value in job.group_rates(number).items()}
-    noise_scale = job.state.meters.noise_scale()
-    if noise_scale is not None:
-        metrics["noise_scale"] = noise_scale
+    metrics |= _noise(job)
     if sizes is not None:
         metrics |= {f"update_ratio/{group}": ratio for group, ratio in sizes.ratios().items()}
     return metrics
+
+
+def _noise(job: Job) -> dict[str, float]:
+    """The gradient noise scale S / G2 and its two parts, or words, once, why there is none."""
+    meters = job.state.meters
+    if meters.noise is None or meters.signal is None:
+        job.say_once(_why_no_noise(job))
+        return {}
+    parts = {"noise_scale/S": meters.noise, "noise_scale/G2": meters.signal}
+    scale = meters.noise_scale()
+    if scale is None:
+        job.say_once(
+            "noise_scale = S / G2 is left out where the average of S or of G2 is not above 0: the gradients logged so far "
+            "do not tell the signal from the noise. Both parts are logged."
+        )
+    return parts if scale is None else {"noise_scale": scale} | parts
+
+
+def _why_no_noise(job: Job) -> str:
+    if job.config.training.optimization.gradient_accumulation_steps > 1:
+        return "No noise_scale yet: no micro-batch that was logged had a finite gradient and predicted tokens."
+    if job.fabric.world_size == 1:
+        return (
+            "No noise_scale: it compares gradients of two batch sizes, and here the only micro-batch is the whole batch. "
+            "Set training.optimization.gradient_accumulation_steps to 2 or more."
+        )
+    return (
+        "No noise_scale: a sharded model (fsdp2) averages its gradients over the processes while it goes backward. Set "
+        "training.optimization.gradient_accumulation_steps to 2 or more."
+    )
 
 
 def _speed(job: Job) -> dict[str, float]:
@@ -172,9 +204,12 @@ def evaluation(job: Job, number: int, results: dict[str, float]) -> None:
 def skipped(job: Job, number: int, gradient: Any) -> None:
     """Say that an update was skipped, and which rows its batch had."""
     rows = job.batches.row_numbers(number).tolist()
+    reason = f"loss {gradient.loss}, gradient norm {gradient.norm}"
+    if not job.stopwatch.predicted:
+        reason = "the model predicted no token of the batch"
     log.warning(
-        "Step %d: loss %s, gradient norm %s; the update is skipped (%d in a row). Rows of the batch: %s.",
-        number, gradient.loss, gradient.norm, job.state.skipped_in_a_row, _ranges(rows),
+        "Step %d: %s; the update is skipped (%d in a row). Rows of the batch: %s.",
+        number, reason, job.state.skipped_in_a_row, _ranges(rows),
     )  # fmt: skip
     for logger in job.loggers:
         logger.log(number, {"skipped": True, "rows": rows})
