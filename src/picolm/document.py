@@ -109,7 +109,12 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def likely_meant(value: Any, wanted: str) -> str:
-    """Return how to write text that YAML 1.1 reads as the type that is wanted (such as `bool_type`); empty if it does not."""
+    """Return how to write a value as the type that is wanted (such as `bool_type`); empty where that is not clear.
+
+    Text that YAML 1.1 reads as that type, and whole numbers written with a point or an exponent (`1e5`).
+    """
+    if isinstance(value, float) and wanted.startswith("int") and value.is_integer() and abs(value) < 2**53:
+        return f"; write {int(value)}"
     if not isinstance(value, str):
         return ""
     if wanted.startswith("bool") and value.lower() in _ELSEWHERE:

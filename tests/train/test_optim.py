@@ -15,7 +15,8 @@ from picolm.address import Address
 from picolm.errors import PicoError
 from picolm.models import Decoder
 from picolm.train.config import Optimization
-from picolm.train.optim import Muon, build_optimizers, learning_rate, orthogonalize
+from picolm.train.optim import Muon, build_optimizers, learning_rate, orthogonalize, schedule_remarks
+from picolm.train.preview import preview
 from picolm.train.state import State
 
 ROLES = {"block.weight": "matrix", "embedding.weight": "embedding", "norm.weight": "norm"}
@@ -324,3 +325,43 @@ def test_a_run_that_gave_every_group_the_scheduled_rate_continues_so(
 def test_what_is_no_list_of_optimizers_is_refused(train: Callable[..., Any], name: str, message: str) -> None:
     with pytest.raises(PicoError, match=message):
         train(f"training.optimization.optimizer=my_lab_partial:{name}")
+
+
+@pytest.mark.parametrize(
+    ("total", "options", "words"),
+    [
+        (
+            1000,
+            {},
+            ["lr_warmup_steps is 2500 and training.max_steps 1000", "the last update has a learning rate of 0.00012"],
+        ),
+        (20, {"lr_warmup_steps": 20}, ["lr_warmup_steps is 20", "Set training.optimization.lr_warmup_steps to 2"]),
+        (20, {"lr_warmup_steps": 19}, []),
+        (
+            100,
+            {"lr_scheduler": "wsd", "lr_warmup_steps": 40, "lr_decay_steps": 80},
+            ["overlap in a run of 100 steps", "falls from 0.0003 to 0.000225 at once"],
+        ),
+        (100, {"lr_scheduler": "wsd", "lr_warmup_steps": 95}, ["(lr_decay_steps, 10) overlap"]),
+        (100, {"lr_scheduler": "wsd", "lr_warmup_steps": 20, "lr_decay_steps": 80}, []),
+        (100, {"lr_scheduler": "cosine", "lr_warmup_steps": 20, "lr_decay_steps": 80}, ["only the schedule wsd reads"]),
+        (0, {}, []),
+    ],
+)
+def test_a_schedule_that_cannot_work_is_told(total: int, options: dict[str, Any], words: list[str]) -> None:
+    remarks = schedule_remarks(Optimization(**options), total)
+    assert len(remarks) == bool(words)
+    assert all(word in remarks[0] for word in words)
+    rates_found = [learning_rate(step, Optimization(**options), total) for step in range(total)]
+    if len(words) == 2 and "0.00012" in words[1]:
+        assert rates_found[-1] == pytest.approx(0.00012)
+
+
+def test_training_and_dry_run_say_that_the_schedule_cannot_work(
+    train: Callable[..., Any], make_config: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("training.optimization.lr_warmup_steps=7", "training.max_steps=5")
+    told = "lr_warmup_steps is 7 and training.max_steps 5: the warm-up does not end before the run"
+    assert told in preview(make_config(*words))
+    train(*words)
+    assert capsys.readouterr().err.count(told) == 1

@@ -1,6 +1,11 @@
 """Going on with a run: from the last whole checkpoint, with the same experiment, or not at all."""
 
+import math
 import os
+import re
+import shlex
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
+from picolm.cli import main
 from picolm.errors import DataError, PicoError, StoreError
 from picolm.store import Run
+from picolm.train import loop, run_training
+from picolm.train.fork import fork
+from picolm.train.plan import Due
+from picolm.train.replay import replay
 from picolm.train.resume import changes
+from picolm.train.sample import load_model
 
 Train = Callable[..., Run]
 
@@ -166,3 +177,160 @@ def test_changes_are_told_by_dotted_key() -> None:
 def test_the_configuration_in_the_run_is_complete(train: Train) -> None:
     text = (train().path / "training_config.yaml").read_text()
     assert yaml.safe_load(text)["model"]["position_emb_theta"] == 10000.0
+
+
+def rewrite(run: Run, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the stored configuration of a run, as a version with other keys would have written it."""
+    file = run.path / "training_config.yaml"
+    config = yaml.safe_load(file.read_text())
+    change(config)
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+LACKING = {
+    "a key of the model": lambda config: config["model"].pop("init"),
+    "a key of the data": lambda config: config["data"]["dataset"].pop("shuffle"),
+    "a seed": lambda config: config["training"]["seeds"].pop("noise"),
+    "a section": lambda config: config["checkpointing"].pop("keep"),
+    "an empty section": lambda config: config["checkpointing"].update(keep={}),
+    "a key of the optimization": lambda config: config["training"]["optimization"].pop("decay_norms_and_embeddings"),
+}
+
+
+@pytest.mark.parametrize("lacking", LACKING)
+def test_a_key_that_came_later_makes_no_other_experiment(
+    train: Train, lacking: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An old run has it at its default: on resume, replay and fork."""
+    rewrite(train(), LACKING[lacking])
+    run = train("training.max_steps=8")
+    assert run.latest().step == 8
+    assert run.environment["starts"][1]["changed"] == {"training.max_steps": [6, 8]}
+    rewrite(run, LACKING[lacking])
+    verdict = replay(run, [3, 7], kinds=Due(), verify=True)
+    assert verdict.identical
+    assert len(verdict.compared) == 4
+    assert fork(run, 4, "other", []).training.max_steps == 6
+    assert Run.open(run.path.parent / "other").environment["forked_from"]["changed"] == {}
+
+
+def test_another_value_than_the_default_is_still_another_experiment(train: Train) -> None:
+    rewrite(train(), LACKING["a key of the model"])
+    with pytest.raises(PicoError, match=r"model.init: 'normal' in the run, 'torch_default' now"):
+        train("model.init=torch_default")
+
+
+def test_keys_that_a_run_does_not_follow_are_not_noted_as_changed(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train()
+    capsys.readouterr()
+    train(
+        "training.max_steps=8", "checkpointing.checkpoints_dir=elsewhere", "checkpointing.logs_dir=journal",
+        "checkpointing.learning_dynamics_dir=dynamics", "checkpointing.evaluation.eval_results_dir=results",
+        "checkpointing.fabric_checkpoint_dir=fabric", "monitoring.pico_report.auto_commit=false",
+        "monitoring.save_to_picolabs=true", "model.batch_size=7", "checkpointing.training.auto_resume=true",
+    )  # fmt: skip
+    said = capsys.readouterr().err
+    assert "checkpoints_dir stays 'checkpoints', not 'elsewhere'" in said
+    assert "was 'checkpoints' in this run until now" not in said
+    assert run.environment["starts"][1]["changed"] == {"training.max_steps": [6, 8]}
+    assert Run.open(run.path).config["checkpointing"]["checkpoints_dir"] == "checkpoints"
+    assert run.steps == [0, 2, 4, 6, 8]
+    assert not {"elsewhere", "journal", "results"} & {file.name for file in run.path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config.update(model=None), r"model: .*should be"),
+        (lambda config: config["training"].update(lookahead=3), "training.lookahead: is not known to this version"),
+    ],
+)
+def test_a_stored_configuration_that_cannot_be_used_names_the_key(
+    train: Train, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    run = train()
+    rewrite(run, change)
+    with pytest.raises(PicoError, match=message):
+        load_model(Run.open(run.path))
+
+
+HOPELESS = (
+    "training.max_steps=20", "training.max_skipped_steps=3", "training.optimization.optimizer=sgd",
+    "training.optimization.lr=1e30", "training.optimization.grad_clip_norm=null", "training.optimization.lr_warmup_steps=0",
+    "checkpointing.save_every_n_steps=2",
+)  # fmt: skip
+
+
+def commands(message: str) -> list[list[str]]:
+    """The commands in a message, word by word."""
+    return [shlex.split(line) for line in message.splitlines() if line.strip().startswith("pico ")]
+
+
+def give(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a command, and expect it to succeed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 0
+
+
+def test_a_run_that_stopped_for_non_finite_updates_continues_by_the_command_of_its_message(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PicoError) as caught:
+        train(*HOPELESS)
+    back, _ = commands(str(caught.value))
+    found = re.search(r"go back to step (\d+), the last saved one with a finite loss", str(caught.value))
+    assert found is not None
+    run = Run.open(Path(back[2]).parent)
+    stopped = run.latest().step
+    assert math.isnan(run[stopped].meta["loss"]) or math.isinf(run[stopped].meta["gradient_norm"])
+    assert back[:2] == ["pico", "train"]
+    give(back, monkeypatch)
+    run = Run.open(run.path)
+    assert run.environment["starts"][1]["step"] == int(found[1])
+    assert run.steps == list(range(0, 21, 2))
+    assert stopped not in run.steps or math.isfinite(run[stopped].meta["loss"])
+    assert run.latest().meta["skipped_updates"] == run[int(found[1])].meta["skipped_updates"]
+    assert math.isfinite(run.latest().meta["loss"])
+    assert f"so the run goes back to step {found[1]}; removed: " in capsys.readouterr().err
+
+
+def test_a_run_that_met_bad_batches_continues_after_them(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second command of the message: nothing is changed, and the weights are well."""
+    original = loop.measure
+
+    def poisoned(job: Any, loss: Any) -> Any:
+        gradient = original(job, loss)
+        return gradient._replace(loss=math.nan, finite=False) if 3 <= job.state.step < 7 else gradient
+
+    monkeypatch.setattr(loop, "measure", poisoned)
+    with pytest.raises(PicoError) as caught:
+        train("training.max_steps=12", "training.max_skipped_steps=3")
+    _, onward = commands(str(caught.value))
+    give(onward, monkeypatch)
+    run = Run.open(Path(onward[2]).parent)
+    assert run.latest().step == 12
+    assert run.latest().meta["skipped_updates"] == 4
+    assert replay(run, [9], kinds=Due(), verify=True).identical  # it came past them, so a replay does
+
+
+def test_runs_without_a_name_that_start_in_one_second_are_two_runs(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "strftime", lambda *arguments: "2026-01-02_03-04-05")
+    runs = Path(make_config().checkpointing.runs_dir)
+    for _ in range(3):
+        run_training(make_config("checkpointing.run_name=null", "training.max_steps=1"))
+    names = ["2026-01-02_03-04-05", "2026-01-02_03-04-05-2", "2026-01-02_03-04-05-3"]
+    assert sorted(folder.name for folder in runs.iterdir()) == names
+    assert all(Run.open(runs / name).latest().step == 1 for name in names)
+
+
+def test_a_run_without_a_name_that_cannot_start_leaves_no_folder(make_config: Any) -> None:
+    with pytest.raises(DataError):
+        run_training(make_config("checkpointing.run_name=null", "data.dataset.name=/no/such/folder"))
+    assert list(Path(make_config().checkpointing.runs_dir).iterdir()) == []

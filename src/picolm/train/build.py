@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -22,6 +22,7 @@ from picolm.logs import configure_logging
 from picolm.models import MODELS
 from picolm.schema import plain
 from picolm.seeds import derive
+from picolm.store.files import disk_errors
 from picolm.store.writer import BackgroundWriter
 from picolm.train import devices
 from picolm.train.config import TrainConfig
@@ -29,7 +30,7 @@ from picolm.train.evaluate import Rows
 from picolm.train.failure import Together
 from picolm.train.job import Job
 from picolm.train.loggers import build_loggers, log_folder
-from picolm.train.optim import build_optimizers, left_out
+from picolm.train.optim import build_optimizers, left_out, schedule_remarks
 from picolm.train.plan import Plan
 from picolm.train.progress import Progress
 from picolm.train.resume import FORKED, open_run, restore, retention
@@ -47,6 +48,7 @@ PUBLISHED_VALIDATION = "pico-lm/pretokenized-paloma-tinsy"
 
 def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     """A job of a run of its own: new, or brought to where it goes on from. What has to be closed is put on `stack`."""
+    devices.choose_threads(config.training.fabric)
     job = equip(config, stop, stack)
     config, first = job.config, job.fabric.is_global_zero
     environment = _environment(config, job.fabric, job.batches, job.text)
@@ -71,7 +73,9 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
 
 
 def _tell_of_optimizers(job: Job) -> None:
-    """Say which parameters no optimizer has, and where the rates of groups are not those that they were given."""
+    """Say which parameters no optimizer has, which rates are not those that were given, and what of the schedule cannot work."""
+    for remark in schedule_remarks(job.config.training.optimization, job.config.training.max_steps):
+        log.warning("%s", remark)
     names = left_out(job.state.model, job.state.optimizers)
     if names:
         log.warning("No optimizer has these parameters, which keep their values: %s.", _shortened(names))
@@ -89,7 +93,7 @@ def _shortened(names: list[str], most: int = 8) -> str:
 
 def equip(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     """A job at step 0 that keeps nothing: device, data, model, optimizers. Raises PicoError for whatever cannot work."""
-    config = _named(config)
+    config = _resolved(config)
     devices.tune_allocator()
     devices.set_determinism(config.training.deterministic)
     configure_logging(config.monitoring.logging.log_level)
@@ -98,7 +102,7 @@ def equip(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     if not fabric.is_global_zero:  # what all processes would say, the first one says
         configure_logging("ERROR")
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as this process lives
-    config = _same_name(config, fabric)
+    config = _same_name(config, fabric, stack)
     with fabric.rank_zero_first():  # one process prepares or fetches, the others find it done
         batches = open_batches(config, fabric.global_rank, fabric.world_size)
         source = batches.source
@@ -126,21 +130,39 @@ def equip(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     )
 
 
-def _named(config: TrainConfig) -> TrainConfig:
-    """`config` with its defaults that depend on the time and the machine filled in."""
-    name = config.checkpointing.run_name or time.strftime("%Y-%m-%d_%H-%M-%S")
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """Return `config` with its defaults that depend on the machine filled in."""
     fabric = devices.resolve(config.training.fabric)
     devices.check_available(fabric)
-    training = config.training.model_copy(update={"fabric": fabric})
-    checkpointing = config.checkpointing.model_copy(update={"run_name": name})
-    return config.model_copy(update={"training": training, "checkpointing": checkpointing})
+    return config.model_copy(update={"training": config.training.model_copy(update={"fabric": fabric})})
 
 
-def _same_name(config: TrainConfig, fabric: Fabric) -> TrainConfig:
-    """`config` with the name that the first process chose: clocks differ, and processes start one after the other."""
-    name = fabric.broadcast(config.checkpointing.run_name)
+def _same_name(config: TrainConfig, fabric: Fabric, stack: ExitStack) -> TrainConfig:
+    """Return `config` with a run name; the first process chooses it where there is none, for clocks differ."""
+    name = config.checkpointing.run_name
+    if name is None and fabric.is_global_zero:
+        name = _new_name(Path(config.checkpointing.runs_dir).expanduser(), stack)
+    name = fabric.broadcast(name)
     checkpointing = config.checkpointing.model_copy(update={"run_name": name})
     return config.model_copy(update={"checkpointing": checkpointing})
+
+
+def _new_name(runs: Path, stack: ExitStack) -> str:
+    """Return the time as the name of a run whose folder this process alone has made; it goes again if nothing is put there."""
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    with disk_errors("a new run", runs):
+        runs.mkdir(parents=True, exist_ok=True)
+        for name in (now, *(f"{now}-{number}" for number in range(2, 10_000))):
+            with suppress(FileExistsError):
+                (runs / name).mkdir()
+                stack.callback(_remove_empty, runs / name)
+                return name
+    raise PicoError(f"{runs} holds runs of every name that begins with {now}; give one with checkpointing.run_name=…")
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _fabric(config: TrainConfig) -> Fabric:

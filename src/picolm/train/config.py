@@ -6,18 +6,20 @@ its help, its documentation and the last part of its error message. The `model` 
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, create_model
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, create_model
 
 from picolm.data import SOURCES
 from picolm.errors import PicoError
 from picolm.models import MODELS
 from picolm.models.decoder import DecoderConfig
 from picolm.registry import Registry, refuse_foreign_code
-from picolm.schema import NoSchema, Place, Rule, Section, flatten
+from picolm.schema import NoSchema, Place, Rule, Section, flatten, plain
 from picolm.train.evaluate import EVALUATIONS
 from picolm.train.evaluation_config import Evaluation
 from picolm.train.optim import OPTIMIZERS, SCHEDULES
@@ -26,6 +28,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Cadence = Literal["all", "last"] | PositiveInt
 Retained = Literal["all"] | Annotated[str, Field(pattern=r"^(last|every) [1-9]\d*$")]
 
+LONGEST_NAME = 255  # bytes of a name in a folder, on all common file systems
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME on the Hub
 
 # Free text: everything else that looks like `my_lab.module:attribute` in the configuration of a run is taken for such a name.
@@ -291,8 +294,35 @@ def stored_config(raw: Mapping[str, Any], where: str) -> TrainConfig:
     check_origin(raw, where)
     try:
         return schema_for(raw).model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        reason = "is not known to this version of picolm" if "extra" in found["type"] else found["msg"]
+        key = ".".join(map(str, found["loc"]))
+        raise PicoError(f"{where}: its configuration cannot be used: {key}: {reason}") from error
     except (ValueError, TypeError) as error:
         raise PicoError(f"{where}: its configuration cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def completed(stored: Mapping[str, Any], schema: type[TrainConfig]) -> dict[str, Any]:
+    """Return the dotted keys of a stored configuration, with the default of each key of `schema` that it lacks.
+
+    A run is stored with all keys that there were: one that it lacks was added later, and its default is what was done
+    without it.
+    """
+    flat, known = flatten(stored), _defaults(schema)
+    emptied = {key for key, value in flat.items() if not value and any(name.startswith(f"{key}.") for name in known)}
+    return known | {key: value for key, value in flat.items() if key not in emptied}
+
+
+def _defaults(schema: type[TrainConfig]) -> dict[str, Any]:
+    try:
+        return flatten(plain(schema()))
+    except (TypeError, ValueError):  # a model whose configuration has no default for some key
+        model = schema.model_fields["model"].annotation
+        assert is_dataclass(model)
+        given = {field.name: field.default for field in fields(model) if field.default is not MISSING}
+        others = {key: value for key, value in flatten(plain(TrainConfig())).items() if not key.startswith("model.")}
+        return others | flatten({"model": given})
 
 
 def check_origin(raw: Mapping[str, Any], where: str) -> None:
@@ -376,6 +406,11 @@ def _name_rules(config: TrainConfig) -> Iterator[Rule]:
     run_name = config.checkpointing.run_name
     if run_name is not None and (not run_name or run_name in (".", "..") or "/" in run_name or "\0" in run_name):
         yield ("checkpointing.run_name",), f"{run_name!r} cannot be the name of a folder"
+    if run_name is not None and len(os.fsencode(run_name)) > LONGEST_NAME:
+        yield (
+            ("checkpointing.run_name",),
+            f"{len(os.fsencode(run_name))} bytes are too long for the name of a folder; it may have {LONGEST_NAME}",
+        )
     chosen = config.checkpointing
     if chosen.save_to_hf and not REPOSITORY.fullmatch(chosen.hf_checkpoint.repo_id):
         yield (

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import importlib.metadata
+import logging
 import os
 import platform
 import statistics
@@ -14,6 +15,9 @@ import torch
 
 from picolm.errors import PicoError
 from picolm.train.config import Fabric, Training
+from picolm.train.processors import threads_for, usable_cpus
+
+log = logging.getLogger("picolm")
 
 
 def tune_allocator() -> bool:
@@ -43,6 +47,22 @@ def set_determinism(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def choose_threads(fabric: Fabric) -> None:
+    """Compute with as many threads as this process may use CPUs, but for what the user set."""
+    launched = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ  # then each process has its own share already
+    usable, default = usable_cpus(), torch.get_num_threads()
+    threads = threads_for(usable, 1 if launched else fabric.num_devices, default)
+    if threads == default:
+        return
+    torch.set_num_threads(threads)
+    if fabric.num_devices > 1:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # the processes that Fabric starts inherit it
+    log.info(
+        "Computing with %d thread(s) per process, not %d: this process may use %.3g CPUs. OMP_NUM_THREADS sets another number.",
+        threads, default, usable,
+    )  # fmt: skip
 
 
 def resolve(fabric: Fabric) -> Fabric:

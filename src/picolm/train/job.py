@@ -18,6 +18,7 @@ from picolm.train.loggers import Logger
 from picolm.train.meters import Stopwatch
 from picolm.train.optim import OwnRates, learning_rate
 from picolm.train.plan import Schedule
+from picolm.train.processors import Pace
 from picolm.train.progress import Progress
 from picolm.train.signals import StopSignal
 from picolm.train.state import State
@@ -58,6 +59,7 @@ class Job:
     about: dict[str, Any] = field(default_factory=dict)
     watchers: "Sequence[Callable[[Job, int], None]]" = ()
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         self._own = OwnRates(self.state.optimizers, self.config.training.optimization.lr)

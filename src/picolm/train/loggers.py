@@ -146,7 +146,7 @@ class Trackio:
 
 def log_folder(config: TrainConfig, run: Run) -> Path:
     """The run's folder for logs, made where it is missing."""
-    folder = Path(run.path) / config.checkpointing.logs_dir
+    folder = Path(run.path) / run.directories.logs_dir
     with disk_errors("the logs", folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -86,10 +86,11 @@ def accumulate(
         job.stopwatch.small = None
     for index, (tokens_BS, places) in enumerate(zip(micro_batches, order, strict=True)):
         last, counts = index == len(micro_batches) - 1, float(len(places) > 0)
-        measured = bool(due and due.log and index == 0 and counts)
+        alone = world == 1 or keeps_shards(job.fabric)
+        measured = bool(due and due.log and index == 0 and not (last and alone))  # the same on all processes
         with (
             job.fabric.no_backward_sync(job.model, enabled=not (last or keeps_shards(job.fabric))),
-            own_gradients(job, enabled=measured and last and world > 1) as squares,
+            own_gradients(job, enabled=measured and last) as squares,
         ):
             with job.stopwatch.time("forward" if due else "capture"):
                 loss = forward(job, step, places, tokens_BS, split, compiled=job.compiled and due is not None)
@@ -97,10 +98,11 @@ def accumulate(
                 job.fabric.backward(loss.nats * (counts * world / tokens))  # DDP averages over processes
         nats = nats + counts * loss.nats.detach()
         predicted += counts * float(loss.tokens)
-        if measured and loss.tokens and (not last or squares):
-            scale = tokens / (world * float(loss.tokens))  # from the share of the whole mean to the mean of this one
-            own = math.sqrt(sum(map(float, squares))) if squares else norm(job.gradients())
-            job.stopwatch.small = small_batch(job, len(tokens_BS), own * scale)
+        if measured:
+            own = math.sqrt(sum(map(float, squares))) if last else norm(job.gradients())
+            # From its share of the whole mean to the mean of this micro-batch, which has none where nothing is predicted.
+            own *= tokens / (world * float(loss.tokens)) if loss.tokens else math.nan
+            job.stopwatch.small = small_batch(job, len(tokens_BS), own)
     total: Any = job.fabric.all_reduce(nats, reduce_op="sum")
     predicted = summed(torch.tensor(predicted, dtype=torch.float64), job.device).item() if world > 1 else predicted
     if due:
@@ -112,15 +114,12 @@ def accumulate(
 
 @contextmanager
 def own_gradients(job: Job, enabled: bool) -> Iterator[list[Tensor]]:
-    """Collect the squared norms of this process's own gradients in the block, before DDP averages them over processes.
-
-    Stays empty where not `enabled`, and for a sharded model: what its parameters see are averages.
-    """
+    """Collect the squared norms of this process's own gradients in the block, before DDP averages them over processes."""
     squares: list[Tensor] = []
-    watched = [p for p in job.state.model.parameters() if p.requires_grad] if enabled else []
     hooks = [
         parameter.register_hook(lambda gradient: squares.append(gradient.detach().float().square().sum()))
-        for parameter in (() if keeps_shards(job.fabric) else watched)
+        for parameter in job.state.model.parameters()
+        if enabled and parameter.requires_grad
     ]
     try:
         yield squares
@@ -245,4 +244,4 @@ def evaluation(job: Job) -> dict[str, float]:
 
 def hopeless(job: Job) -> bool:
     """Whether too many updates in a row were skipped."""
-    return job.state.skipped_in_a_row > 0 and job.state.skipped_in_a_row >= job.config.training.max_skipped_steps
+    return job.state.skipped_in_a_row > 0 and job.state.skipped_in_a_row >= job.plan.most_skipped

@@ -113,8 +113,9 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.started = time.perf_counter()
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
         self.steps = 0
+        self.cpus = 0.0  # CPU seconds of this process per second, in the interval that was reported last
         self.predicted = 0.0  # tokens of the latest step, over all processes
         self.small: tuple[int, float] | None = None  # rows and gradient norm of one micro-batch of a logged step
 
@@ -132,8 +133,10 @@ class Stopwatch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start - inside
 
     def report(self) -> tuple[float, int, dict[str, float]]:
-        """(seconds, steps, {phase: seconds per step}) since the last report, which this one resets."""
+        """Return (seconds, steps, {phase: seconds per step}) since the last report, and begin anew; sets `cpus`."""
         elapsed, steps, phases = time.perf_counter() - self.started, self.steps, self.seconds
+        cpu = time.process_time()
+        self.cpus, self.cpu_started = (cpu - self.cpu_started) / elapsed, cpu
         self.started, self.steps, self.seconds = time.perf_counter(), 0, {}
         return elapsed, steps, {phase: seconds / max(1, steps) for phase, seconds in phases.items()}
 

@@ -53,6 +53,31 @@ def learning_rate(step: int, optimization: Optimization, max_steps: int, peak: f
     return peak * warm * (floor + (1 - floor) * shape)
 
 
+def schedule_remarks(optimization: Optimization, max_steps: int) -> list[str]:
+    """Return what cannot work of the learning rate's schedule in a run of `max_steps`, and what to set."""
+    key, warmup, decay = "training.optimization.", optimization.lr_warmup_steps, optimization.lr_decay_steps
+    if max_steps and warmup >= max_steps:
+        last = learning_rate(max_steps - 1, optimization, max_steps)
+        return [
+            f"{key}lr_warmup_steps is {warmup} and training.max_steps {max_steps}: the warm-up does not end before the run, "
+            f"so nothing follows it, and the last update has a learning rate of {last:.3g} (lr is {optimization.lr:.3g}). "
+            f"Set {key}lr_warmup_steps to {max_steps // 10} or so."
+        ]
+    if optimization.lr_scheduler != "wsd":
+        ignored = (
+            f"{key}lr_decay_steps is {decay}, which only the schedule wsd reads; {optimization.lr_scheduler} does not."
+        )
+        return [ignored] if decay is not None and optimization.lr_scheduler in SCHEDULES else []
+    decay = decay or max(1, max_steps // 10)
+    if max_steps and warmup + decay > max_steps:
+        return [
+            f"{key}lr_warmup_steps ({warmup}) and the decay of wsd (lr_decay_steps, {decay}) overlap in a run of {max_steps} "
+            f"steps: after the warm-up the learning rate falls from {optimization.lr:.3g} to "
+            f"{learning_rate(warmup, optimization, max_steps):.3g} at once. Let them be {max_steps} together at most."
+        ]
+    return []
+
+
 @SCHEDULES.add("linear_with_warmup")
 def linear_with_warmup(step: int, warmup: int, total: int, decay: int) -> float:
     """A straight line from the end of the warm-up to 0 at the last step."""

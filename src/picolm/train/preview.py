@@ -19,7 +19,7 @@ from picolm.store.retention import surplus
 from picolm.train import devices
 from picolm.train.build import make_taps
 from picolm.train.config import TrainConfig
-from picolm.train.optim import build_optimizers
+from picolm.train.optim import build_optimizers, schedule_remarks
 from picolm.train.plan import Plan
 from picolm.train.state import State
 
@@ -210,11 +210,12 @@ def _held_out_rows(config: TrainConfig) -> int:
 
 
 def _remarks(config: TrainConfig) -> list[str]:
+    remarks = schedule_remarks(config.training.optimization, config.training.max_steps)
     try:
         devices.check_available(config.training.fabric)
     except PicoError as error:
-        return [f"Not on this machine: {error}."]
-    return []
+        remarks.append(f"Not on this machine: {error}.")
+    return remarks
 
 
 def rounded_bytes(size: float) -> str:

@@ -5,6 +5,7 @@ training on. On the same versions and hardware it has the same bits, which the d
 """
 
 import logging
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,6 +34,8 @@ log = logging.getLogger("picolm")
 
 class ReplayPlan:
     """The cadence of the run, but only `kinds` of `steps` are kept, and it ends at `last`."""
+
+    most_skipped = math.inf  # the run came past them
 
     def __init__(self, original: Schedule, last: int, steps: Collection[int], kinds: Due):
         self.original, self.last, self.steps, self.kinds = original, last, steps, kinds

@@ -2,6 +2,8 @@
 
 import logging
 import math
+import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,18 @@ from torch import Tensor
 from picolm.address import Address
 from picolm.data.embedded import unigram_entropy
 from picolm.store.identity import weights_digest
+from picolm.store.layout import CONFIG
 from picolm.store.listing import loss_line
 from picolm.train.evaluate import Rows
 from picolm.train.job import Job
 from picolm.train.meters import UpdateSize, norm
 from picolm.train.plan import Due
+from picolm.train.processors import load_average, usable_cpus
+from picolm.train.resume import last_finite
 
 log = logging.getLogger("picolm")
 
+SAFE_RATE = 1e-3  # a learning rate at which models of these sizes train with any of the optimizers
 MOST_TOKENS_COUNTED = 50_000_000  # for the unigram entropy that a run ends with: about a second
 
 
@@ -120,6 +126,11 @@ def _why_no_noise(job: Job) -> str:
 
 def _speed(job: Job) -> dict[str, float]:
     seconds, steps, phases = job.stopwatch.report()
+    if job.device.type == "cpu" and job.loggers:
+        step_s = sum(phases.get(phase, 0.0) for phase in ("forward", "backward", "update"))
+        told = job.pace.observe(step_s, job.stopwatch.cpus, load_average(), usable_cpus())
+        if told is not None:
+            job.say_once(told)
     tokens_per_s = steps * job.tokens_per_step / seconds
     flops_per_s = tokens_per_s * job.state.model.flops_per_token(job.config.model.max_seq_len)
     speed = {"tokens_per_s": tokens_per_s, "flops_per_s": flops_per_s}
@@ -216,12 +227,24 @@ def skipped(job: Job, number: int, gradient: Any) -> None:
 
 
 def hopeless(job: Job) -> str:
-    """The message of a run that ends because too many updates were skipped."""
-    saved = f", which is saved in {job.run.path}" if job.run is not None else ""
+    """Return the message of a run that ends because too many updates were skipped, with commands that continue it."""
+    step = job.state.step
+    told = f"{job.state.skipped_in_a_row} updates in a row had a non-finite loss or gradient; stopped at step {step}"
+    if job.run is None:
+        return told
+    command = f"pico train {shlex.quote(str(Path(job.run.path) / CONFIG))}"
+    found = last_finite(job.run, step, verify=False)
+    rate = min(job.config.training.optimization.lr / 10, SAFE_RATE)
+    back = (
+        f"\nTo go back to step {found.step}, the last saved one with a finite loss, with a smaller learning rate:"
+        f"\n  {command} training.optimization.lr={rate:.1g}"
+        if found is not None
+        else ""
+    )
     return (
-        f"{job.state.skipped_in_a_row} updates in a row had a non-finite loss or gradient; stopped at step "
-        f"{job.state.step}{saved}. A smaller training.optimization.lr, a longer lr_warmup_steps or "
-        "training.fabric.precision=32-true may help; metrics.jsonl names the rows"
+        f"{told}, which is saved in {job.run.path}. metrics.jsonl names the rows of their batches.{back}\n"
+        f"To continue from step {step}, without these batches:\n  {command}\n"
+        "A longer training.optimization.lr_warmup_steps or training.fabric.precision=32-true may help too"
     )
 
 

@@ -1,9 +1,11 @@
 """Opening the folder of a run: a new one, or one that goes on from its latest whole checkpoint with identical results."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from picolm.schema import flatten, plain
 from picolm.store import Checkpoint, Directories, Run
 from picolm.store.layout import OPTIMIZER, WEIGHTS
 from picolm.store.retention import Retention
-from picolm.train.config import TrainConfig
+from picolm.train.config import TrainConfig, completed, schema_for
 from picolm.train.state import State
 
 log = logging.getLogger("picolm")
@@ -20,8 +22,25 @@ log = logging.getLogger("picolm")
 # What makes another experiment of a run. Where the data lie may change; what they are is told by their fingerprint.
 FIXED = ("model.", "data.", "training.seeds.", "training.optimization.optimizer")
 FREE = ("data.dataset.name", "data.dataset.cache_dir", "data.tokenizer.name", "model.batch_size")
+REMEDIES = ("training.optimization.", "training.fabric.precision")  # what may make updates finite again
 FORKED = "forked_from"  # in the environment of a run: the run and step that its first checkpoint comes from
-UNIMPORTANT = ("checkpointing.runs_dir", "checkpointing.run_name")
+# What a run does not follow: where it lies, what its folders were called when it was created, and keys that do nothing.
+IGNORED = (
+    "checkpointing.runs_dir",
+    "checkpointing.run_name",
+    "checkpointing.fabric_checkpoint_dir",
+    "checkpointing.fabric_checkpoint_filename",
+    "checkpointing.training.auto_resume",
+    "monitoring.save_to_picolabs",
+    "monitoring.pico_report.",
+    "model.batch_size",
+)
+FOLDERS = (
+    "checkpointing.checkpoints_dir",
+    "checkpointing.learning_dynamics_dir",
+    "checkpointing.evaluation.eval_results_dir",
+    "checkpointing.logs_dir",
+)
 
 
 def open_run(config: TrainConfig, environment: dict[str, Any], stack: ExitStack, writes: bool) -> Run:
@@ -48,7 +67,10 @@ def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: S
     for problem in problems:
         log.warning("Damaged checkpoint: %s", problem)
     if checkpoint is not None:
+        checkpoint = _before_failure(config, run, checkpoint, writes)
         state.restore(checkpoint, checkpoint.meta)
+        if state.skipped_in_a_row >= config.training.max_skipped_steps:
+            state.skipped_in_a_row = 0  # the run stopped for them: it is given as many again
         log.info("Continuing %s from step %d.", run.path, checkpoint.step)
         if writes:  # a kill between a save and what follows it, perhaps the last one
             retention(config, run).apply(checkpoint.step)
@@ -64,6 +86,44 @@ def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: S
     if writes and not finished:  # a finished run is left as it is
         _record_start(run, config, environment, state.step)
     return checkpoint.step if checkpoint is not None else None
+
+
+def _before_failure(config: TrainConfig, run: Run, last: Checkpoint, writes: bool) -> Checkpoint:
+    """Return the checkpoint to continue from: `last`, or an earlier one where the run had stopped for non-finite updates.
+
+    Weights that give no finite loss stay so with any learning rate. So where a key that decides the updates has changed,
+    the run goes back to its newest step with a finite loss; the steps after it are removed, for they are of a course that
+    the run no longer takes.
+    """
+    remedies = [key for key in changes(run.config, plain(config)) if key.startswith(REMEDIES)]
+    if not remedies or not last.meta.get("skipped_in_a_row") or is_finite(last):
+        return last
+    found = last_finite(run, last.step)
+    if found is None:
+        return last
+    later = [step for step in run.step_directories() if step > found.step]
+    log.warning(
+        "Step %d was saved when updates were no longer finite. %s changed, so the run goes back to step %d; removed: %s.",
+        last.step, ", ".join(remedies), found.step, ", ".join(f"step {step}" for step in later),
+    )  # fmt: skip
+    for step in later if writes else ():
+        run.remove(step)
+    return found
+
+
+def last_finite(run: Run, before: int, verify: bool = True) -> Checkpoint | None:
+    """Return the newest checkpoint before a step that training can continue from and whose loss was finite."""
+
+    def accept(checkpoint: Checkpoint) -> bool:
+        return checkpoint.step < before and resumable(checkpoint) and is_finite(checkpoint)
+
+    found, _ = run.latest_whole(verify, accept)
+    return found
+
+
+def is_finite(checkpoint: Checkpoint) -> bool:
+    """Whether the loss and the gradient of the step were finite."""
+    return all(math.isfinite(float(checkpoint.meta.get(name) or 0.0)) for name in ("loss", "gradient_norm"))
 
 
 def resumable(checkpoint: Checkpoint) -> bool:
@@ -105,9 +165,12 @@ def _check_same_experiment(run: Run, config: TrainConfig, environment: Mapping[s
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ: (before, now)."""
-    old, new = flatten(before), flatten(now)
-    keys = [key for key in dict.fromkeys([*old, *new]) if key not in UNIMPORTANT]
+    """Return the dotted keys whose values differ, (before, now); those that a run ignores are left out.
+
+    A key that `before` lacks has its default there: it was written by a version that did not have the key.
+    """
+    old, new = completed(before, schema_for(now)), flatten(now)
+    keys = [key for key in dict.fromkeys([*flatten(before), *new]) if not key.startswith((*IGNORED, *FOLDERS))]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
@@ -121,9 +184,26 @@ def _record_start(run: Run, config: TrainConfig, environment: dict[str, Any], st
     changed = changes(run.config, plain(config))
     for key, (old, new) in changed.items():
         log.warning("%s was %r in this run until now and is %r from step %d on.", key, old, new, step)
+    then, now = run.environment.get("hardware", {}).get("threads"), environment["hardware"]["threads"]
+    if step and then and then != now:
+        log.info(
+            "This run was computed with %d thread(s) until now and is with %d from step %d on: sums on a CPU round "
+            "differently. OMP_NUM_THREADS=%d keeps its bits.", then, now, step, then,
+        )  # fmt: skip
     kept = {key: value for key, value in run.environment.items() if key == FORKED}
     starts = run.environment.get("starts", [])
     start = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changed": changed}
     run.write_environment(kept | environment | {"starts": [*starts, start | {"packages": environment["packages"]}]})
-    run.write_config(plain(config))
+    run.write_config(_with_folders_of(run, plain(config)))
     run.truncate_metrics(step - 1)
+
+
+def _with_folders_of(run: Run, config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` with the folders that the run was created with; says so where others were asked for."""
+    chosen = config["checkpointing"]
+    for section, names in ((chosen, asdict(run.directories)), (chosen["evaluation"], asdict(run.directories))):
+        for key, name in names.items():
+            if key in section and section[key] != name:
+                log.info("%s stays %r, not %r: folders get their names when a run is created.", key, name, section[key])
+                section[key] = name
+    return config

@@ -1,0 +1,115 @@
+"""How many CPUs this process may use, how many threads to compute with, and whether others slow it down.
+
+A container or a batch system often gives a process fewer CPUs than the machine has: by its affinity, or by a quota of its
+control group (cgroup). Threads beyond that number wait for each other, and while they wait they use up the quota.
+"""
+
+import math
+import os
+import statistics
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+SLOW = 3.0  # times the usual duration of a step
+LEAST_INTERVALS = 5  # logged intervals before there is a usual duration
+V1_CONTROLLERS = ("cpu,cpuacct", "cpu", "cpuacct,cpu")
+
+
+def usable_cpus(root: Path = Path("/")) -> float:
+    """Return the CPUs that this process may use: those of its affinity, or the quota of its cgroup where that is less."""
+    return min([float(_affinity()), *_quotas(root)])
+
+
+def _affinity() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Yield the quota of each cgroup that this process is in, and of those above it, in CPUs; v2 and v1."""
+    mount = root / "sys/fs/cgroup"
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", "", ""][:3]
+        if not controllers:
+            for folder in (*_upwards(mount, path), *_upwards(mount / "unified", path)):
+                yield from _quota(*[*_text(folder / "cpu.max").split(), "", ""][:2])
+        elif "cpu" in controllers.split(","):
+            for controller in V1_CONTROLLERS:
+                for folder in _upwards(mount / controller, path):
+                    yield from _quota(_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us"))
+
+
+def _upwards(mount: Path, path: str) -> Iterator[Path]:
+    """Yield the folder of a cgroup and of those above it. In a container only the last, the mount itself, may exist."""
+    parts = [part for part in path.split("/") if part not in ("", "..", ".")]
+    for end in range(len(parts), -1, -1):
+        yield mount.joinpath(*parts[:end])
+
+
+def _quota(quota: str, period: str) -> Iterator[float]:
+    with suppress(ValueError):  # `max`, or no such file
+        if int(quota) > 0 and int(period) > 0:
+            yield int(quota) / int(period)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def threads_for(usable: float, processes: int, default: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of threads of one of `processes`: `default`, or its share of the usable CPUs where that is less.
+
+    What the user set by OMP_NUM_THREADS or MKL_NUM_THREADS, which `default` follows already, stays.
+    """
+    if any(environment.get(name) for name in SET_BY_USER):
+        return default
+    return max(1, min(default, math.floor(usable / processes)))
+
+
+class Pace:
+    """Tells, from one logged interval to the next, whether steps are slow because others use the CPUs."""
+
+    def __init__(self) -> None:
+        self._durations: deque[float] = deque(maxlen=20)
+        self._shares: deque[float] = deque(maxlen=20)
+
+    def observe(self, step_s: float, cpus: float, load: float | None, usable: float) -> str | None:
+        """Take note of an interval; returns what to say of it, None where there is nothing to say.
+
+        step_s: seconds of computing per step. cpus: CPU seconds of this process per second. load: processes that want to
+        run, on average over the last minute; None where it is not known.
+        """
+        told = None
+        if len(self._durations) >= LEAST_INTERVALS:
+            usual, share = statistics.median(self._durations), statistics.median(self._shares)
+            crowded = load is not None and load > 1.5 * usable + 1
+            if step_s > SLOW * usual and (crowded or cpus < 0.7 * share):
+                told = _slow(step_s / usual, cpus, share, load, usable)
+        if told is None:
+            self._durations.append(step_s)
+            self._shares.append(cpus)
+        return told
+
+
+def _slow(times: float, cpus: float, share: float, load: float | None, usable: float) -> str:
+    busy = f", and {load:.0f} processes want to run" if load is not None else ""
+    return (
+        f"Steps take {times:.1f} times their usual time, because this machine is shared: the run gets {cpus:.1f} CPUs "
+        f"(usually {share:.1f} of {usable:.3g}){busy}. If it stays so, stop (Ctrl-C), set OMP_NUM_THREADS=1 or less than "
+        "now, and give the same command again: threads that wait for each other lose more than they bring."
+    )
+
+
+def load_average() -> float | None:
+    """Return the load of the last minute; None where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return None
