@@ -80,14 +80,18 @@ class Job:
         """Targets in the rows of one step, over all processes; a model may predict fewer."""
         return self.config.data.dataloader.batch_size * self.config.model.max_seq_len
 
-    def learning_rate(self, step: int, peak: float | None = None) -> float:
-        """Return the rate of the update from `step` to `step + 1`: of `lr`, or of a parameter group with this peak."""
-        return learning_rate(step, self.config.training.optimization, self.config.training.max_steps, peak)
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the update from `step` to `step + 1`."""
+        return learning_rate(step, self.config.training.optimization, self.config.training.max_steps)
 
     def group_rates(self, step: int) -> dict[str, float]:
         """Return the rate of each parameter group in the update from `step` to `step + 1`, by its name."""
-        peaks = self._own.peaks if self.state.own_rates else [None] * len(self._own.peaks)
-        return {name: self.learning_rate(step, peak) for name, peak in zip(self._own.names, peaks)}
+        chosen, total = self.config.training.optimization, self.config.training.max_steps
+        rates = dict.fromkeys(self._own.names, self.learning_rate(step))
+        if self.state.own_rates:
+            own = {name: peak for name, peak in zip(self._own.names, self._own.peaks) if peak != chosen.lr}
+            rates |= {name: learning_rate(step, chosen, total, peak) for name, peak in own.items()}
+        return rates
 
     def set_rates(self, step: int) -> None:
         """Give each parameter group its rate of the update from `step` to `step + 1`."""
