@@ -21,6 +21,7 @@ WORDS = {
     "address",
     "seeds",
     "logs",
+    "markdown",
     "network",
     "tracking",
     "console",

@@ -1,11 +1,14 @@
 """Plain sentences on the screen and in a file: every part logs to "picolm", the commands say where it goes."""
 
 import logging
+import os
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 from picolm.console import say, visible
 from picolm.errors import PicoError
+from picolm.trusted import open_to_append, refuse_links
 
 log = logging.getLogger("picolm")
 
@@ -25,7 +28,10 @@ class _Screen(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """A disk that is full, or gone, costs lines of the log and nothing else: the screen has them."""
+    """Appends to a regular file. A disk that is full, or gone, costs lines of the log and nothing else: the screen has them."""
+
+    def _open(self) -> TextIOWrapper:
+        return os.fdopen(open_to_append(Path(self.baseFilename)), "a", encoding="utf-8")
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -35,8 +41,12 @@ class _File(logging.FileHandler):
             super().close()
 
 
-def configure_logging(level: str, file: Path | None = None) -> None:
-    """Plain lines on stderr and, where `file` is given, the same with the time in that file."""
+def configure_logging(level: str, file: Path | None = None, within: Path | None = None) -> None:
+    """Write plain lines to stderr and, where `file` is given, the same with the time to that file.
+
+    within: the folder below which `file` and the folders on the way to it may not be links. Raises PicoError where the file
+    cannot be written.
+    """
     log.setLevel(level)
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -46,6 +56,8 @@ def configure_logging(level: str, file: Path | None = None) -> None:
     log.addHandler(screen)
     if file is not None:
         try:
+            refuse_links(file, within or file.parent)
+            file.parent.mkdir(parents=True, exist_ok=True)
             written = _File(file, encoding="utf-8")
         except OSError as error:
             raise PicoError(f"{file}: the log cannot be written ({error.strerror})") from error

@@ -8,17 +8,24 @@ client says of an error is shown without secrets that it may quote.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any, TypeVar
+from traceback import walk_tb
+from typing import Any, Literal, TypeVar
+from urllib.parse import quote, urljoin, urlsplit
 
-from picolm.errors import PicoError
+from picolm.errors import FileError, PicoError
+from picolm.trusted import parse_json, require_regular
 
 Result = TypeVar("Result")
 
@@ -26,8 +33,15 @@ _ATTEMPTS = 5
 _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 300.0
 _SILENCE_S = 120.0  # a server that sends and takes nothing for so long is taken for lost
+_SLOWEST = 1000.0  # bytes per second; an answer that comes slower for _SILENCE_S is given up
+_ANSWER_BYTES = 64 << 20  # most bytes of an answer that states no length, or is JSON
+_ENCODED_BYTES = 1 << 20  # the same for a compressed answer, which may expand a thousandfold
+_PAGES = 2000  # most pages of one list
 _LARGE_BYTES = 1 << 20
 _MOVED = 412
+
+_endpoints: set[tuple[str, str, int | None]] = set()  # of the Hubs named by a caller; they may get the token
+_most_bytes: ContextVar[int | None] = ContextVar("most_bytes", default=None)
 
 
 def cache_folder() -> Path:
@@ -49,11 +63,13 @@ def fetch(
     failure: type[PicoError],
     endpoint: str | None = None,
     name: str | None = None,
+    most_bytes: int | None = None,
     **options: Any,
 ) -> Path:
-    """The path of a file of a repository in the Hub's cache, downloaded if it is not there. Raises `failure`.
+    """Download a file of a repository into the Hub's cache, unless it is there. Returns its path. Raises `failure`.
 
-    endpoint None: that of the environment. name: what the file is called in messages. options: of `hf_hub_download`.
+    endpoint None: that of the environment. name: what the file is called in messages. most_bytes: the size of the file, or
+    the most that such a file may have. options: of `hf_hub_download`.
     """
     from huggingface_hub import hf_hub_download
 
@@ -62,7 +78,100 @@ def fetch(
             repository, file, revision=revision, endpoint=endpoint, tqdm_class=_silent_bar(), **options
         )
 
-    return Path(persist(download, name or f"{repository}: {file}", failure, endpoint))
+    with _answers_of(most_bytes):
+        return Path(persist(download, name or f"{repository}: {file}", failure, endpoint))
+
+
+def in_cache(path: Path) -> Path:
+    """Return the regular file that a path in the cache of huggingface_hub leads to: there, a name is a link to its content.
+
+    Raises FileError where it leads out of the cache.
+    """
+    from huggingface_hub import constants
+
+    target, cache = path.resolve(), Path(constants.HF_HUB_CACHE).resolve()
+    if not target.is_relative_to(cache):
+        raise FileError(f"{path}: leads out of the cache of the Hub ({cache}); delete it, and it is fetched again")
+    require_regular(target)
+    return target
+
+
+@dataclass(frozen=True)
+class LargeFile:
+    """What the Hub knows of a file that git does not hold itself. oid: its sha-256."""
+
+    oid: str
+
+
+@dataclass(frozen=True)
+class TreeEntry:
+    """An entry of the file list of a repository. size: bytes. oid: the id of the git object."""
+
+    type: str
+    path: str
+    oid: str
+    size: int = 0
+    lfs: LargeFile | None = None
+
+
+def file_list(
+    repository: str,
+    revision: str,
+    kind: Literal["model", "dataset"],
+    failure: type[PicoError],
+    endpoint: str | None = None,
+    name: str | None = None,
+) -> dict[str, TreeEntry]:
+    """Return the files of a repository at a revision by their path. Raises `failure`."""
+    url = f"{_hub(endpoint)}/api/{kind}s/{repository}/tree/{quote(revision, safe='')}?recursive=true&expand=false"
+    found: dict[str, TreeEntry] = {}
+    for page in pages(url, list[TreeEntry], name or repository, failure, endpoint):
+        if page and all(entry.path in found for entry in page):
+            raise failure(f"{name or repository}: {redacted(url)} repeats its pages; check HF_ENDPOINT")
+        found |= {entry.path: entry for entry in page}
+    return {path: entry for path, entry in found.items() if entry.type == "file"}
+
+
+def pages(
+    url: str, form: type[Result], name: str, failure: type[PicoError], endpoint: str | None = None
+) -> Iterator[Result]:
+    """Yield the pages of a list at `url`, each parsed as `form`. Raises `failure`.
+
+    The address of the next page comes from the answer: it is followed only on the host of the first one, because the request
+    carries the token.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    def ask() -> Any:
+        response = get_session().get(url, headers=build_hf_headers(), follow_redirects=True, timeout=_SILENCE_S)
+        hf_raise_for_status(response)
+        return response
+
+    first = url
+    for _ in range(_PAGES):
+        response = persist(ask, name, failure, endpoint)
+        try:
+            page = parse_json(response.content, redacted(url), form)
+        except FileError as error:
+            raise failure(f"{name}: does not answer as a Hub does; check HF_ENDPOINT ({error})") from error
+        yield page
+        following = response.links.get("next", {}).get("url")
+        if following is None:
+            return
+        try:
+            url = urljoin(url, following)
+        except ValueError as error:
+            raise failure(f"{name}: the address of the next page is none ({redacted(following)})") from error
+        if _origin(url) != _origin(first):
+            raise failure(
+                f"{name}: the next page of the list lies on another host ({redacted(url)}); it is not followed"
+            )
+        if not page:
+            break
+    raise failure(
+        f"{name}: {redacted(first)} has no end: an empty page, or more than {_PAGES} pages; check HF_ENDPOINT"
+    )
 
 
 def persist(
@@ -80,13 +189,19 @@ def persist(
     """
     from huggingface_hub import errors
 
-    bound_waits()
+    bound_requests()
+    if endpoint is not None:
+        _endpoints.add(_origin(endpoint))
     # hf_xet, which moves large files, reports what goes wrong on the network as a RuntimeError
     troubles = (OSError, RuntimeError, errors.HTTPError, errors.EntryNotFoundError, ValueError)
     for attempt in range(attempts):
         try:
             return call()
-        except troubles as error:
+        except PicoError:
+            raise
+        except Exception as error:
+            if not (isinstance(error, troubles) or _is_of_client(error)):
+                raise
             if attempt + 1 == attempts or not _may_pass(error):
                 raise failure(_explanation(error, name, endpoint, deed)) from error
             time.sleep(max(_FIRST_WAIT_S * 2**attempt, asked_wait_s(error)))
@@ -94,8 +209,12 @@ def persist(
 
 
 @cache
-def bound_waits() -> None:
-    """From here on no request of this process waits forever, and huggingface_hub leaves it to us to tell of retries."""
+def bound_requests() -> None:
+    """Set up the HTTP client of huggingface_hub for this process.
+
+    No request waits forever, no answer is read without an end, the token is sent to the Hub alone, and huggingface_hub
+    leaves it to us to tell of retries.
+    """
     import logging
 
     from huggingface_hub import set_client_factory
@@ -104,11 +223,77 @@ def bound_waits() -> None:
     def make() -> Any:
         client = _http.default_client_factory()
         client.timeout = _SILENCE_S
+        client.headers["accept-encoding"] = "identity"
+        client.event_hooks["request"].append(_withhold_token)
+        client.event_hooks["response"].append(_bound_answer)
         return client
 
     set_client_factory(make)
     for noisy in ("utils._http", "hf_api"):
         logging.getLogger(f"huggingface_hub.{noisy}").setLevel(logging.ERROR)
+
+
+def _withhold_token(request: Any) -> None:
+    """Remove the token from a request to another host: addresses of pages, uploads and redirects come from answers."""
+    if _origin(str(request.url)) not in {_origin(_hub(None)), *_endpoints}:
+        request.headers.pop("authorization", None)
+
+
+def _bound_answer(response: Any) -> None:
+    """Let reading the body of an answer raise FileError where it is too large or too slow."""
+    encoded = response.headers.get("content-encoding", "identity") != "identity"
+    whole = "content-length" in response.headers and "json" not in response.headers.get("content-type", "")
+    most = _ENCODED_BYTES if encoded else None if whole else _ANSWER_BYTES
+    module = type(response).__module__
+    limits = [limit for limit in (most, _most_bytes.get() if response.is_success else None) if limit is not None]
+    response.stream = _bounded(response.stream, redacted(str(response.url)), min(limits, default=None), module)
+
+
+def _bounded(stream: Any, name: str, most_bytes: int | None, module: str) -> Any:
+    library = importlib.import_module(module.partition(".")[0])  # httpx or httpx2, whichever huggingface_hub uses
+
+    class Bounded(library.SyncByteStream):  # type: ignore[name-defined]
+        def __iter__(self) -> Iterator[bytes]:
+            start, received = time.monotonic(), 0
+            for part in stream:
+                received += len(part)
+                if most_bytes is not None and received > most_bytes:
+                    raise FileError(
+                        f"{name}: the answer holds more than {most_bytes:,} bytes, the most that is read of it"
+                    )
+                if time.monotonic() - start > _SILENCE_S + received / _SLOWEST:
+                    raise FileError(f"{name}: the answer comes too slowly ({received} bytes so far); try again later")
+                yield part
+
+        def close(self) -> None:
+            stream.close()
+
+    return Bounded()
+
+
+@contextmanager
+def _answers_of(most_bytes: int | None) -> Iterator[None]:
+    """Let no answer that is read in this block hold more than so many bytes."""
+    token = _most_bytes.set(most_bytes)
+    try:
+        yield
+    finally:
+        _most_bytes.reset(token)
+
+
+def _hub(endpoint: str | None) -> str:
+    from huggingface_hub import constants
+
+    return (endpoint or constants.ENDPOINT).rstrip("/")
+
+
+def _origin(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port of an address."""
+    try:
+        parsed = urlsplit(url)
+        return parsed.scheme, parsed.hostname or "", parsed.port or {"http": 80, "https": 443}.get(parsed.scheme)
+    except ValueError:  # no address at all
+        return "", url, None
 
 
 def asked_wait_s(error: BaseException | None) -> float:
@@ -118,6 +303,12 @@ def asked_wait_s(error: BaseException | None) -> float:
     headers = getattr(getattr(error, "response", None), "headers", {})
     seconds = headers.get("Retry-After", "")
     return min(float(seconds), _LONGEST_WAIT_S) if seconds.isdigit() else asked_wait_s(error.__cause__)
+
+
+def _is_of_client(error: Exception) -> bool:
+    """Return whether an error was raised in the code of huggingface_hub or its HTTP client: an answer that it cannot read."""
+    frames = list(walk_tb(error.__traceback__))
+    return bool(frames) and str(frames[-1][0].f_globals.get("__name__")).startswith(("huggingface_hub", "httpx"))
 
 
 def _may_pass(error: BaseException | None) -> bool:

@@ -1,12 +1,15 @@
 """The one door to Weights & Biases. What lies outside of this machine may be out of reach; no run and no analysis ends for it."""
 
 import logging
+import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from picolm.errors import PicoError
+from picolm.trusted import open_to_append, read_text, refuse_links
 
 log = logging.getLogger("picolm")
 
@@ -19,6 +22,7 @@ class Session:
             import wandb
         except ImportError as error:
             raise PicoError("monitoring.save_to_wandb needs: pip install 'picolm[wandb]'") from error
+        refuse_links(folder / "wandb", folder)
         arguments: dict[str, Any] = {
             "project": project or "pico",
             "entity": entity or None,
@@ -51,6 +55,10 @@ class Session:
 
 def _identity(file: Path) -> str:
     """What tells the run apart on the server: made once, so that a continued run goes on there, and a new one does not."""
-    if not file.exists():
-        file.write_text(secrets.token_hex(8))
-    return file.read_text()
+    if not os.path.lexists(file):
+        with os.fdopen(open_to_append(file), "w") as made:
+            made.write(secrets.token_hex(8))
+    found = read_text(file, most_bytes=1000).strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", found):
+        raise PicoError(f"{file}: holds no id of a run of Weights & Biases; delete it to start a new one there")
+    return found

@@ -12,8 +12,9 @@ import os
 import stat
 from collections.abc import Iterator
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from picolm.errors import FileError, FileMissing
 
@@ -57,7 +58,7 @@ def require_regular(path: Path, within: Path | None = None) -> os.stat_result:
     return status
 
 
-def open_regular(path: Path, within: Path | None = None) -> BinaryIO:
+def open_regular(path: Path, within: Path | None = None) -> BufferedReader:
     """Open a file for reading in binary mode. Raises like `require_regular`; never waits for a pipe."""
     if within is not None:
         refuse_links(path, within)
@@ -71,6 +72,23 @@ def open_regular(path: Path, within: Path | None = None) -> BinaryIO:
         os.close(descriptor)
         raise FileError(f"{path}: is not a regular file")
     return os.fdopen(descriptor, "rb")
+
+
+def open_to_append(path: Path, within: Path | None = None, flags: int = os.O_WRONLY | os.O_APPEND) -> int:
+    """Open a file for writing, made if there is none. Returns its descriptor.
+
+    flags: how, for `os.open`. Raises FileError if it is a link, a folder, a pipe or a device, and OSError where the system
+    does not let it be written.
+    """
+    if within is not None:
+        refuse_links(path, within)
+    if os.path.lexists(path):
+        require_regular(path)
+    descriptor = os.open(path, flags | os.O_CREAT | _OPEN | _BINARY, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileError(f"{path}: is not a regular file")
+    return descriptor
 
 
 def read_bytes(path: Path, within: Path | None = None, most_bytes: int = TEXT_BYTES) -> bytes:
@@ -143,6 +161,16 @@ def parse_json(data: bytes | str, name: str, form: Any = Any) -> Any:
         raise FileError("\n".join(_problems(failure, name))) from None
 
 
+def check_form(value: Any, form: Any, name: str) -> None:
+    """Raise FileError with every key of a parsed value that is not what `form` says."""
+    from pydantic import ValidationError
+
+    try:
+        _adapter(form).validate_python(value, strict=True)
+    except ValidationError as failure:
+        raise FileError("\n".join(_problems(failure, name))) from None
+
+
 @cache
 def _adapter(form: Any) -> Any:
     from pydantic import TypeAdapter
@@ -154,9 +182,13 @@ def _problems(failure: Any, name: str, most: int = 10) -> Iterator[str]:
     errors = failure.errors(include_url=False, include_context=False, include_input=False)
     for error in errors[:most]:
         key = ".".join(str(part)[:80] for part in error["loc"])
-        yield f"{name}: {key}{': ' if key else ''}{error['msg'].replace('Input should', 'should')}"
+        yield f"{name}: {key}{': ' if key else ''}{_plainly(error['msg'])}"
     if len(errors) > most:
         yield f"{name}: … {len(errors)} problems in all"
+
+
+def _plainly(message: str) -> str:
+    return message.replace("Input should", "should").removeprefix("Value error, ")
 
 
 def _cannot_open(path: Path, error: OSError) -> FileError:

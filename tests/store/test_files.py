@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ values = st.recursive(
 
 @given(value=values)
 def test_json_round_trip_is_exact(value: object) -> None:
-    assert repr(load_json(dump_json(value))) == repr(value)  # repr tells nan, inf and -0.0 apart
+    assert repr(load_json(dump_json(value), "x", Any)) == repr(value)  # repr tells nan, inf and -0.0 apart
 
 
 @given(value=values)
@@ -65,13 +66,13 @@ def test_metrics_come_back_as_they_were(tmp_path: Path) -> None:
     entries = [{"step": 0, "loss": 8.3}, {"step": 1, "loss": math.inf}, {"step": 2, "text": "zwölf\n"}]
     for entry in entries:
         journal.append(entry)
-    assert journal.entries() == entries
+    assert list(journal.entries()) == entries
 
 
 def test_a_torn_last_line_is_not_read_and_not_glued_to_the_next(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":0}\n{"step":1,"lo')
-    assert Journal(path).entries() == [{"step": 0}]
+    assert list(Journal(path).entries()) == [{"step": 0}]
     Journal(path).append({"step": 1})
     assert path.read_bytes() == b'{"step":0}\n{"step":1}\n'
 
@@ -80,11 +81,11 @@ def test_a_damaged_line_in_the_middle_is_named_by_its_number(tmp_path: Path) -> 
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":0}\n{"st\n{"step":2}\n')
     with pytest.raises(StoreError, match=r"metrics\.jsonl:2: damaged"):
-        Journal(path).entries()
+        list(Journal(path).entries())
 
 
 def test_no_metrics_yet_is_no_lines(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "metrics.jsonl")
-    assert journal.entries() == []
+    assert list(journal.entries()) == []
     assert journal.keep(lambda entry: True) == 0
     assert not journal.path.exists()

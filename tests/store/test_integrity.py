@@ -109,9 +109,9 @@ def link_directory(path: Path) -> None:
         (lambda path: (path / "manifest.json").unlink(), "manifest.json: cannot be read .*not a whole checkpoint"),
         (lambda path: (path / "pytorch_model.bin").touch(), "pytorch_model.bin: not in the manifest"),
         (lambda path: (path / "learning_dynamics" / "x").mkdir(), "learning_dynamics/x: not in the manifest"),
-        (link_file, "config.json: a symbolic link where a file was written"),
-        (link_inside, "config.json: a symbolic link where a file was written"),
-        (link_directory, "a symbolic link leads out of"),
+        (link_file, "config.json: is a link"),
+        (link_inside, "config.json: is a link"),
+        (link_directory, "is a link"),
         (lambda path: path.rename(path.with_name("step_5")), "holds step 0; the directory was renamed"),
     ],
 )
@@ -125,9 +125,9 @@ def test_reading_does_not_follow_a_link_out_of_the_step(run: Run, content: dict[
     checkpoint = run.commit(0, **content)
     link_file(checkpoint.path)
     link_directory(checkpoint.path)
-    with pytest.raises(StoreError, match="a symbolic link leads out of"):
+    with pytest.raises(StoreError, match="is a link"):
         checkpoint.read("config.json")
-    with pytest.raises(StoreError, match="a symbolic link leads out of"):
+    with pytest.raises(StoreError, match="is a link"):
         checkpoint["gradients", "train", "layers.2.attention.o_proj"]  # type: ignore[index]
 
 
@@ -142,7 +142,7 @@ def test_a_step_or_checkpoints_behind_a_link_is_no_part_of_the_run(run: Run, tmp
         run.commit(0, {}, meta={})
     run.checkpoints_path.rename(tmp_path / "checkpoints")
     run.checkpoints_path.symlink_to(tmp_path / "checkpoints")
-    with pytest.raises(StoreError, match="checkpoints: a symbolic link leads out of"):
+    with pytest.raises(StoreError, match="checkpoints: is a link"):
         Run.open(run.path)
 
 
@@ -200,6 +200,6 @@ def test_a_step_that_its_writer_replaces_during_verification_is_reported_or_whol
 
     monkeypatch.setattr(sealed, "read_header", thinned_meanwhile)
     (problem,) = checkpoint.verify()
-    assert "cannot be read (No such file or directory)" in problem
+    assert "there is no such file" in problem
     monkeypatch.setattr(sealed, "read_header", thinned_meanwhile)
     assert run.problems(0) == []

@@ -38,9 +38,9 @@ def opened_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for kind in (foreign.PickledTensors, foreign.SafeTensors):
 
-        def opening(self: Any, path: Path, init: Callable[..., None] = kind.__init__) -> None:
+        def opening(self: Any, path: Path, name: str = "", init: Callable[..., None] = kind.__init__) -> None:
             seen.append(path.name)
-            init(self, path)
+            init(self, path, name)
 
         monkeypatch.setattr(kind, "__init__", opening)
     return seen

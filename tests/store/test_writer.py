@@ -43,6 +43,7 @@ class Slow(Run):
         self.under_way += 1
         self.most = max(self.most, self.under_way)
         self.go.wait(10)
+        self.go.clear()
         self.under_way -= 1
         return super().commit(*arguments, **options)
 
@@ -56,6 +57,7 @@ def test_training_goes_on_while_one_step_is_written_and_waits_for_the_second(run
         threading.Timer(0.05, slow.go.set).start()
         writer.submit(1, {W: torch.zeros(3)}, meta={})
         assert run.steps == [0]
+        slow.go.set()
     assert slow.most == 1
     assert writer.waiting_s >= 0.03
     assert writer.writing_s >= writer.snapshot_s > 0

@@ -230,7 +230,7 @@ def test_a_fork_goes_another_way_from_its_step_on(
         "training.optimization.lr", "training.seeds.data", "checkpointing.save_every_n_steps",
     }  # fmt: skip
     for words, message in (
-        (("--step", 3, "--run-name", "other"), "holds a run already; choose another --run-name"),
+        (("--step", 3, "--run-name", "other"), "holds a run already"),
         (("--step", 3, "--run-name", "x", "model.d_model=48"), "model.d_model: a fork goes on with the weights"),
         (("--step", 3, "--run-name", "x", "training.max_steps=2"), "there is nothing to do after step 3"),
         (("--step", 9, "--run-name", "x"), "there is no step 9"),
@@ -238,6 +238,45 @@ def test_a_fork_goes_another_way_from_its_step_on(
         assert pico(monkeypatch, "fork", run.path, *words) == 1
         assert message in capsys.readouterr().err
     assert not (run.path.parent / "x").exists()
+
+
+@pytest.mark.parametrize("stop", [None, PicoError("no"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_fork_touches_no_folder_of_the_user_and_leaves_none_of_its_own(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: BaseException | None
+) -> None:
+    run = train()
+    notes = run.path.with_name("notes")
+    notes.mkdir()
+    (notes / "thoughts.md").write_text("mine")
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise stop  # type: ignore[misc]
+
+    name, message = ("notes", "is there already (it holds thoughts.md)") if stop is None else ("other", "")
+    before = sorted(path.name for path in run.path.parent.iterdir())
+    with monkeypatch.context() as patched:
+        if stop is not None:
+            patched.setattr("picolm.train.fork.replay", fail)
+        assert pico(patched, "fork", run.path, "--step", 3, "--run-name", name, "--no-train") != 0
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in run.path.parent.iterdir()) == before
+    assert [path.name for path in notes.iterdir()] == ["thoughts.md"]
+    if stop is not None:
+        assert pico(monkeypatch, "fork", run.path, "--step", 3, "--run-name", name, "--no-train") == 0
+        assert Run.open(run.path.with_name(name)).steps == [3]
+
+
+def test_replayed_steps_are_not_written_into_a_folder_that_holds_something_else(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train()
+    notes = run.path.with_name("notes")
+    notes.mkdir()
+    (notes / "environment.json").write_text("mine")
+    assert pico(monkeypatch, "replay", run.path, "--step", 3, "--out", notes) == 1
+    assert "is there already (it holds environment.json)" in capsys.readouterr().err
+    assert [path.name for path in notes.iterdir()] == ["environment.json"]
+    assert (notes / "environment.json").read_text() == "mine"
 
 
 def test_a_fork_that_lost_its_first_step_does_not_start_from_nothing(

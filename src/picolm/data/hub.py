@@ -19,7 +19,7 @@ import json
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from picolm import trusted
 from picolm.data import SOURCES
@@ -30,10 +30,7 @@ from picolm.data.manifest import FILE, Count, Manifest, Name, digest_of, parse_m
 from picolm.data.parquet import ShardedRows, check_length, rows_fingerprint
 from picolm.data.splits import NoSplit, canonical, no_shards, shards_of
 from picolm.errors import DataError, FileError
-from picolm.network import cache_folder, fetch, is_offline, persist
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoFile
+from picolm.network import TreeEntry, cache_folder, fetch, file_list, in_cache, is_offline, persist
 
 _FOOTER_BYTES = 1 << 16
 _MOST_FOOTER_BYTES = 1 << 28
@@ -185,21 +182,12 @@ def list_files(name: str, revision: str | None) -> tuple[str, dict[str, tuple[in
         )
     commit = _commit(name, revision or "main", None)
     entries = _tree(Repository(name, commit))
-    return commit, {path: (entry.size, entry.lfs.sha256 if entry.lfs else None) for path, entry in entries.items()}
+    return commit, {path: (entry.size, entry.lfs.oid if entry.lfs else None) for path, entry in entries.items()}
 
 
-def _tree(repository: Repository) -> dict[str, RepoFile]:
-    """The files of a data set at its commit."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    def ask() -> dict[str, RepoFile]:
-        tree = HfApi(endpoint=repository.endpoint).list_repo_tree(
-            repository.name, recursive=True, revision=repository.commit, repo_type="dataset"
-        )
-        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-
-    return persist(ask, repository.name, DataError, repository.endpoint)
+def _tree(repository: Repository) -> dict[str, TreeEntry]:
+    """Return the files of a data set at its commit by their path."""
+    return file_list(repository.name, repository.commit, "dataset", DataError, repository.endpoint)
 
 
 def _survey(repository: Repository, split: str, row_length: int | None) -> Index:
@@ -216,7 +204,7 @@ def _survey(repository: Repository, split: str, row_length: int | None) -> Index
     if not rows:
         raise no_shards(repository.name, split, listed)
     entries = [listed[file] for file in rows]
-    digests = [entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries]
+    digests = [entry.lfs.oid if entry.lfs else entry.oid for entry in entries]
     return Index(
         repository.commit, list(rows), digests, list(rows.values()), manifest is not None, "tokenizer.json" in listed
     )
@@ -235,8 +223,7 @@ def _count_rows(repository: Repository, shards: list[tuple[str, int]], row_lengt
 
 
 def _manifest(repository: Repository) -> Manifest | None:
-    # the Hub's cache consists of links
-    return parse_manifest(trusted.read_bytes(repository.fetch(FILE).resolve()), f"{repository.name}: {FILE}")
+    return parse_manifest(trusted.read_bytes(in_cache(repository.fetch(FILE))), f"{repository.name}: {FILE}")
 
 
 def _load(path: Path) -> Index | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -123,6 +124,6 @@ def _is_finished(job: Job, stage: Stage) -> bool:
 
 def _sweep(out: Path) -> None:
     """Remove what jobs that made this folder left beside it."""
-    for folder in out.parent.glob(f".{out.name}.????????????"):
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.????????????"):
         if (folder / "reports" / _LAST / f"{0:06d}.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)

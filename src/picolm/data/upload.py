@@ -13,6 +13,7 @@ import yaml
 
 from picolm.data.manifest import FILE, Manifest, Shard, file_of, read_manifest
 from picolm.errors import DataError
+from picolm.markdown import code, plain
 from picolm.network import prepare_repository, send
 
 _SHARDS_PER_COMMIT = 16
@@ -56,10 +57,10 @@ def data_card(manifest: Manifest, repository: str) -> str:
     splits = [{"split": split, "path": f"{split}-*.parquet"} for split in manifest.splits]
     front = {"tags": ["pico", "pretokenized"], "configs": [{"config_name": "default", "data_files": splits}]}
     rows = "".join(
-        f"| {split} | {manifest.rows(split):,} | {len(shards)} |\n" for split, shards in manifest.splits.items()
+        f"| {plain(split)} | {manifest.rows(split):,} | {len(shards)} |\n" for split, shards in manifest.splits.items()
     )
     sources = "".join(
-        f"| {source} | {', '.join(f'{count:,} {what}' for what, count in counts.items())} |\n"
+        f"| {plain(source)} | {', '.join(f'{count:,} {plain(what)}' for what, count in counts.items())} |\n"
         for source, counts in manifest.sources.items()
     )
     tokenizer = manifest.tokenizer
@@ -74,7 +75,7 @@ digest of every shard, and all that the rows follow from.
 | split | rows | shards |
 |---|---:|---:|
 {rows}
-Tokenizer: {tokenizer.get("vocab_size", "?")} entries, sha-256 `{tokenizer.get("sha256", "?")}`, in `{_TOKENIZER}`.
+Tokenizer: {plain(tokenizer.get("vocab_size", "?"))} entries, sha-256 {code(tokenizer.get("sha256", "?"))}, in `{_TOKENIZER}`.
 
 | source | |
 |---|---|

@@ -6,9 +6,7 @@ A format is a function that writes an `Exported` model into an empty folder; `FO
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,13 +16,11 @@ from torch import Tensor
 from picolm.errors import PicoError
 from picolm.models import MODELS
 from picolm.registry import Registry
-from picolm.store.files import disk_errors
-from picolm.train.sample import checkpoint_at, config_of
+from picolm.store.folders import new_folder
+from picolm.train.sample import checkpoint_at, config_of, end_of_text
 from picolm.train.state import weight_address
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from picolm.store import Checkpoint, Run
 
 ORIGIN = "pico.json"  # beside what is exported: of which run and step it is, for `pico import`
@@ -68,7 +64,7 @@ def export(run: Run, step: int | None, name: str, out: Path) -> int:
 
     write = FORMATS.get(name)
     exported = collect(run, checkpoint_at(run, step))
-    with fresh_folder(out) as partial:
+    with new_folder(out, "the export") as partial:
         write(exported, partial)
         (partial / ORIGIN).write_text(json.dumps(exported.origin, indent=2) + "\n")
     return int(exported.origin["step"])
@@ -84,9 +80,7 @@ def collect(run: Run, checkpoint: Checkpoint) -> Exported:
     if wrong:
         raise PicoError(f"{checkpoint.path}: {wrong[0]} does not fit the model section of the run's configuration")
     files = {name: checkpoint.read(name) for name in TOKENIZER_FILES if name in checkpoint.files}
-    end = None
-    if "generation_config.json" in checkpoint.files:
-        end = json.loads(checkpoint.read("generation_config.json")).get("eos_token_id")
+    end = end_of_text(checkpoint)
     origin = {"run": run.name, "step": checkpoint.step, "model_type": config.model_type}
     return Exported(config, weights, end, files, origin)
 
@@ -98,19 +92,3 @@ def write_tokenizer(exported: Exported, folder: Path) -> None:
     if exported.end is not None:
         ends = {f"{what}_token_id": exported.end for what in ("bos", "eos", "pad")}
         (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
-
-
-@contextmanager
-def fresh_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `out` when all is written. Raises PicoError where `out` holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PicoError(f"{out} is there already; choose another folder with --out")
-    partial = out.with_name(f".{out.name}.partial")
-    with disk_errors("the export", out):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            partial.replace(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)

@@ -5,13 +5,15 @@ What it computes must be what a Pico decoder computes; anything else is refused,
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from picolm.errors import PicoError
@@ -19,13 +21,16 @@ from picolm.formats import ORIGIN, TOKENIZER_FILES
 from picolm.formats.plain import CONFIG, STATE_DICT
 from picolm.models import MODELS, Decoder
 from picolm.models.llama import check_names, decoder_config, from_llama
-from picolm.network import fetch, persist
+from picolm.network import fetch, file_list, in_cache
 from picolm.schema import plain
 from picolm.store import Run
+from picolm.store.folders import new_folder, refuse_content
 from picolm.store.foreign import PickledTensors, SafeTensors
+from picolm.store.layout import check_name
 from picolm.train.config import schema_for
 from picolm.train.state import weight_address
 from picolm.train.text import Text, checkpoint_files
+from picolm.trusted import check_form, parse_json, read_bytes, require_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,28 +54,28 @@ def import_model(place: str, out: Path, step: int | None) -> tuple[Run, int]:
     place: a folder, or OWNER/NAME[@REVISION] on the Hub. step: default, that of the run it was exported from, else 0.
     Raises PicoError where a Pico decoder computes something else, and where files are missing or damaged.
     """
-    if (out / "run.json").exists():
-        raise PicoError(f"{out} holds a run already; choose another folder with --out")
+    refuse_content(out)
     find = _finder(place)
     imported = _read(find, place)
-    origin = _json(find(ORIGIN)) if find(ORIGIN) else dict[str, Any]()
-    step = int(origin.get("step", 0)) if step is None else step
+    origin = _origin(find(ORIGIN))
+    step = origin.get("step", 0) if step is None else step
     config = _run_config(imported.section, out, step)
     model = MODELS.get(config.model.model_type)(config.model)
-    text = Text(_tokenizer(find), config.model.vocab_size)
     about: dict[str, Any] = {"imported_from": place} | {key: origin[key] for key in ("run", "step") if key in origin}
     tensors = {weight_address(name): tensor for name, tensor in imported.weights.items()}
-    run = Run.create(out, plain(config), {"imported": about})
-    run.commit(
-        step,
-        tensors,
-        meta={"step": step, "resumable": False},
-        texts=checkpoint_files(model.to(next(iter(tensors.values())).dtype), text),
-        weight_prefix=model.state_prefix,
-        parameters=list(imported.weights),
-        about=about,
-    )
-    return run, step
+    with new_folder(out, "the run") as partial, TemporaryDirectory() as copies:
+        text = Text(_tokenizer(find, Path(copies)), config.model.vocab_size)
+        run = Run.create(partial, plain(config), {"imported": about}, name=out.resolve().name)
+        run.commit(
+            step,
+            tensors,
+            meta={"step": step, "resumable": False},
+            texts=checkpoint_files(model.to(next(iter(tensors.values())).dtype), text),
+            weight_prefix=model.state_prefix,
+            parameters=list(imported.weights),
+            about=about,
+        )
+    return Run.open(out), step
 
 
 def _read(find: Callable[[str], Path | None], place: str) -> Imported:
@@ -141,13 +146,21 @@ def _transformers_weights(find: Callable[[str], Path | None], place: str) -> dic
         if file is None:
             continue
         if name == _INDEX:
-            parts = [(part, find(part)) for part in sorted(set(_json(file)["weight_map"].values()))]
+            parts = [(part, find(part)) for part in sorted(set(_weight_map(file).values()))]
             gone = [part for part, path in parts if path is None]
             if gone:
                 raise PicoError(f"{place}: {_INDEX} names {gone[0]}, which is not there")
             return {key: tensor for _, path in parts if path for key, tensor in _all(SafeTensors(path)).items()}
         return _all(PickledTensors(file) if name.endswith(".bin") else SafeTensors(file))
     raise PicoError(f"{place}: holds no weights (looked for: {', '.join(_WEIGHTS)})")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return the file of each tensor, as the index of a saved model says."""
+    where = f"{path}: weight_map"
+    files: dict[str, str] = _json(path).get("weight_map", {})
+    check_form(files, dict[str, str], where)
+    return {key: check_name(name, where) for key, name in files.items()}
 
 
 def _all(file: PickledTensors | SafeTensors) -> dict[str, Tensor]:
@@ -158,7 +171,7 @@ def _finder(place: str) -> Callable[[str], Path | None]:
     """A function from the name of a file to its path here, None where there is no such file."""
     folder = Path(place).expanduser()
     if folder.is_dir():
-        return lambda name: folder / name if (folder / name).is_file() else None
+        return lambda name: _local(folder / name) if os.path.lexists(folder / name) else None
     repository, _, revision = place.removeprefix("hub:").partition("@")
     if repository.count("/") != 1 or folder.exists():
         raise PicoError(f"{place}: is no folder, and not the form OWNER/NAME[@REVISION] of a Hub repository")
@@ -167,21 +180,40 @@ def _finder(place: str) -> Callable[[str], Path | None]:
 
 def _repository(name: str, revision: str | None) -> Callable[[str], Path | None]:
     """The same for a repository on the Hub; files are fetched when they are asked for."""
-    from huggingface_hub import list_repo_files
-
-    there = set(persist(lambda: list_repo_files(name, revision=revision), name, PicoError, deed="looked up on"))
-    return lambda file: fetch(name, file, revision, PicoError) if file in there else None
+    there = file_list(name, revision or "main", "model", PicoError)
+    return lambda file: in_cache(fetch(name, file, revision, PicoError)) if file in there else None
 
 
-def _tokenizer(find: Callable[[str], Path | None]) -> Path | None:
-    """tokenizer.json, with what belongs to it beside it."""
-    file, *_ = [find(name) for name in TOKENIZER_FILES]  # all are fetched
-    return file
+def _local(path: Path) -> Path:
+    """Return the path of a file of a model. A folder in the cache of the Hub consists of links; others may not hold any."""
+    if path.is_symlink():
+        return in_cache(path)
+    require_regular(path)
+    return path
+
+
+def _tokenizer(find: Callable[[str], Path | None], folder: Path) -> Path | None:
+    """Copy tokenizer.json and what belongs to it to a folder; return its path there, None where there is none."""
+    for name in TOKENIZER_FILES:
+        if (path := find(name)) is not None:
+            (folder / name).write_bytes(read_bytes(path))
+    return folder / TOKENIZER_FILES[0] if (folder / TOKENIZER_FILES[0]).exists() else None
 
 
 def _json(path: Path | None) -> dict[str, Any]:
     assert path is not None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise PicoError(f"{path}: cannot be read ({error})") from error
+    found: dict[str, Any] = parse_json(read_bytes(path), str(path), dict[str, Any])
+    return found
+
+
+class _Origin(BaseModel):
+    """What `pico export` says of the run and the step of a model."""
+
+    run: str = ""
+    step: Annotated[int, Field(ge=0, lt=10**18)] = 0
+
+
+def _origin(path: Path | None) -> dict[str, Any]:
+    found = {} if path is None else _json(path)
+    check_form(found, _Origin, str(path))
+    return found

@@ -47,7 +47,7 @@ class Material:
         """The logged numbers of all runs: run, step, name, value."""
         from picolm.report.plot import log_table
 
-        return log_table({name: run.metrics() for name, run in self.named.items()})
+        return log_table({name: run.read_metrics() for name, run in self.named.items()})
 
     @cached_property
     def named(self) -> dict[str, Run]:

@@ -3,13 +3,17 @@
 What cannot be known of a run, its licence and language, is not made up: put it into the first lines on the Hub, and it stays.
 """
 
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+from picolm.document import ConfigError, parse_yaml, write_yaml
 from picolm.errors import StoreError
+from picolm.markdown import block, code, plain
 from picolm.store.layout import METRICS
 from picolm.store.roworder import lookup
 from picolm.store.run import Run
@@ -62,64 +66,69 @@ def with_front_matter(text: str, before: str) -> str:
 
 
 def _mark(place: str) -> str:
-    return f"<!-- written by pico for {place}; without this line it is left as it is -->"
+    named = place.replace(">", "%3E").replace("\n", "%0A")  # nothing that ends a comment
+    return f"<!-- written by pico for {named}; without this line it is left as it is -->"
 
 
 def _front(text: str) -> dict[str, Any]:
     match = _FRONT.match(text)
     try:
-        found = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        found = parse_yaml(match[1], FILE) if match else None
+    except ConfigError:
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _what(run: Run, repository: str, branch: str, commits: Mapping[int, str]) -> str:
-    model = run.config.get("model") or {}
-    shape = ", ".join(f"{model[key]} {word}" for key, word in _SHAPE.items() if key in model)
-    kind = f"`{model['model_type']}`" if "model_type" in model else "model of a type that its configuration leaves out"
+    model = lookup(run.config, "model", {})
+    shape = ", ".join(f"{plain(model[key])} {word}" for key, word in _SHAPE.items() if key in model)
+    kind = code(model["model_type"]) if "model_type" in model else "model of a type that its configuration leaves out"
     steps = sorted(commits)
     held = f"{len(steps)} checkpoints, from step {steps[0]} to step {steps[-1]}" if steps else "no checkpoint yet"
     return (
-        f"# {branch if branch != 'main' else repository.split('/')[1]}\n\n"
+        f"# {plain(branch if branch != 'main' else repository.split('/')[1])}\n\n"
         f"A training run of a {kind}{f' ({shape})' if shape else ''} with its learning dynamics: {held}, "
         "each with what the run kept of weights, optimizer state, and the gradients and activations of that very step. "
-        f"The run is the branch `{branch}`; a step is a commit on it.\n"
+        f"The run is the branch {code(branch)}; a step is a commit on it.\n"
     )
 
 
 def _data(run: Run, environment: Mapping[str, Any]) -> str:
-    data, seeds = environment.get("data", {}), environment.get("seeds", {})
+    data, seeds = environment.get("data") or {}, environment.get("seeds") or {}
     rows = lookup(run.config, "data.dataloader.batch_size", None)
-    lines = [f"- data: `{data.get('name') or lookup(run.config, 'data.dataset.name', 'not recorded')}`"]
+    lines = [f"- data: {code(data.get('name') or lookup(run.config, 'data.dataset.name', 'not recorded'))}"]
     if "fingerprint" in data:
-        lines.append(f"- {data.get('rows', '?')} rows; fingerprint of their content and order `{data['fingerprint']}`")
+        lines.append(
+            f"- {data.get('rows', '?')} rows; fingerprint of their content and order {code(data['fingerprint'])}"
+        )
     if rows:
-        lines.append(f"- step s takes rows s x {rows} to (s + 1) x {rows} of the order that the data seed gives")
+        lines.append(
+            f"- step s takes rows s x {plain(rows)} to (s + 1) x {plain(rows)} of the order that the data seed gives"
+        )
     if seeds:
-        lines.append("- seeds: " + ", ".join(f"{name} {seed}" for name, seed in seeds.items()))
-    packages = environment.get("packages", {})
+        lines.append("- seeds: " + ", ".join(f"{plain(name)} {seed}" for name, seed in seeds.items()))
+    packages = environment.get("packages") or {}
     if packages:
-        lines.append("- made with " + ", ".join(f"{name} {version}" for name, version in packages.items()))
+        lines.append(
+            "- made with " + ", ".join(f"{plain(name)} {plain(version)}" for name, version in packages.items())
+        )
     return "## Data and order\n\n" + "\n".join(lines) + "\n"
 
 
 def _configuration(differences: Mapping[str, Any]) -> str:
-    shown = "".join(f"{key}: {_value(value)}\n" for key, value in differences.items())
+    shown = "".join(
+        write_yaml({key: value}, default_flow_style=None, width=1000, allow_unicode=True)
+        for key, value in differences.items()
+    )
     return (
         "## Configuration\n\nWhat differs from the defaults; all of it is in `training_config.yaml`.\n\n"
-        f"```yaml\n{shown or '{}'}```\n"
-    )
-
-
-def _value(value: Any) -> str:
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True).removesuffix("\n...\n").strip()
+        f"{block(shown or '{}', 'yaml')}"
     )
 
 
 def _curve(run: Run) -> str:
-    points = [(entry["step"], entry["train/loss"]) for entry in run.metrics() if _is_number(entry.get("train/loss"))]
+    logged = run.read_metrics(("train/loss",))
+    points = [(entry["step"], entry["train/loss"]) for entry in logged if _is_number(entry.get("train/loss"))]
     if not points:
         return "## Loss\n\nNothing was logged yet.\n"
     losses = [loss for _, loss in points]
@@ -146,33 +155,27 @@ def _spread(values: list[Any], count: int) -> list[Any]:
 
 def _loading(run: Run, repository: str, branch: str, commits: Mapping[int, str]) -> str:
     steps = sorted(commits)
-    listed = "".join(f"| {step} | `{commits[step]}` |\n" for step in _spread(steps, _STEPS))
+    listed = "".join(f"| {step} | {plain(commits[step])} |\n" for step in _spread(steps, _STEPS))
     example = steps[-1] if steps else 0
-    return f"""## Loading a step
-
-`revision` takes the commit of a step. The model brings its own code, which `trust_remote_code` runs; read it first.
-
-```python
-from huggingface_hub import list_repo_commits
+    program = f"""from huggingface_hub import list_repo_commits
 from transformers import AutoModelForCausalLM
 
 step = {example}
 title = f"Saving HF Model -- Step {{step}}"
-commits = list_repo_commits("{repository}", revision="{branch}")
+commits = list_repo_commits({json.dumps(repository)}, revision={json.dumps(branch)})
 revision = next(commit.commit_id for commit in commits if commit.title == title)
-model = AutoModelForCausalLM.from_pretrained("{repository}", revision=revision, trust_remote_code=True)
-```
-
-| step | commit |
-|---:|---|
-{listed}"""
+model = AutoModelForCausalLM.from_pretrained({json.dumps(repository)}, revision=revision, trust_remote_code=True)
+"""
+    return (
+        "## Loading a step\n\n`revision` takes the commit of a step. The model brings its own code, which `trust_remote_code` "
+        f"runs; read it first.\n\n{block(program, 'python')}\n| step | commit |\n|---:|---|\n{listed}"
+    )
 
 
 def _analysis(repository: str, branch: str) -> str:
-    return f"""## Analyzing it
-
-```sh
-pico analyze ANALYSIS.yaml --repo_id {repository} --branch {branch}   # fetches the files that it needs, and no more
-pico pull {repository}@{branch}                                  # or have the run here, verified
-```
-"""
+    place, name = shlex.quote(f"{repository}@{branch}"), shlex.quote(branch)
+    commands = (
+        f"pico analyze ANALYSIS.yaml --repo_id {repository} --branch {name}   # fetches the files that it needs, and no more\n"
+        f"pico pull {place}                                  # or have the run here, verified"
+    )
+    return f"## Analyzing it\n\n{block(commands, 'sh')}"

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from picolm.errors import StoreError
+from picolm.trusted import check_form, open_regular, parse_json
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -62,10 +64,16 @@ def write_bytes(path: Path, data: bytes) -> FileRecord:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace the content of a small file; a reader sees the old content or the new, whole."""
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as aside:
         write_bytes(aside, data)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give the name of a new file to write; at the end it replaces `path`. Nothing is left of it where writing fails."""
+    aside = path.with_name(f".{path.name[:100]}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        yield aside
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -82,7 +90,8 @@ def sync_directory(path: Path) -> None:
 
 
 def digest_file(path: Path) -> FileRecord:
-    with open(path, "rb") as file:
+    """Return the size and the sha-256 of a regular file. Raises like `trusted.open_regular`, and OSError."""
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileRecord(file.tell(), digest)
 
@@ -96,9 +105,14 @@ def dump_json(value: object, indent: int | None = None) -> str:
     return json.dumps(_plain(value), ensure_ascii=False, indent=indent, separators=separators, allow_nan=False)
 
 
-def load_json(text: str | bytes) -> Any:
-    """The inverse of `dump_json`. Raises ValueError."""
-    return _restored(json.loads(text))
+def load_json(text: str | bytes, name: str, form: Any = dict[str, Any]) -> Any:
+    """Return what `dump_json` was given, as far as `form` allows it. Raises FileError with each key that is not as it says.
+
+    name: the file, for messages.
+    """
+    value = _restored(parse_json(text, name))
+    check_form(value, form, name)
+    return value
 
 
 def _plain(value: Any) -> Any:

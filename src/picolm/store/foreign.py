@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from picolm.errors import StoreError
 from picolm.store.tensors import TensorPlace, read_header, read_tensor
+from picolm.trusted import open_regular, require_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,10 +25,11 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 class PickledTensors:
     """A mapping from key to tensor as `torch.save` wrote it. Raises StoreError for anything else, or a damaged file."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, name: str = ""):
+        """name: what the file is called in messages; its path by default."""
+        self.path, self.name = path, name or str(path)
         self._is_zip = _is_zip(path)  # torch up to 1.5 wrote another format, which has no checksums
-        self._tensors = _load(path, self._is_zip)
+        self._tensors = _load(path, self._is_zip, self.name)
         self._checked = not self._is_zip
 
     @property
@@ -45,15 +47,17 @@ class PickledTensors:
     def check(self) -> None:
         """Raises StoreError when a checksum does not hold. Reads the file once."""
         if not self._checked:
-            _check(self.path)
+            _check(self.path, self.name)
             self._checked = True
 
 
 class SafeTensors:
     """The tensors of a safetensors file by key."""
 
-    def __init__(self, path: Path):
-        self.path, self._places = path, _header(path)
+    def __init__(self, path: Path, name: str = ""):
+        """name: what the file is called in messages; its path by default."""
+        self.path, self.name = path, name or str(path)
+        self._places = _header(path)
 
     @property
     def keys(self) -> list[str]:
@@ -63,7 +67,7 @@ class SafeTensors:
         try:
             return read_tensor(self.path, self._places[key])
         except OSError as error:
-            raise StoreError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise StoreError(f"{self.name}: cannot be read ({error.strerror})") from error
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._places[key].shape)
@@ -86,30 +90,34 @@ def read_arrow(path: Path | None, where: str) -> "pa.Table":
     if path is None:
         raise StoreError(f"{where}: missing, though the data set beside it lists it")
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            data = file.read()
         table = pa.ipc.open_stream(data).read_all()
-    except (OSError, pa.ArrowInvalid, pa.ArrowSerializationError) as error:
+        table.validate(full=True)
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise StoreError(f"{where}: damaged, or not an Arrow stream ({str(error).splitlines()[0]})") from error
     if not data.endswith(_END_OF_STREAM):  # a reader takes a file that was cut between two batches for a whole one
         raise StoreError(f"{where}: ends too early; fetch or copy it again")
     return table
 
 
-def _load(path: Path, is_zip: bool) -> Mapping[str, "Tensor"]:
+def _load(path: Path, is_zip: bool, name: str) -> Mapping[str, "Tensor"]:
     import torch
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise StoreError(f"{path}: {_refusal(str(error))}") from error
+        raise StoreError(f"{name}: {_refusal(str(error))}") from error
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path}: damaged, or not a file of torch.save ({_first_line(error)})") from error
-    strangers = (
-        [key for key, value in content.items() if not _is_entry(key, value)] if isinstance(content, dict) else None
-    )
-    if strangers is None or strangers:
-        found = type(content).__name__ if strangers is None else f"{strangers[0]!r}"
-        raise StoreError(f"{path}: holds {found}, where a mapping from names to tensors was expected")
+        raise StoreError(f"{name}: damaged, or not a file of torch.save ({_first_line(error)})") from error
+    size = path.stat().st_size
+    wrong = [key for key, value in content.items() if not _is_entry(key, value)] if isinstance(content, dict) else None
+    if wrong is None or wrong:
+        found = type(content).__name__ if wrong is None else f"{wrong[0]!r}"
+        raise StoreError(f"{name}: holds {found}, where a mapping from names to tensors was expected")
+    for key, tensor in content.items():  # strides of 0 make a few bytes a tensor of any size
+        if tensor.numel() * tensor.element_size() > size:
+            raise StoreError(f"{name}: {key!r} has shape {list(tensor.shape)}, more than the file holds")
     return content
 
 
@@ -120,20 +128,21 @@ def _is_entry(key: Any, value: Any) -> bool:
 
 
 def _is_zip(path: Path) -> bool:
+    require_regular(path)
     try:
         return zipfile.is_zipfile(path)
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, name: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise StoreError(f"{path}: damaged ({_first_line(error)})") from error
+        raise StoreError(f"{name}: damaged ({_first_line(error)})") from error
     if damaged is not None:
-        raise StoreError(f"{path}: damaged: the checksum of its part {damaged!r} does not hold; fetch or copy it again")
+        raise StoreError(f"{name}: damaged: the checksum of its part {damaged!r} does not hold; fetch or copy it again")
 
 
 def _refusal(message: str) -> str:

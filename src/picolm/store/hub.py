@@ -14,15 +14,13 @@ of that by `prefetch`, into the Hub's own cache, and never again.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import yaml
 
 from picolm.address import Address
 from picolm.errors import StoreError
@@ -32,14 +30,19 @@ from picolm.store.files import load_json
 from picolm.store.journal import Journal
 from picolm.store.layout import CONFIG, MANIFEST, METRICS, Directories, step_directory
 from picolm.store.legacy import DYNAMICS, SPLITS, LegacyCheckpoint, capture_meta
+from picolm.store.records import parse_config
 from picolm.store.repository import Branch, Commit
 from picolm.store.roworder import RowOrder, lookup
 from picolm.store.run import OPENERS, Run
 from picolm.store.sealed import SealedCheckpoint
+from picolm.trusted import TEXT_BYTES, read_bytes
 
 _PLACE = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@(.+))?")
-_TITLE = re.compile(r"Saving (.+) -- Step (\d+)")
-_WHOLE = re.compile(r"Step (\d+) is whole with this commit; its manifest has the digest ([0-9a-f]{64})")
+_NUMBER = "(0|[1-9][0-9]{0,17})"  # a longer one is no step: commits are titled by anybody
+_TITLE = re.compile(rf"Saving (.+) -- Step {_NUMBER}")
+_WHOLE = re.compile(
+    rf"(?<![0-9])Step {_NUMBER} is whole with this commit; its manifest has the digest ([0-9a-f]{{64}})"
+)
 PART = "A step is whole with the commit that says so."
 MODEL, EVALUATION, CONFIGURATION = "HF Model", "Evaluation Results", "Training Config"
 FABRIC, TOKENIZER = "Fabric Checkpoint", "Tokenizer"
@@ -92,10 +95,7 @@ class HubRun(Run):
     def config(self) -> dict[str, Any]:
         """The configuration as it was written; empty where it was not kept."""
         path = self.branch.find(CONFIG, self._titled.get(0, {}).get(CONFIGURATION, self.head))
-        try:
-            return yaml.safe_load(path.read_text()) or {} if path else {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise StoreError(f"{self.path}: {CONFIG} cannot be read ({error})") from error
+        return parse_config(read_bytes(path), str(self.path / CONFIG)) if path else {}
 
     @property
     def steps(self) -> list[int]:
@@ -129,12 +129,12 @@ class HubRun(Run):
         commit = self._titled.get(step, {}).get(EVALUATION) or (self.whole and self.head)
         name = f"{self.directories.eval_results_dir}/{step_directory(step)}.json"
         path = self.branch.find(name, commit) if commit else None
-        return load_json(path.read_bytes()) if path else None
+        return load_json(read_bytes(path), str(self.path / name)) if path else None
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Every logged line; none for runs of pico-train, which keep none there."""
-        path = self.branch.find(METRICS, self.head) if self.whole else None
-        return Journal(path).entries() if path else []
+    def read_metrics(self, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        """As for any run; none for runs of pico-train, which keep none there."""
+        path = self.branch.find(METRICS, self.head, None) if self.whole else None
+        return Journal(path).entries(keys) if path else iter(())
 
     @property
     def head(self) -> str:
@@ -207,7 +207,7 @@ class HubFiles:
 
     def find(self, name: str) -> Path | None:
         commit = self._commit(name)
-        return self._branch.find(name, commit) if commit else None
+        return self._branch.find(name, commit, None) if commit else None
 
     def identity(self, name: str) -> str:
         identity = self._identity(name)
@@ -246,7 +246,7 @@ class HubCheckpoint(SealedCheckpoint):
             raise StoreError(f"{where}: its commit {commit[:8]} holds step {self.step}")
 
     def locate(self, name: str) -> Path:
-        path = self._branch.find(name, self.commit)
+        path = self._branch.find(name, self.commit, TEXT_BYTES if name == MANIFEST else self.files[name].bytes)
         if path is None:
             raise StoreError(f"{self.path / name}: not in commit {self.commit[:8]}")
         return path

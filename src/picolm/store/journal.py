@@ -1,12 +1,16 @@
 """A file of JSON lines that is appended to while others read it, and that survives a writer killed in mid-line."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from picolm.errors import StoreError
-from picolm.store.files import disk_errors, dump_json, load_json, write_atomically
+from picolm.errors import FileError, FileMissing, StoreError
+from picolm.store.files import disk_errors, dump_json, load_json, written_aside
+from picolm.store.forms import LogLine
+from picolm.trusted import open_regular, open_to_append, read_lines
+
+_BLOCK_BYTES = 1 << 16
 
 
 class Journal:
@@ -22,42 +26,81 @@ class Journal:
         with disk_errors("a line of metrics", self.path, len(line)):
             self._mend()
             self._mended = False  # if the disk is full, half of this line may stay behind
-            with open(self.path, "ab") as file:
+            with os.fdopen(open_to_append(self.path), "ab") as file:
                 file.write(line)
             self._mended = True
 
-    def entries(self) -> list[dict[str, Any]]:
-        """Every whole line. Raises StoreError, with its number, for a line in the middle that is damaged."""
-        entries = []
+    def entries(self, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield every whole line, read one by one; none where there is no file.
+
+        keys: only lines that hold one of these, and only these values and the step. Raises StoreError, with the number of the
+        line, for one that is damaged.
+        """
+        wanted = None if keys is None else {"step", *keys}
+        marks = [f'"{key}"'.encode() for key in keys or ()]
         for number, line in enumerate(self._lines(), 1):
-            try:
-                entries.append(load_json(line))
-            except ValueError as error:
-                raise StoreError(f"{self.path}:{number}: damaged ({error}); remove that line to go on") from error
-        return entries
+            if keys is None or any(mark in line for mark in marks):
+                entry = self._parsed(line, number)
+                yield entry if wanted is None else {key: entry[key] for key in entry if key in wanted}
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> int:
-        """Rewrite the file with the wanted entries only; return how many were dropped."""
-        entries = self.entries()
-        kept = [entry for entry in entries if wanted(entry)]
-        with disk_errors("the metrics", self.path, 0):
-            if self.path.exists():
-                write_atomically(self.path, "".join(dump_json(entry) + "\n" for entry in kept).encode())
-        return len(entries) - len(kept)
+        """Rewrite the file with the wanted entries only, where there are others; return how many were dropped."""
+        dropped = sum(not wanted(entry) for entry in self.entries(("step",)))
+        if dropped:
+            with disk_errors("the metrics", self.path, 0), written_aside(self.path) as aside, open(aside, "xb") as file:
+                for number, line in enumerate(self._lines(), 1):
+                    if wanted(self._parsed(line, number)):
+                        file.write(line + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        return dropped
 
     def sync(self) -> None:
         """Force what was appended to the disk: a checkpoint must not be younger than the lines before it."""
-        if self.path.exists():
-            with open(self.path, "rb") as file:
+        try:
+            with open_regular(self.path) as file:
                 os.fsync(file.fileno())
+        except FileMissing:
+            pass
 
-    def _lines(self) -> list[bytes]:
-        """The lines that ended; what follows the last end of line is torn."""
-        return self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+    def copy_whole_lines(self, target: Path) -> None:
+        """Write the lines that ended to a new file."""
+        with open(target, "xb") as file:
+            for line in self._lines():
+                file.write(line + b"\n")
+
+    def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            entry: dict[str, Any] = load_json(line, f"{self.path}:{number}: damaged", LogLine)
+        except FileError as error:
+            raise StoreError(f"{error}; remove that line to go on") from error
+        return entry
+
+    def _lines(self) -> Iterator[bytes]:
+        try:
+            yield from read_lines(self.path)
+        except FileMissing:
+            return
 
     def _mend(self) -> None:
-        """At the start, and after a failure: cut off a torn line, or the next would be glued to it."""
-        if not self._mended and self.path.exists():
-            whole = sum(len(line) + 1 for line in self._lines())
-            if whole != self.path.stat().st_size:
-                os.truncate(self.path, whole)
+        """Cut off a torn line, at the start and after a failure, or the next line would be glued to it."""
+        if self._mended or not os.path.lexists(self.path):
+            return
+        with open_regular(self.path) as file:
+            size = os.fstat(file.fileno()).st_size
+            whole = _end_of_lines(file, size)
+        if whole != size:
+            os.truncate(self.path, whole)
+
+
+def _end_of_lines(file: BinaryIO, size: int) -> int:
+    """Return the position behind the last newline, looking from the end."""
+    end = size
+    while end:
+        start = max(0, end - _BLOCK_BYTES)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0

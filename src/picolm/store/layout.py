@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from picolm.address import Address
 from picolm.errors import StoreError
+from picolm.trusted import refuse_links
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -28,7 +29,7 @@ TOKENIZER = {
     "merges.txt",
     "chat_template.jinja",
 }
-_STEP = re.compile(r"step_(0|[1-9][0-9]*)")
+_STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})")
 _WORD = re.compile(r"\w+")
 
 
@@ -61,18 +62,19 @@ def step_of(name: str) -> int | None:
 
 def check_name(name: str, where: str) -> str:
     """Refuse a name that could lead out of the directory it is relative to."""
+    if not isinstance(name, str):
+        raise StoreError(f"{where}: {name!r} is no name")
     parts = PurePosixPath(name).parts
-    odd = not isinstance(name, str) or not name or name.startswith("/") or "\\" in name or "\0" in name
+    odd = not name or name.startswith("/") or "\\" in name or "\0" in name
     if odd or ".." in parts or str(PurePosixPath(name)) != name or name == ".":
         raise StoreError(f"{where}: {name!r} is not a plain relative path; it could lead out of the run directory")
     return name
 
 
 def inside(root: Path, name: str) -> Path:
-    """`root/name`, refused when a symbolic link on the way leads out of `root`."""
+    """Return `root/name`. Raises StoreError for a name that leads out of `root`, or where a part of it below `root` is a link."""
     path = root / check_name(name, str(root))
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise StoreError(f"{path}: a symbolic link leads out of {root}; put the files themselves there")
+    refuse_links(path, root)
     return path
 
 

@@ -12,8 +12,9 @@ of the model. Weights come from the file of the model, and from those that were 
 """
 
 import hashlib
-import json
+import os
 import re
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,9 +26,11 @@ from picolm.registry import did_you_mean
 from picolm.store.checkpoint import Checkpoint, Missing, absence
 from picolm.store.files import digest_file
 from picolm.store.foreign import PickledTensors, SafeTensors, read_arrow
-from picolm.store.layout import Directories, kind_of_file
+from picolm.store.forms import DataSetState
+from picolm.store.layout import Directories, check_name, inside, kind_of_file
 from picolm.store.manifest import natural
 from picolm.store.roworder import RowOrder, lookup
+from picolm.trusted import parse_json, read_bytes, require_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -70,20 +73,26 @@ class LocalFiles:
         self.where = where
 
     def has(self, name: str) -> bool:
-        return (self.where / name).is_file()
+        return os.path.lexists(self.where / name)
 
     def find(self, name: str) -> Path | None:
-        return self.where / name if self.has(name) else None
+        """Raises StoreError where the file is a link, a folder, a pipe or a device."""
+        if not self.has(name):
+            return None
+        require_regular(inside(self.where, name))
+        return self.where / name
 
     def identity(self, name: str) -> str:
         try:
-            return digest_file(self.where / name).sha256
+            return digest_file(inside(self.where, name)).sha256
         except OSError as error:
             raise StoreError(f"{self.where / name}: cannot be read ({error.strerror})") from error
 
     def sizes(self) -> dict[str, int]:
-        files = (path for path in sorted(self.where.rglob("*")) if path.is_file())
-        return {str(path.relative_to(self.where)): path.stat().st_size for path in files}
+        files = ((path, path.lstat()) for path in sorted(self.where.rglob("*")))
+        return {
+            str(path.relative_to(self.where)): found.st_size for path, found in files if stat.S_ISREG(found.st_mode)
+        }
 
 
 class LegacyCheckpoint(Checkpoint):
@@ -171,10 +180,7 @@ class LegacyCheckpoint(Checkpoint):
         path = self._files.find(name)
         if path is None:
             raise Missing(f"{self.path} has no file {name!r}{did_you_mean(name, self.files)}")
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+        return read_bytes(path)
 
     def rows(self, split: str) -> "pa.Table":
         import pyarrow as pa
@@ -188,12 +194,12 @@ class LegacyCheckpoint(Checkpoint):
         """The Arrow files of the rows of a split, in their order; none when the step does not keep them."""
         folder = f"{self._dynamics}/{split}_data"
         try:
-            listed = json.loads(self.read(f"{folder}/state.json"))["_data_files"]
-            return [f"{folder}/{entry['filename']}" for entry in listed]
+            data = self.read(f"{folder}/state.json")
         except Missing:
             return [name for name in self.files if name.startswith(f"{folder}/") and name.endswith(".arrow")]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.path / folder}/state.json: damaged ({error})") from error
+        where = f"{self.path / folder}/state.json"
+        listed = parse_json(data, where, DataSetState).data_files
+        return [check_name(f"{folder}/{entry.filename}", where) for entry in listed]
 
     def fetch(self, addresses: Collection[Address], rows: Collection[str] = ()) -> None:
         for pair in _PAIRS:
@@ -248,8 +254,9 @@ class LegacyCheckpoint(Checkpoint):
             path = self._files.find(file)
             if path is None:
                 raise Missing(f"{self.path} has no file {file!r}")
-            tensors = SafeTensors(path) if file.endswith(".safetensors") else PickledTensors(path)
-            self._opened[file] = tensors, _by_module(tensors.keys, str(path))
+            name = str(self.path / file)  # in the cache of the Hub, a path says nothing
+            tensors = SafeTensors(path, name) if file.endswith(".safetensors") else PickledTensors(path, name)
+            self._opened[file] = tensors, _by_module(tensors.keys, name)
         if self._known is not None:
             self._known.setdefault(file, self._opened[file][1])
         return self._opened[file]

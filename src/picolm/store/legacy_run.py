@@ -1,19 +1,20 @@
 """A run of pico-train on disk: where its steps are, and what its directories are called."""
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from picolm.errors import StoreError
 from picolm.store.checkpoint import Checkpoint
 from picolm.store.layout import CONFIG, Directories, step_of
 from picolm.store.legacy import MODEL_FILES, STATE, LegacyCheckpoint, LocalFiles, capture_meta
+from picolm.store.records import parse_config
 from picolm.store.roworder import RowOrder, lookup
 from picolm.store.run import OPENERS, Run
+from picolm.trusted import read_bytes
 
 
 class LegacyRun(Run):
@@ -26,7 +27,7 @@ class LegacyRun(Run):
     @cached_property
     def config(self) -> dict[str, Any]:
         """The configuration as it was written; empty where it was not kept."""
-        return super().config if (self.path / CONFIG).exists() else {}
+        return super().config if os.path.lexists(self.path / CONFIG) else {}
 
     @property
     def steps(self) -> list[int]:
@@ -72,14 +73,14 @@ def _run_at(path: Path) -> LegacyRun | None:
 def configured_directories(config: Path) -> Directories:
     """What the directories of the run are called, so far as its configuration renames them."""
     try:
-        section = lookup(yaml.safe_load(config.read_text()), "checkpointing", {})
-    except (OSError, ValueError, yaml.YAMLError):
+        section = lookup(parse_config(read_bytes(config), str(config)), "checkpointing", {})
+        names = {field.name: lookup(section, field.name, field.default) for field in fields(Directories)}
+        names["eval_results_dir"] = lookup(section, "evaluation.eval_results_dir", names["eval_results_dir"])
+        return Directories(**names)
+    except StoreError:
         return Directories()  # opening the run says what is wrong with it
-    names = {field.name: lookup(section, field.name, field.default) for field in fields(Directories)}
-    names["eval_results_dir"] = lookup(section, "evaluation.eval_results_dir", names["eval_results_dir"])
-    return Directories(**names)
 
 
 def _is_step(path: Path, directories: Directories) -> bool:
     marks = (*MODEL_FILES, "config.json", STATE, directories.learning_dynamics_dir)
-    return not path.is_symlink() and any((path / mark).exists() for mark in marks)
+    return not path.is_symlink() and any(os.path.lexists(path / mark) for mark in marks)

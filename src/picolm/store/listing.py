@@ -54,7 +54,7 @@ def verify(run: Run) -> Iterator[tuple[int, list[str]]]:
 
 def loss_line(run: Run) -> str:
     """The logged training loss in one line: `loss  8.34 █▅▃▂▁ 5.21  (steps 0 to 60, nats per token)`; empty without any."""
-    losses = {entry["step"]: entry["train/loss"] for entry in run.metrics() if "train/loss" in entry}
+    losses = {entry["step"]: entry["train/loss"] for entry in run.read_metrics(("train/loss",))}
     if not losses:
         return ""
     steps = sorted(losses)

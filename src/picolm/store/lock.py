@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from picolm.errors import StoreError
+from picolm.errors import FileError, StoreError
 from picolm.store.files import disk_errors
+from picolm.store.forms import Holder
+from picolm.trusted import open_to_append, parse_json
 
 logger = logging.getLogger(__name__)
 _UNSUPPORTED = "the file system of %s has no locks (%s); nothing stops a second process from writing this run"
@@ -46,7 +48,7 @@ class RunLock:
 
     def _acquire(self) -> None:
         with disk_errors("the lock", self.path.parent):
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = open_to_append(self.path, flags=os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -92,7 +94,7 @@ os.register_at_fork(after_in_child=_forget_all)
 
 def _describe(content: bytes) -> str:
     try:
-        holder = json.loads(content)
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError):
+        holder = parse_json(content, "the lock", Holder)
+    except FileError:
         return "its holder has not yet written its name"
+    return f"process {holder.pid} on {holder.host} since {holder.since}"

@@ -16,18 +16,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from picolm.errors import PicoError, StoreError
+from picolm.errors import FileError, PicoError, StoreError
 from picolm.network import asked_wait_s
 from picolm.store.files import disk_errors, write_atomically
-from picolm.store.layout import MANIFEST, step_directory
+from picolm.store.forms import Queue
+from picolm.store.layout import MANIFEST, inside, step_directory
 from picolm.store.lock import RunLock
 from picolm.store.run import Run
 from picolm.store.sealed import SealedCheckpoint
-from picolm.store.upload import Damaged, Sender
+from picolm.store.upload import FOLDER, Damaged, Sender
+from picolm.trusted import read_json, refuse_links, require_regular
 
 log = logging.getLogger("picolm")
 
-FOLDER = ".hub"
 _FILE = "outbox.json"
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 300.0
 _PATIENCE_S, _SHORT_PATIENCE_S = 60.0, 5.0
@@ -38,13 +39,16 @@ class Outbox:
     """The steps of a run that wait to be sent."""
 
     def __init__(self, run: Run):
-        self.run, self.path = run, run.path / FOLDER
+        self.run, self.path = run, inside(run.path, FOLDER)
         self._guard = threading.Lock()
+        file = inside(run.path, f"{FOLDER}/{_FILE}")
+        if os.path.lexists(file):
+            require_regular(file)
         try:
-            content = json.loads((self.path / _FILE).read_bytes())
-            self.place: str = str(content["place"])
-            self.steps: list[int] = sorted({int(step) for step in content["steps"]})
-        except (OSError, ValueError, KeyError, TypeError):
+            content = read_json(file, Queue)
+            self.place: str = content.place
+            self.steps: list[int] = sorted(set(content.steps))
+        except FileError:
             self.place, self.steps = "", []  # what it held is found by comparing the run with the Hub
 
     @contextmanager
@@ -52,10 +56,12 @@ class Outbox:
         """Hold this while sending. Raises StoreError when another process does."""
         with disk_errors("what waits for the Hub", self.path):
             self.path.mkdir(exist_ok=True)
-        lock = RunLock(self.path / "lock").held()
+        lock = RunLock(inside(self.run.path, f"{FOLDER}/lock")).held()
         with ExitStack() as stack:
             try:
                 stack.enter_context(lock)
+            except FileError:
+                raise
             except StoreError as error:
                 raise StoreError(
                     f"{self.run.path}: another process is sending its steps to the Hub; wait for it to end"
@@ -106,8 +112,9 @@ class Outbox:
     def checkpoint(self, step: int) -> SealedCheckpoint | None:
         """A step that waits, from what was held of it or else from the run; None when it is gone. Raises Damaged."""
         for path in (self.path / step_directory(step), self.run.step_path(step)):
-            if (path / MANIFEST).exists():
+            if os.path.lexists(path / MANIFEST):
                 try:
+                    refuse_links(path, self.run.path)
                     return SealedCheckpoint(path)
                 except StoreError as error:
                     raise Damaged(f"step {step} is not sent: {error}") from error

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from picolm.errors import StoreError
 from picolm.store.compose import make_directories, write_manifest
-from picolm.store.files import sync_directory, write_bytes
-from picolm.store.layout import LATEST, MANIFEST, STATE, inside, step_directory
+from picolm.store.files import sync_directory, write_bytes, written_aside
+from picolm.store.folders import move_others, others_in
+from picolm.store.layout import LATEST, MANIFEST, OPTIMIZER, STATE, TOKENIZER, WEIGHTS, inside, step_directory, step_of
 from picolm.store.manifest import Manifest
 from picolm.store.sealed import SealedCheckpoint
 
@@ -35,7 +37,13 @@ def set_aside(checkpoints: Path, step: int) -> Iterator[Path]:
 
 
 def discard(checkpoints: Path, step: int) -> None:
-    """Delete a step: for readers it is gone at once; what an interruption leaves of it, `sweep` removes."""
+    """Delete a step: for readers it is gone at once; what an interruption leaves of it, `sweep` removes.
+
+    Raises StoreError where its folder holds other files: they are not ours to delete.
+    """
+    target = checkpoints / step_directory(step)
+    if others := others_in(target, {*_names_of(target), MANIFEST}):
+        raise StoreError(f"{target}: {others[0]} is no part of the step; move it away first")
     aside = _name_aside(checkpoints, step)
     os.rename(checkpoints / step_directory(step), aside)
     sync_directory(checkpoints)
@@ -105,15 +113,17 @@ def publish(partial: Path, target: Path, manifest: Manifest, replace: bool) -> N
         if not replace:
             names = ", ".join(sorted({name for name, _ in changes}))
             raise StoreError(f"{target} exists, with other content in {names}; it is replaced only with replace=True")
-    exchange(partial, target)
+    exchange(partial, target, {*manifest.files, *_names_of(target)})
 
 
-def exchange(partial: Path, target: Path) -> None:
+def exchange(partial: Path, target: Path, known: Collection[str]) -> None:
     """Put `partial` in the place of `target`: at once where the system can, so that readers miss the step at no moment.
 
-    Elsewhere by two renames; after a crash between them `sweep` puts the old step back.
+    known: names of the files of the step, before and after; what else lies there stays. Where the system cannot, it takes two
+    renames; after a crash between them `sweep` puts the old step back.
     """
     if _swap(partial, target):
+        move_others(partial, target, {*known, MANIFEST})
         sync_directory(target.parent)
         return
     old = target.with_name(f".{target.name}{_REPLACED}")
@@ -123,6 +133,7 @@ def exchange(partial: Path, target: Path) -> None:
     except OSError:
         os.rename(old, target)
         raise
+    move_others(old, target, {*known, MANIFEST})
     sync_directory(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -138,23 +149,38 @@ def _swap(one: Path, other: Path) -> bool:
 
 def sweep(checkpoints: Path) -> None:
     """Remove what a crashed writer left. Only for who holds the lock: nobody else's partial directory can be alive."""
-    for leftover in checkpoints.glob(".step_*"):
+    for leftover in filter(_is_leftover, checkpoints.glob(".step_*")):
         target = leftover.with_name(leftover.name[1:].removesuffix(_REPLACED))
         if leftover.name.endswith(_REPLACED) and not target.exists():
             os.rename(leftover, target)
-        elif _PARTIAL in leftover.name or leftover.name.endswith(_REPLACED):
+        else:
             logger.info("%s was left by a writer that did not finish; removed", leftover)
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _is_leftover(path: Path) -> bool:
+    """Whether a writer of a run gives such names."""
+    number = re.sub(rf"({re.escape(_PARTIAL)}[0-9a-f]{{8}}|{re.escape(_REPLACED)})$", "", path.name[1:])
+    return number != path.name[1:] and step_of(number) is not None and path.is_dir() and not path.is_symlink()
+
+
+def _names_of(target: Path) -> Collection[str]:
+    """Return the names of the files of a step that may be damaged."""
+    try:
+        return SealedCheckpoint(target).files
+    except StoreError:
+        usual = {WEIGHTS, OPTIMIZER, STATE, *TOKENIZER}
+        return {name for name in others_in(target, ()) if name in usual or name.endswith((".safetensors", ".parquet"))}
+
+
 def point_latest(checkpoints: Path, step: int) -> None:
     """Let the link `latest` name the step, without a moment in which there is no link."""
-    aside = checkpoints / f".{LATEST}"
+    link = checkpoints / LATEST
     try:
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(step_directory(step), target_is_directory=True)
-        os.replace(aside, checkpoints / LATEST)
-        sync_directory(checkpoints)
+        if os.path.lexists(link) and not link.is_symlink():
+            raise FileExistsError(f"{link} is there, and is no link")
+        with written_aside(link) as aside:
+            aside.symlink_to(step_directory(step), target_is_directory=True)
     except OSError as error:
         logger.warning("%s: the link cannot be made (%s); the step itself is stored", checkpoints / LATEST, error)
 

@@ -6,6 +6,7 @@ server gives leads out of the folder.
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -15,7 +16,17 @@ from picolm.store import hub
 from picolm.store.arrival import ASIDE, RESULTS, Here, Parcel, is_it, refuse_strangers
 from picolm.store.files import disk_errors, write_atomically
 from picolm.store.hub import HubCheckpoint, HubRun
-from picolm.store.layout import CONFIG, ENVIRONMENT, MANIFEST, METRICS, RUN, Directories, check_name, step_directory
+from picolm.store.layout import (
+    CONFIG,
+    ENVIRONMENT,
+    MANIFEST,
+    METRICS,
+    RUN,
+    Directories,
+    check_name,
+    inside,
+    step_directory,
+)
 from picolm.store.legacy_run import configured_directories
 from picolm.store.lock import RunLock
 from picolm.store.manifest import Manifest
@@ -24,6 +35,7 @@ from picolm.store.records import identity, read_directories
 from picolm.store.run import Run
 from picolm.store.sealed import SealedCheckpoint
 from picolm.store.selection import check_parts, chosen, origin, united
+from picolm.trusted import read_bytes
 
 log = logging.getLogger("picolm")
 
@@ -52,7 +64,7 @@ def pull(
         )  # before a lock is left in it
     with disk_errors("the run", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with RunLock(folder / ".lock").held():
+        with RunLock(inside(folder, ".lock")).held():
             target = OursHere(source, folder) if source.is_ours else PicoTrainHere(source, folder)
             fetched = []
             for done, step in enumerate(wanted):
@@ -90,7 +102,7 @@ class OursHere(Here):
         aside = self.stage(step, self._parcels(manifest, remote))
         (aside / MANIFEST).unlink(missing_ok=True)
         write_atomically(aside / MANIFEST, manifest.to_bytes())
-        self.publish(step, aside)
+        self.publish(step, aside, {*manifest.files, *(present.files if present is not None else ())})
         point_latest(self.checkpoints, self.run.steps[-1])
         return True
 
@@ -107,18 +119,20 @@ class OursHere(Here):
     def _begin(self) -> None:
         """Write what makes the folder this run, unless it is."""
         about = self.read(RUN)
-        if (self.folder / RUN).exists():
-            if identity(about) != identity((self.folder / RUN).read_bytes()):
+        if os.path.lexists(self.folder / RUN):
+            if identity(about) != identity(read_bytes(inside(self.folder, RUN))):
                 raise StoreError(f"{self.folder} holds another run than {self.branch.place}; choose another --out")
             return
         refuse_strangers(self.folder)
-        for name in (CONFIG, ENVIRONMENT):
-            (self.folder / name).unlink(missing_ok=True)
-            self.copy(name, self.folder / name)
-        if about:
-            write_atomically(self.folder / RUN, about)
+        if not about:
+            Run.create(self.folder, self.source.config, {})
             return
-        Run.create(self.folder, self.source.config, {})
+        for name in (CONFIG, ENVIRONMENT):
+            here = inside(self.folder, name)
+            if os.path.lexists(here) and read_bytes(here) != self.read(name):
+                raise StoreError(f"{here} is not that of {self.branch.place}; choose another --out, or move it away")
+            self.copy(name, here)
+        write_atomically(self.folder / RUN, about)
 
 
 class PicoTrainHere(Here):
@@ -128,24 +142,24 @@ class PicoTrainHere(Here):
         super().__init__(source, folder)
         config = self.read(CONFIG, source.commit_of(hub.CONFIGURATION, 0))
         mark = folder / CONFIG
-        if not mark.exists():
+        if not os.path.lexists(mark):
             refuse_strangers(folder, {Directories.checkpoints_dir, Directories.eval_results_dir})
             self.copy(CONFIG, mark, source.commit_of(hub.CONFIGURATION, 0))
-        elif mark.read_bytes() != config:
+        elif read_bytes(inside(folder, CONFIG)) != config:
             raise StoreError(f"{folder} holds another run than {self.branch.place}; choose another --out")
         self.directories = configured_directories(mark)
 
     def bring(self, step: int, only: Collection[str]) -> bool:
         parts = self._parts(step)
         there = {name: parcel for part in parts.values() for name, parcel in part.items()}
-        here = self.checkpoints / step_directory(step)
+        here = inside(self.folder, f"{self.directories.checkpoints_dir}/{step_directory(step)}")
         asked = {name for part, parcels in parts.items() if not only or part in only for name in parcels}
         wanted = {name: parcel for name, parcel in there.items() if name in asked or (here / name).exists()}
         if not wanted:
             raise StoreError(f"{self.branch.place}: step {step} has no {' or '.join(only)}")
         if all(is_it(here / name, parcel) for name, parcel in wanted.items()):
             return False
-        self.publish(step, self.stage(step, wanted))
+        self.publish(step, self.stage(step, wanted), there)
         point_latest(self.checkpoints, step)
         return True
 

@@ -1,18 +1,20 @@
 """The small files of a run beside its steps: configuration, environment, metrics, evaluations."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from picolm.document import ConfigError, parse_yaml
 from picolm.errors import StoreError
 from picolm.schema import dump
 from picolm.store.files import disk_errors, dump_json, load_json, write_atomically
+from picolm.store.forms import Environment, RunFile
 from picolm.store.journal import Journal
 from picolm.store.layout import CONFIG, ENVIRONMENT, METRICS, RUN, Directories, inside, step_directory
+from picolm.trusted import decode, read_bytes
 
 FORMAT = "pico-run"
 VERSION = 1
@@ -24,7 +26,7 @@ class Records:
     def __init__(self, path: Path, directories: Directories):
         self.path = path
         self.directories = directories
-        self._metrics = Journal(path / METRICS)
+        self._metrics = Journal(inside(path, METRICS))
 
     @property
     def name(self) -> str:
@@ -32,35 +34,41 @@ class Records:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration as it was written; the store knows no schema."""
-        try:
-            return yaml.safe_load((self.path / CONFIG).read_text()) or {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise StoreError(f"{self.path / CONFIG}: cannot be read ({error})") from error
+        """The configuration as it was written; the store knows no schema. Raises StoreError where it cannot be read."""
+        path = inside(self.path, CONFIG)
+        return parse_config(read_bytes(path), str(path))
 
     @property
     def environment(self) -> dict[str, Any]:
-        return _read_json(self.path / ENVIRONMENT)
+        """Versions, hardware, data and starts, see `forms.Environment`. Raises StoreError where it cannot be read."""
+        return _read_json(inside(self.path, ENVIRONMENT), Environment)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         data = dump(config).encode()
         with disk_errors("the configuration", self.path, len(data)):
-            write_atomically(self.path / CONFIG, data)
+            write_atomically(inside(self.path, CONFIG), data)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        self._write_json(self.path / ENVIRONMENT, environment)
+        self._write_json(inside(self.path, ENVIRONMENT), environment)
 
     def append_metrics(self, entry: Mapping[str, Any]) -> None:
         """Add one line; NaN and infinities are kept, see `files.dump_json`."""
         self._metrics.append(entry)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every logged line; a last line that is still being written is left out."""
-        return self._metrics.entries()
+        """Return every logged line. Long runs log gigabytes: see `read_metrics`."""
+        return list(self.read_metrics())
+
+    def read_metrics(self, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield every logged line, read as it is asked for; a last line that is still being written is left out.
+
+        keys: only lines that hold one of these, and of them only these and `step`: far less work where lines are long.
+        """
+        return self._metrics.entries(keys)
 
     def truncate_metrics(self, after_step: int) -> int:
         """Drop the lines whose `step` lies beyond `after_step` (they will be made again); return how many."""
-        return self._metrics.keep(lambda entry: entry.get("step", after_step) <= after_step)
+        return self._metrics.keep(lambda entry: entry["step"] <= after_step)
 
     def write_evaluation(self, step: int, results: Mapping[str, Any]) -> None:
         self._write_json(self._evaluation_path(step), results)
@@ -68,7 +76,7 @@ class Records:
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """What `write_evaluation` was given for the step; None when there was none."""
         path = self._evaluation_path(step)
-        return _read_json(path) if path.exists() else None
+        return _read_json(path, dict[str, Any]) if os.path.lexists(path) else None
 
     def _evaluation_path(self, step: int) -> Path:
         return inside(self.path, f"{self.directories.eval_results_dir}/{step_directory(step)}.json")
@@ -79,33 +87,56 @@ class Records:
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, data)
 
-    def _sign(self) -> None:
+    def refuse_replacing(self, config: Mapping[str, Any]) -> None:
+        """Raise StoreError where a new run with this configuration would replace a file of the user.
+
+        A process that was killed while it made this very run leaves the same configuration.
+        """
+        path = inside(self.path, CONFIG)
+        ours = os.path.lexists(path) and read_bytes(path) == dump(config).encode()
+        for name in (METRICS, *(() if ours else (CONFIG, ENVIRONMENT))):
+            if os.path.lexists(self.path / name):
+                raise StoreError(
+                    f"{self.path}: holds {name} and is no run (there is no {RUN}); nothing in it is replaced: choose another "
+                    "run_name, or move that file away"
+                )
+
+    def _sign(self, name: str | None = None) -> None:
         """Write `run.json`, which makes the directory a run: its format and what its directories are called."""
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        about = {"format": FORMAT, "version": VERSION, "run_name": self.name, "created": created}
+        about = {"format": FORMAT, "version": VERSION, "run_name": name or self.name, "created": created}
         self._write_json(self.path / RUN, {**about, "directories": asdict(self.directories)})
 
 
 def identity(about: bytes) -> tuple[object, object]:
-    """What tells the run of one `run.json` from any other: when it was made, and its name then. Raises ValueError."""
-    content = load_json(about or b"{}")
+    """What tells the run of one `run.json` from any other: when it was made, and its name then. Raises StoreError."""
+    content = load_json(about or b"{}", RUN)
     return content.get("created"), content.get("run_name")
 
 
 def read_directories(path: Path) -> Directories:
     """What `run.json` at `path` says. Raises StoreError when it is damaged or of another version."""
-    about = _read_json(path)
+    about = _read_json(path, RunFile)
     if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
         found = f"format {about.get('format')!r} version {about.get('version')!r}"
         raise StoreError(f"{path}: {found}; this version of picolm reads {FORMAT!r} version {VERSION}")
     try:
         return Directories(**about["directories"])
     except (KeyError, TypeError) as error:
-        raise StoreError(f"{path}: damaged ({error})") from error
+        raise StoreError(f"{path}: directories: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def parse_config(data: bytes, name: str) -> dict[str, Any]:
+    """Return the mapping in the YAML of a stored configuration; an empty one for an empty file. Raises StoreError."""
     try:
-        return dict(load_json(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise StoreError(f"{path}: cannot be read ({error})") from error
+        config = parse_yaml(decode(data, name), name)
+    except ConfigError as error:
+        raise StoreError(str(error)) from error
+    if not isinstance(config, dict | None):
+        raise StoreError(f"{name}: should be a mapping of sections (`model:`, `training:`, …)")
+    return config or {}
+
+
+def _read_json(path: Path, form: Any) -> dict[str, Any]:
+    value: dict[str, Any] = load_json(read_bytes(path), str(path), form)
+    return value

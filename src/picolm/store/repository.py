@@ -2,16 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from picolm.errors import StoreError
-from picolm.network import cache_folder, fetch, is_offline, persist
+from picolm.errors import FileError, StoreError
+from picolm.network import cache_folder, fetch, file_list, in_cache, is_offline, pages, persist
 from picolm.store.files import digest_file, disk_errors, write_atomically
-
-_TIMEOUT_S = 30.0
+from picolm.store.layout import check_name
+from picolm.trusted import TEXT_BYTES, parse_json, read_bytes
 
 
 class Commit(NamedTuple):
@@ -20,6 +21,15 @@ class Commit(NamedTuple):
     sha: str
     title: str
     body: str = ""
+
+
+@dataclass(frozen=True)
+class _CommitAnswer:
+    """A commit in an answer of the Hub."""
+
+    id: str
+    title: str
+    message: str | None = None
 
 
 class Entry(NamedTuple):
@@ -58,17 +68,22 @@ class Branch:
             self._save(commits)
         return commits
 
-    def find(self, file: str, commit: str) -> Path | None:
-        """The path of a file as of a commit, fetched unless it is in the Hub's cache; None when the commit has none."""
+    def find(self, file: str, commit: str, most_bytes: int | None = TEXT_BYTES) -> Path | None:
+        """Return the path of a file as of a commit, fetched unless it is in the Hub's cache; None when the commit has none.
+
+        most_bytes: the size of the file, or the most that such a file may have; None where nothing is known.
+        """
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
+        check_name(file, self.place)
         there = self._cached(file, commit)
         if isinstance(there, str):
-            return Path(there)
+            return in_cache(Path(there))
         if there is not None:
             return None
+        name = f"{self.place}: {file}"
         try:
-            return fetch(self.repository, file, commit, StoreError, self.endpoint, name=f"{self.place}: {file}")
+            return in_cache(fetch(self.repository, file, commit, StoreError, self.endpoint, name, most_bytes))
         except StoreError as error:
             if isinstance(error.__cause__, RemoteEntryNotFoundError):
                 return None
@@ -89,26 +104,19 @@ class Branch:
 
     def entries(self, commit: str) -> dict[str, Entry]:
         """Every file as of a commit."""
-        from huggingface_hub import HfApi
-        from huggingface_hub.hf_api import RepoFile
+        found = file_list(self.repository, commit, "model", StoreError, self.endpoint, self.place)
+        return {path: Entry(entry.size, entry.lfs.oid if entry.lfs else "", entry.oid) for path, entry in found.items()}
 
-        def ask() -> dict[str, Entry]:
-            tree = HfApi(endpoint=self.endpoint).list_repo_tree(self.repository, recursive=True, revision=commit)
-            files = [entry for entry in tree if isinstance(entry, RepoFile)]
-            return {file.path: Entry(file.size, file.lfs.sha256 if file.lfs else "", file.blob_id) for file in files}
-
-        return persist(ask, self.place, StoreError, self.endpoint)
-
-    def download(self, file: str, commit: str, folder: Path) -> Path:
-        """A file as of a commit, in a folder: from the Hub's cache where it is there, else fetched past the cache."""
+    def download(self, file: str, commit: str, folder: Path, file_bytes: int) -> Path:
+        """Put a file as of a commit into a folder: from the Hub's cache where it is there, else fetched past the cache."""
         there = self._cached(file, commit)
         if isinstance(there, str):
             target = folder / file
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(there, target)
+            shutil.copyfile(in_cache(Path(there)), target)
             return target
         name = f"{self.place}: {file}"
-        return fetch(self.repository, file, commit, StoreError, self.endpoint, name=name, local_dir=folder)
+        return fetch(self.repository, file, commit, StoreError, self.endpoint, name, file_bytes, local_dir=folder)
 
     def names(self) -> list[str]:
         """The branches of the repository."""
@@ -120,34 +128,28 @@ class Branch:
         return [branch.name for branch in refs.branches]
 
     def _since(self, known: list[Commit]) -> list[Commit]:
-        """Page by page from the newest back, until one that is known; what comes before that one is known as well."""
+        """Return all commits, asking page by page from the newest back until one that is known."""
         from huggingface_hub import constants
 
-        url: str | None = (
-            f"{self.endpoint or constants.ENDPOINT}/api/models/{self.repository}/commits/{quote(self.name, safe='')}"
-        )
-        commits: list[Commit] = []
-        while url is not None:
-            page, url = self._page(url)
+        url = f"{self.endpoint or constants.ENDPOINT}/api/models/{self.repository}/commits/{quote(self.name, safe='')}"
+        commits: dict[Commit, None] = {}
+        for page in self._pages(url):
+            before = len(commits)
             for commit in page:
                 if known and commit == known[0]:
-                    return commits + known
-                commits.append(commit)
-        return commits
+                    return [*commits, *known]
+                commits[commit] = None
+            if page and len(commits) == before:
+                raise StoreError(f"{self.place}: {url} repeats its pages; check HF_ENDPOINT")
+        return list(commits)
 
-    def _page(self, url: str) -> tuple[list[Commit], str | None]:
-        """A page of the list of commits, and the address of the next one."""
-        from huggingface_hub import get_session
+    def _pages(self, url: str) -> Iterator[list[Commit]]:
+        """Yield the pages of the list of commits."""
         from huggingface_hub.errors import RevisionNotFoundError
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
-
-        def ask() -> Any:
-            response = get_session().get(url, headers=build_hf_headers(), follow_redirects=True, timeout=_TIMEOUT_S)
-            hf_raise_for_status(response)
-            return response
 
         try:
-            response = persist(ask, self.place, StoreError, self.endpoint)
+            for page in pages(url, list[_CommitAnswer], self.place, StoreError, self.endpoint):
+                yield [Commit(entry.id, entry.title, entry.message or "") for entry in page]
         except StoreError as error:
             if isinstance(error.__cause__, RevisionNotFoundError):
                 there = ", ".join(self.names())
@@ -155,11 +157,6 @@ class Branch:
                     f"{self.repository} has no branch {self.name!r} on the Hub (there are: {there})"
                 ) from error
             raise
-        try:
-            commits = [Commit(entry["id"], entry["title"], entry.get("message") or "") for entry in response.json()]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.place}: {url} does not answer as a Hub does; check HF_ENDPOINT") from error
-        return commits, response.links.get("next", {}).get("url")
 
     def _cached(self, file: str, commit: str) -> Any:
         """The path of a file in the Hub's cache, another object when it is known that there is none, None when not known."""
@@ -188,8 +185,8 @@ class Branch:
 
     def _saved(self) -> list[Commit]:
         try:
-            return [Commit(*entry) for entry in json.loads(self._list_path.read_bytes())]
-        except (OSError, ValueError, TypeError):
+            return parse_json(read_bytes(self._list_path), str(self._list_path), list[Commit])
+        except FileError:
             return []  # it can be asked for again
 
     def _save(self, commits: list[Commit]) -> None:

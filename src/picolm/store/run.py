@@ -4,6 +4,7 @@ A step is written under another name beside the others, forced to the disk and r
 reader sees whole steps only, at any moment, and a crash costs the step that was being written.
 """
 
+import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -43,7 +44,7 @@ class Run(Records, Mapping[int, Checkpoint]):
     def __init__(self, path: Path, directories: Directories):
         super().__init__(path, directories)
         self.checkpoints_path = inside(path, directories.checkpoints_dir)
-        self._lock = RunLock(path / ".lock")
+        self._lock = RunLock(inside(path, ".lock"))
         self._commits = threading.Lock()
         self._seen: dict[int, tuple[int, ...]] = {}  # manifests found whole: step -> inode, size, times of change
 
@@ -53,8 +54,12 @@ class Run(Records, Mapping[int, Checkpoint]):
         config: Mapping[str, Any],
         environment: Mapping[str, Any],
         directories: Directories | None = None,
+        name: str | None = None,
     ) -> "Run":
-        """Start a run in a directory that holds none yet. Raises StoreError when it does, or cannot be written."""
+        """Start a run in a directory that holds none yet. name: of the run, where it is not that of the directory.
+
+        Raises StoreError when there is a run, when a file would be replaced, or when the directory cannot be written.
+        """
         path = Path(path)
         with disk_errors("a new run", path):
             path.mkdir(parents=True, exist_ok=True)
@@ -62,11 +67,12 @@ class Run(Records, Mapping[int, Checkpoint]):
         with run.lock(), disk_errors("a new run", path):
             if (path / RUN).exists():
                 raise StoreError(f"{path} holds a run already; continue it, or choose another run_name")
+            run.refuse_replacing(config)
             run.checkpoints_path.mkdir(parents=True, exist_ok=True)
             sweep(run.checkpoints_path)
             run.write_config(config)
             run.write_environment(environment)
-            run._sign()  # last: before it, the directory is no run
+            run._sign(name)  # last: before it, the directory is no run
         return run
 
     @staticmethod
@@ -96,6 +102,8 @@ class Run(Records, Mapping[int, Checkpoint]):
             found = [step_of(entry.name) for entry in self.checkpoints_path.iterdir()]
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise StoreError(f"{self.checkpoints_path}: cannot be read ({error.strerror})") from error
         return sorted(step for step in found if step is not None)
 
     def step_path(self, step: int) -> Path:
@@ -107,10 +115,10 @@ class Run(Records, Mapping[int, Checkpoint]):
 
     def _sealed(self, step: int) -> SealedCheckpoint:
         path = self.step_path(step)
-        if not path.exists():
-            raise self._no_step(step)
         if path.is_symlink():
             raise StoreError(f"{path}: a symbolic link is not a step; put the directory itself there")
+        if not path.exists():
+            raise self._no_step(step)
         checkpoint = SealedCheckpoint(path)
         if checkpoint.step != step:
             raise StoreError(f"{path}: holds step {checkpoint.step}; the directory was renamed")
@@ -136,7 +144,7 @@ class Run(Records, Mapping[int, Checkpoint]):
         return len(self.steps)
 
     def __contains__(self, step: object) -> bool:
-        return step in self.steps
+        return isinstance(step, int) and step >= 0 and self._is_whole(step)
 
     __eq__ = object.__eq__  # a Mapping would compare by opening every step
     __hash__ = object.__hash__
@@ -148,9 +156,8 @@ class Run(Records, Mapping[int, Checkpoint]):
         return Run.open, (self.path,)  # a worker process opens it anew, without the lock
 
     def latest(self) -> Checkpoint | None:
-        """The newest step, None before the first."""
-        steps = self.steps
-        return self[steps[-1]] if steps else None
+        """The newest step, None before the first. Reads no more manifests than it takes."""
+        return next((self[step] for step in reversed(self.step_directories()) if step in self), None)
 
     def latest_whole(
         self, verify: bool = True, accept: Callable[[Checkpoint], bool] = lambda checkpoint: True
@@ -232,7 +239,7 @@ class Run(Records, Mapping[int, Checkpoint]):
             if set(drop) & set(checkpoint.files_by_kind()):
                 with set_aside(self.checkpoints_path, step) as partial:
                     write_thinned(partial, checkpoint, drop)
-                    exchange(partial, self.step_path(step))
+                    exchange(partial, self.step_path(step), checkpoint.files)
         return self[step]
 
     def renew(self, step: int, texts: Mapping[str, str]) -> list[str]:
@@ -254,7 +261,7 @@ class Run(Records, Mapping[int, Checkpoint]):
             if changed or gone:
                 with set_aside(self.checkpoints_path, step) as partial:
                     write_renewed(partial, checkpoint, changed, gone)
-                    exchange(partial, self.step_path(step))
+                    exchange(partial, self.step_path(step), {*checkpoint.files, *changed})
         return sorted({*changed, *gone})
 
     def remove(self, step: int) -> None:
@@ -294,7 +301,7 @@ class Run(Records, Mapping[int, Checkpoint]):
         return not self.step_path(step).is_symlink()
 
     def _no_step(self, step: int) -> Missing:
-        return Missing(f"{self.path} has no step {step} (there are: {_short(self.steps)})")
+        return Missing(f"{self.path} has no step {step} (there are: {_short(self.step_directories())})")
 
     def _parent(self, step: int) -> dict[str, Any] | None:
         """Step and digest of the newest checkpoint before `step`."""
@@ -316,7 +323,7 @@ def open_ours(place: str) -> Run | None:
 
 
 def _run_at(path: Path) -> Run | None:
-    if (path / RUN).is_file():
+    if os.path.lexists(path / RUN):
         return Run(path, read_directories(path / RUN))
     if any(path.glob(f"{Directories.checkpoints_dir}/step_*/{MANIFEST}")):
         return Run(path, Directories())

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from picolm.address import Address
-from picolm.errors import StoreError
+from picolm.errors import FileMissing, StoreError
 from picolm.registry import did_you_mean
 from picolm.store.checkpoint import Checkpoint, Missing
 from picolm.store.files import FileRecord, digest_file, load_json
+from picolm.store.forms import ResumableState, TrainerState
 from picolm.store.layout import MANIFEST, STATE, inside, kind_of_file
 from picolm.store.manifest import Manifest, TensorRecord
 from picolm.store.tensors import TensorPlace, read_header, read_tensor, tensor_bytes
+from picolm.trusted import check_form, read_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,7 +48,11 @@ class SealedCheckpoint(Checkpoint):
     @cached_property
     def meta(self) -> dict[str, Any]:
         """What the trainer recorded beside the tensors: counters, random states, position in the schedule."""
-        return load_json(self.read(STATE))
+        where = str(self.path / STATE)
+        meta: dict[str, Any] = load_json(self.read(STATE), where, TrainerState)
+        if meta.get("resumable"):
+            check_form(meta, ResumableState, where)
+        return meta
 
     def record(self, address: Address) -> TensorRecord:
         """Shape, element type and digest of a tensor, without reading it. Raises Missing."""
@@ -91,10 +97,14 @@ class SealedCheckpoint(Checkpoint):
             if record.file not in self._headers:
                 self._headers[record.file] = read_header(path)
             tensor = read_tensor(path, self._place(record))
+        except FileMissing:  # thinned or removed by the writer of the run since the manifest was read
+            raise Missing(f"{self.path / record.file}: there is no such file any more; {address} was in it") from None
         except OSError as error:
             raise StoreError(f"{path}: cannot be read ({error.strerror}); {address} was in it") from error
         if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != record.sha256:
-            raise StoreError(f"{path}: the bytes of {address} are not those that were written; run `pico verify`")
+            raise StoreError(
+                f"{self.path / record.file}: the bytes of {address} are not those that were written; run `pico verify`"
+            )
         return tensor
 
     def __iter__(self) -> Iterator[Address]:
@@ -110,22 +120,25 @@ class SealedCheckpoint(Checkpoint):
         if name not in self.files:
             raise Missing(f"{self.path} has no file {name!r}{did_you_mean(name, self.files)}")
         path = self.locate(name)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+        data = read_bytes(path, most_bytes=self.files[name].bytes)
         if hashlib.sha256(data).hexdigest() != self.files[name].sha256:
             raise StoreError(f"{path}: not the bytes that were written; run `pico verify`")
         return data
 
     def rows(self, split: str) -> "pa.Table":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         name = self.rows_file(split)
         if name is None:
             there = [name for name in self.files if name.endswith("_data.parquet")]
             raise Missing(f"{self.path} has no rows of {split!r} (there are: {', '.join(there) or 'none'})")
-        return pq.read_table(io.BytesIO(self.read(name)))
+        try:
+            table = pq.read_table(io.BytesIO(self.read(name)))
+            table.validate(full=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise StoreError(f"{self.path / name}: is no table of rows ({str(error).splitlines()[0]})") from error
+        return table
 
     def rows_file(self, split: str) -> str | None:
         """The file that holds the rows of a split, None when the step does not keep them."""
@@ -175,18 +188,16 @@ class SealedCheckpoint(Checkpoint):
 
     def _manifest_bytes(self) -> bytes:
         try:
-            return self.locate(MANIFEST).read_bytes()
-        except OSError as error:
-            why = f"cannot be read ({error.strerror}); not a whole checkpoint"
-            raise StoreError(f"{self.path / MANIFEST}: {why}") from error
+            return read_bytes(self.locate(MANIFEST))
+        except FileMissing:
+            why = "cannot be read (there is no such file); not a whole checkpoint"
+            raise StoreError(f"{self.path / MANIFEST}: {why}") from None
 
     def _file_problem(self, name: str, record: FileRecord) -> str:
         path = self.path / name
         try:
-            if path.is_symlink():
-                return f"{path}: a symbolic link where a file was written"
             found = digest_file(self.locate(name))
-        except FileNotFoundError:
+        except FileMissing:
             return f"{path}: missing"
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror})"

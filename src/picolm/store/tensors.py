@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from picolm.errors import StoreError
+from picolm.errors import FileError, FileMissing, StoreError
 from picolm.store.files import DigestingFile, FileRecord
+from picolm.store.forms import HeaderEntry
+from picolm.trusted import check_form, open_regular, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,17 +93,20 @@ class TensorPlace:
 def read_header(path: Path) -> dict[str, TensorPlace]:
     """The tensors of a safetensors file by key. Raises StoreError for anything that is not such a file, or is cut."""
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_MAX_HEADER_BYTES, size):
+                raise ValueError(f"a header of {length} bytes")
+            header = parse_json(file.read(length), "its header", dict[str, Any])
         header.pop("__metadata__", None)
+        check_form(header, dict[str, HeaderEntry], "its header")
         places = {key: _place(entry, 8 + length) for key, entry in header.items()}
         if any(not 8 + length <= place.start <= place.stop <= size for place in places.values()):
             raise ValueError(f"tensors reach beyond its {size} bytes")
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except FileMissing:
+        raise
+    except (ValueError, KeyError, FileError, struct.error) as error:
         raise StoreError(f"{path}: damaged, or not a safetensors file ({error})") from error
     return places
 
@@ -119,7 +124,7 @@ def read_tensor(path: Path, place: TensorPlace) -> "Tensor":
     import torch
 
     raw = torch.empty(place.stop - place.start, dtype=torch.uint8)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(place.start)
         if file.readinto(raw.numpy().data) != len(raw):
             raise StoreError(f"{path}: ends before byte {place.stop}; the file was cut")

@@ -6,6 +6,7 @@ taken up where it stands, because all that is known of it is asked of the Hub.
 """
 
 import logging
+import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,22 @@ from picolm.errors import StoreError
 from picolm.network import has_moved, persist, prepare_repository, send
 from picolm.store import hub, layout
 from picolm.store.card import FILE, kept_by_hand, with_front_matter
+from picolm.store.files import disk_errors, written_aside
 from picolm.store.hub import Whole, whole_body, whole_steps
-from picolm.store.layout import MANIFEST, METRICS, OPTIMIZER, STATE, WEIGHTS, step_directory, step_of
+from picolm.store.journal import Journal
+from picolm.store.layout import MANIFEST, METRICS, OPTIMIZER, STATE, WEIGHTS, inside, step_directory, step_of
 from picolm.store.manifest import Manifest
 from picolm.store.records import identity
 from picolm.store.repository import Branch, Commit
 from picolm.store.run import Run
 from picolm.store.sealed import SealedCheckpoint
 from picolm.store.selection import chosen, origin, united
+from picolm.trusted import read_bytes, read_text, require_regular
 
 log = logging.getLogger("picolm")
 
 _ATTEMPTS = 5
+FOLDER = ".hub"  # in the run: what waits to be sent
 _RESULTS = layout.Directories.eval_results_dir
 
 Files = dict[str, Path | bytes]
@@ -58,8 +63,11 @@ class Sender:
         """Make the branch unless it is there, look at what it holds, and send what describes the run."""
         prepare_repository(self.branch.repository, self.branch.name, "model", self._private, StoreError)
         self._check_same_run(self._look()[0].sha)
-        about = [name for name in (layout.CONFIG, layout.ENVIRONMENT, layout.RUN) if (self.run.path / name).exists()]
-        self._send(f"Saving {hub.CONFIGURATION} -- Step 0", {name: self.run.path / name for name in about})
+        names = (layout.CONFIG, layout.ENVIRONMENT, layout.RUN)
+        about = {name: inside(self.run.path, name) for name in names if os.path.lexists(self.run.path / name)}
+        for path in about.values():
+            require_regular(path)
+        self._send(f"Saving {hub.CONFIGURATION} -- Step 0", dict(about))
         if self._collection:
             self._collect(self._collection)
 
@@ -92,7 +100,7 @@ class Sender:
         text = self._describe({step: whole.commit for step, whole in self.there.items()})
         for branch in dict.fromkeys([self.branch, Branch(self.branch.repository)]):
             page = branch.find(FILE, branch.commits()[0].sha)
-            before = page.read_text(encoding="utf-8") if page else ""
+            before = read_text(page) if page else ""
             if not kept_by_hand(before, self.branch.place):
                 send(
                     branch.repository, branch.name, "model", "Saving Model Card",
@@ -150,8 +158,12 @@ class Sender:
         for name in manifest.files:
             parts.setdefault(_artefact(name, manifest), {})[name] = checkpoint.locate(name)
         rest = parts.pop(hub.MODEL, {})
-        results = self.run.path / self.run.directories.eval_results_dir / f"{step_directory(checkpoint.step)}.json"
-        found: dict[str, Files] = {hub.EVALUATION: {f"{_RESULTS}/{results.name}": results}} if results.exists() else {}
+        name = f"{self.run.directories.eval_results_dir}/{step_directory(checkpoint.step)}.json"
+        results = inside(self.run.path, name)
+        found: dict[str, Files] = {}
+        if os.path.lexists(results):
+            require_regular(results)
+            found[hub.EVALUATION] = {f"{_RESULTS}/{results.name}": results}
         if WEIGHTS in manifest.files:
             return {**parts, **found, hub.MODEL: rest}
         last = list(parts)[-1] if parts else hub.FABRIC
@@ -160,15 +172,23 @@ class Sender:
     def _records(self) -> Files:
         """The metrics so far, and the evaluations of steps that have no checkpoint."""
         files: Files = {}
-        metrics = self.run.path / METRICS
-        if metrics.exists():
-            data = metrics.read_bytes()  # it grows meanwhile: the last line may be half a line
-            files[METRICS] = data[: data.rfind(b"\n") + 1]
+        if os.path.lexists(self.run.path / METRICS):
+            files[METRICS] = self._metrics()
         steps = set(self.run.step_directories())
-        for path in (self.run.path / self.run.directories.eval_results_dir).glob("step_*.json"):
+        for path in inside(self.run.path, self.run.directories.eval_results_dir).glob("step_*.json"):
             if (step := step_of(path.stem)) is not None and step not in steps:
+                require_regular(path)
                 files[f"{_RESULTS}/{path.name}"] = path
         return files
+
+    def _metrics(self) -> Path:
+        """Return a copy of the metrics as they are now: they grow while they are sent, and their last line may be half a line."""
+        with disk_errors("a copy of the metrics", self.run.path):
+            folder = inside(self.run.path, FOLDER)
+            folder.mkdir(exist_ok=True)
+            with written_aside(folder / METRICS) as aside:
+                Journal(inside(self.run.path, METRICS)).copy_whole_lines(aside)
+        return folder / METRICS
 
     def _stale(self, head: str, manifest: Manifest) -> list[str]:
         """Files of the step that the branch shows now and that this one has not."""
@@ -177,15 +197,15 @@ class Sender:
 
     def _manifest(self, commit: str) -> Manifest | None:
         path = self.branch.find(MANIFEST, commit)
-        return Manifest.from_bytes(path.read_bytes(), f"{self.branch.place}: {MANIFEST}") if path else None
+        return Manifest.from_bytes(read_bytes(path), f"{self.branch.place}: {MANIFEST}") if path else None
 
     def _check_same_run(self, head: str) -> None:
         """Refuse a branch that holds another run: steps of two would be taken for one."""
         path, here = self.branch.find(layout.RUN, head), self.run.path / layout.RUN
         if path is not None:
-            created, name = identity(path.read_bytes())
+            created, name = identity(read_bytes(path))
             found = f"{name!r}, made {created}"
-            another = (created, name) != identity(here.read_bytes() if here.exists() else b"")
+            another = (created, name) != identity(read_bytes(here) if os.path.lexists(here) else b"")
         else:
             found = "of pico-train"
             another = any(" -- Step " in commit.title for commit in self.branch.commits())

@@ -19,6 +19,7 @@ from picolm.errors import PicoError
 from picolm.slurm import queued
 from picolm.suite.config import Member, SuiteConfig
 from picolm.suite.local import Failure
+from picolm.trusted import read_json
 
 log = logging.getLogger("picolm")
 
@@ -118,7 +119,7 @@ def _over(jobs: dict[str, Any], cluster: str) -> list[str]:
 def _jobs(config: SuiteConfig, members: list[Member], files: list[Path], cluster: str) -> dict[str, Any]:
     """A job per member: the one that is queued already, or a new one."""
     folder, record = config.folder / "jobs", config.folder / JOBS
-    known: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+    known: dict[str, str] = read_json(record, dict[str, str]) if record.exists() else {}
     there = queued(known.values()) if cluster == "slurm" else set()
     jobs: dict[str, Any] = {}
     for member, file in zip(members, files, strict=True):

@@ -142,7 +142,7 @@ def _with_interval(row: Mapping[Hashable, Any]) -> str:
 
 
 def _last(run: Run, name: str) -> Any:
-    values = [entry[name] for entry in run.metrics() if name in entry]
+    values = [entry[name] for entry in run.read_metrics((name,)) if name in entry]
     return values[-1] if values else None
 
 

@@ -80,7 +80,11 @@ def _measured(standing: Standing, own: Estimate) -> Speed | None:
         return None
     config, run = standing.member.config, Run.open(standing.member.path)
     per_step = config.data.dataloader.batch_size * config.model.max_seq_len
-    lines = [(entry["step"], entry["tokens_per_s"]) for entry in run.metrics() if "tokens_per_s" in entry]
+    lines = [
+        (entry["step"], entry["tokens_per_s"])
+        for entry in run.read_metrics(("tokens_per_s",))
+        if "tokens_per_s" in entry
+    ]
     seconds = sum((step - before) * per_step / speed for (before, _), (step, speed) in pairwise(lines))
     steps = lines[-1][0] - lines[0][0] if lines else 0
     if not seconds:

@@ -55,7 +55,7 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     with job.fabric.rank_zero_first():  # one process makes the folder, the others find it
         job.run = open_run(config, environment, stack, writes=first)
     if first:
-        configure_logging(config.monitoring.logging.log_level, log_folder(config, job.run) / "train.log")
+        configure_logging(config.monitoring.logging.log_level, log_folder(config, job.run) / "train.log", job.run.path)
     job.continued_from = restore(config, environment, job.run, job.state, writes=first)
     _tell_of_optimizers(job)
     parent = job.run.environment.get(FORKED)

@@ -1,13 +1,13 @@
 """Runs that begin with a step of another run: a fork goes on with something changed, a collection holds steps made again."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from picolm.errors import PicoError
 from picolm.schema import plain
 from picolm.store import Run
+from picolm.store.folders import new_folder
 from picolm.store.identity import stored_weights_digest
 from picolm.train.config import TrainConfig
 from picolm.train.history import check_trained, config_at, place_of, same_elsewhere
@@ -39,18 +39,13 @@ def fork(run: Run, step: int, name: str, overrides: Sequence[str]) -> TrainConfi
         raise PicoError(f"training.max_steps is {config.training.max_steps}: there is nothing to do after step {step}")
     parent = {"run": run.name, "path": place_of(run), "step": step, "changed": changed}
     path = Path(config.checkpointing.runs_dir).expanduser() / name
-    if (path / "run.json").exists():
-        raise PicoError(f"{path} holds a run already; choose another --run-name")
-    made = Run.create(path, plain(config), {"starts": [], FORKED: parent}, directories(config))
-    try:
+    with new_folder(path, "the fork") as partial:  # without its first step it is of no use
+        made = Run.create(partial, plain(config), {"starts": [], FORKED: parent}, directories(config), name)
         verdict = replay(run, [step], kinds=Due(weights=True, optimizer=True), destination=made, about={FORKED: parent})
         if verdict.stopped is not None:
             raise KeyboardInterrupt
-    except BaseException:
-        shutil.rmtree(path)  # a fork without its first step is of no use
-        raise
-    parent["weights_digest"] = stored_weights_digest(made[step])
-    made.write_environment(made.environment | {FORKED: parent})
+        parent["weights_digest"] = stored_weights_digest(made[step])
+        made.write_environment(made.environment | {FORKED: parent})
     return config
 
 
@@ -60,7 +55,10 @@ def collection(run: Run, out: Path, step: int, overrides: Sequence[str]) -> Run:
     if not (out / "run.json").exists():
         environment = {key: value for key, value in run.environment.items() if key not in ("starts", FORKED)}
         source = {"run": run.name, "path": place_of(run)}
-        return Run.create(out, plain(config), environment | {COLLECTED: source}, directories(config))
+        with new_folder(out, "the replayed steps") as partial:
+            Run.create(
+                partial, plain(config), environment | {COLLECTED: source}, directories(config), out.resolve().name
+            )
     found = Run.open(out)
     of = found.environment.get(COLLECTED)
     if of is None or of["run"] != run.name or found.environment.get("data") != run.environment.get("data"):

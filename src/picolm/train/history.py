@@ -45,7 +45,7 @@ def own_run(place: str) -> Run:
 
 def last_step(run: Run) -> int:
     """The furthest step of which a checkpoint or a line of metrics tells."""
-    return max([*run.steps, *(entry.get("step", 0) for entry in run.metrics()), 0])
+    return max([*run.steps, *(entry["step"] for entry in run.read_metrics(("step",))), 0])
 
 
 def check_trained(run: Run, step: int) -> None:
@@ -57,7 +57,11 @@ def check_trained(run: Run, step: int) -> None:
 
 def check_same_data(run: Run, fingerprint: str, config: TrainConfig) -> None:
     """Raise PicoError where the data are not those that the run was trained on."""
-    before = run.environment["data"]["fingerprint"]
+    before = (run.environment.get("data") or {}).get("fingerprint")
+    if before is None:
+        raise PicoError(
+            f"{run.path}: environment.json says nothing of the data of the run; it cannot be trained on exactly"
+        )
     if fingerprint != before:
         raise PicoError(
             f"{run.path} was trained on other data than {config.data.dataset.name} holds now (fingerprint {before[:12]}…, "
@@ -85,10 +89,10 @@ def config_at(run: Run, step: int, overrides: Sequence[str] = ()) -> TrainConfig
 
     Each start of a run notes which keys it changed, so the changes of later starts are taken back.
     """
-    starts = run.environment.get("starts", [])
+    starts = run.environment.get("starts") or []
     undone: dict[str, Any] = {}
     for start in reversed(starts[_deciding(starts, step) + 1 :]):
-        undone |= {key: old for key, (old, _) in start["changed"].items()}
+        undone |= {key: old for key, (old, _) in start.get("changed", {}).items()}
     before = [f"{key}={json.dumps(value)}" for key, value in undone.items()]
     return stored_with(run, [*before, *overrides])
 
@@ -107,7 +111,7 @@ def same_elsewhere(run: Run, step: int, overrides: Sequence[str]) -> TrainConfig
 
 def segments(run: Run, first: int, last: int, overrides: Sequence[str] = ()) -> Iterator[Segment]:
     """The stretches of steps from `first` to `last`, each under one configuration; where one ends the next begins."""
-    starts = run.environment.get("starts", [])
+    starts = run.environment.get("starts") or []
     turns = sorted({start["step"] for start in starts if first < start["step"] < last})
     changed = [step for step in turns if _deciding(starts, step) != _deciding(starts, step - 1)]
     for start, end in zip([first, *changed], [*changed, last]):
@@ -116,7 +120,7 @@ def segments(run: Run, first: int, last: int, overrides: Sequence[str] = ()) -> 
 
 def recorded_digests(run: Run) -> dict[int, str]:
     """The digest of the weights at each step where one was logged or where they are stored."""
-    logged = {entry["step"]: entry["weights_digest"] for entry in run.metrics() if "weights_digest" in entry}
+    logged = {entry["step"]: entry["weights_digest"] for entry in run.read_metrics(("weights_digest",))}
     stored = {step: stored_weights_digest(run[step]) for step in run}
     return dict(sorted((logged | {step: digest for step, digest in stored.items() if digest}).items()))
 
@@ -160,7 +164,7 @@ def circumstances(run: Run) -> str:
         f"{name}: {before} then, {after} now"
         for part in ("packages", "hardware")
         for name, after in now[part].items()
-        if (before := then.get(part, {}).get(name)) != after
+        if (before := (then.get(part) or {}).get(name)) != after
     ]
     return "; ".join(told) if told else "The packages and the hardware are those of the run."
 

@@ -16,7 +16,9 @@ from picolm.errors import PicoError
 from picolm.registry import Registry
 from picolm.schema import plain
 from picolm.store.files import disk_errors
+from picolm.store.layout import inside
 from picolm.tracking import Session
+from picolm.trusted import open_to_append, refuse_links
 
 if TYPE_CHECKING:
     from picolm.store import Run
@@ -73,8 +75,12 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise PicoError("monitoring.save_to_tensorboard needs: pip install 'picolm[tensorboard]'") from error
-        logged = max((entry["step"] for entry in run.metrics()), default=-1)  # a continued run makes later ones again
-        self.writer = SummaryWriter(str(log_folder(config, run) / "tensorboard"), purge_step=logged + 1)
+        logged = max(
+            (entry["step"] for entry in run.read_metrics(("step",))), default=-1
+        )  # a continued run makes later ones again
+        folder = log_folder(config, run) / "tensorboard"
+        refuse_links(folder, run.path)
+        self.writer = SummaryWriter(str(folder), purge_step=logged + 1)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
@@ -125,7 +131,7 @@ class Trackio:
                 auto_log_cpu=False,
             )
         os.environ.update(elsewhere)
-        begun.touch()
+        os.close(open_to_append(begun))
         self.finish = trackio.finish  # the session's own method would be called, and speak, again at exit
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -145,8 +151,8 @@ class Trackio:
 
 
 def log_folder(config: TrainConfig, run: Run) -> Path:
-    """The run's folder for logs, made where it is missing."""
-    folder = Path(run.path) / run.directories.logs_dir
+    """Return the run's folder for logs, made where it is missing. Raises StoreError where it is a link."""
+    folder = inside(run.path, run.directories.logs_dir)
     with disk_errors("the logs", folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder

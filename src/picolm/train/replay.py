@@ -183,7 +183,7 @@ def _compare(run: Run, recorded: Mapping[int, str], verdict: Verdict) -> Any:
 
 def _use_threads(run: Run) -> None:
     """As many threads as the run had: sums on a CPU are split by threads, and another split rounds differently."""
-    threads = run.environment.get("hardware", {}).get("threads")
+    threads = (run.environment.get("hardware") or {}).get("threads")
     if threads and threads != torch.get_num_threads():
         log.info("Computing with %d thread(s), as the run did.", threads)
         torch.set_num_threads(threads)

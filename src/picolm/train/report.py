@@ -266,7 +266,7 @@ def farewell(job: Job) -> None:
         log.info("To go on: give the same command again.")
         return
     log.info("Trained %d steps; %d checkpoints are in %s.", job.state.step, len(steps), path)
-    losses = [entry["train/loss"] for entry in job.run.metrics() if "train/loss" in entry]
+    losses = [entry["train/loss"] for entry in job.run.read_metrics(("train/loss",))]
     source = job.batches.source
     if losses and len(source) * source.row_length <= MOST_TOKENS_COUNTED:
         log.info(

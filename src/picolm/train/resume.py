@@ -156,10 +156,11 @@ def _check_same_experiment(run: Run, config: TrainConfig, environment: Mapping[s
             "Choose another checkpointing.run_name, or put these values back"
         )
     before, now = run.environment.get("data"), environment["data"]
-    if before and before["fingerprint"] != now["fingerprint"]:  # a fork that has not started yet has none
+    known = (before := before or {}).get("fingerprint")  # a fork that has not started yet has none
+    if known and known != now["fingerprint"]:
         raise PicoError(
-            f"{run.path} was trained on other data: fingerprint {before['fingerprint'][:12]}… ({before['rows']} rows of "
-            f"{before['name']}), now {now['fingerprint'][:12]}… ({now['rows']} rows of {now['name']}). Point "
+            f"{run.path} was trained on other data: fingerprint {known[:12]}… ({before.get('rows')} rows of "
+            f"{before.get('name')}), now {now['fingerprint'][:12]}… ({now['rows']} rows of {now['name']}). Point "
             "data.dataset.name to the same data, or choose another checkpointing.run_name"
         )
 
@@ -191,7 +192,7 @@ def _record_start(run: Run, config: TrainConfig, environment: dict[str, Any], st
             "differently. OMP_NUM_THREADS=%d keeps its bits.", then, now, step, then,
         )  # fmt: skip
     kept = {key: value for key, value in run.environment.items() if key == FORKED}
-    starts = run.environment.get("starts", [])
+    starts = run.environment.get("starts") or []
     start = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changed": changed}
     run.write_environment(kept | environment | {"starts": [*starts, start | {"packages": environment["packages"]}]})
     run.write_config(_with_folders_of(run, plain(config)))

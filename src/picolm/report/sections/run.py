@@ -31,7 +31,7 @@ def card(name: str, opened: Run, unfolded: bool = True) -> Markup:
     """The facts of a run, its configuration (differences from the defaults first), and its provenance."""
     config, environment = flatten(_config(opened)), _environment(opened)
     last = opened.latest()
-    entries = opened.metrics()
+    entries = list(opened.read_metrics(("train/loss", "tokens", "tokens_per_s")))
     return render(
         "run.html",
         name=name,
