@@ -173,7 +173,12 @@ def test_runs_of_two_widths_are_compared_layer_by_layer(analyze: Analyze) -> Non
     between = frame[(frame["run"] == "narrow") & (frame["against_run"] == "wide")]
     assert len(between) == len(names) * 4 * 2 * 2
     assert (between["step"] == between["against_step"]).all()
-    assert between["value"].notna().all()
+    saturated = between["metric"] == "pwcca"  # 48 columns, 36 rows
+    assert between.loc[~saturated, "value"].notna().all()
+    assert between.loc[saturated, "value"].isna().all()
+    assert (
+        between.loc[saturated, "reason"].str.contains("has rank 35, which is all that 36 centred rows can have").all()
+    )
     within = frame[(frame["run"] == "wide") & (frame["metric"] == "cka") & (frame["step"] == 6)]
     matrix = within.pivot(index="layer", columns="against_layer", values="value").to_numpy(dtype=float)
     assert matrix == pytest.approx(matrix.T)
@@ -336,6 +341,31 @@ def test_a_metric_of_the_users_own_is_not_merged_with_ours_of_that_name(
     assert files == {"gini_train.json", "lab_one.gini_train.json", "lab_two.gini_train.json"}
 
 
+def test_forced_correlations_and_chance_are_columns_and_told_once(
+    analyze: Analyze, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = ", ".join(
+        f"{{metric_name: {name}, {MLP}, chance: 5}}"
+        for name in ("cca", "cka", "procrustes", "cca, target: {layer: all}")
+    )
+    _, frame = analyze(f"metrics: [{entries}, {{metric_name: cka, {MLP}}}]", "other")
+    said = capsys.readouterr().err
+    assert said.count("correlations are 1 whatever the data, see the column `forced`") == 1
+    given = frame[frame["options"] == "chance=5"]
+    assert len(given) == len(frame) - 8
+    assert given[["value", "chance", "chance_std"]].notna().all(axis=None)
+    assert given["z"].to_numpy() == pytest.approx(((given["value"] - given["chance"]) / given["chance_std"]).to_numpy())
+    assert frame.loc[frame["options"] == "", ["chance", "chance_std", "z"]].isna().all(axis=None)
+    cca = frame[frame["metric"] == "cca"]
+    assert (cca["forced"] > 0).all()
+    assert frame.loc[frame["metric"] != "cca", "forced"].isna().all()
+    mirror = cca[cca["target"] == "layer all"].set_index(["step", "layer", "against_layer"]).sort_index()
+    for step in (0, 2, 4, 6):
+        assert mirror.loc[(step, 0, 1), "chance"].item() == mirror.loc[(step, 1, 0), "chance"].item()
+    _, again = analyze(f"metrics: [{entries}, {{metric_name: cka, {MLP}}}]", "other")
+    pd.testing.assert_frame_equal(frame, again)  # from the values that were kept
+
+
 def test_a_value_that_is_missing_says_why(analyze: Analyze) -> None:
     _, frame = analyze("metrics: [{metric_name: spectral_alpha, k: 50, components: [{layer_suffixes: w_2}]}]")
     assert frame["value"].isna().all()
@@ -375,6 +405,9 @@ def test_metrics_and_components_of_the_users_own(
          "qk_circuit has no activations; it gives weights, gradients"),
         ("metrics: [{metric_name: gini, components: [{component_name: simpel}]}]",
          "unknown component 'simpel'; did you mean 'simple'?"),
+        ("metrics: [{metric_name: gini, chance: 20}]", "metrics.0.chance: gini measures one tensor and has no chance level"),
+        ("metrics: [{metric_name: cka, chance: 1}]", "metrics.0.chance"),
+        ("metrics: [{metric_name: cka, chance: many}]", "metrics.0.chance"),
         ("metrics: [{metric_name: gini}]\nsteps: {begin: 4}", "steps"),
         ("metrics: [{metric_name: cka, target: {checkpoint: first}, target_checkpoint: 4}]", "not both"),
     ],

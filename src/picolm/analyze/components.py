@@ -64,6 +64,7 @@ def operands(checkpoint: Any, name: str, **asked: Any) -> Iterator[Operand | Abs
         else:
             address, tensor = found
             digest = hashlib.sha256(tensor.detach().double().contiguous().numpy().tobytes()).hexdigest()
+            digest = digest_of(digest, str(tensor.dtype))  # which decides the noise floor
             yield Operand(Address(*address), None, digest, partial(Matrix, tensor))
 
 
@@ -277,12 +278,14 @@ def _product(name: str, data_type: str, tensors: list[Tensor], head: int | None,
         group = (head or 0) // (count // groups)
         return (tensor if head is None else tensor.narrow(dimension, group * size, size)).double()
 
+    types = [tensor.dtype for tensor in tensors]
     if data_type == "activations":
-        return Matrix.product(inner(tensors[1], 1), outer(tensors[0]).T, rank=width)
+        return Matrix.product(inner(tensors[1], 1), outer(tensors[0]).T, rank=width, stored=(types[1], types[0]))
     if data_type == "weights":
-        return Matrix.product(outer(tensors[0]), inner(tensors[1], 0), rank=width)
+        return Matrix.product(outer(tensors[0]), inner(tensors[1], 0), rank=width, stored=(types[0], types[1]))
     left, right, left_gradient, right_gradient = tensors
-    return Matrix.sum_of_products([(outer(left_gradient), inner(right, 0)), (outer(left), inner(right_gradient, 0))])
+    changes = [(outer(left_gradient), inner(right, 0)), (outer(left), inner(right_gradient, 0))]
+    return Matrix.sum_of_products(changes, stored=[(types[2], types[1]), (types[0], types[3])])
 
 
 def rows_of(tensor: Tensor) -> Tensor:

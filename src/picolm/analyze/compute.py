@@ -9,7 +9,7 @@ tensor instead (`steps x` one tensor in memory).
 import hashlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 from picolm.analyze.components import COMPONENTS, Operand, digest_of
 from picolm.analyze.config import Component, Entry, Target
 from picolm.analyze.matrix import Matrix
-from picolm.analyze.metrics import Undefined, find_metric
+from picolm.analyze.metrics import Metric, Undefined, find_metric
 from picolm.analyze.pairing import Place, by_name, check_same_rows, partner_places, partners
+from picolm.analyze.permuted import Permuted
 from picolm.analyze.reading import Reader, Readers
 from picolm.analyze.values import Value
+from picolm.errors import PicoError
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,13 @@ class Task:
     component: Component
     split: str
     target: Target | None
+    chance: int | None = None  # permutations
 
     @cached_property
     def identity(self) -> str:
         """What the value follows from, beside the matrices."""
         codes = code_of(self.metric.function), code_of(COMPONENTS.get(self.component.component_name))
-        return digest_of(self.metric.name, *codes, self.options)
+        return digest_of(self.metric.name, *codes, self.options, *filter(None, [self.chance]))
 
 
 class Cell(NamedTuple):
@@ -70,7 +73,7 @@ def tasks_of(entries: Iterable[Entry]) -> list[Task]:
         split = entry.data_split or ("val" if metric.arity == 2 else "train")
         options = tuple(sorted(entry.options.items()))
         for component in entry.components or default_components(metric):
-            tasks.append(Task(metric, options, component, split, target))
+            tasks.append(Task(metric, options, component, split, target, entry.chance))
     return tasks
 
 
@@ -91,7 +94,8 @@ def default_components(metric: Any) -> tuple[Component, ...]:
 @cache
 def code_of(function: Any) -> str:
     """A digest of the source that computes a metric or a component: an edited formula is computed anew."""
-    modules = (inspect.getmodule(function), sys.modules[Matrix.__module__])
+    shared = (sys.modules[part.__module__] for part in (Matrix, Permuted, Metric))
+    modules = (inspect.getmodule(function), *shared)
     return hashlib.sha256(
         "".join(inspect.getsource(module) for module in modules if module is not None).encode()
     ).hexdigest()
@@ -184,7 +188,7 @@ def _compute_layer(cells: list[Cell], fixed: dict[str, Matrix]) -> Iterator[tupl
             fixed[cell.partner.digest] = held[cell.partner.digest]
         if cell.key not in done:
             done.add(cell.key)
-            yield cell.key, _value(cell.task, [held[operand.digest] for operand in pair])
+            yield cell.key, _value(cell, [held[operand.digest] for operand in pair])
         for operand in pair:
             uses[operand.digest] -= 1
             if not uses[operand.digest]:
@@ -210,11 +214,37 @@ def _uses(cells: Iterable[Cell]) -> dict[str, int]:
     return uses
 
 
-def _value(task: Task, matrices: list[Matrix]) -> Value:
+def _value(cell: Cell, matrices: list[Matrix]) -> Value:
+    metric, options = cell.task.metric, dict(cell.task.options)
     try:
-        return Value(float(task.metric(*matrices, **dict(task.options))))
-    except Undefined as undefined:
-        return Value(None, str(undefined))
+        forced = _or_none(lambda: metric.forced(*matrices, **options))
+        try:
+            value = metric(*matrices, **options)
+        except Undefined as undefined:
+            return Value(None, str(undefined), forced)
+        if cell.task.chance is None:
+            return Value(value, forced=forced)
+        if metric.symmetric and cell.partner is not None and cell.partner.digest < cell.operand.digest:
+            matrices = matrices[
+                ::-1
+            ]  # a pair is known by both orders of its matrices: one of them has the permutations
+        try:
+            chance = metric.chance(*matrices, draws=cell.task.chance, **options)
+        except Undefined as undefined:
+            return Value(value, f"no chance level: {undefined}", forced)
+        return Value(value, "", forced, chance.mean, chance.std)
+    except PicoError:
+        raise
+    except Exception as error:
+        what = f"{cell.operand.address} of step {cell.place.step} of {cell.place.run}"
+        raise PicoError(f"{metric.name} fails on {what}: {type(error).__name__}: {error}") from error
+
+
+def _or_none(count: Callable[[], int | None]) -> int | None:
+    try:
+        return count()
+    except Undefined:
+        return None
 
 
 def rows_of(cell: Cell, value: Value) -> Iterator[dict[str, Any]]:
@@ -242,7 +272,7 @@ def _row(
         "module": module,
         "metric": task.metric.name,
         "metric_kind": task.metric.kind,
-        "options": " ".join(f"{key}={option}" for key, option in task.options),
+        "options": " ".join(f"{key}={option}" for key, option in (*task.options, *_chance_option(task))),
         "value": value.value,
         "chance": value.chance,
         "chance_std": value.chance_std,
@@ -253,6 +283,10 @@ def _row(
         "reason": value.reason,
         "asked_split": task.split,
     }
+
+
+def _chance_option(task: Task) -> list[tuple[str, int]]:
+    return [] if task.chance is None else [("chance", task.chance)]
 
 
 def is_mirrored(cell: Cell) -> bool:

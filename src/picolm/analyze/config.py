@@ -85,6 +85,8 @@ class Entry(BaseModel):
     """The step to compare with, as published; `target` says more."""
     target: Target | None = None
     """What a metric of two tensors compares with (default: the last step)."""
+    chance: Annotated[int, Field(ge=2, le=10_000)] | None = None
+    """Give the chance level of a metric of two tensors from this many permutations of the rows, say 20."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -169,6 +171,8 @@ def entry_problems(entry: Entry) -> Iterator[Rule]:
     if metric.arity == 1 and compares:
         key = "target" if entry.target is not None else "target_checkpoint"
         yield (key,), f"{metric.name} measures one tensor and compares with nothing"
+    if metric.arity == 1 and entry.chance is not None:
+        yield ("chance",), f"{metric.name} measures one tensor and has no chance level"
     if entry.target is not None and entry.target_checkpoint is not None:
         yield ("target", "target_checkpoint"), "give target or target_checkpoint, not both"
     for index, component in enumerate(entry.components or ()):

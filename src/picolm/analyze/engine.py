@@ -18,7 +18,7 @@ from picolm.analyze.config import AnalysisConfig, EachStep, StepRange
 from picolm.analyze.heads import LAYERS, stated
 from picolm.analyze.pairing import Place
 from picolm.analyze.reading import Readers, model_section
-from picolm.analyze.values import Value, Values
+from picolm.analyze.values import Value, Values, set_aside_damaged
 from picolm.errors import PicoError
 from picolm.store import Run
 
@@ -99,6 +99,7 @@ def analyze(
     runs = _open(config, places)
     folder = Path(config.monitoring.output_dir)
     ask = Ask(config, tuple((name, place) for name, (place, _) in runs.items()), folder / ".values.sqlite")
+    set_aside_damaged(ask.values)
     outcome = Outcome()
     units = list(_units(config, {name: run for name, (_, run) in runs.items()}, outcome))
     _fetch_ahead(ask, progress)
@@ -273,6 +274,14 @@ def _report(outcome: Outcome, ask: Ask, strict: bool) -> None:
                 f"{task.component.layer_suffixes or 'default layers'}) finds nothing at any step. "
                 f"Step {run.steps[-1]} of {run.name} holds {available(run[run.steps[-1]])}"
             )
+    given = [row for row in outcome.rows if row["value"] is not None]
+    for metric in dict.fromkeys(row["metric"] for row in given if row["forced"]):
+        forced = [row["forced"] or 0 for row in given if row["metric"] == metric]
+        log.warning(
+            "%s: in %d of %d values up to %d correlations are 1 whatever the data, see the column `forced`; capture more rows, "
+            "or compare with the chance level (chance: 20).",
+            metric, sum(map(bool, forced)), len(forced), max(forced),
+        )  # fmt: skip
     outcome.absent = list(dict.fromkeys(outcome.absent))
     for line in outcome.absent:
         log.warning("Skipped: %s", line)

@@ -3,10 +3,13 @@
 A `Matrix` is a tensor; a `Product` is a product of two factors that is never formed. Metrics ask either for `singular_values`,
 `points`, `basis`, … and do not know which it is. Activations are rows (inputs) by columns (features).
 
-Notation: matrix m x n, product (m x r)(r x n), attainable rank R; activations N x p; d directions of a centred matrix.
+Notation: matrix m x n, product (m x r)(r x n), attainable rank R; activations N x p; d directions of a centred matrix; u the
+unit roundoff of the type that the entries were stored in.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -18,10 +21,15 @@ from picolm.analyze.derived import derived
 EPSILON = torch.finfo(torch.float64).eps
 # Largest and smallest magnitude accepted: squares of products of two stay within float64, and float32 lies within.
 LARGEST, SMALLEST = 1e70, 1e-70
+# What is stored in 32 bits or less was computed in float32: a sum of products of 768 numbers is off by some 3 u of float32 in the
+# root mean square where its storing is off by 0.4 u (measured: rank-8 data turned in float32, 200 x 32 to 2000 x 768).
+ARITHMETIC = 4 * 2.0**-24
 TIE = 1e-12  # distances closer than this to each other, relative to the largest, differ by rounding
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # kept as they are until entries are asked for
 
 Array = Tensor | np.ndarray
+Noise = Callable[[], float]
+Stored = tuple[torch.dtype | None, torch.dtype | None]  # of two factors; None: their own
 
 
 class Undefined(ValueError):
@@ -31,12 +39,14 @@ class Undefined(ValueError):
 class Directions(NamedTuple):
     """Thin singular value decomposition of centred activations, without the directions below the rank tolerance.
 
-    basis_Nd: orthonormal; scales_d: descending; loadings_dp: scales times the orthonormal directions among the features.
+    basis_Nd: orthonormal; scales_d: descending; loadings_dp: scales times the orthonormal directions among the features; tie:
+    scales that differ by at most this are equal but for rounding, see `Matrix.tie`.
     """
 
     basis_Nd: Tensor
     scales_d: Tensor
     loadings_dp: Tensor
+    tie: float
 
 
 class Matrix:
@@ -46,9 +56,15 @@ class Matrix:
     to a Frobenius norm of 1: all that is measured with them is free of scale. Raises `Undefined` where there is no value.
     """
 
-    def __init__(self, tensor: Array):
-        """tensor: floating point or integer, a torch tensor on any device or a numpy array."""
+    def __init__(self, tensor: Array, *, stored: torch.dtype | None = None, noise: Noise | None = None):
+        """tensor: floating point or integer, a torch tensor on any device or a numpy array.
+
+        stored: the type its entries were rounded to, where that is coarser than its own (a cast of stored weights).
+        noise: computes the noise floor, where it does not follow from the entries.
+        """
         self._given = _as_tensor(tensor)
+        self.unit = _unit(tensor if isinstance(tensor, Tensor) else self._given, stored)
+        self._noise = noise
 
     @staticmethod
     def of(value: "Matrix | Array") -> "Matrix":
@@ -56,15 +72,25 @@ class Matrix:
         return value if isinstance(value, Matrix) else Matrix(value)
 
     @staticmethod
-    def product(left: Array, right: Array, rank: int | None = None) -> "Product":
-        """The product of left (m x r) and right (r x n), not formed where that can be avoided; rank: at most that (default r)."""
-        return Product(left, right, rank)
+    def product(left: Array, right: Array, rank: int | None = None, stored: "Stored" = (None, None)) -> "Product":
+        """Return the product of left (m x r) and right (r x n), not formed where that can be avoided. rank: at most that
+        (default r). stored: the types that the entries of the factors were rounded to (default: their own).
+        """
+        return Product(left, right, rank, stored)
 
     @staticmethod
-    def sum_of_products(pairs: Sequence[tuple[Array, Array]], rank: int | None = None) -> "Product":
-        """The sum of left times right, as one product [left left …] [right; right; …]: gO V + O gV has rank 2 r at most."""
+    def sum_of_products(
+        pairs: Sequence[tuple[Array, Array]], rank: int | None = None, stored: Sequence["Stored"] = ()
+    ) -> "Product":
+        """Return the sum of left times right as one product [left left …] [right; right; …]: gO V + O gV has rank 2 r at most.
+
+        stored: as in `product`, for each pair.
+        """
         lefts, rights = ([_as_tensor(factor).double() for factor in side] for side in zip(*pairs, strict=True))
-        return Product(torch.cat(lefts, dim=1), torch.cat(rights, dim=0), rank)
+        parts = [Product(*pair, stored=types) for pair, types in zip(pairs, stored or repeat((None, None)))]
+        summed = Product(torch.cat(lefts, dim=1), torch.cat(rights, dim=0), rank)
+        summed._noise = lambda: math.fsum(part.noise for part in parts)
+        return summed
 
     @property
     def dimensions(self) -> tuple[int, ...]:
@@ -83,6 +109,35 @@ class Matrix:
     def rank(self) -> int:
         """The attainable rank R: min(m, n), or less for a product."""
         return min(self.shape)
+
+    @derived
+    def noise(self) -> float:
+        """The noise floor: singular values up to it may be rounding of the stored entries. 2 u rms (sqrt m + sqrt n).
+
+        Rounding changes an entry by at most u of its magnitude, by less than 0.6 u of it in the root mean square, independently
+        of the others; a random m x n matrix with entries of standard deviation s has spectral norm s (sqrt m + sqrt n).
+        """
+        if self._noise is not None:
+            return self._noise()
+        rows, columns = self.shape
+        return 2 * self.unit * self.frobenius * (1 / math.sqrt(rows) + 1 / math.sqrt(columns))
+
+    @derived
+    def tolerance(self) -> float:
+        """Singular values up to this cannot be told from 0: the noise floor, or max(m, n) eps s_1, the rounding of the result."""
+        return max(self.noise, max(self.shape) * EPSILON * float(self.singular_values[0]))
+
+    @derived
+    def tie(self) -> float:
+        """Singular values that differ by at most this are equal but for rounding: rounding moves each of them by some u rms, not
+        by the noise floor, which it moves the largest by; or by max(m, n) eps s_1 where that is more.
+        """
+        return max(self._tie_of_noise, max(self.shape) * EPSILON * float(self.singular_values[0]))
+
+    @property
+    def _tie_of_noise(self) -> float:
+        rows, columns = self.shape
+        return 2 * self.noise / (math.sqrt(rows) + math.sqrt(columns))
 
     @derived
     def fault(self) -> str | None:
@@ -118,32 +173,43 @@ class Matrix:
         return float(self.entries.flatten() @ other.entries.flatten())
 
     def minus(self, other: "Matrix") -> "Matrix":
-        return Matrix(self.entries - other.entries)
+        return Matrix(self.entries - other.entries, noise=lambda: self.noise + other.noise)
 
     @derived
     def points(self) -> Tensor:
         """The rows up to a rotation of the features [N, p]: inner products and distances of rows are those of the matrix."""
         return self.dense()
 
-    @derived
+    @property
     def centred(self) -> Tensor:
         """The points minus their mean, scaled to unit norm."""
+        return self._centred_and_norm[0]
+
+    @derived
+    def _centred_and_norm(self) -> tuple[Tensor, float]:
         points = self.points
         if len(points) < 2:
             raise Undefined(f"has {len(points)} row; activations are rows (inputs) by columns (features), two at least")
         centred = points - points.mean(0)
-        norm = torch.linalg.vector_norm(centred)
-        if norm <= len(points) * EPSILON * torch.linalg.vector_norm(points):
+        norm, whole = float(torch.linalg.vector_norm(centred)), float(torch.linalg.vector_norm(points))
+        if norm <= len(points) * EPSILON * whole:
             raise Undefined("all rows are equal: nothing is left after centring")
-        return centred / norm
+        if norm <= self.unit * whole:  # rounding alone may have made that much
+            raise Undefined(
+                "all rows are equal but for the rounding of the stored type: nothing is left after centring"
+            )
+        return centred / norm, norm
 
     @derived
     def directions(self) -> Directions:
-        """Singular vectors of the centred points above max(N, p) eps s_1: the rank tolerance of `matrix_rank`."""
+        """Singular vectors of the centred points above the noise floor, and above max(N, p) eps s_1."""
         basis, scales, features = torch.linalg.svd(self.centred, full_matrices=False)
-        count = int((scales > max(self.centred.shape) * EPSILON * scales[0]).sum())
+        norm, computing = self._centred_and_norm[1], max(self.centred.shape) * EPSILON * float(scales[0])
+        count = int((scales > max(self.noise / norm, computing)).sum())
+        if not count:
+            raise Undefined("no direction stands out of the rounding of the stored type")
         loadings = self._in_features(scales[:count, None] * features[:count])
-        return Directions(basis[:, :count], scales[:count], loadings)
+        return Directions(basis[:, :count], scales[:count], loadings, max(self._tie_of_noise / norm, computing))
 
     def _in_features(self, rows: Tensor) -> Tensor:
         """From the coordinates of `points` to those of the features."""
@@ -179,7 +245,8 @@ class Matrix:
     def neighbours(self, k: int) -> Tensor:
         """Whether point j is among the k nearest of point i by cosine, itself left out; ties at the border all count [N, N]."""
         if k not in self._neighbours:
-            self._neighbours[k] = _neighbours(self.centred, k)
+            rounding = self.unit * torch.linalg.vector_norm(self.points, dim=1) / self._centred_and_norm[1]
+            self._neighbours[k] = _neighbours(self.centred, rounding, k)
         return self._neighbours[k]
 
     @derived
@@ -200,8 +267,11 @@ class Matrix:
 class Product(Matrix):
     """left (m x r) times right (r x n), through an r x r core: QR of both factors, and the product of what is not orthogonal."""
 
-    def __init__(self, left: Array, right: Array, rank: int | None = None):
+    def __init__(self, left: Array, right: Array, rank: int | None = None, stored: "Stored" = (None, None)):
         self.left, self.right = _as_tensor(left), _as_tensor(right)
+        factors = zip((left, right), (self.left, self.right), stored)
+        self._units = [_unit(value if isinstance(value, Tensor) else tensor, kind) for value, tensor, kind in factors]
+        self.unit, self._noise = max(self._units), None
         if self.left.ndim != 2 or self.right.ndim != 2 or self.left.shape[1] != self.right.shape[0]:
             raise ValueError(f"{tuple(self.left.shape)} times {tuple(self.right.shape)} is not a product of matrices")
         self._rank = rank
@@ -224,6 +294,24 @@ class Product(Matrix):
         return self.left.double() @ self.right.double()
 
     @derived
+    def noise(self) -> float:
+        """The noise floor: that of each factor times the spectral norm of the other one, which is the effect in first order."""
+        if self._noise is not None:
+            return self._noise()
+        floors, largest = [], []
+        for factor, unit, triangle in zip(
+            (self.left, self.right), self._units, (self._left_triangle, self._right_qr[1]), strict=True
+        ):
+            size, norm = sum(1 / math.sqrt(side) for side in factor.shape), float(torch.linalg.vector_norm(triangle))
+            floors.append(2 * unit * norm * size)
+            largest.append(float(torch.linalg.matrix_norm(triangle, 2)))
+        return floors[0] * largest[1] + largest[0] * floors[1]
+
+    @derived
+    def _left_triangle(self) -> Tensor:
+        return torch.linalg.qr(self.left.double(), mode="r").R
+
+    @derived
     def _right_qr(self) -> tuple[Tensor, Tensor]:
         q, r = torch.linalg.qr(self.right.double().mT)
         return q, r
@@ -231,8 +319,7 @@ class Product(Matrix):
     @derived
     def core(self) -> Tensor:
         """Has the singular values of the product; r x r, or less where a factor has fewer rows or columns."""
-        triangle = torch.linalg.qr(self.left.double(), mode="r").R
-        return triangle @ self._right_qr[1].mT
+        return self._left_triangle @ self._right_qr[1].mT
 
     @derived
     def singular_values(self) -> Tensor:
@@ -258,7 +345,9 @@ class Product(Matrix):
     def minus(self, other: Matrix) -> Matrix:
         if not isinstance(other, Product):
             return super().minus(other)
-        return Matrix.sum_of_products([(self.left, self.right), (-other.left, other.right)])
+        difference = Matrix.sum_of_products([(self.left, self.right), (-other.left, other.right)])
+        difference._noise = lambda: self.noise + other.noise
+        return difference
 
     @derived
     def points(self) -> Tensor:
@@ -267,6 +356,16 @@ class Product(Matrix):
 
     def _in_features(self, rows: Tensor) -> Tensor:
         return rows @ self._right_qr[0].mT
+
+
+def _unit(tensor: Tensor, stored: torch.dtype | None) -> float:
+    """Return u of the coarser of a tensor's type and `stored`, with ARITHMETIC for all types but float64. Integers are exact.
+
+    u is half the distance from 1 to the next number: 2^-24 for float32, 2^-11 for float16, 2^-8 for bfloat16.
+    """
+    types = [kind for kind in (tensor.dtype, stored, torch.float64) if kind is not None and kind.is_floating_point]
+    coarsest = max(torch.finfo(kind).eps for kind in types) / 2
+    return coarsest if coarsest < EPSILON else coarsest + ARITHMETIC
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -297,17 +396,19 @@ def _ranks(values: Tensor) -> Tensor:
     ordered, order = values.sort()
     group = torch.zeros_like(order)
     group[1:] = (ordered.diff() > TIE * ordered[-1:]).cumsum(0)
-    counts = group.bincount()
+    counts = group.bincount().double()  # integers divide in float32
     mean_ranks = counts.cumsum(0) - (counts + 1) / 2
-    return torch.empty_like(values).scatter_(0, order, mean_ranks[group].to(values.dtype))
+    return torch.empty(values.shape, dtype=torch.float64).scatter_(0, order, mean_ranks[group])
 
 
-def _neighbours(centred: Tensor, k: int) -> Tensor:
+def _neighbours(centred: Tensor, rounding: Tensor, k: int) -> Tensor:
+    """rounding: how far that of the stored type may have moved each row."""
     if k >= len(centred):
         raise Undefined(f"has {len(centred)} rows; {k} neighbours of a row take {k + 1} at least")
     lengths = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    if (lengths <= len(centred) * EPSILON).any():
-        raise Undefined(f"row {int(lengths.argmin())} is the mean of all rows: it has no direction")
+    nowhere = lengths[:, 0] <= rounding.clamp(min=len(centred) * EPSILON)
+    if nowhere.any():
+        raise Undefined(f"row {int(nowhere.int().argmax())} is the mean of all rows: it has no direction")
     directions = centred / lengths
     cosines = (directions @ directions.mT).fill_diagonal_(-torch.inf)
     border = cosines.topk(k, dim=1).values[:, -1:]

@@ -1,9 +1,20 @@
-"""Values that were computed before, by what they follow from: the digests of the matrices, the metric, its options, its code."""
+"""Values that were computed before, by what they follow from: the digests of the matrices, the metric, its options, its code.
 
+Each has a checksum. A file that is damaged anywhere is set aside as a whole, and its values are computed again.
+"""
+
+import hashlib
+import logging
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from picolm.errors import PicoError
+
+log = logging.getLogger("picolm")
 
 
 class Value(NamedTuple):
@@ -20,40 +31,103 @@ class Value(NamedTuple):
     @property
     def z(self) -> float | None:
         """Standard deviations of chance above its mean; None where there is no chance level, or it does not vary."""
-        if self.value is None or self.chance is None or not self.chance_std:
+        if self.value is None or self.chance is None or self.chance_std is None:
+            return None
+        if self.chance_std <= 1e-12 * abs(self.chance):  # rounding: permutations change nothing
             return None
         return (self.value - self.chance) / self.chance_std
 
 
 class Values:
-    """A table on disk, key -> value; every batch that was added survives an interruption."""
+    """A table on disk, key -> value, with a checksum of each; every batch that was added survives an interruption."""
 
     def __init__(self, path: Path):
+        """Raises PicoError when the file cannot be used; see `set_aside_damaged` for one that is damaged."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(path, timeout=60)
-        self._database.execute("PRAGMA journal_mode=WAL")  # a reader in each process beside the one writer
-        self._database.execute("PRAGMA synchronous=NORMAL")
-        with self._database:
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS computed (key TEXT PRIMARY KEY, value REAL, reason TEXT)"
-            )
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise PicoError(f"{path} is a link, or no regular file; remove it (a new one is made)")
+        self.path = path
+        with self._errors():
+            self._database = sqlite3.connect(path, timeout=60)
+            self._database.execute("PRAGMA journal_mode=WAL")  # a reader in each process beside the one writer
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            with self._database:
+                self._database.execute(
+                    "CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value REAL, reason TEXT, forced INTEGER, "
+                    "chance REAL, chance_std REAL, checksum TEXT)"
+                )
 
     def get(self, keys: Iterable[str]) -> dict[str, Value]:
-        """Those of the values that are known."""
+        """Return those of the values that are known. One whose checksum is wrong is not."""
         found: dict[str, Value] = {}
         wanted = list(dict.fromkeys(keys))
         for start in range(0, len(wanted), 500):  # SQLite bounds the number of parameters of a query
             batch = wanted[start : start + 500]
             marks = ",".join("?" * len(batch))
-            rows = self._database.execute(f"SELECT key, value, reason FROM computed WHERE key IN ({marks})", batch)
-            found |= {key: Value(value, reason) for key, value, reason in rows}
+            with self._errors():
+                rows = self._database.execute(f"SELECT * FROM kept WHERE key IN ({marks})", batch).fetchall()
+            found |= {key: Value(*value) for key, *value, checksum in rows if checksum == _checksum(key, value)}
         return found
 
     def add(self, values: Mapping[str, Value]) -> None:
         """Keep values; all of a batch or, after a crash, none of it."""
-        with self._database:
-            rows = [(key, value.value, value.reason) for key, value in values.items()]
-            self._database.executemany("INSERT OR REPLACE INTO computed VALUES (?, ?, ?)", rows)
+        rows = [(key, *value, _checksum(key, value)) for key, value in values.items()]
+        with self._errors(), self._database:
+            self._database.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def close(self) -> None:
         self._database.close()
+
+    def damage(self) -> str | None:
+        """Read everything, and return what is wrong with it; None when all is well."""
+        with self._errors():
+            (first, *_) = self._database.execute("PRAGMA quick_check").fetchone()
+            if first != "ok":
+                return str(first)
+            wrong = sum(
+                checksum != _checksum(key, value)
+                for key, *value, checksum in self._database.execute("SELECT * FROM kept")
+            )
+        return f"{wrong} values do not match their checksums" if wrong else None
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raise DamagedError for what SQLite finds wrong with the content, PicoError for what keeps it from working."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _OF_CONTENT:
+                raise DamagedError(f"{self.path} is damaged ({error}); start the analysis again") from error
+            raise PicoError(f"{self.path}: {error}; is the disk full, or another program using it?") from error
+
+
+class DamagedError(PicoError):
+    """The file of kept values is not what was written."""
+
+
+_OF_CONTENT = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_MISMATCH}
+
+
+def set_aside_damaged(path: Path) -> None:
+    """Rename the kept values when anything is wrong with them, and say so: they are computed again. Raises PicoError."""
+    if not path.exists():
+        return
+    try:
+        with closing(Values(path)) as values:
+            damage = values.damage()
+    except DamagedError as error:
+        damage = str(error.__cause__)
+    if damage is None:
+        return
+    number = next(number for number in count(1) if not path.with_name(f"{path.name}.damaged-{number}").exists())
+    aside = path.with_name(f"{path.name}.damaged-{number}")
+    for ending in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + ending).rename(aside.with_name(aside.name + ending))
+    log.warning(
+        "The values kept in %s are damaged (%s): set aside as %s, all are computed again.", path, damage, aside.name
+    )
+
+
+def _checksum(key: str, value: Iterable[Any]) -> str:
+    return hashlib.sha256(repr((key, *value)).encode(errors="surrogatepass")).hexdigest()[:32]

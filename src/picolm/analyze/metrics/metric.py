@@ -8,22 +8,32 @@ parameters are the options of the metric, in Python and in YAML alike, checked b
 import functools
 import inspect
 import math
+import statistics
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from picolm.analyze.matrix import Array, Matrix, Undefined
+from picolm.analyze.permuted import Axis, permute
 from picolm.errors import PicoError
 from picolm.registry import Registry, did_you_mean
+from picolm.seeds import derive
 
 DATA_TYPES = frozenset({"weights", "gradients", "activations"})
 Needs = Literal["none", "rows", "shape"]
 Kind = Literal["similarity", "distance", "quantity"]
+
+
+class Chance(NamedTuple):
+    """Mean and standard deviation of a metric over permutations."""
+
+    mean: float
+    std: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,8 @@ class Metric:
     common (as many `rows`, the same `shape`, `none`); symmetric: whether the order of a pair does not matter; summary: one line.
     kind: what its value is: a similarity (1 for equal matrices, less for others), a distance (0 for equal matrices, more for
     others), or any other quantity, which is also what a metric is that does not say.
+    forced: a function of the same matrices and options: how many canonical correlations are 1 whatever the data.
+    paired: from the options to what of a pair belongs together, rows (the default) or columns; chance permutes that.
     """
 
     def __init__(
@@ -69,10 +81,13 @@ class Metric:
         needs: Needs = "none",
         symmetric: bool = False,
         kind: Kind = "quantity",
+        forced: Callable[..., int] | None = None,
+        paired: Callable[[Mapping[str, Any]], Axis] = lambda options: "rows",
     ):
         functools.update_wrapper(self, function)
         self.function, self.name = function, name
         self.of, self.needs, self.symmetric = frozenset(of), needs, symmetric
+        self._forced, self._paired = forced, paired
         self.__signature__ = inspect.signature(function)
         matrices, options = _parameters(function, name)
         self._forms = tuple(matrices.values())
@@ -82,6 +97,38 @@ class Metric:
 
     def __call__(self, *matrices: Matrix | Array, **options: Any) -> float:
         """The value. Raises `Undefined` with the reason where there is none; infinity is a value, NaN never is."""
+        given = self._checked(matrices, options)
+        try:
+            value = float(self.function(*(form(matrix) for form, matrix in zip(self._forms, given)), **options))
+        except torch.linalg.LinAlgError as error:
+            raise Undefined(f"the decomposition did not converge: {error}") from error
+        if math.isnan(value):
+            raise Undefined(f"{self.name} is not a number here")
+        return value
+
+    def forced(self, *matrices: Matrix | Array, **options: Any) -> int | None:
+        """Return how many canonical correlations are 1 whatever the data, None for a metric without them. Raises `Undefined`."""
+        return None if self._forced is None else self._forced(*self._checked(matrices, options), **options)
+
+    def chance(self, x: Matrix | Array, y: Matrix | Array, *, draws: int = 20, **options: Any) -> Chance:
+        """Return the mean and standard deviation of the value over `draws` permutations of the rows of y (of its columns, where
+        those belong together). The permutations are the same in each call. Raises `Undefined` where one of them has no value.
+
+        Permutations take the rows to be exchangeable, which positions of one text are not quite.
+        """
+        if draws < 2:
+            raise ValueError(f"{draws} permutation(s) have no standard deviation; 2 at least")
+        first, second = self._checked((x, y), options)
+        axis = self._paired(options)
+        size = (second.dimensions or (1,))[0] if axis == "rows" else second.shape[1]
+        values = []
+        for draw in range(draws):
+            generator = torch.Generator().manual_seed(derive(0, "chance", draw))
+            order = torch.randperm(size, generator=generator)
+            values.append(self(first, permute(second, order, axis), **options))
+        return Chance(statistics.fmean(values), statistics.stdev(values))
+
+    def _checked(self, matrices: tuple[Matrix | Array, ...], options: Mapping[str, Any]) -> list[Matrix]:
         if len(matrices) != self.arity:
             raise TypeError(
                 f"{self.name} is a metric of {self.arity} tensor{'s'[: self.arity - 1]}, given {len(matrices)}"
@@ -90,13 +137,7 @@ class Metric:
             raise TypeError("; ".join(f"{self.name}: {key}: {complaint}" for key, complaint in problems.items()))
         given = [Matrix.of(matrix) for matrix in matrices]
         self._check(given)
-        try:
-            value = float(self.function(*(form(matrix) for form, matrix in zip(self._forms, given)), **options))
-        except torch.linalg.LinAlgError as error:
-            raise Undefined(f"the decomposition did not converge: {error}") from error
-        if math.isnan(value):
-            raise Undefined(f"{self.name} is not a number here")
-        return value
+        return given
 
     def _check(self, given: list[Matrix]) -> None:
         for place, matrix in zip(("the first ", "the second "), given):
@@ -147,11 +188,13 @@ def metric(
     of: Collection[str] = DATA_TYPES,
     needs: Needs = "none",
     symmetric: bool = False,
+    forced: Callable[..., int] | None = None,
+    paired: Callable[[Mapping[str, Any]], Axis] = lambda options: "rows",
 ) -> Callable[[Callable[..., float]], Metric]:
     """Register the decorated function under `name`; the facts are those of `Metric`."""
 
     def register(function: Callable[..., float]) -> Metric:
-        return METRICS.add(name)(Metric(function, name, of, needs, symmetric, kind))
+        return METRICS.add(name)(Metric(function, name, of, needs, symmetric, kind, forced, paired))
 
     return register
 

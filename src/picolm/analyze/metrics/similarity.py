@@ -57,37 +57,79 @@ def _debiased_hsic(cross: float, x: Matrix, y: Matrix) -> float:
     return cross - diagonal + float(k.sum() * l.sum()) / ((rows - 1) * (rows - 2)) - 2 * diagonal / (rows - 2)
 
 
-@metric("cca", kind="similarity", needs="rows", symmetric=True)
+def _forced(ranks: tuple[int, int], rows: int) -> int:
+    """How many canonical correlations are 1 whatever the data: two spaces of these dimensions among the N - 1 of centred rows
+    have at least that many directions in common.
+    """
+    return max(0, sum(ranks) - (rows - 1))
+
+
+def _check_ranks(ranks: tuple[int, int], rows: int) -> None:
+    for place, rank in zip(("first", "second"), ranks, strict=True):
+        if rank == rows - 1:
+            raise Undefined(
+                f"the {place} has rank {rank}, which is all that {rows} centred rows can have: every canonical correlation is 1 "
+                "whatever the data; take more rows"
+            )
+
+
+def _ranks(x: Matrix, y: Matrix) -> tuple[int, int]:
+    return len(x.directions.scales_d), len(y.directions.scales_d)
+
+
+def _forced_of_ranks(x: Matrix, y: Matrix) -> int:
+    return _forced(_ranks(x, y), x.shape[0])
+
+
+@metric("cca", kind="similarity", needs="rows", symmetric=True, forced=_forced_of_ranks)
 def cca(x: Matrix, y: Matrix) -> float:
     """Mean canonical correlation: 0 to 1; invariant to any invertible linear map of the features.
 
-    Over as many correlations as the smaller of the two ranks, which are those of the data as stored (tolerance max(N, p) eps).
-    With ranks that add up to more than N - 1, the excess are 1 whatever the data; with p >= N - 1 all are.
+    Over as many correlations as the smaller of the two ranks. A rank counts the directions above the noise floor of the type that
+    the data were stored in. Where the ranks add up to more than N - 1, the excess correlations are 1 whatever the data; their
+    number is in the column `forced`. Undefined where a rank is N - 1: then all of them are.
     """
+    _check_ranks(_ranks(x, y), x.shape[0])
     return _mean_correlation(x.directions.basis_Nd, y.directions.basis_Nd)
 
 
-@metric("svcca", kind="similarity", needs="rows", symmetric=True)
+def _forced_of_principal(x: Matrix, y: Matrix, *, variance: float = 0.99) -> int:
+    return _forced((_principal_count(x, variance), _principal_count(y, variance)), x.shape[0])
+
+
+@metric("svcca", kind="similarity", needs="rows", symmetric=True, forced=_forced_of_principal)
 def svcca(x: Matrix, y: Matrix, *, variance: Annotated[float, Field(gt=0, le=1)] = 0.99) -> float:
     """Mean canonical correlation of the principal directions that hold `variance` of each side's variance.
 
     Raghu et al., NeurIPS 2017: the fewest directions that hold at least that share; with 1 it is cca. Invariant to rotation
-    and scale only.
+    and scale only. Correlations that are 1 whatever the data are counted as for cca, among the directions that are kept.
+    Undefined where the last direction kept and the next one hold equal variance (to the rounding of the stored type), and where
+    all N - 1 directions of one side are kept.
     """
-    return _mean_correlation(_principal_basis(x, variance), _principal_basis(y, variance))
+    counts = _principal_count(x, variance), _principal_count(y, variance)
+    _check_ranks(counts, x.shape[0])
+    for side, count in zip((x, y), counts, strict=True):
+        scales = side.directions.scales_d
+        if count < len(scales) and scales[count - 1] - scales[count] <= side.directions.tie:
+            raise Undefined(
+                f"principal directions {count} and {count + 1} hold equal variance: no {count} directions are those that "
+                f"hold {variance:g} of it"
+            )
+    first, second = (side.directions.basis_Nd[:, :count] for side, count in zip((x, y), counts, strict=True))
+    return _mean_correlation(first, second)
 
 
-def _principal_basis(x: Matrix, variance: float) -> Tensor:
+def _principal_count(x: Matrix, variance: float) -> int:
     squares = x.directions.scales_d.square()
     held_from_here_on = squares.flip(0).cumsum(0).flip(0)
-    return x.directions.basis_Nd[:, held_from_here_on > (1 - variance) * held_from_here_on[0]]
+    return int((held_from_here_on > (1 - variance) * held_from_here_on[0]).sum())
 
 
 def _mean_correlation(first: Tensor, second: Tensor) -> float:
     return float(torch.linalg.svdvals(first.mT @ second).clamp(max=1).mean())
 
 
-@metric("pwcca", kind="similarity", needs="rows")
+@metric("pwcca", kind="similarity", needs="rows", forced=_forced_of_ranks)
 def pwcca(x: Matrix, y: Matrix) -> float:
     """Canonical correlations averaged by how much of the smaller side each variate accounts for: 0 to 1.
 
@@ -95,8 +137,10 @@ def pwcca(x: Matrix, y: Matrix) -> float:
     with fewer dimensions: the lower rank, then the fewer columns, then the first (Morcos et al., NeurIPS 2018). The order
     matters only where both are equal. Of variates of equal correlation (to 1e-8) the data determine nothing but the span:
     they get the weight that they have on average over all orthonormal bases of it. There are such where the two ranks add up
-    to more than N - 1: that many correlations are 1 whatever the data, and with a rank of N - 1 (p >= N) all are, and pwcca too.
+    to more than N - 1: that many correlations are 1 whatever the data; their number is in the column `forced`. Undefined where
+    a rank is N - 1 (p >= N): then all of them are. Ranks are those of the data as stored, as for cca.
     """
+    _check_ranks(_ranks(x, y), x.shape[0])
     small, large = sorted((x, y), key=lambda side: (len(side.directions.scales_d), side.shape[1]))
     cross = small.directions.basis_Nd.mT @ large.directions.basis_Nd
     variates, correlations, _ = torch.linalg.svd(cross, full_matrices=False)
@@ -154,17 +198,24 @@ def neighbour_overlap(x: Matrix, y: Matrix, *, k: Annotated[int, Field(ge=1)] = 
     makes no difference. Undefined with k rows or fewer, and where a row is the mean of all. Chance level is about k / (2 N).
     """
     first, second = x.neighbours(k), y.neighbours(k)
-    return float(((first & second).sum(1) / (first | second).sum(1)).double().mean())
+    shared, either = (first & second).sum(1).double(), (first | second).sum(1).double()  # integers divide in float32
+    return float((shared / either).mean())
 
 
-@metric("subspace_overlap", kind="similarity", symmetric=True)
+@metric(
+    "subspace_overlap",
+    kind="similarity",
+    symmetric=True,
+    paired=lambda options: "columns" if options.get("side") == "right" else "rows",
+)
 def subspace_overlap(
     x: Matrix, y: Matrix, *, k: Annotated[int, Field(ge=1)] = 10, side: Literal["left", "right"] = "left"
 ) -> float:
     """Mean squared cosine of the principal angles between the spaces of the k top singular vectors, left or right; 0 to 1.
 
     norm(U'V)_F^2 / k; nothing is centred. Left takes equal numbers of rows, right of columns. Chance level is k over that
-    number. Undefined where the rank is below k, or where the k-th and the next singular value are equal.
+    number. Undefined where the rank (above the noise floor of the stored type) is below k, or where the k-th and the next
+    singular value are equal (to the rounding of the stored type).
     """
     first, second = (_top_space(matrix, k, side) for matrix in (x, y))
     if len(first) != len(second):
@@ -174,10 +225,10 @@ def subspace_overlap(
 
 
 def _top_space(x: Matrix, k: int, side: str) -> Tensor:
-    values, tolerance = x.singular_values, max(x.shape) * EPSILON * float(x.singular_values[0])
-    rank = int((values > tolerance).sum())
+    values = x.singular_values
+    rank = int((values > x.tolerance).sum())
     if rank < k:
         raise Undefined(f"has rank {rank}: there are no {k} top singular vectors")
-    if k < len(values) and values[k - 1] - values[k] <= tolerance:
+    if k < len(values) and values[k - 1] - values[k] <= x.tie:
         raise Undefined(f"singular values {k} and {k + 1} are equal: no {k} singular vectors are the top ones")
     return x.singular_spaces[side == "right"][:, :k]

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.special import entr
 
-from picolm.analyze.matrix import EPSILON, Matrix, Undefined
+from picolm.analyze.matrix import Matrix, Undefined
 from picolm.analyze.metrics.metric import metric
 
 SMALLEST_FIT = 50
@@ -67,10 +67,11 @@ def participation_ratio(x: Matrix) -> float:
 def condition_number(x: Matrix) -> float:
     """Condition number: largest over smallest of the R singular values; infinity for a singular matrix, zero too.
 
-    s_1 / s_R. Below max(m, n) eps s_1, the rounding of s_1, s_R cannot be told from 0: such a matrix is singular.
+    s_1 / s_R. Up to the noise floor of the stored type, or max(m, n) eps s_1, the rounding of s_1, s_R cannot be told from 0:
+    such a matrix is singular.
     """
     values = x.singular_values
-    if values[-1] <= max(x.shape) * EPSILON * values[0]:
+    if values[-1] <= x.tolerance:
         return math.inf
     return float(values[0] / values[-1])
 
@@ -82,14 +83,15 @@ def spectral_alpha(x: Matrix, *, k: Annotated[int, Field(ge=SMALLEST_FIT)]) -> f
     1 + k / sum_{i<=k} ln(lambda_i / lambda_{k+1}), lambda = s^2: the exponent of the density, one more than the tail index of
     Hill (Annals of Statistics 3, 1975; of spectra: Zhou et al., Temperature Balancing, NeurIPS 2023, whose program counts the
     border lambda_{k+1} too: k + 1 over the same sum). No k is right for all matrices, so it has to be given; a fit on fewer
-    than 50 values is refused. Undefined where R <= k, where the rank is below k + 1, and where the k + 1 largest are equal.
+    than 50 values is refused. Undefined where R <= k, where the rank is below k + 1 (singular value k + 1 is not above the noise
+    floor of the stored type), and where the k + 1 largest are equal.
     """
     if x.rank <= k:
         raise Undefined(f"has {x.rank} singular values; a fit on the {k} largest takes {k + 1}")
     values = _relative(x)[: k + 1]
-    if values[k] <= max(x.shape) * EPSILON:
-        raise Undefined(f"singular value {k + 1} is 0: the {k} largest have no border")
+    if x.singular_values[k] <= x.tolerance:
+        raise Undefined(f"singular value {k + 1} is 0 or rounding of the stored type: the {k} largest have no border")
     logs = 2 * (values[:k] / values[k]).log().sum()
-    if logs <= 4 * k * max(x.shape) * EPSILON:
+    if values[0] - values[k] <= x.tie / x.singular_values[0]:
         raise Undefined(f"the {k + 1} largest singular values are equal: there is no tail to fit")
     return float(1 + k / logs)
