@@ -1,15 +1,17 @@
 # Two commands: `make demo` trains a small model and says what to look at; `make test` runs every test.
-# Both set up what they need in .venv, once.
+# Both set up what they need in .venv, once. `make test-latest` has an environment of its own, .venv-latest.
 
 PYTHON ?= python3
 BIN := .venv/bin
+LATEST := .venv-latest/bin
 
-.PHONY: browser slurm demo suite experiment test check format docs clean help
+.PHONY: browser slurm demo suite experiment test test-latest check format docs clean help
 
 help:
 	@echo "make demo   set up, and train a small language model on real text (offline, some minutes)"
 	@echo "make suite  train four sizes with three seeds each, compare them (offline, under an hour on two cores)"
 	@echo "make test   run every test"
+	@echo "make test-latest  test what stands on other packages with their newest versions (in .venv-latest)"
 	@echo "make check  format, lint, types and the fast tests (about a minute)"
 	@echo "make docs   build the documentation into site/, with its figures; a warning is an error"
 
@@ -26,6 +28,19 @@ experiment: suite .venv/.docs
 
 test: .venv/.dev browser slurm
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# Which tests use an optional package, the client of the Hub, or what draws figures.
+OUTSIDE := tests/models/test_hf.py tests/formats tests/train/test_loggers.py tests/train/test_harness.py \
+	tests/train/test_afterwards.py tests/data/test_tokenizer.py tests/data/test_trove.py tests/data/test_corpora.py \
+	tests/data/test_embedded.py tests/data/test_hub.py tests/suite/test_cluster.py tests/analyze/test_remote.py \
+	tests/analyze/test_cluster.py tests/exchange tests/store/test_hub_run.py tests/report/test_plot.py \
+	tests/report/test_page.py tests/test_network.py tests/test_terminal.py
+
+# The newest versions that pyproject.toml allows, without constraints.txt: a break of theirs is found here, not by users.
+test-latest: $(LATEST)/pip
+	$(LATEST)/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[dev]'
+	$(LATEST)/python tests/versions.py
+	$(LATEST)/pytest -n 2 --dist worksteal $(OUTSIDE)
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -63,11 +78,11 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-latest build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.venv/bin/pip:
+.venv/bin/pip .venv-latest/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Pico needs Python 3.11 or newer")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@:/bin/pip=)
 
 # constraints.txt holds the versions that were tested together; pyproject.toml says which others may do.
 .venv/.%: .venv/bin/pip pyproject.toml constraints.txt

@@ -15,6 +15,7 @@ from tests.fox import STEP, TEXT
 from picolm.data.tokenizer import load_tokenizer
 from picolm.errors import PicoError
 from picolm.formats import FORMATS, collect, export
+from picolm.formats.importing import import_model
 from picolm.formats.llamacpp import gguf_name
 from picolm.store import Run
 from picolm.train.sample import load_model
@@ -104,7 +105,7 @@ def test_llama_cpp_reads_text_as_we_do_and_writes_the_same_tokens(fox: Run, tmp_
 
 
 def test_a_model_without_a_tokenizer_has_no_vocabulary(fox: Run, tmp_path: Path) -> None:
-    exported = collect(fox, fox[STEP])._replace(tokenizer={}, end=None)
+    exported = collect(fox, fox[STEP])._replace(tokenizer={}, generation={})
     FORMATS.get("gguf")(exported, tmp_path)
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert fields["tokenizer.ggml.model"].contents() == "no_vocab"
@@ -145,3 +146,61 @@ def test_a_package_that_is_not_installed_is_named_with_the_command(
     with pytest.raises(PicoError, match=r"--format gguf needs: pip install 'picolm\[gguf\]'"):
         export(fox, STEP, "gguf", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def with_bos(fox: Run, tmp_path: Path) -> Run:
+    """An imported Llama whose texts begin with one token, end with two others, and are padded with a fourth."""
+    export(fox, STEP, "llama", tmp_path / "llama")
+    ids = {"bos_token_id": 5, "eos_token_id": [0, 7], "pad_token_id": 6}
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "llama" / name).read_text())
+        (tmp_path / "llama" / name).write_text(json.dumps(content | ids))
+    tokenizer = json.loads((tmp_path / "llama" / "tokenizer.json").read_text())
+    begin = next(token for token, number in tokenizer["model"]["vocab"].items() if number == 5)
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [],
+        "single": [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {begin: {"id": begin, "ids": [5], "tokens": [begin]}},
+    }  # fmt: skip
+    (tmp_path / "llama" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    run, _ = import_model(str(tmp_path / "llama"), tmp_path / "imported", None)
+    return run
+
+
+def test_what_begins_ends_and_pads_a_text_survives_import_and_export(with_bos: Run, tmp_path: Path) -> None:
+    export(with_bos, STEP, "llama", tmp_path / "again")
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "again" / name).read_text())
+        assert (content["bos_token_id"], content["eos_token_id"], content["pad_token_id"]) == (5, [0, 7], 6)
+    export(with_bos, STEP, "gguf", tmp_path / "gguf")
+    fields = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").fields
+    names = ("bos_token_id", "eos_token_id", "eot_token_id", "padding_token_id", "add_bos_token", "add_eos_token")
+    assert [fields[f"tokenizer.ggml.{name}"].contents() for name in names] == [5, 0, 7, 6, True, False]
+
+
+@pytest.mark.slow
+def test_llama_cpp_begins_a_text_where_transformers_does(with_bos: Run, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    export(with_bos, STEP, "gguf", tmp_path / "gguf")
+    export(with_bos, STEP, "llama", tmp_path / "again")
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")("The lazy fox doesn't")["input_ids"]
+    assert tokens[0] == 5
+    told, count = next_token(server(tmp_path / "gguf" / "model.gguf"), "The lazy fox doesn't")
+    assert count == len(tokens)
+    ln_p_V = load_model(with_bos)(torch.tensor([tokens]))[0, -1].detach().double().log_softmax(-1)
+    assert told
+    for token, ln_p in told:
+        assert ln_p == pytest.approx(float(ln_p_V[token]), abs=1e-4)
+
+
+def test_a_tokenizer_that_puts_other_tokens_around_a_text_is_refused(fox: Run, tmp_path: Path) -> None:
+    exported = collect(fox, fox[STEP])
+    tokenizer = json.loads(exported.tokenizer["tokenizer.json"])
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [],
+        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"x": {"id": "x", "ids": [9], "tokens": ["x"]}},
+    }  # fmt: skip
+    with pytest.raises(PicoError, match=r"puts the tokens \[9\] before and \[\] after a text; llama.cpp puts only"):
+        FORMATS.get("gguf")(exported._replace(tokenizer={"tokenizer.json": json.dumps(tokenizer).encode()}), tmp_path)

@@ -119,7 +119,7 @@ def test_there_and_back_is_the_identity_and_scores_are_the_same(heads: int, grou
         position_emb_theta=theta, norm_eps=theta / 1e10),
     st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(1, 3), st.floats(1.0, 1e6)))  # fmt: skip
 def test_a_shape_survives_its_config_json(config: DecoderConfig) -> None:
-    assert decoder_config(json.loads(json.dumps(llama_config(config, "float32", None)))) == config
+    assert decoder_config(json.loads(json.dumps(llama_config(config, "float32", {})))) == config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -166,7 +166,7 @@ def test_a_llama_that_transformers_made_becomes_a_run(tied: bool, tmp_path: Path
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
 
 
-GOOD = llama_config(DecoderConfig(d_model=32, attention_n_heads=4, attention_n_kv_heads=2, n_layers=1), "float32", 0)
+GOOD = llama_config(DecoderConfig(d_model=32, attention_n_heads=4, attention_n_kv_heads=2, n_layers=1), "float32", {})
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,7 @@ def test_tensors_without_a_place_and_places_without_a_tensor_are_named(fox: Run,
         (lambda t: t.pop("model.norm.weight"), "does not hold model.norm.weight; is a file of it missing"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), r"output_norm.weight has shape \(3,\); .* says \(64,\)"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(64).int()}), "output_norm.weight holds torch.int32"),
+        (lambda t: t["model.norm.weight"].fill_(torch.nan), r"output_norm.weight holds NaN or infinities \(64 of 64 numbers"),
     ]):  # fmt: skip
         export(fox, STEP, "llama", tmp_path / f"out{number}")
         with pytest.raises(PicoError, match=words):

@@ -67,7 +67,7 @@ def test_sampling_follows_the_distribution():
         (0, 1, {}, "the prompt has 0 tokens; this model takes between 1 and 160"),
         (161, 0, {}, "the prompt has 161 tokens; this model takes between 1 and 160"),
         (100, 61, {}, "61 new tokens after a prompt of 100 do not fit into a context of 160: ask for at most 60"),
-        (5, 5, {"temperature": -1.0}, "temperature must be at least 0"),
+        (5, 5, {"temperature": -1.0}, "temperature must be a number of at least 0"),
         (5, 5, {"temperature": 1.0, "top_k": 0}, "top_k at least 1"),
         (5, 5, {"temperature": 1.0, "top_p": 0.0}, r"top_p in \(0, 1\]"),
     ],

@@ -215,3 +215,15 @@ def test_held_out_tokens_beyond_the_vocabulary_are_told_before_the_start(
     pq.write_table(pa.table({"input_ids": [[1] * 16 + [64]]}), folder / "val-00000-of-00001.parquet")
     with pytest.raises(DataError, match="the held-out rows hold token id 64, outside of the vocabulary of 64"):
         train(f"evaluation.paloma.dataset_name={folder}")
+
+
+def test_a_model_that_computes_nan_has_no_perplexity_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    class Diverged(Tokens):
+        def token_nats(self, tokens_BS: Tensor) -> Tensor:
+            return super().token_nats(tokens_BS) * math.nan
+
+    with caplog.at_level("WARNING", "picolm"):
+        found = evaluate(("paloma",), evaluation(Rows.sample(Table(None, 3), None, 5), model=Diverged()))
+    assert set(found) == {"paloma", "paloma/nats_per_token"}
+    assert all(math.isnan(value) for value in found.values())
+    assert "paloma has no value: the model computes NaN" in caplog.text

@@ -231,6 +231,20 @@ def test_the_generators_of_the_process_are_left_alone(fox: Run, tasks: Path) -> 
     assert after == drawn()
 
 
+@pytest.mark.parametrize("name", ["fox_choices", "fox_texts", "fox_writing"])
+def test_a_model_that_computes_nan_has_no_score_and_the_log_says_why(
+    fox: Run, tasks: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = evaluation(fox, tasks=[name], include_path=str(tasks))
+    with torch.no_grad():
+        asked.model.output_norm.weight[0] = math.nan
+    with caplog.at_level("WARNING", "picolm"):
+        found = evaluate(("lm_eval",), asked)
+    assert list(found) == ["lm_eval"]
+    assert math.isnan(found["lm_eval"])
+    assert "lm_eval has no value: the model computes NaN or infinities" in caplog.text
+
+
 def test_a_task_that_there_is_not_is_named(fox: Run, tasks: Path) -> None:
     with pytest.raises(
         PicoError, match=r"no task 'fox_txts', and no file in .*tasks describes it; did you mean 'fox_texts'"

@@ -1,6 +1,7 @@
 """Minimal pairs: a sentence has the log-probability of all its tokens, and pairs are counted by phenomenon."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from picolm.store import Run
 from picolm.train.evaluate import Evaluation, evaluate
 from picolm.train.evaluation_config import Evaluation as Settings
 from picolm.train.sample import load_model
+from picolm.train.scoring import Piece, nats, nats_and_greedy
 from picolm.train.text import Text
 
 SENTENCES = [
@@ -126,6 +128,36 @@ def test_a_file_that_holds_something_else_is_told_with_its_line(
         accuracy(fox, tmp_path / "pairs.jsonl")
     with pytest.raises(DataError, match=r"nothing\.jsonl cannot be read"):
         accuracy(fox, tmp_path / "nothing.jsonl")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_computes_nan_has_no_accuracy_and_the_log_says_why(
+    fox: Run, tmp_path: Path, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_model(fox)
+    with torch.no_grad():
+        model.layers[1].swiglu.w_2.weight[0, 0] = value
+    settings = Settings.model_validate({"minimal_pairs": {"path": str(write(tmp_path / "pairs.jsonl", PAIRS))}})
+    text = Text(fox.step_path(STEP) / "tokenizer.json", 320)
+    with caplog.at_level("WARNING", "picolm"):
+        found = evaluate(
+            ("minimal_pairs",), Evaluation(model, None, 4, None, 0, 1, torch.device("cpu"), text, settings)
+        )
+    assert list(found) == ["minimal_pairs"]
+    assert math.isnan(found["minimal_pairs"])
+    assert "minimal_pairs has no value: the model computes NaN or infinities for 10 of 10 texts" in caplog.text
+
+
+def test_pairs_that_differ_in_float64_alone_are_told_apart(fox: Run, tmp_path: Path) -> None:
+    """Log-probabilities of a model in float64 are not rounded to float32."""
+    pieces = [Piece([0, 5, 9, 12], 3)]
+    model = load_model(fox).double()
+    evaluation = Evaluation(model, None, 4, None, 0, 1, torch.device("cpu"))
+    with torch.no_grad():
+        ln_p_TV = model(torch.tensor([[0, 5, 9]]))[0].log_softmax(-1)
+    expected = -sum(float(ln_p_TV[place, token]) for place, token in enumerate([5, 9, 12]))
+    assert nats(pieces, evaluation).item() == pytest.approx(expected, abs=1e-12)
+    assert nats_and_greedy(pieces, evaluation)[0].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_without_a_tokenizer_there_are_no_sentences(train: Callable[..., Run], tmp_path: Path) -> None:

@@ -49,18 +49,37 @@ def load_tokenizer(place: str | Path) -> Tokenizer:
 
     Text that spells a special token is encoded as text, so that no document can end itself.
     """
-    from tokenizers import Tokenizer
-
     file = find_tokenizer(place)
     trusted.refuse_lfs_pointer(file.resolve())
-    data = trusted.read_bytes(file.resolve())
-    trusted.parse_json(data, str(file), dict[str, Any])  # the library has no limit of depth
-    with _library_errors(f"{file}: cannot be read as a tokenizer.json"):
-        tokenizer = Tokenizer.from_buffer(data.removeprefix(codecs.BOM_UTF8))
+    return parse_tokenizer(trusted.read_bytes(file.resolve()), str(file))
+
+
+def parse_tokenizer(content: bytes, where: str) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json, as `load_tokenizer` does. Raises DataError, naming `where`."""
+    from tokenizers import Tokenizer
+
+    trusted.parse_json(content, where, dict[str, Any])  # the library has no limit of depth
+    with _library_errors(f"{where}: cannot be read as a tokenizer.json"):
+        tokenizer = Tokenizer.from_buffer(content.removeprefix(codecs.BOM_UTF8))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def encode_text(tokenizer: Tokenizer, text: str, what: str) -> list[int]:
+    """Return the tokens of a text as in training: nothing is added by post-processors, and nothing cut off or padded.
+
+    what: the text, for messages. Raises DataError for text that is not valid Unicode or that the tokenizer cannot encode.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} is not valid UTF-8 (at character {error.start}); give it in the encoding UTF-8"
+        ) from None
+    with _library_errors(f"{what} cannot be encoded by the tokenizer of the run"):
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def load_vocabulary(place: str | Path) -> Vocabulary:

@@ -17,7 +17,7 @@ from picolm.errors import PicoError
 from picolm.models import MODELS
 from picolm.registry import Registry
 from picolm.store.folders import new_folder
-from picolm.train.sample import checkpoint_at, config_of, end_of_text
+from picolm.train.sample import checkpoint_at, config_of, generation_config
 from picolm.train.state import weight_address
 
 if TYPE_CHECKING:
@@ -30,13 +30,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 class Exported(NamedTuple):
     """What a format writes. weights: by the names of `Decoder.named_parameters`, as they were stored.
 
-    end: the token that ends a document, None without a tokenizer. tokenizer: its files, name to content.
-    origin: run, step and model_type.
+    generation: the content of generation_config.json, with bos_token_id, eos_token_id (one or several) and pad_token_id,
+    None for what there is not; empty without a tokenizer. tokenizer: its files, name to content. origin: run, step and
+    model_type.
     """
 
     config: Any
     weights: dict[str, Tensor]
-    end: int | None
+    generation: dict[str, Any]
     tokenizer: dict[str, bytes]
     origin: dict[str, Any]
 
@@ -80,15 +81,16 @@ def collect(run: Run, checkpoint: Checkpoint) -> Exported:
     if wrong:
         raise PicoError(f"{checkpoint.path}: {wrong[0]} does not fit the model section of the run's configuration")
     files = {name: checkpoint.read(name) for name in TOKENIZER_FILES if name in checkpoint.files}
-    end = end_of_text(checkpoint)
+    generation = generation_config(checkpoint)
+    if "eos_token_id" in generation:
+        generation.setdefault("bos_token_id", generation["eos_token_id"])  # in training a text begins after an end
     origin = {"run": run.name, "step": checkpoint.step, "model_type": config.model_type}
-    return Exported(config, weights, end, files, origin)
+    return Exported(config, weights, generation, files, origin)
 
 
 def write_tokenizer(exported: Exported, folder: Path) -> None:
-    """The tokenizer of the run, and what ends a text, for tools that read transformers' files."""
+    """Write the tokenizer of the run, and what begins, ends and pads a text, for tools that read transformers' files."""
     for name, content in exported.tokenizer.items():
         (folder / name).write_bytes(content)
-    if exported.end is not None:
-        ends = {f"{what}_token_id": exported.end for what in ("bos", "eos", "pad")}
-        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+    if exported.generation:
+        (folder / "generation_config.json").write_text(json.dumps(exported.generation, indent=2) + "\n")

@@ -5,6 +5,7 @@ What it computes must be what a Pico decoder computes; anything else is refused,
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from picolm.errors import PicoError
 from picolm.formats import ORIGIN, TOKENIZER_FILES
 from picolm.formats.plain import CONFIG, STATE_DICT
 from picolm.models import MODELS, Decoder
-from picolm.models.llama import check_names, decoder_config, from_llama
+from picolm.models.llama import check_names, decoder_config, from_llama, special_tokens
 from picolm.network import fetch, file_list, in_cache
 from picolm.schema import plain
 from picolm.store import Run
@@ -28,6 +29,7 @@ from picolm.store.folders import new_folder, refuse_content
 from picolm.store.foreign import PickledTensors, SafeTensors
 from picolm.store.layout import check_name
 from picolm.train.config import schema_for
+from picolm.train.sample import GenerationConfig
 from picolm.train.state import weight_address
 from picolm.train.text import Text, checkpoint_files
 from picolm.trusted import check_form, parse_json, read_bytes, require_regular
@@ -70,7 +72,7 @@ def import_model(place: str, out: Path, step: int | None) -> tuple[Run, int]:
             step,
             tensors,
             meta={"step": step, "resumable": False},
-            texts=checkpoint_files(model.to(next(iter(tensors.values())).dtype), text),
+            texts=checkpoint_files(model.to(next(iter(tensors.values())).dtype), text) | _special_tokens(find),
             weight_prefix=model.state_prefix,
             parameters=list(imported.weights),
             about=about,
@@ -120,7 +122,18 @@ def _fitting(section: dict[str, Any], weights: dict[str, Tensor], place: str) ->
             )
         if not weights[name].is_floating_point():
             raise PicoError(f"{place}: {name} holds {weights[name].dtype}, not floating-point numbers")
+        if wrong := int((~weights[name].isfinite()).sum()):
+            raise PicoError(f"{place}: {name} holds NaN or infinities ({wrong} of {weights[name].numel()} numbers)")
     return Imported(section, {name: weights[name] for name in shapes})
+
+
+def _special_tokens(find: Callable[[str], Path | None]) -> dict[str, str]:
+    """Return the generation_config.json of the model, with what its config.json says of the tokens that begin, end and pad."""
+    config, generation = find("config.json"), find("generation_config.json")
+    found = special_tokens(_json(config)) if config is not None else {}
+    found |= _json(generation) if generation is not None else {}
+    check_form(found, GenerationConfig, str(generation or config))
+    return {"generation_config.json": json.dumps(found, indent=2) + "\n"} if found else {}
 
 
 def _run_config(section: Mapping[str, Any], out: Path, step: int) -> Any:

@@ -14,7 +14,7 @@ def llama(exported: Exported, folder: Path) -> None:
     from safetensors.torch import save_file
 
     check_equivalent(MODELS.get(exported.config.model_type))
-    config = llama_config(exported.config, exported.dtype, exported.end)
+    config = llama_config(exported.config, exported.dtype, exported.generation)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = to_llama(exported.weights, exported.config)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

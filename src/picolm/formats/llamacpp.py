@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from picolm.data.tokenizer import parse_tokenizer
 from picolm.errors import PicoError
 from picolm.formats import FORMATS, Exported
 from picolm.models import MODELS
@@ -102,12 +103,44 @@ def _write_tokenizer(writer: Any, exported: Exported) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
-    if exported.end is not None:
-        writer.add_bos_token_id(exported.end)
-        writer.add_eos_token_id(exported.end)
-        writer.add_pad_token_id(exported.end)
-    writer.add_add_bos_token(False)
+    _write_special_tokens(writer, exported)
     writer.add_add_space_prefix(False)
+
+
+def _write_special_tokens(writer: Any, exported: Exported) -> None:
+    """Write what begins, ends and pads a text, and which of these are put around a text that is encoded."""
+    bos, eos, pad = (exported.generation.get(f"{name}_token_id") for name in ("bos", "eos", "pad"))
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if bos is not None:
+        writer.add_bos_token_id(bos)
+    if ends:
+        writer.add_eos_token_id(ends[0])
+    if len(ends) > 1:  # llama.cpp ends a text at either
+        writer.add_eot_token_id(ends[1])
+    if len(ends) > 2:
+        log.warning(
+            "A GGUF file names two tokens that end a text; %s end it here, and %s are left out.", ends, ends[2:]
+        )
+    if pad is not None:
+        writer.add_pad_token_id(pad)
+    before, after = _put_around(exported.tokenizer["tokenizer.json"])
+    if (before, after) not in [(a, b) for a in ([], [bos]) for b in ([], ends[:1])]:
+        raise PicoError(
+            f"--format gguf: the tokenizer puts the tokens {before} before and {after} after a text; llama.cpp puts only "
+            f"bos_token_id ({bos}) before and eos_token_id ({eos}) after it"
+        )
+    writer.add_add_bos_token(bool(before))
+    writer.add_add_eos_token(bool(after))
+
+
+def _put_around(content: bytes) -> tuple[list[int], list[int]]:
+    """Return the tokens that the post-processor of a tokenizer.json puts before and after a text."""
+    tokenizer = parse_tokenizer(content, "tokenizer.json")
+    whole, plain = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+    start = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), None)
+    if start is None:
+        raise PicoError("--format gguf: the post-processor of the tokenizer changes the tokens of a text")
+    return whole[:start], whole[start + len(plain) :]
 
 
 def _tokens(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:

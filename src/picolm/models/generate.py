@@ -3,11 +3,16 @@
 Legend: B rows, T positions, V vocabulary, M key-value heads, D head size.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class NotFinite(ValueError):
+    """A model computes NaN or infinities where probabilities are wanted; nothing can be read from them."""
 
 
 class KeyValueCache:
@@ -39,7 +44,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
 ) -> Tensor:
@@ -47,20 +52,22 @@ def generate(
 
     forward: (tokens_BT, cache) -> logits_BTV. temperature 0 takes the likeliest token; otherwise tokens are drawn with
     `generator` from the `top_k` likeliest and from the smallest set that holds `top_p` of the probability. A row that
-    has produced `eos` is filled with it, and generation ends when all rows have. Raises ValueError when prompt and new
-    tokens do not fit into `context` positions.
+    has produced `eos` (one of them, where there are several) is filled with the first, and generation ends when all rows
+    have. Raises ValueError when prompt and new tokens do not fit into `context` positions, and NotFinite for a model that
+    computes NaN.
     """
     _check(prompt_BT, max_new_tokens, context, temperature, top_k, top_p)
+    ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), device=prompt_BT.device)
     cache = KeyValueCache() if use_cache else None
     tokens_BT, ended_B1 = prompt_BT, torch.zeros_like(prompt_BT[:, :1], dtype=torch.bool)
     for _ in range(max_new_tokens):
         unseen_BT = tokens_BT if cache is None else tokens_BT[:, cache.get_seq_length() :]
         next_B1 = choose(forward(unseen_BT, cache)[:, -1], temperature, top_k, top_p, generator)
-        if eos is not None:
-            next_B1 = next_B1.masked_fill(ended_B1, eos)
-            ended_B1 = ended_B1 | (next_B1 == eos)
+        if len(ends):
+            next_B1 = torch.where(ended_B1, ends[0], next_B1)
+            ended_B1 = ended_B1 | torch.isin(next_B1, ends)
         tokens_BT = torch.cat((tokens_BT, next_B1), 1)
-        if eos is not None and ended_B1.all():
+        if ended_B1.all():
             break
     return tokens_BT
 
@@ -68,10 +75,16 @@ def generate(
 def choose(
     logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """One token of each row, [B, 1]."""
+    """Return one token of each row, [B, 1]. Raises NotFinite for logits among which there is no largest number."""
+    largest_B1 = logits_BV.amax(-1, keepdim=True)
+    if not largest_B1.isfinite().all():  # NaN where any is NaN
+        raise NotFinite("the model computes NaN or infinities for the next token; its weights may have diverged")
     if temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)
-    logits_BV, tokens_BV = (logits_BV.float() / temperature).sort(stable=True, dim=-1, descending=True)
+    scaled_BV = (
+        (logits_BV - largest_B1).double() / temperature
+    ).float()  # of the smallest temperature, too, no infinity
+    logits_BV, tokens_BV = scaled_BV.sort(stable=True, dim=-1, descending=True)
     p_BV = logits_BV[:, :top_k].softmax(-1)
     if top_p is not None:
         p_BV = p_BV.masked_fill(p_BV.cumsum(-1) - p_BV >= top_p, 0.0)  # the first is always kept
@@ -89,8 +102,12 @@ def _check(prompt_BT: Tensor, new: int, context: int, temperature: float, top_k:
             f"{new} new tokens after a prompt of {length} do not fit into a context of {context}: "
             f"ask for at most {context - length}"
         )
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if (
+        not 0 <= temperature < math.inf
+        or (top_k is not None and top_k < 1)
+        or (top_p is not None and not 0 < top_p <= 1)
+    ):
         raise ValueError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least 0, "
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: temperature must be a number of at least 0, "
             "top_k at least 1, and top_p in (0, 1]"
         )

@@ -92,8 +92,20 @@ def check_names(found: Collection[str], expected: Collection[str]) -> None:
         raise PicoError(f"the model does not hold {missing[0]}{_more(missing)}; is a file of it missing?")
 
 
-def llama_config(config: DecoderConfig, dtype: str, end: int | None) -> dict[str, Any]:
-    """config.json for transformers 4 and 5. end: the token that ends a document, None where it is not known.
+_SPECIAL = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}  # with what LlamaConfig takes where it is not given
+
+
+def special_tokens(llama: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tokens that begin, end and pad a text for a Llama with this config.json; None where there is none."""
+    return {name: llama.get(name, default) for name, default in _SPECIAL.items()}
+
+
+def llama_config(config: DecoderConfig, dtype: str, special: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json for transformers 4 and 5. special: bos_token_id, eos_token_id, pad_token_id, where they are known.
 
     transformers 4 reads rope_theta and torch_dtype, transformers 5 rope_parameters and dtype.
     """
@@ -113,9 +125,7 @@ def llama_config(config: DecoderConfig, dtype: str, end: int | None) -> dict[str
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "pad_token_id": end,
+        **{name: special.get(name) for name in _SPECIAL},
     }
 
 

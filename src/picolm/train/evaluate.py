@@ -6,6 +6,7 @@ name `paloma` is that of the published configurations: perplexity over rows that
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,12 +19,16 @@ from torch import Tensor
 from picolm.capture.gather import summed
 from picolm.errors import PicoError
 from picolm.models import Loss, Noise
+from picolm.models.generate import NotFinite
 from picolm.registry import Registry
 from picolm.train.strategies import reshard
 
 if TYPE_CHECKING:
     from picolm.data import Source
     from picolm.train.text import Text
+
+
+log = logging.getLogger("picolm")
 
 
 class Rows(NamedTuple):
@@ -90,14 +95,22 @@ EVALUATIONS: Registry[Callable[[Evaluation], dict[str, float]]] = Registry("eval
 
 
 def evaluate(names: tuple[str, ...], evaluation: Evaluation) -> dict[str, float]:
-    """The results of all evaluations in `names`, the model in evaluation mode meanwhile."""
+    """Return the results of all evaluations in `names`, the model in evaluation mode meanwhile.
+
+    An evaluation of a model that computes NaN gives NaN under its name, and the log says why.
+    """
     results: dict[str, float] = {}
     was_training = evaluation.model.training
     evaluation.model.eval()
     try:
         with torch.no_grad():
             for name in names:
-                results |= EVALUATIONS.get(name)(evaluation)
+                try:
+                    found = EVALUATIONS.get(name)(evaluation)
+                except NotFinite as error:
+                    log.warning("%s has no value: %s; its weights may have diverged", name, error)
+                    found = {name: math.nan}
+                results |= found
     finally:
         evaluation.model.train(was_training)
         reshard(evaluation.model)
@@ -112,6 +125,8 @@ def paloma(evaluation: Evaluation) -> dict[str, float]:
     labels = evaluation.rows.labels or [""] * len(evaluation.rows.tokens_RS)
     names = sorted(set(labels))
     sums = _sums_by_source(evaluation, labels, names)
+    if not sums[:, 0].isfinite().all():
+        log.warning("paloma has no value: the model computes NaN or infinities; its weights may have diverged")
     results = _scores("paloma", *sums.sum(0).tolist())
     for name, row in zip(names, sums.tolist()):
         if name:

@@ -96,7 +96,7 @@ def _measure(run: Run, batch: Batch, overrides: Sequence[str]) -> None:
             rows = [
                 job.model.token_nats(tokens_BS.to(job.device)) for tokens_BS in batch.rows.tokens_RS.split(ROWS_AT_ONCE)
             ]
-        measured[at] = torch.cat(rows).float().cpu()
+        measured[at] = torch.cat(rows).cpu()
 
     last = last_step(run)
     steps = [step for step in (batch.step, batch.step + 1) if step <= last]

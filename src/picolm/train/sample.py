@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
+from picolm.data.tokenizer import encode_text, parse_tokenizer
 from picolm.errors import PicoError
 from picolm.models import MODELS
+from picolm.models.generate import NotFinite
 from picolm.store import Checkpoint, Run
 from picolm.train.config import TrainConfig, stored_config
 from picolm.train.state import State
@@ -34,47 +36,71 @@ def checkpoint_at(run: Run, step: int | None) -> Checkpoint:
 
 
 def load_model(run: Run, step: int | None = None) -> Any:
-    """The model of a run with the weights of `step` (default: the latest), in float32 on the CPU."""
-    config = config_of(run).model
+    """Return the model of a run with the weights of `step` (default: the latest), on the CPU.
+
+    Computes in float32, or in float64 where weights are stored in it: no weight is rounded.
+    """
+    config, checkpoint = config_of(run).model, checkpoint_at(run, step)
     model = MODELS.get(config.model_type)(config)
-    State(model, []).restore_weights(checkpoint_at(run, step))
+    if checkpoint[checkpoint.select(kind="weights")[0]].dtype == torch.float64:
+        model.double()
+    State(model, []).restore_weights(checkpoint)
     return model.eval()
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """`generation_config.json` of a step, as far as it is used here."""
+    """`generation_config.json` of a model, as far as it is used here."""
 
-    eos_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
 
 
-def end_of_text(checkpoint: Checkpoint) -> int | None:
-    """Return the id of the token that ends a text; None where the checkpoint does not say. Raises PicoError for no id."""
+def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the content of generation_config.json; empty without one. Raises PicoError for tokens that are no ids."""
     name = "generation_config.json"
     if name not in checkpoint.files:
-        return None
-    return parse_json(checkpoint.read(name), f"{checkpoint.path / name}", GenerationConfig).eos_token_id
+        return {}
+    content, where = checkpoint.read(name), f"{checkpoint.path / name}"
+    parse_json(content, where, GenerationConfig)
+    return parse_json(content, where, dict[str, Any])
+
+
+def ends_of_text(checkpoint: Checkpoint) -> list[int]:
+    """Return the ids of the tokens that end a text; empty where the checkpoint does not say."""
+    ends = generation_config(checkpoint).get("eos_token_id")
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def sample(place: str, step: int | None, prompt: str, *, max_new_tokens: int, seed: int, **options: Any) -> str:
-    """The prompt and what the model writes after it, as text. Raises PicoError where the prompt does not fit."""
-    from tokenizers import Tokenizer
+    """Return the prompt and what the model writes after it, as text.
 
+    The prompt is encoded as the texts of the training were. Raises PicoError where it does not fit, for options and seeds
+    out of range, and for a model that computes NaN.
+    """
+    if max_new_tokens < 1:
+        raise PicoError(f"max_new_tokens is {max_new_tokens}; ask for at least 1 token")
+    if not 0 <= seed < 2**64:
+        raise PicoError(f"the seed {seed} is out of range; take a whole number from 0 to 2^64 - 1")
     run = Run.open(place)
     checkpoint = checkpoint_at(run, step)
     if "tokenizer.json" not in checkpoint.files:
         raise PicoError(
             f"{checkpoint.path} has no tokenizer.json: its data came without one, so it cannot read or write text"
         )
-    tokenizer = Tokenizer.from_str(checkpoint.read("tokenizer.json").decode())
-    eos = end_of_text(checkpoint)
-    if eos is None:
-        raise PicoError(f"{checkpoint.path} has no generation_config.json that names an eos_token_id: text has no end")
-    tokens = tokenizer.encode(prompt).ids or [eos]  # nothing to go on from: the start of a document
-    model = load_model(run, step)
+    tokenizer = parse_tokenizer(checkpoint.read("tokenizer.json"), f"{checkpoint.path}/tokenizer.json")
+    tokens, ends = encode_text(tokenizer, prompt, "the prompt"), ends_of_text(checkpoint)
+    if not tokens and not ends:
+        raise PicoError("the prompt is empty, and the run does not say what ends a document; give a --prompt")
+    tokens = tokens or ends[:1]  # nothing to go on from: the start of a document
+    model = load_model(run, checkpoint.step)
+    eos = ends[0] if len(ends) == 1 else ends or None
     generator = torch.Generator().manual_seed(seed)
     try:
         written = model.generate(torch.tensor([tokens]), max_new_tokens, eos=eos, generator=generator, **options)
+    except NotFinite as error:
+        raise PicoError(f"{checkpoint.path}: {error}") from error
     except ValueError as error:
         raise PicoError(f"{error}; the prompt has {len(tokens)} tokens") from error
-    return tokenizer.decode(written[0].tolist())
+    return str(tokenizer.decode(written[0].tolist()))

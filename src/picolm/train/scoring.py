@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from picolm.capture.gather import summed
+from picolm.data.tokenizer import encode_text
 from picolm.errors import PicoError
+from picolm.models.generate import NotFinite
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -40,8 +42,8 @@ class Language(NamedTuple):
         return cls(text.tokenizer, text.eos)
 
     def tokens(self, text: str) -> list[int]:
-        """As in training: nothing is added, and text that spells a special token stays text."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        """Encode text as in training: nothing is added, and text that spells a special token stays text."""
+        return encode_text(self.tokenizer, text, f"{text[:60]!r}")
 
 
 class Piece(NamedTuple):
@@ -52,13 +54,13 @@ class Piece(NamedTuple):
 
 
 def nats(pieces: Sequence[Piece], evaluation: Evaluation) -> Tensor:
-    """-ln p of the scored tokens of each piece, summed, float64 [N]."""
+    """Return -ln p of the scored tokens of each piece, summed, float64 [N]. Raises NotFinite."""
     sums_N = torch.zeros(len(pieces), dtype=torch.float64)
     for places, tokens_BS in _batches(pieces, evaluation):
         nats_BT = evaluation.model.token_nats(tokens_BS.to(evaluation.device)).double().cpu()
         for row, place in enumerate(places):
             sums_N[place] = nats_BT[row, _scored(pieces[place])].sum()
-    return summed(sums_N, evaluation.device)  # each process has zeros in the places of the others
+    return _finite(summed(sums_N, evaluation.device))  # each process has zeros in the places of the others
 
 
 def nats_and_greedy(pieces: Sequence[Piece], evaluation: Evaluation) -> tuple[Tensor, Tensor]:
@@ -71,12 +73,20 @@ def nats_and_greedy(pieces: Sequence[Piece], evaluation: Evaluation) -> tuple[Te
         for row, place in enumerate(places):
             where = _scored(pieces[place])
             targets_P = tokens_BS[row, 1:][where].to(logits_BTV.device)
-            logits_PV = logits_BTV[row, where].float()
+            logits_PV = logits_BTV[row, where]
+            logits_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
             chosen_P = logits_PV.log_softmax(-1).gather(-1, targets_P[:, None])
             found_N2[place, 0] = -chosen_P.double().sum().item()
             found_N2[place, 1] = float((logits_PV.argmax(-1) == targets_P).all())
     found_N2 = summed(found_N2, evaluation.device)
-    return found_N2[:, 0], found_N2[:, 1] > 0
+    return _finite(found_N2[:, 0]), found_N2[:, 1] > 0
+
+
+def _finite(nats_N: Tensor) -> Tensor:
+    """Raise NotFinite where a model computes NaN: compared or averaged, it would become a number."""
+    if wrong := int((~nats_N.isfinite()).sum()):
+        raise NotFinite(f"the model computes NaN or infinities for {wrong} of {len(nats_N)} texts")
+    return nats_N
 
 
 def _batches(pieces: Sequence[Piece], evaluation: Evaluation) -> Iterator[tuple[list[int], Tensor]]:
