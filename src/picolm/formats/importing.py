@@ -132,8 +132,9 @@ def _special_tokens(find: Callable[[str], Path | None]) -> dict[str, str]:
     config, generation = find("config.json"), find("generation_config.json")
     found = special_tokens(_json(config)) if config is not None else {}
     found |= _json(generation) if generation is not None else {}
-    check_form(found, GenerationConfig, str(generation or config))
-    return {"generation_config.json": json.dumps(found, indent=2) + "\n"} if found else {}
+    text = json.dumps(found, indent=2) + "\n"
+    parse_json(text.encode(), str(generation or config), GenerationConfig)
+    return {"generation_config.json": text} if found else {}
 
 
 def _run_config(section: Mapping[str, Any], out: Path, step: int) -> Any:
