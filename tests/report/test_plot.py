@@ -13,6 +13,8 @@ from picolm.analyze.intervals import aggregate
 from picolm.errors import PicoError
 from picolm.report import plot
 from picolm.report.look import ROOMS, label, shades
+from picolm.report.plot.panels import suffix
+from picolm.report.plot.targets import Target
 from picolm.report.section import described
 
 Make = Callable[..., pd.DataFrame]
@@ -73,6 +75,96 @@ def test_the_partner_of_a_comparison_is_in_the_title(make_table: Make) -> None:
     assert titles(rows(lambda step: 30) + shorter) == ["<b>swiglu.w_2 · weights · with the last step</b>"]
     both = rows(lambda step: 30) + rows(lambda step: 10)
     assert titles(both) == [f"<b>swiglu.w_2 · weights · with step {step}</b>" for step in (30, 10)]
+
+
+STEPS = (0, 10, 20, 30)
+
+
+def compared(target: str, partner: Callable[[int], int], steps: tuple[int, ...] = STEPS, **other: Any) -> list[Any]:
+    """Rows of a metric of two tensors as an analysis writes them, each with a value that tells its target."""
+    value = {"last": 0.1, "first": 0.2, "previous": 0.3}.get(target, 0.4)
+    fixed = {"layer": 0, "against_run": "toy", "against_layer": 0, "target": target}
+    return [row("cka", step, value, **(fixed | {"against_step": partner(step)} | other)) for step in steps]
+
+
+def before(step: int) -> int:
+    return max(0, step - 10)
+
+
+TARGETS = {
+    "three fixed steps": [("0", lambda s: 0), ("10", lambda s: 10), ("20", lambda s: 20)],
+    "first and previous": [("first", lambda s: 0), ("previous", before)],
+    "last and a step that is the last": [("last", lambda s: 30), ("30", lambda s: 30)],
+    "all of them": [("first", lambda s: 0), ("last", lambda s: 30), ("previous", before), ("10", lambda s: 10)],
+}
+WORDS = {"first": "the first step", "last": "the last step", "previous": "the step before"}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_panel_for_each_target_that_was_asked_for(name: str, make_table: Make) -> None:
+    rows = [each for target, partner in TARGETS[name] for each in compared(target, partner)]
+    table = make_table(rows)
+    figure = plot.metric(table, "cka")
+    wanted = [f"<b>swiglu.w_2 · weights · with {WORDS.get(t, f'step {t}')}</b>" for t, _ in TARGETS[name]]
+    assert [note.text.replace("<br>", " · ") for note in figure.layout.annotations] == wanted
+    for number, (target, _) in enumerate(TARGETS[name]):
+        (line,) = [trace for trace in figure.data if trace.yaxis == f"y{suffix(number)}"]
+        assert list(line.y) == [compared(target, lambda s: 0)[0]["value"]] * 4
+    with pytest.raises(PicoError, match="nothing in the table compares all steps"):
+        plot.steps(table, "cka")
+
+
+def test_one_step_compared_with_the_first_is_not_compared_with_the_step_before(make_table: Make) -> None:
+    for target in ("first", "0", ""):
+        titles = plot.metric(make_table(compared(target, lambda s: 0, (30,))), "cka").layout.annotations
+        assert titles[0].text in [
+            f"<b>swiglu.w_2 · weights · with {words}</b>" for words in ("step 0", "the first step")
+        ]
+
+
+def test_every_step_with_every_step_is_a_matrix_in_new_and_in_old_tables(make_table: Make) -> None:
+    for target in ("all", ""):
+        rows = [each for other in STEPS for each in compared(target, lambda s, other=other: other)]
+        (trace,) = plot.steps(make_table(rows), "cka").data
+        assert np.asarray(trace.z).shape == (4, 4)
+
+
+def test_three_fixed_targets_of_an_old_table_are_no_matrix(make_table: Make) -> None:
+    rows = [each for other in STEPS[:3] for each in compared("", lambda s, other=other: other)]
+    table = make_table(rows)
+    with pytest.raises(PicoError, match="nothing in the table compares all steps"):
+        plot.steps(table, "cka")
+    titles = [note.text for note in plot.metric(table, "cka").layout.annotations]
+    assert titles == [f"<b>swiglu.w_2 · weights · with step {step}</b>" for step in (0, 10, 20)]
+
+
+def test_layers_compared_at_each_step_and_at_the_last_are_two_maps(make_table: Make) -> None:
+    rows = [
+        each | {"layer": layer, "module": f"layers.{layer}.swiglu.w_2", "value": value}
+        for target, partner, value in (("layer all", lambda s: s, 0.25), ("last layer all", lambda s: 30, 0.75))
+        for layer in (0, 1)
+        for other in (0, 1)
+        for each in compared(target, partner, against_layer=other)
+    ]
+    figure = plot.layers(make_table(rows), "cka")
+    options = next(control for control in figure.layout.meta["controls"] if control["key"] == "matter")["options"]
+    assert options == ["toy: swiglu.w_2 · weights", "toy: swiglu.w_2 · weights · with the last step"]
+    assert {trace.meta["shown"]["matter"]: np.unique(trace.z).tolist() for trace in figure.data} == {
+        0: [0.25],
+        1: [0.75],
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "title"),
+    [
+        ("same", ""), ("", ""), ("300", "with step 300"), ("run wide", "with wide"), ("layer 2", "layer 2"),
+        ("last run wide layer 2", "with the last step of wide layer 2"), ("run my run layer all", "with my run"),
+        ("first layer all", "with the first step"), ("run layer 1", "with layer 1"), ("run all", "with all"),
+    ],
+)  # fmt: skip
+def test_targets_in_words(words: str, title: str) -> None:
+    assert Target.parse(words).words == title
 
 
 def test_panels_lie_side_by_side(make_table: Make) -> None:

@@ -60,7 +60,9 @@ def _lines(
     traces: list[go.Scatter] = []
     for number, name in enumerate(names):
         members = [run for run, group in belongs.items() if group == name]
-        own = rows[rows["run"].isin(members)].drop(columns=["part", "relation", "against"], errors="ignore")
+        own = rows[rows["run"].isin(members)].drop(
+            columns=["part", "against", "of_layers", "of_steps"], errors="ignore"
+        )
         if own.empty:
             continue
         meaning = {"category": number}

@@ -9,6 +9,7 @@ import pandas as pd
 from picolm.address import Address
 from picolm.errors import PicoError
 from picolm.registry import did_you_mean
+from picolm.report.plot.targets import Target, targets
 
 STEP = "step (updates)"
 
@@ -59,22 +60,46 @@ def select(table: pd.DataFrame, metric: str, options: str | None = None) -> pd.D
 
 
 def matters(rows: pd.DataFrame) -> Iterator[tuple[Matter, pd.DataFrame]]:
-    """The rows of one metric by panel, without matrices of layers or of steps (see `pairs`)."""
-    own = rows.assign(part=_parts(rows), relation=_relations(rows)).query("relation == 'one'")
-    own = own.assign(against=_against(own))
-    keys = ["component", "part", "kind", "split", "against"]
-    for key, group in own.groupby(keys, sort=False, dropna=False):
-        yield Matter(*map(_word, key)), group
+    """The rows of one metric by panel and target, without matrices of layers or of steps (see `pairs`)."""
+    own = _with_targets(rows)
+    own = own[~own["of_layers"] & ~own["of_steps"]]
+    for (*key, words), group in own.groupby(
+        ["component", "part", "kind", "split", "against"], sort=False, dropna=False
+    ):
+        yield Matter(*map(_word, key), words), group
 
 
 def pairs(rows: pd.DataFrame, relation: str) -> Iterator[tuple[Matter, pd.DataFrame]]:
-    """The rows that compare every layer with every layer (`relation` "layers"), or every step with every step ("steps")."""
-    several = rows.assign(part=_parts(rows), relation=_relations(rows))
-    several = several[several["relation"] == relation]
-    keys = ["component", "part", "kind", "split", "run", "against_run"]
-    for key, group in several.groupby(keys, sort=False, dropna=False):
-        component, part, kind, split, run, other = map(_word, key)
-        yield Matter(component, part, kind, split, f"with {other}" if other not in ("", run) else ""), group
+    """The rows that compare every layer with every layer (`relation` "layers"), or every step with every step ("steps").
+
+    Where both were asked for, layers of the same step and steps of the same layer.
+    """
+    several = _with_targets(rows)
+    same = {"layers": several["against_step"] == several["step"], "steps": several["against_layer"] == several["layer"]}
+    other = "of_steps" if relation == "layers" else "of_layers"
+    several = several[several[f"of_{relation}"] & (~several[other] | same[relation].fillna(True).astype(bool))]
+    for (*key, words), group in several.groupby(
+        ["component", "part", "kind", "split", "run", "against"], sort=False, dropna=False
+    ):
+        component, part, kind, split, _ = map(_word, key)
+        yield Matter(component, part, kind, split, words), group
+
+
+def _with_targets(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the part of a layer they are of, and with what they are compared, in words and in kind."""
+    asked = targets(rows)
+    known = {words: Target.parse(words) for words in asked.unique()}
+    return rows.assign(
+        part=_parts(rows),
+        against=asked.map(
+            {
+                words: (target._replace(step="") if target.step == "all" else target).words
+                for words, target in known.items()
+            }
+        ),
+        of_layers=asked.map({words: target.layer == "all" for words, target in known.items()}).astype(bool),
+        of_steps=asked.map({words: target.step == "all" for words, target in known.items()}).astype(bool),
+    )
 
 
 def _word(value: object) -> str:
@@ -86,32 +111,6 @@ def _parts(rows: pd.DataFrame) -> pd.Series:
     """The name of the matrix within its layer."""
     known = {module: Address("", "", module).suffix or "block" for module in rows["module"].unique()}
     return rows["module"].map(known)
-
-
-def _relations(rows: pd.DataFrame) -> pd.Series:
-    """Per row: "layers" or "steps" where the same matrix is compared with several of them, else "one"."""
-    keys = ["run", "step", "split", "component", "kind", "module", "head", "against_run"]
-    groups = rows.groupby(keys, dropna=False, sort=False)
-    layers, steps = (groups[name].transform("nunique") for name in ("against_layer", "against_step"))
-    return pd.Series(np.select([layers > 1, steps > 2], ["layers", "steps"], "one"), index=rows.index)
-
-
-def _against(rows: pd.DataFrame) -> pd.Series:
-    """Per row, the partner in words; empty for metrics of one tensor."""
-    other_run = rows["against_run"].fillna("").where(rows["against_run"] != rows["run"], "")
-    keys = ["run", "component", "kind", "split", "against_step"]
-    fixed = rows.groupby(keys, dropna=False)["step"].transform("nunique") > 1
-    last = rows.groupby("run")["step"].transform("max")
-    moving = rows["against_step"].notna() & ~fixed & (rows["against_step"] != rows["step"])
-    step = ("with step " + rows["against_step"].astype("string")).where(fixed, "").fillna("")
-    if last.nunique() > 1:  # runs of different length: what they are compared with has one name
-        step = step.mask(fixed & (rows["against_step"] == last).fillna(False), "with the last step")
-    step = step.mask(moving, "with the step before").where(other_run == "", "")
-    layer = (
-        ("layer " + rows["against_layer"].astype("string")).where(rows["against_layer"] != rows["layer"], "").fillna("")
-    )
-    words = step + other_run.map(lambda run: f"with {run}" if run else "")
-    return (words + " " + layer).str.strip()
 
 
 def by_step(rows: pd.DataFrame, steps: np.ndarray) -> np.ndarray:
