@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from tests.fox import make_run  # noqa: F401
 
 from picolm.analyze.table import COLUMNS, load, write
 from picolm.errors import PicoError

@@ -21,6 +21,7 @@ from picolm.analyze.reading import Readers, model_section
 from picolm.analyze.values import Value, Values, set_aside_damaged
 from picolm.errors import PicoError
 from picolm.store import Run
+from picolm.store.listing import damaged
 
 log = logging.getLogger("picolm")
 
@@ -122,7 +123,12 @@ def _open(config: AnalysisConfig, places: Iterable[str]) -> dict[str, tuple[str,
                 f"two runs are called {run.name}: {runs[run.name][0]} and {place}; rename one of the folders"
             )
         if not run.steps:
-            raise PicoError(f"{place} holds no checkpoint yet")
+            problems = "".join(f"\n  step {step}: {problem}" for step, problem in damaged(run).items())
+            raise PicoError(
+                f"{place} holds no checkpoint that can be read{problems}"
+                if problems
+                else f"{place} holds no checkpoint yet"
+            )
         runs[run.name] = place, run
     if not runs:
         raise PicoError("which run? give --run FOLDER, --repo_id with --branch, or `runs:` in the configuration")
@@ -140,7 +146,12 @@ def _units(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) ->
     others = tuple(i for i in range(len(tasks)) if i not in every)
     for name, run in runs.items():
         steps, missing = chosen_steps(config, run.steps)
-        outcome.absent += [f"step {step} of {name}: there is no such checkpoint" for step in missing]
+        unreadable = damaged(run)
+        asked = chosen_steps(config, sorted({*run.steps, *unreadable}))[0]
+        outcome.absent += [f"step {step} of {name}: {unreadable[step]}" for step in asked if step in unreadable]
+        outcome.absent += [
+            f"step {step} of {name}: there is no such checkpoint" for step in missing if step not in unreadable
+        ]
         if others:
             yield from (Unit((Place(name, step),), others) for step in steps)
         if every:

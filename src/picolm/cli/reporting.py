@@ -28,8 +28,10 @@ def report(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Draw what training and analysis left behind: one HTML file that opens anywhere, without a network."""
+    from picolm.logs import configure_logging
     from picolm.report.assembly import write
 
+    configure_logging("WARNING")
     path = write(runs or [], analysis or [], out, own=section or [], figures=figures)
     say_where(path)
     if figures is not None:

@@ -9,6 +9,7 @@ import base64
 import gzip
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -24,8 +25,10 @@ from picolm.report.export import export
 from picolm.report.look import rooms
 from picolm.report.material import Material, gather
 from picolm.report.render import asset, render
-from picolm.report.section import SECTIONS, Drawing, Section, Sheet, described
+from picolm.report.section import SECTIONS, Drawing, Section, Sheet, described, html
 from picolm.store.files import write_atomically
+
+log = logging.getLogger("picolm")
 
 SCRIPTS = ("figures.js", "tables.js", "page.js")  # the last one starts
 
@@ -65,6 +68,11 @@ def compose(material: Material, own: Sequence[str] = ()) -> list[Section]:
     names = [name for name in SECTIONS if name != "values"]
     made = [SECTIONS.get(name)(material) for name in [*names, *own, "values"]]
     found = [section for section in made if section is not None]
+    for problem in material.problems:
+        log.warning("%s", problem)
+    if found and material.problems:
+        items = [html("<p class='notice'>{}</p>", problem) for problem in material.problems]
+        found.append(Section("Left out", items, "What could not be read."))
     if not found:
         raise PicoError("there is nothing to show yet: the runs have no log and no checkpoint, and no table was given")
     return sorted(found, key=lambda section: not section.first)

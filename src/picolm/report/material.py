@@ -1,15 +1,16 @@
 """What a report looks at: runs and the tables of analyses, read once."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from picolm.analyze.groups import alike, config_of
 from picolm.analyze.table import RESULTS, load
-from picolm.errors import PicoError
+from picolm.errors import PicoError, StoreError
+from picolm.schema import flatten
 from picolm.store import Run
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class Analysis:
 class Material:
     """Everything a section may look at. command: the words that make this report again. title: of the page.
 
-    labels: by run, what it is called together with those that differ from it in seeds alone; found where nothing is said.
+    problems: what could not be read and is left out, in sentences. labels: by run, what it is called together with those that
+    differ from it in seeds alone; found where nothing is said.
     """
 
     runs: list[Run]
@@ -41,13 +43,29 @@ class Material:
     command: str = ""
     title: str = ""
     labels: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
     @cached_property
     def log(self) -> "pd.DataFrame":
-        """The logged numbers of all runs: run, step, name, value."""
+        """The logged numbers of all runs: run, step, name, value; what `pico evaluate` found counts where both say something."""
         from picolm.report.plot import log_table
 
-        return log_table({name: run.read_metrics() for name, run in self.named.items()})
+        return log_table({name: [*run.read_metrics(), *self._evaluated(run)] for name, run in self.named.items()})
+
+    def _evaluated(self, run: Run) -> Iterator[dict[str, Any]]:
+        """The results in eval_results/ as lines of the log, which names them `val/…`."""
+        for step in run.evaluated_steps():
+            try:
+                results = flatten(run.evaluation(step) or {})
+            except StoreError as error:
+                self.tell(f"The results of an evaluation are left out: {error}")
+                continue
+            yield {"step": step} | {f"val/{name}": value for name, value in results.items()}
+
+    def tell(self, problem: str) -> None:
+        """Note what is left out of the report, once; `pico report` says it, and the report itself where it belongs."""
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     @cached_property
     def named(self) -> dict[str, Run]:

@@ -125,6 +125,9 @@ class HubRun(Run):
         files = HubFiles(self.branch, self._titled[step], where, names, self._known)
         return LegacyCheckpoint(step, files, self._order, names, capture_meta(self.config), self._known)
 
+    def evaluated_steps(self) -> list[int]:
+        return self.steps
+
     def evaluation(self, step: int) -> dict[str, Any] | None:
         commit = self._titled.get(step, {}).get(EVALUATION) or (self.whole and self.head)
         name = f"{self.directories.eval_results_dir}/{step_directory(step)}.json"

@@ -46,6 +46,18 @@ def contents(run: Run) -> list[StepContents]:
     return [_contents(run, step) for step in run.step_directories()]
 
 
+def damaged(run: Run) -> dict[int, str]:
+    """Steps there is a directory for and that cannot be opened, with the reason; not those that were deleted meanwhile."""
+    whole = set(run.steps)
+    found = {step: _contents(run, step).problem for step in run.step_directories() if step not in whole}
+    there = set(run.step_directories())
+    return {
+        step: problem or "nothing of it can be read"
+        for step, problem in found.items()
+        if step in there and step not in run
+    }
+
+
 def verify(run: Run) -> Iterator[tuple[int, list[str]]]:
     """Step by step, what is wrong with it; recomputes every digest, at the speed of the disk or of sha-256."""
     for step in run.step_directories():

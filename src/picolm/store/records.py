@@ -13,7 +13,7 @@ from picolm.schema import dump
 from picolm.store.files import disk_errors, dump_json, load_json, write_atomically
 from picolm.store.forms import Environment, RunFile
 from picolm.store.journal import Journal
-from picolm.store.layout import CONFIG, ENVIRONMENT, METRICS, RUN, Directories, inside, step_directory
+from picolm.store.layout import CONFIG, ENVIRONMENT, METRICS, RUN, Directories, inside, step_directory, step_of
 from picolm.trusted import decode, read_bytes
 
 FORMAT = "pico-run"
@@ -77,6 +77,12 @@ class Records:
         """What `write_evaluation` was given for the step; None when there was none."""
         path = self._evaluation_path(step)
         return _read_json(path, dict[str, Any]) if os.path.lexists(path) else None
+
+    def evaluated_steps(self) -> list[int]:
+        """The steps that have results, ascending; also those whose checkpoint is gone."""
+        folder = self.path / self.directories.eval_results_dir
+        steps = (step_of(path.stem) for path in folder.glob("step_*.json")) if folder.is_dir() else ()
+        return sorted(step for step in steps if step is not None)
 
     def _evaluation_path(self, step: int) -> Path:
         return inside(self.path, f"{self.directories.eval_results_dir}/{step_directory(step)}.json")

@@ -156,8 +156,15 @@ class Run(Records, Mapping[int, Checkpoint]):
         return Run.open, (self.path,)  # a worker process opens it anew, without the lock
 
     def latest(self) -> Checkpoint | None:
-        """The newest step, None before the first. Reads no more manifests than it takes."""
-        return next((self[step] for step in reversed(self.step_directories()) if step in self), None)
+        """The newest step that is there and can be opened, None before the first. Reads no more manifests than it takes."""
+        for step in reversed(self.step_directories()):
+            try:
+                if step in self:
+                    return self[step]
+            except StoreError:  # deleted, or damaged, since it was looked at
+                if step in self:
+                    raise
+        return None
 
     def latest_whole(
         self, verify: bool = True, accept: Callable[[Checkpoint], bool] = lambda checkpoint: True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -104,12 +105,16 @@ def evaluate(names: tuple[str, ...], evaluation: Evaluation) -> dict[str, float]
     evaluation.model.eval()
     try:
         with torch.no_grad():
-            for name in names:
+            for name in dict.fromkeys(names):
                 try:
                     found = EVALUATIONS.get(name)(evaluation)
                 except NotFinite as error:
                     log.warning("%s has no value: %s; its weights may have diverged", name, error)
                     found = {name: math.nan}
+                if twice := sorted(set(found) & set(results)):
+                    raise PicoError(
+                        f"evaluation.metrics: {name} gives {twice[0]!r}, as another evaluation does; rename it"
+                    )
                 results |= found
     finally:
         evaluation.model.train(was_training)
@@ -130,8 +135,17 @@ def paloma(evaluation: Evaluation) -> dict[str, float]:
     results = _scores("paloma", *sums.sum(0).tolist())
     for name, row in zip(names, sums.tolist()):
         if name:
-            results |= _scores(f"paloma/{name}", *row)
+            results |= _scores(f"paloma/{source_name(name)}", *row)
     return results
+
+
+UNITS = ("nats_per_token", "bits_per_byte")
+_LIKE_A_UNIT = re.compile(rf"(?:.*/)?(?:{'|'.join(UNITS)})(?: \(source\))*")
+
+
+def source_name(label: str) -> str:
+    """A source as the names of results have it: one that ends as the name of a unit does is told apart from the unit."""
+    return f"{label} (source)" if _LIKE_A_UNIT.fullmatch(label) else label
 
 
 def _sums_by_source(evaluation: Evaluation, labels: list[str], names: list[str]) -> Tensor:

@@ -1,4 +1,7 @@
-"""What tasks say of a model over its training: minimal pairs, and tasks of lm-evaluation-harness, a panel for each metric."""
+"""What tasks say of a model over its training: minimal pairs, tasks of lm-evaluation-harness, and evaluations of one's own.
+
+Each metric has a panel.
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,6 +12,7 @@ import plotly.graph_objects as go
 from picolm.errors import PicoError
 from picolm.report.look import DASHES, colours_of
 from picolm.report.plot.panels import Panel, figure, line
+from picolm.report.plot.training import losses_among
 
 PAIRS, HARNESS = "val/minimal_pairs", "val/lm_eval/"
 
@@ -20,12 +24,13 @@ class _Curve(NamedTuple):
 
 
 def tasks(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.Figure:
-    """Accuracy on minimal pairs, in all and by phenomenon, and every metric of every task.
+    """Accuracy on minimal pairs, in all and by phenomenon, every metric of every task, and what other evaluations give.
 
     log: see `log_table`. One run: a colour per task; several: as in `loss`. Raises PicoError where there is none.
     """
     runs = colours_of(log["run"].unique(), groups)
-    curves = [curve for curve in map(_curve, log["name"].unique()) if curve is not None]
+    losses = losses_among(log["name"].unique())
+    curves = [curve for name in log["name"].unique() if (curve := _curve(name, losses)) is not None]
     if not curves:
         raise PicoError("nothing was logged of tasks")
     metrics = list(dict.fromkeys(curve.metric for curve in curves))
@@ -51,11 +56,17 @@ def tasks(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.F
     return figure("Tasks", traces, [Panel(metric, metric) for metric in metrics], log="x")
 
 
-def _curve(name: str) -> _Curve | None:
-    """`val/lm_eval/TASK/METRIC`, `val/minimal_pairs` and `val/minimal_pairs/PHENOMENON`; None for other quantities."""
+def _curve(name: str, losses: set[str]) -> _Curve | None:
+    """`val/lm_eval/TASK/METRIC`, `val/minimal_pairs` and `val/minimal_pairs/PHENOMENON`, `val/OTHER` and `val/OTHER/PART`.
+
+    None for losses, and for quantities of training.
+    """
     if name == PAIRS or name.startswith(PAIRS + "/"):
         return _Curve(name, "minimal pairs: share right", name.removeprefix(PAIRS).lstrip("/") or "all pairs")
-    if not name.startswith(HARNESS):
+    if name.startswith(HARNESS):
+        task, _, metric = name.removeprefix(HARNESS).rpartition("/")
+        return _Curve(name, metric, task)
+    evaluation, _, part = name.removeprefix("val/").partition("/")
+    if not name.startswith("val/") or evaluation in losses:
         return None
-    task, _, metric = name.removeprefix(HARNESS).rpartition("/")
-    return _Curve(name, metric, task)
+    return _Curve(name, evaluation, part or evaluation)

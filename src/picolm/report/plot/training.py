@@ -52,7 +52,8 @@ def loss(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.Fi
     """
     runs = colours_of(log["run"].unique(), groups)
     many = len(runs) > COLOURS
-    curves = [curve for curve in map(_curve, log["name"].unique()) if curve is not None]
+    evaluated = losses_among(log["name"].unique())
+    curves = [curve for name in log["name"].unique() if (curve := _curve(name, evaluated)) is not None]
     if not curves:
         raise PicoError("nothing was logged of a loss")
     sources = sorted(dict.fromkeys(source for _, source, _ in curves), key=lambda source: source != TRAINING)
@@ -78,12 +79,22 @@ def loss(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.Fi
     return figure("Loss", traces, [Panel("", "loss (nats per token)")], controls=controls, log="xy", height=380)
 
 
-def _curve(name: str) -> tuple[str, str, int] | None:
-    """The name, what it is of, and the index in UNITS; None for other quantities."""
+def losses_among(names: Iterable[str]) -> set[str]:
+    """The evaluations that are losses: `paloma`, and each that gives nats per token. Others give numbers of their own."""
+    found = (
+        name.removeprefix("val/").removesuffix("/nats_per_token").split("/")[0]
+        for name in names
+        if name.endswith("/nats_per_token")
+    )
+    return {"paloma", *found}
+
+
+def _curve(name: str, evaluated: set[str]) -> tuple[str, str, int] | None:
+    """The name, what it is of, and the index in UNITS; None for other quantities. evaluated: see `losses_among`."""
     if name in TRAINED:
         return name, TRAINING, TRAINED.index(name)
     found = VALIDATED.match(name)
-    if found is None:
+    if found is None or found["name"] not in evaluated:
         return None
     unit = {"nats_per_token": 0, None: 1, "bits_per_byte": 2}[found["unit"]]
     return name, " ".join(filter(None, ("held out:", found["source"] or "all", ""))).strip(), unit

@@ -13,6 +13,7 @@ from picolm.report.render import render
 from picolm.report.section import SECTIONS, Section
 from picolm.schema import flatten
 from picolm.store import Checkpoint, Run
+from picolm.store.listing import damaged
 from picolm.store.sealed import SealedCheckpoint
 
 EXPECTED = {"run_name", "runs_dir"}  # differ from the default in every run and say nothing
@@ -24,6 +25,9 @@ def run(material: Material) -> Section | None:
     """A card for each run."""
     few = len(material.runs) <= FEW
     cards = [card(name, opened, few) for name, opened in material.named.items()]
+    for name, opened in material.named.items():
+        for step, problem in damaged(opened).items():
+            material.tell(f"Step {step} of {name} is left out: {problem}")
     return Section("The run" if len(cards) == 1 else "The runs", cards) if cards else None
 
 

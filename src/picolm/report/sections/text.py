@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from picolm.errors import PicoError, StoreError
 from picolm.report.material import Material
 from picolm.report.render import render
 from picolm.report.section import SECTIONS, Section
-from picolm.store import Checkpoint, Run
+from picolm.store import Run
 from picolm.store.checkpoint import Missing
 from picolm.store.sealed import SealedCheckpoint
 
@@ -37,7 +38,7 @@ class Row:
 @SECTIONS.add("text")
 def text(material: Material) -> Section | None:
     """For local runs of moderate size that keep weights, rows and a tokenizer; nothing for others."""
-    shown = [html for run in material.runs if (html := _shown(run, len(material.runs) > 1)) is not None]
+    shown = [html for run in material.runs if (html := _shown(material, run, len(material.runs) > 1)) is not None]
     lead = (
         "What the model read at a step, and how surprised it was: the stronger the colour, the higher the loss of the token "
         "given those before it, in nats, with the weights of that step. Held-out rows are the same at each step."
@@ -45,21 +46,33 @@ def text(material: Material) -> Section | None:
     return Section("Text", shown, lead) if shown else None
 
 
-def _shown(run: Run, named: bool) -> Any:
-    steps = spread([step for step in run if _readable(run[step])], STEPS) if type(run) is Run else []
-    if not steps:
+def _shown(material: Material, run: Run, named: bool) -> Any:
+    """The rows of some steps. A step that its training deletes or thins meanwhile is left out, and told."""
+    steps = spread([step for step in run if _readable(run, step)], STEPS) if type(run) is Run else []
+    blocks = []
+    for step in steps:
+        try:
+            most = math.log(int(run.config["model"]["vocab_size"]))
+            blocks.append((step, list(rows(run, step, most, f"{run.name}, " if named else ""))))
+        except (PicoError, OSError) as error:
+            gone = step not in run.step_directories() or not _readable(run, step)
+            why = "it was deleted or thinned while the report was made" if gone else str(error)
+            material.tell(f"The text of step {step} of {run.name} is left out: {why}")
+    if not blocks:
         return None
-    most = math.log(int(run.config["model"]["vocab_size"]))
-    blocks = [(step, list(rows(run, step, most, f"{run.name}, " if named else ""))) for step in steps]
-    return render("text.html", steps=steps, blocks=blocks, most=most)
+    return render("text.html", steps=[step for step, _ in blocks], blocks=blocks, most=most)
 
 
-def _readable(checkpoint: Checkpoint) -> bool:
-    weights = checkpoint.select(kind="weights")
-    if not weights or not isinstance(checkpoint, SealedCheckpoint) or "tokenizer.json" not in checkpoint.files:
+def _readable(run: Run, step: int) -> bool:
+    try:
+        checkpoint = run[step]
+        weights = checkpoint.select(kind="weights")
+        if not weights or not isinstance(checkpoint, SealedCheckpoint) or "tokenizer.json" not in checkpoint.files:
+            return False
+        parameters = sum(math.prod(checkpoint.record(address).shape) for address in weights)
+        return parameters <= MOST_PARAMETERS and any(checkpoint.rows_file(split) for split in ("train", "val"))
+    except StoreError:
         return False
-    parameters = sum(math.prod(checkpoint.record(address).shape) for address in weights)
-    return parameters <= MOST_PARAMETERS and any(checkpoint.rows_file(split) for split in ("train", "val"))
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
