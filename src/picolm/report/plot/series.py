@@ -63,10 +63,8 @@ def matters(rows: pd.DataFrame) -> Iterator[tuple[Matter, pd.DataFrame]]:
     """The rows of one metric by panel and target, without matrices of layers or of steps (see `pairs`)."""
     own = _with_targets(rows)
     own = own[~own["of_layers"] & ~own["of_steps"]]
-    for (*key, words), group in own.groupby(
-        ["component", "part", "kind", "split", "against"], sort=False, dropna=False
-    ):
-        yield Matter(*map(_word, key), words), group
+    for key, group in own.groupby(["component", "part", "kind", "split", "against"], sort=False, dropna=False):
+        yield Matter(*map(_word, key)), group
 
 
 def pairs(rows: pd.DataFrame, relation: str) -> Iterator[tuple[Matter, pd.DataFrame]]:
