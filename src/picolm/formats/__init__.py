@@ -10,15 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from picolm.errors import PicoError
-from picolm.models import MODELS
 from picolm.registry import Registry
 from picolm.store.folders import new_folder
 from picolm.train.sample import checkpoint_at, config_of, generation_config
-from picolm.train.state import weight_address
+from picolm.train.state import check_sizes, weight_address
 
 if TYPE_CHECKING:
     from picolm.store import Checkpoint, Run
@@ -74,12 +72,7 @@ def export(run: Run, step: int | None, name: str, out: Path) -> int:
 def collect(run: Run, checkpoint: Checkpoint) -> Exported:
     """The model of a checkpoint, its tensors as they are stored."""
     config = config_of(run).model
-    with torch.device("meta"):  # for the names alone
-        shapes = MODELS.get(config.model_type)(config).state_dict()
-    weights = {name: checkpoint[weight_address(name)] for name in shapes}
-    wrong = [name for name, tensor in weights.items() if tensor.shape != shapes[name].shape]
-    if wrong:
-        raise PicoError(f"{checkpoint.path}: {wrong[0]} does not fit the model section of the run's configuration")
+    weights = {name: checkpoint[weight_address(name)] for name in check_sizes(config, checkpoint)}
     files = {name: checkpoint.read(name) for name in TOKENIZER_FILES if name in checkpoint.files}
     generation = generation_config(checkpoint)
     if "eos_token_id" in generation:

@@ -30,7 +30,7 @@ from picolm.store.foreign import PickledTensors, SafeTensors
 from picolm.store.layout import check_name
 from picolm.train.config import schema_for
 from picolm.train.sample import GenerationConfig
-from picolm.train.state import weight_address
+from picolm.train.state import outline, weight_address
 from picolm.train.text import Text, checkpoint_files
 from picolm.trusted import check_form, parse_json, read_bytes, require_regular
 
@@ -109,16 +109,13 @@ def _plain(section: dict[str, Any], find: Callable[[str], Path | None], place: s
 
 def _fitting(section: dict[str, Any], weights: dict[str, Tensor], place: str) -> Imported:
     """Raises PicoError where names, shapes or element types are not those of one model of this shape."""
-    import torch
-
     config = schema_for({"model": section}).model_validate({"model": section, **_small_vocabulary(section)}).model
-    with torch.device("meta"):
-        shapes = MODELS.get(config.model_type)(config).state_dict()
+    shapes = {name: entry.shape for name, entry in outline(config, len(weights), place).state_dict().items()}
     check_names(weights, shapes)
     for name, expected in shapes.items():
-        if weights[name].shape != expected.shape:
+        if weights[name].shape != expected:
             raise PicoError(
-                f"{place}: {name} has shape {tuple(weights[name].shape)}; its configuration says {tuple(expected.shape)}"
+                f"{place}: {name} has shape {tuple(weights[name].shape)}; its configuration says {tuple(expected)}"
             )
         if not weights[name].is_floating_point():
             raise PicoError(f"{place}: {name} holds {weights[name].dtype}, not floating-point numbers")

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
 from picolm.errors import PicoError
-from picolm.models import MODELS
 from picolm.store import Run
 from picolm.train.sample import config_of
+from picolm.train.state import outline
 
 
 def renew_steps(
@@ -19,11 +17,11 @@ def renew_steps(
     missing or has none; steps before it are renewed then.
     """
     config = config_of(run).model
-    with torch.device("meta"):
-        texts = MODELS.get(config.model_type)(config).modelling_files()
+    holding = [step for step in run.steps if any(name.endswith(".py") for name in run[step].files)]
+    most = max((len(run[step].select(kind="weights")) for step in holding), default=0)
+    texts = outline(config, most, str(run.path)).modelling_files()
     if not texts:
         raise PicoError(f"{run.path}: {config.model_type} brings no modelling code for transformers")
-    holding = [step for step in run.steps if any(name.endswith(".py") for name in run[step].files)]
     chosen = list(steps) if steps is not None else holding
     if not chosen:
         raise PicoError(f"{run.path}: no checkpoint holds modelling code")

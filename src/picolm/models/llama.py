@@ -141,7 +141,7 @@ def decoder_config(llama: Mapping[str, Any]) -> DecoderConfig:
             position_emb_theta=float(rope.get("rope_theta", llama.get("rope_theta") or 10000.0)),
             **{own: type(getattr(DecoderConfig, own))(known[other]) for own, other in _SAME.items()},
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise PicoError(f"config.json of the model: {error}") from error
     if problems := [f"{', '.join(fields)}: {message}" for fields, message in config.problems()]:
         raise PicoError("a Pico decoder cannot compute what this model computes: " + "; ".join(problems))
@@ -172,7 +172,12 @@ def _differences(llama: Mapping[str, Any]) -> Iterator[str]:
 
 def _rope(llama: Mapping[str, Any]) -> Mapping[str, Any]:
     """What is said of rotary positions beside rope_theta, under either name."""
-    return {**(llama.get("rope_scaling") or {}), **(llama.get("rope_parameters") or {})}
+    found: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(said := llama.get(key) or {}, Mapping):
+            raise PicoError(f"config.json of the model: {key} is {said!r}, not an object")
+        found |= said
+    return found
 
 
 def _heads(name: str, config: DecoderConfig) -> int | None:

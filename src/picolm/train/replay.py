@@ -27,6 +27,7 @@ from picolm.train.job import Job
 from picolm.train.loop import train
 from picolm.train.plan import Due, Plan, Schedule
 from picolm.train.signals import StopSignal
+from picolm.train.state import check_sizes
 from picolm.train.strategies import keeps_shards
 
 log = logging.getLogger("picolm")
@@ -103,6 +104,7 @@ def replay(
         stop = stack.enter_context(StopSignal())
         stretches = list(segments(run, begin.step, last, overrides))
         for config, first, end in stretches:
+            check_sizes(config.model, begin)
             job = _equip(run, config, stop, stack, hands_on=len(stretches) > 1)
             job.state.restore(tensors, metas[first])
             # The step at which the configuration changed was saved before it did.

@@ -11,7 +11,7 @@ from picolm.models import MODELS
 from picolm.models.generate import NotFinite
 from picolm.store import Checkpoint, Run
 from picolm.train.config import TrainConfig, stored_config
-from picolm.train.state import State
+from picolm.train.state import State, check_sizes
 from picolm.trusted import parse_json
 
 
@@ -41,6 +41,7 @@ def load_model(run: Run, step: int | None = None) -> Any:
     Computes in float32, or in float64 where weights are stored in it: no weight is rounded.
     """
     config, checkpoint = config_of(run).model, checkpoint_at(run, step)
+    check_sizes(config, checkpoint)
     model = MODELS.get(config.model_type)(config)
     if checkpoint[checkpoint.select(kind="weights")[0]].dtype == torch.float64:
         model.double()

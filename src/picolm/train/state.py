@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from picolm.address import Address
 from picolm.capture.gather import laid_out_like, whole_tensors
 from picolm.errors import PicoError
+from picolm.models import MODELS
+from picolm.store import Checkpoint
 from picolm.train.meters import Meters
 
 
@@ -105,6 +108,49 @@ class State:
             for kind, value in held.get(parameter, {}).items()
             if isinstance(value, Tensor)
         ]
+
+
+def outline(config: Any, most: int, where: str) -> Any:
+    """Return the model of `config` on the meta device: it takes no memory, whatever sizes the configuration asks for.
+
+    most: the number of tensors that there are. Raises PicoError where the model has more, or cannot be built.
+    """
+    registered = 0
+
+    def count(module: torch.nn.Module, name: str, parameter: Any) -> None:
+        nonlocal registered
+        registered += 1
+        if registered > 2 * most + 100:  # tied parameters are registered more than once
+            raise PicoError(
+                f"{where}: the configuration describes a model of more tensors than the {most} that there are"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            return MODELS.get(config.model_type)(config)
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PicoError(f"{where}: the model of the configuration cannot be built: {reason}") from error
+    finally:
+        hook.remove()
+
+
+def check_sizes(config: Any, checkpoint: Checkpoint) -> list[str]:
+    """Return the names of what the model of `config` stores. Raises PicoError where a checkpoint has it in another shape.
+
+    Reads no weight, and takes no memory for the model.
+    """
+    stored = checkpoint.select(kind="weights")
+    entries = outline(config, len(stored), str(checkpoint.path)).state_dict()
+    for name, shape in ((name, tuple(entry.shape)) for name, entry in entries.items()):
+        address = weight_address(name)
+        if address in stored and shape != checkpoint.shape(address):
+            raise PicoError(
+                f"{checkpoint.path}: {name} is stored as {list(checkpoint.shape(address))}; the model section of the "
+                f"configuration describes {list(shape)}"
+            )
+    return list(entries)
 
 
 def weight_address(parameter_name: str) -> Address:
