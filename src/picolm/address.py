@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 # The names that families of models give to their list of blocks: `layers.3` (Pico, Llama, GPT-NeoX), `transformer.h.3` (GPT-2),
 # `blocks.3`, `encoder.layer.3` (BERT), `decoder.block.3` (T5). The first such list in a name counts.
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?:\.(.+))?$")
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.([0-9]{1,9})(?:\.(.+))?$")
 
 
 class Address(NamedTuple):

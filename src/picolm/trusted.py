@@ -49,7 +49,7 @@ def require_regular(path: Path, within: Path | None = None) -> os.stat_result:
         refuse_links(path, within)
     try:
         status = os.lstat(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _cannot_open(path, error) from None
     if stat.S_ISLNK(status.st_mode):
         raise FileError(f"{path}: {_LINK}")
@@ -66,7 +66,7 @@ def open_regular(path: Path, within: Path | None = None) -> BufferedReader:
         raise FileError(f"{path}: {_LINK}")
     try:
         descriptor = os.open(path, _OPEN | _BINARY)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _cannot_open(path, error) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -191,8 +191,8 @@ def _plainly(message: str) -> str:
     return message.replace("Input should", "should").removeprefix("Value error, ")
 
 
-def _cannot_open(path: Path, error: OSError) -> FileError:
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
+def _cannot_open(path: Path, error: OSError | ValueError) -> FileError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):  # a ValueError: a NUL in the name
         return FileMissing(f"{path}: there is no such file")
     if error.errno == errno.ELOOP:
         return FileError(f"{path}: {_LINK}")

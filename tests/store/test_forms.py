@@ -1,6 +1,7 @@
 """The files of a run have forms: what does not fit is a message with file and key; files are not held whole."""
 
 import json
+import os
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -347,3 +348,33 @@ def test_a_mutated_file_is_read_or_is_a_message(full: Run, data: st.DataObject) 
         told = path.name
     path.write_bytes(saved)
     assert path.name in told
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("n" * 300, "cannot be read (File name too long)"),
+        ("dangling", "no run here (there is no such directory)"),
+        ("file", "no run here (it is no directory)"),
+        ("pipe", "no run here (it is no directory)"),
+        ("empty", "no run here (it is another kind of directory)"),
+        ("a\0b", "no run here"),
+    ],
+)
+def test_what_is_no_run_is_told(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StoreError) as raised:
+        Run.open(tmp_path / name)
+    assert message in str(raised.value)
+
+
+def test_brackets_and_stars_in_the_path_of_a_run_are_no_pattern(tmp_path: Path, content: dict[str, Any]) -> None:
+    run = Run.create(tmp_path / "a[1]*?{x}", {}, {})
+    run.commit(0, **content)
+    (run.path / "run.json").unlink()  # so that it is known by its steps
+    for place in (run.path, run.checkpoints_path, run.step_path(0)):
+        assert Run.open(place).steps == [0]
+    assert Address("weights", "", f"layers.{'9' * 5000}.x").layer is None

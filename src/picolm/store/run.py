@@ -81,11 +81,16 @@ class Run(Records, Mapping[int, Checkpoint]):
 
         Raises StoreError that says what was expected when there is no run.
         """
-        for recognise in OPENERS:
-            run = recognise(str(place))
-            if run is not None:
-                return run
-        found = "it is another kind of directory" if Path(place).is_dir() else "there is no such directory"
+        try:
+            for recognise in OPENERS:
+                run = recognise(str(place))
+                if run is not None:
+                    return run
+            path = Path(place)
+            found = "it is another kind of directory" if path.is_dir() else "there is no such directory"
+            found = "it is no directory" if path.exists() and not path.is_dir() else found
+        except OSError as error:  # a name that is too long, a directory that may not be read
+            raise StoreError(f"{place}: cannot be read ({error.strerror})") from error
         raise StoreError(
             f"{place}: no run here ({found}); expected {RUN} in it, or checkpoints/step_N/{MANIFEST}, or a run of "
             "pico-train (checkpoints/step_N/learning_dynamics), or hub:OWNER/REPOSITORY@BRANCH"

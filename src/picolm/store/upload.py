@@ -133,7 +133,10 @@ class Sender:
             head = self._send(f"Saving {kind} -- Step {step}", part, head)
         files |= {MANIFEST: manifest.to_bytes()} | self._records()
         body = whole_body(step, manifest.digest)
-        head = self._send(f"Saving {last} -- Step {step}", files, head, body, stale)
+        try:
+            head = self._send(f"Saving {last} -- Step {step}", files, head, body, stale)
+        finally:
+            (self.run.path / FOLDER / METRICS).unlink(missing_ok=True)
         self.there[step] = Whole(head, manifest.digest)
 
     def _wanted(self, checkpoint: SealedCheckpoint, only: Collection[str]) -> Manifest | None:
