@@ -36,12 +36,16 @@ class Journal:
         keys: only lines that hold one of these, and only these values and the step. Raises StoreError, with the number of the
         line, for one that is damaged.
         """
-        wanted = None if keys is None else {"step", *keys}
         marks = [f'"{key}"'.encode() for key in keys or ()]
         for number, line in enumerate(self._lines(), 1):
-            if keys is None or any(mark in line for mark in marks):
-                entry = self._parsed(line, number)
-                yield entry if wanted is None else {key: entry[key] for key in entry if key in wanted}
+            usual = line.startswith(b'{"step":') and line.endswith(b"}")  # as `append` writes it
+            if keys is not None and usual and not any(mark in line for mark in marks):
+                continue
+            entry = self._parsed(line, number)
+            if keys is None:
+                yield entry
+            elif any(key in entry for key in keys):
+                yield {"step": entry["step"], **{key: entry[key] for key in keys if key in entry}}
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> int:
         """Rewrite the file with the wanted entries only, where there are others; return how many were dropped."""
