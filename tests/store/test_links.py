@@ -208,3 +208,16 @@ def test_what_is_no_file_of_a_run_of_pico_train_is_named(tmp_path: Path) -> None
         (step / name).unlink()
         (step / name).write_bytes(saved)
     assert Run.open(legacy)[0][Address("activations", "train", "layers.0.attention.v_proj")].numel()
+
+
+@pytest.mark.parametrize("name", ["results.parquet", ".results.parquet", "results.csv", ".results.csv"])
+def test_the_table_of_an_analysis_is_not_written_through_a_link(tmp_path: Path, name: str) -> None:
+    from picolm.analyze.table import write
+
+    (tmp_path / "results").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "results" / name).symlink_to(tmp_path / "mine")
+    write([], tmp_path / "results", csv=True)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "results/results.parquet").is_symlink()
+    assert not (tmp_path / "results/results.csv").is_symlink()

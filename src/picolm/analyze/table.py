@@ -16,6 +16,8 @@ from urllib.parse import quote
 
 from picolm.console import sparkline
 from picolm.csvfile import csv_text
+from picolm.store.files import write_atomically, written_aside
+from picolm.trusted import refuse_links
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,13 +47,12 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) ->
     table = pa.Table.from_pylist(
         [{name: row[name] for name in COLUMNS} for row in rows], schema=pa.schema(list(types.items()))
     )
-    aside = folder / f".{RESULTS}"
-    pq.write_table(table, aside)
-    aside.replace(folder / RESULTS)
+    with written_aside(folder / RESULTS) as aside:
+        pq.write_table(table, aside)
     for name, values in json_files(rows).items():
-        _write_text(folder / name, json.dumps(values, indent=1) + "\n")
+        _write_text(folder, name, json.dumps(values, indent=1) + "\n")
     if csv:
-        _write_text(folder / "results.csv", csv_text(load(folder)))
+        _write_text(folder, "results.csv", csv_text(load(folder)))
     return folder / RESULTS
 
 
@@ -183,8 +184,9 @@ def _course(steps: Mapping[int, Sequence[float]], width: int) -> tuple[str, str,
     return (f"{means[0]:.4g}", f"{means[-1]:.4g}", sparkline(means, width)) if means else ("", "", "")
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write_text(folder: Path, name: str, text: str) -> None:
+    """Write a file below `folder`. Raises StoreError where a part of its path there is a link."""
+    path = folder / name
+    refuse_links(path.parent, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    write_atomically(path, text.encode())
