@@ -18,6 +18,7 @@ WORDS = {
     "registry",
     "schema",
     "document",
+    "provenance",
     "address",
     "seeds",
     "logs",

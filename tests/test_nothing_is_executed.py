@@ -18,12 +18,12 @@ from picolm.cli import main
 from picolm.errors import PicoError, StoreError
 from picolm.registry import trust_remote_code
 from picolm.store import Run
-from picolm.train.config import TrainConfig, check_origin
 from picolm.train.history import config_at
 from picolm.train.sample import config_of, load_model
 
 SOURCE = Path(__file__).parents[1] / "src" / "picolm"
 EVIL = "from pathlib import Path\nPath({!r}).touch()\nclass Part:\n    pass\n"
+FAMILIES = ("hub", "embedded", "parquet")  # of data: a module may be called so too
 
 
 @pytest.fixture
@@ -70,24 +70,11 @@ def text_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def test_no_key_of_a_stored_configuration_may_name_code() -> None:
-    keys = ["model.model_type", *text_keys(TrainConfig)]
-    assert {"training.optimization.optimizer", "data.dataset.name", "evaluation.metrics"} <= set(keys)
-    for key in set(keys) - {"checkpointing.run_name"}:
-        for value in ("evil_lab:Part", ["paloma", "evil_lab:Part"], "evil_lab.inner:Part"):
-            with pytest.raises(PicoError, match=rf"names code of its own, {key}: evil_lab"):
-                check_origin({key: value}, "here")
-    check_origin(
-        {"data": {"dataset": {"name": "embedded:state_of_the_union"}}, "x": "a/b:c", "y": 3, "z": None}, "here"
+def test_a_model_that_a_stored_run_names_is_not_imported(run: Run, trap: Path) -> None:
+    rewrite(run, "model.model_type", "evil_lab:Part")
+    message = (
+        rf"{run.path} names code of its own, model.model_type: evil_lab:Part; .* done only with --trust-remote-code"
     )
-
-
-@pytest.mark.parametrize(
-    "key", ["model.model_type", "training.optimization.optimizer", "training.optimization.lr_scheduler", "data.dataset.name"]
-)  # fmt: skip
-def test_a_module_that_a_stored_run_names_is_not_imported(run: Run, trap: Path, key: str) -> None:
-    rewrite(run, key, "evil_lab:Part")
-    message = rf"{run.path} names code of its own, {key}: evil_lab:Part; .* done only with --trust-remote-code"
     for read in (config_of, load_model, lambda run: config_at(run, 0)):
         with pytest.raises(PicoError, match=message):
             read(run)  # type: ignore[operator]
@@ -143,7 +130,7 @@ def test_no_command_imports_the_code_that_lies_in_a_run(
 @pytest.mark.parametrize("text", ["!!python/object/apply:os.mkdir [{}]", "a: !!python/object/new:os.mkdir [{}]"])
 def test_yaml_with_code_is_refused(run: Run, tmp_path: Path, text: str) -> None:
     (run.path / "training_config.yaml").write_text(text.format(tmp_path / "made"))
-    with pytest.raises(StoreError, match=r"training_config\.yaml: cannot be read"):
+    with pytest.raises(StoreError, match=r"training_config\.yaml.*: is not valid YAML: .* is no plain list or mapping"):
         run.config  # noqa: B018
     assert not (tmp_path / "made").exists()
 

@@ -45,6 +45,7 @@ class ConfigError(PicoError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+COMMAND_LINE = "command line"
 _MOST = 100_000  # values of a document
 _DEEPEST = 50  # levels of a document; the parsers below have limits of their own, and messages of their own
 _TAG = "tag:yaml.org,2002:"
@@ -145,11 +146,12 @@ def expand_path(text: str) -> str:
 class Document:
     """A YAML document that remembers on which line each key stands.
 
-    own: whether the user wrote it, so that names of environment variables in it may be replaced by their values.
+    within: the run that it belongs to, which others may have written; None: the user wrote it, so that names of environment
+    variables in it may be replaced by their values, and names of code be imported.
     """
 
-    def __init__(self, name: str, own: bool = True):
-        self.name, self.own = name, own
+    def __init__(self, name: str, within: Path | None = None):
+        self.name, self.within, self.own = name, within, within is None
         self.data: dict[str, Any] = {}
         self.places: dict[KeyPath, str] = {}
         self.found: list[Problem] = []
@@ -161,36 +163,42 @@ class Document:
 
         within: the run that a file belongs to which others may have written (see `trusted`); None: the user's own file.
         """
-        document = cls(str(path), own=within is None)
+        document = cls(str(path), within)
         data = document.parse(_text_of(path, within), str(path), ())
         if data is not None and not isinstance(data, dict):
             raise ConfigError([Problem(f"{path}:1", "", "should be a mapping of sections (`model:`, `training:`, …)")])
         document.data = data or {}
         return document
 
-    def override(self, assignment: str) -> None:
-        """Apply one `dotted.key=value` of the command line; the value is read as YAML."""
+    def override(self, assignment: str, place: str = COMMAND_LINE) -> None:
+        """Apply one `dotted.key=value` of the command line, or of another place; the value is read as YAML."""
         key, equals, text = assignment.partition("=")
         if not equals or not all(key.split(".")):
-            self.found.append(Problem("command line", assignment or "''", "should have the form dotted.key=value"))
+            self.found.append(Problem(place, assignment or "''", "should have the form dotted.key=value"))
             return
         path = tuple(key.split("."))
         node = self.data
         for depth, part in enumerate(path[:-1], start=1):
             if not isinstance(node.get(part), dict):
                 node[part] = {}
-                self.places[path[:depth]] = "command line"
+                self.places[path[:depth]] = place
             node = node[part]
         self.places = {known: place for known, place in self.places.items() if known[: len(path)] != path}
-        self.places[path] = "command line"
-        node[path[-1]] = self.parse(text, "command line", path)
+        self.places[path] = place
+        node[path[-1]] = self.parse(text, place, path)
 
     def problem_at(self, path: KeyPath, message: str) -> Problem:
         """A problem with the value at `path`, or with what is missing there."""
-        known = next(
+        return Problem(self._place(path), _dotted(path), message)
+
+    def is_typed(self, path: KeyPath) -> bool:
+        """Return whether the user wrote the value at `path`: in a file of their own, or on the command line."""
+        return self.own or self._place(path) == COMMAND_LINE
+
+    def _place(self, path: KeyPath) -> str:
+        return next(
             (self.places[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self.places), self.name
         )
-        return Problem(known, _dotted(path), message)
 
     def parse(self, text: str, place: str, path: KeyPath) -> Any:
         """Return the values in YAML text that stands at `path`. Adds to `found`; raises ConfigError for what is no YAML."""
@@ -223,6 +231,8 @@ class Document:
                 )
                 return None
             return value
+        if node.tag not in (f"{_TAG}seq", f"{_TAG}map"):
+            raise yaml.constructor.ConstructorError(None, None, f"{node.tag} is no plain list or mapping", node.start_mark)
         above = (*above, node)
         if isinstance(node, yaml.SequenceNode):
             return [self._value(loader, item, place, (*path, i), above) for i, item in enumerate(node.value)]

@@ -8,9 +8,9 @@ client says of an error is shown without secrets that it may quote.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -250,7 +250,7 @@ def _bound_answer(response: Any) -> None:
 
 
 def _bounded(stream: Any, name: str, most_bytes: int | None, module: str) -> Any:
-    library = importlib.import_module(module.partition(".")[0])  # httpx or httpx2, whichever huggingface_hub uses
+    library: Any = sys.modules[module.partition(".")[0]]  # httpx or httpx2, whichever huggingface_hub uses
 
     class Bounded(library.SyncByteStream):  # type: ignore[name-defined]
         def __iter__(self) -> Iterator[bytes]:

@@ -1,8 +1,9 @@
 """Families of interchangeable parts: one decorator to add a part, one name to find it.
 
-A part of this package is found by its short name; a part that lives in the user's own code is named
-``my_lab.module:attribute`` and imported when it is asked for. Importing runs code, so a name that was read from a run, which
-may be somebody else's, is held against `refuse_foreign_code` first.
+A part of this package is found by its short name; a part of the user's own is named `my_lab.module:attribute` and imported when
+it is asked for. Importing runs code, so provenance decides: a name that the user typed, in a command or in a YAML file of
+their own, is imported. A name that was read from a run, a model, rows or an answer of the Hub is an `Untrusted`, and is
+imported only with --trust-remote-code.
 """
 
 import difflib
@@ -10,16 +11,18 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from picolm.errors import PicoError
 
 Part = TypeVar("Part")
 
 _CODE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -28,19 +31,71 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+class Untrusted(str):
+    """Text that may name code, out of a file that somebody else may have written. where: that file; key: what it stands under."""
+
+    where: str
+    key: str
+
+    def __new__(cls, text: str, where: str, key: str) -> "Untrusted":
+        made = super().__new__(cls, text)
+        made.where, made.key = where, key
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Untrusted, (str(self), self.where, self.key)
+
+
+class UntrustedCode(PicoError):
+    """Code that was named by something else than the user, who did not say that it is trusted."""
+
+
+class CodePolicy(NamedTuple):
+    """Which code may be imported, and from where. A process hands it to those that it starts.
+
+    trusted: --trust-remote-code. folders: where modules of the user's own are, beside the working folder.
+    """
+
+    trusted: bool = False
+    folders: tuple[str, ...] = ()
+
+
+_policy = CodePolicy()
+
+
+def code_policy() -> CodePolicy:
+    """Return the policy of this process."""
+    return _policy
+
+
+def set_code_policy(policy: CodePolicy) -> None:
+    """Replace the policy of this process."""
+    global _policy
+    _policy = policy
+
+
 def trust_remote_code(trust: bool) -> None:
-    """Whether names of code that stand in a stored run may be imported from now on."""
-    _trusted.set(trust)
+    """Set whether an `Untrusted` name may be imported from now on."""
+    set_code_policy(_policy._replace(trusted=trust))
 
 
-def refuse_foreign_code(names: Mapping[str, str], where: str) -> None:
-    """Raises PicoError when one of the names, by the key it stands under, is that of code and there is no trust in it."""
-    for key, name in names.items():
-        if _CODE.fullmatch(name) and not _trusted.get():
-            raise PicoError(
-                f"{where} names code of its own, {key}: {name}; to import is to run it, which is done only with "
-                "--trust-remote-code"
-            )
+def find_code_in(folder: Path) -> None:
+    """Let modules be found in `folder` too: it holds the YAML file that the user gave."""
+    set_code_policy(_policy._replace(folders=tuple(dict.fromkeys([*_policy.folders, str(folder.absolute())]))))
+
+
+def names_code(text: str) -> bool:
+    """Return whether the text has the form `module:attribute`."""
+    return _CODE.fullmatch(text) is not None
+
+
+def require_trust(name: str) -> None:
+    """Raise UntrustedCode if `name`, which is about to be imported or run, is `Untrusted` and remote code is not trusted."""
+    if isinstance(name, Untrusted) and not _policy.trusted:
+        raise UntrustedCode(
+            f"{name.where} names code of its own, {name.key}: {name}; to import is to run it, which is done only with "
+            "--trust-remote-code"
+        )
 
 
 class Registry(Generic[Part]):
@@ -62,20 +117,22 @@ class Registry(Generic[Part]):
         return register
 
     def get(self, name: str) -> Part:
-        """The part called `name`, or the object at `module:attribute`. Raises PicoError with what there is."""
+        """Return the part called `name`, or the object at `module:attribute`.
+
+        Raises PicoError with what there is, and UntrustedCode for a name of code that must not be imported.
+        """
         if name in self._parts:
             return self._parts[name]
-        if _CODE.fullmatch(name):
+        if names_code(name):
+            require_trust(name)
             return self._import(name)
         known = ", ".join(self._parts)
         raise PicoError(f"unknown {self.family} {name!r}{did_you_mean(name, self._parts)} (there are: {known})")
 
     def _import(self, name: str) -> Any:
         module_name, _, attribute = name.partition(":")
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())  # a user's own file beside the YAML is importable, as with `python -m`
         try:
-            part = getattr(importlib.import_module(module_name), attribute)
+            part = getattr(_USER_MODULES.load(module_name), attribute)
         except Exception as error:  # whatever that module does while it is imported
             kind = "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
             raise PicoError(f"{self.family} {name!r} cannot be imported: {kind}{error}") from error
@@ -88,3 +145,50 @@ class Registry(Generic[Part]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
+
+
+class _UserModules(MetaPathFinder):
+    """Finds modules of the user's own in the working folder and in the folders of the policy.
+
+    It is asked last, after the paths of Python, so no file there takes the place of an installed module. It answers only for
+    the module of a name that `Registry.get` imports, and to modules that it found itself: nothing else is imported from there.
+    """
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        self.found: set[str] = set()
+
+    def load(self, module: str) -> ModuleType:
+        """Import a module by its dotted name."""
+        if self not in sys.meta_path:
+            sys.meta_path.append(self)
+        before, self.asked = self.asked, module.partition(".")[0]
+        try:
+            return importlib.import_module(module)
+        finally:
+            self.asked = before
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find a module that is in no package; what is in a package is found by its path."""
+        if path is not None or (fullname != self.asked and _importer() not in self.found):
+            return None
+        spec = PathFinder.find_spec(fullname, [os.getcwd(), *_policy.folders])
+        if spec is not None:
+            self.found.add(fullname)
+        return spec
+
+
+_USER_MODULES = _UserModules()
+
+
+def _importer() -> str:
+    """Return the first part of the name of the module whose import statement is being carried out."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "importlib",
+        "_frozen_importlib",
+    ):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

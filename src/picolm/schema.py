@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from picolm.document import ConfigError, Document, KeyPath, Problem, expand_path, likely_meant, write_yaml
 from picolm.errors import PicoError
-from picolm.registry import did_you_mean
+from picolm.provenance import code_keys, mark_untrusted
+from picolm.registry import did_you_mean, find_code_in
 
 Rule = tuple[tuple[str, ...], str]  # the keys involved, and what is wrong with them together
 
@@ -40,6 +41,10 @@ Place = Annotated[str, Field(json_schema_extra={"place": True})]
 """The type of keys that name a file or folder: `~` and environment variables in them are replaced in the user's own files."""
 
 
+RECORDED = "the record of the run"
+RESULTS = ("run.json", "results.parquet")  # the folder of one of them was perhaps written by somebody else
+
+
 class NoSchema(PicoError):
     """What a function from the raw mapping to the schema raises: the value at `path` names no part that there is."""
 
@@ -53,20 +58,36 @@ def load(
     schema: type[Config] | Callable[[Mapping[str, Any]], type[Config]],
     overrides: Iterable[str] = (),
     within: Path | None = None,
+    recorded: Iterable[str] = (),
 ) -> Config:
     """Return the configuration in `file` with `key=value` overrides applied. Raises ConfigError with every problem.
 
     schema: the configuration class, or a function from the raw mapping to it, where a key decides which parts there are.
-    within: the run that `file` belongs to, which others may have written; None: the user's own file.
+    within: the run that `file` belongs to, which others may have written; None: the user's own file, unless it lies in a run.
+    recorded: assignments that are no more trusted than the file, applied before the overrides.
     """
-    document = Document.read(Path(file), within)
+    document = read_document(Path(file), within)
+    for assignment in recorded:
+        document.override(assignment, RECORDED)
     for override in overrides:
         document.override(override)
+    if not document.own:
+        document.data = mark_untrusted(document.data, str(document.within), document.is_typed)
     try:
         chosen = schema if isinstance(schema, type) else schema(document.data)
     except NoSchema as error:
         raise ConfigError([*document.found, document.problem_at(error.path, str(error))]) from error
     return validate(document, chosen)
+
+
+def read_document(file: Path, within: Path | None = None) -> Document:
+    """Read a configuration file. One that lies in a run or beside the table of an analysis belongs to that, whoever names it."""
+    for folder in (file.parent, file.resolve().parent):
+        if within is None and any((folder / name).exists() for name in RESULTS):
+            within = file.parent
+    if within is None:
+        find_code_in(file.parent)
+    return Document.read(file, within)
 
 
 def plain(config: BaseModel) -> dict[str, Any]:
@@ -139,7 +160,10 @@ def _fields(
     document: Document, schema: type[Config], data: Mapping[str, Any], report: bool = True
 ) -> tuple[Config | None, list[KeyPath]]:
     try:  # through JSON: strict about types, yet a YAML list is welcome where a tuple is meant
-        return schema.model_validate_json(json.dumps(data), strict=True), []
+        config = schema.model_validate_json(json.dumps(data), strict=True)
+        if not document.own:
+            config = mark_untrusted(config, str(document.within), document.is_typed, code_keys(schema))
+        return config, []
     except ValidationError as failure:
         grouped: dict[KeyPath, list[Any]] = {}
         for error in failure.errors(include_url=False):

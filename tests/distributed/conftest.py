@@ -21,7 +21,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 def torchrun(processes: int) -> list[str]:
     """The words before `train`, on this machine alone, at a free port."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(processes), "-m", "picolm"]
+    return [*launcher, "--nproc-per-node", str(processes), "--no-python", str(Path(sys.executable).with_name("pico"))]
 
 
 @pytest.fixture(scope="session")

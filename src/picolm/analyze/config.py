@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from picolm.analyze.components import COMPONENTS
 from picolm.analyze.metrics import find_metric
 from picolm.errors import PicoError
+from picolm.provenance import NamesCode
 from picolm.registry import did_you_mean
 from picolm.schema import Place, Rule, Section
 
@@ -42,7 +43,7 @@ class Suffixes(Section):
 
 
 class Component(Section):
-    component_name: str = "simple"
+    component_name: Annotated[str, NamesCode("component")] = "simple"
     """simple, per_head, ov_circuit, qk_circuit, residual, mlp, embedding, or my_lab.module:attribute."""
     data_type: str = "weights"
     """weights, gradients, activations, or the name of an optimizer moment such as exp_avg."""
@@ -75,7 +76,7 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
-    metric_name: str
+    metric_name: Annotated[str, NamesCode("metric")]
     """A metric (`pico list metrics` shows all), or my_lab.module:attribute."""
     data_split: Literal["train", "val"] | None = None
     """Split of gradients and activations (default: val where the rows have to be the same at each step, else train)."""

@@ -20,6 +20,7 @@ from picolm.analyze.pairing import Place
 from picolm.analyze.reading import Readers, model_section
 from picolm.analyze.values import Value, Values, set_aside_damaged
 from picolm.errors import PicoError
+from picolm.registry import CodePolicy, code_policy, set_code_policy
 from picolm.store import Run
 from picolm.store.listing import damaged
 
@@ -65,6 +66,7 @@ class Ask:
     config: AnalysisConfig
     runs: tuple[tuple[str, str], ...]  # (name, place)
     values: Path
+    code: CodePolicy
 
 
 def chosen_steps(config: AnalysisConfig, there: list[int]) -> tuple[list[int], list[int]]:
@@ -99,7 +101,8 @@ def analyze(
     _readers.cache_clear()  # a run may have changed since the last analysis in this process
     runs = _open(config, places)
     folder = Path(config.monitoring.output_dir)
-    ask = Ask(config, tuple((name, place) for name, (place, _) in runs.items()), folder / ".values.sqlite")
+    named = tuple((name, place) for name, (place, _) in runs.items())
+    ask = Ask(config, named, folder / ".values.sqlite", code_policy())
     set_aside_damaged(ask.values)
     outcome = Outcome()
     units = list(_units(config, {name: run for name, (_, run) in runs.items()}, outcome))
@@ -213,6 +216,7 @@ def _cluster(backend: str) -> dict[str, Any]:
 def _in_worker(ask: Ask, unit: Unit) -> tuple[Outcome, dict[str, Value]]:
     import torch
 
+    set_code_policy(ask.code)
     torch.set_num_threads(1)  # the workers share the cores
     return run_unit(ask, unit)
 

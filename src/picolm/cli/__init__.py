@@ -5,6 +5,9 @@ import signal
 import sys
 from types import FrameType
 
+if sys.argv[:1] == ["-c"] and sys.path[:1] == [""]:
+    del sys.path[0]  # as in `__main__`: the working folder would come before installed packages
+
 # isort: off
 from picolm.cli import training, again, analysis, reporting, suites, runs, corpora, exchange, tools  # noqa: F401  # in the order that `pico --help` shows
 
@@ -12,6 +15,7 @@ from picolm.cli import training, again, analysis, reporting, suites, runs, corpo
 from picolm.cli.app import app
 from picolm.console import say, tolerate
 from picolm.errors import PicoError
+from picolm.registry import CodePolicy, set_code_policy
 
 
 def main() -> None:
@@ -19,6 +23,10 @@ def main() -> None:
     # Read when torch loads OpenMP: threads that wait spin for microseconds, not milliseconds. By default a second busy
     # process on the same cores makes each small operation up to 70 times slower; alone on the machine it costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ["PYTHONSAFEPATH"] = (
+        "1"  # processes that are started from here find no modules in the working folder either
+    )
+    set_code_policy(CodePolicy())
     tolerate()
     before = signal.signal(signal.SIGINT, _leave)
     try:

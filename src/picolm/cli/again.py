@@ -70,19 +70,23 @@ def _kinds(capture: str | None) -> "tuple[Due, list[str]]":
     """What is kept of each step, and the overrides that make the capture so."""
     import json
 
-    from picolm.document import parse_yaml
+    from picolm.document import ConfigError, parse_yaml
     from picolm.train.plan import Due
 
     if capture is None:
         return Due(weights=True, optimizer=True, dynamics=True), []
-    chosen = parse_yaml(capture, "--capture")
+    try:
+        chosen = parse_yaml(capture, "--capture")
+    except ConfigError as error:
+        lines = (": ".join(filter(None, (problem.path, problem.message))) for problem in error.problems)
+        raise PicoError("\n".join(f"--capture {line}" for line in lines)) from error
     if not isinstance(chosen, dict):
         raise PicoError(
             "--capture should be a mapping, for example '{layers: all, positions: all, what: [activations]}'"
         )
     what = chosen.get("what", ["activations", "gradients"])
-    if isinstance(what, list):
-        chosen["what"] = [kind for kind in what if kind not in ("weights", "optimizer")]
+    what = what if isinstance(what, list) else [what]
+    chosen["what"] = [kind for kind in what if kind not in ("weights", "optimizer")]
     words = [f"checkpointing.learning_dynamics.{key}={json.dumps(value)}" for key, value in chosen.items()]
     return Due(weights="weights" in what, optimizer="optimizer" in what, dynamics=bool(chosen["what"])), words
 
@@ -137,7 +141,8 @@ def fork(
     folder = Path(config.checkpointing.runs_dir) / run_name
     say(f"{folder} starts from step {step} of {run}.")
     if not train:
-        say(f"Train it:  pico train {folder}/training_config.yaml")
+        trust = " --trust-remote-code" if trust_remote_code else ""
+        say(f"Train it:  pico train {folder}/training_config.yaml{trust}")
         return
     raise typer.Exit(run_training(config))
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from picolm.cli.app import app
-from picolm.cli.arguments import ConfigArguments, ConfigPath, config_and_overrides
+from picolm.cli.arguments import ConfigArguments, ConfigPath, TrustRemoteCode, config_and_overrides
 from picolm.errors import PicoError
 
 
@@ -32,6 +32,7 @@ def analyze(
         bool, typer.Option("--report", help="Draw it: report.html in the folder of the analysis, see pico report.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be read and computed, and exit.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure how weights, gradients and activations of runs change, as a YAML file says."""
     config_path, overrides = config_and_overrides("analyze", config_path, arguments)

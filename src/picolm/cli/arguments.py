@@ -23,7 +23,10 @@ def _trust(value: bool) -> bool:
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
-        "--trust-remote-code", callback=_trust, help="Import what the run's configuration names as module:attribute."
+        "--trust-remote-code",
+        callback=_trust,
+        help="Import code that a run or model names itself, as module:attribute. Code that you name in the command, or in your "
+        "own YAML file, is always imported.",
     ),
 ]
 

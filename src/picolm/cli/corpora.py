@@ -174,7 +174,11 @@ def _executor(name: str | None, tasks: int | None, workers: int | None, slurm: l
 
 
 def _numbers(text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(word) for word in text.split(",")]
-    except ValueError as error:
-        raise PicoError(f"--weights {text}: numbers with commas between them are needed, such as 0.7,0.3") from error
+    from picolm.document import parse_yaml
+
+    if text is None:
+        return None
+    values = parse_yaml(f"[{text}]", "--weights")
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        raise PicoError(f"--weights {text}: numbers with commas between them are needed, such as 0.7,0.3")
+    return [float(value) for value in values]

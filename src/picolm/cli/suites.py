@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from picolm.cli.app import app
-from picolm.cli.arguments import ConfigArguments, ConfigPath, config_and_overrides
+from picolm.cli.arguments import ConfigArguments, ConfigPath, TrustRemoteCode, config_and_overrides
 
 
 @app.command()
@@ -21,6 +21,7 @@ def suite(
     ] = "local",
     jobs: Annotated[int, typer.Option(min=1, help="Members to train at the same time on this machine.")] = 1,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write the report.")] = True,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a matrix of runs (what is missing of it), analyze them all, and compare them in one report."""
     config_path, overrides = config_and_overrides("suite", config_path, arguments)

@@ -39,6 +39,7 @@ def import_(
     step: Annotated[
         int | None, typer.Option(help="The step it is stored as (default: the one it was exported from, else 0).")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make a run of a model that another tool wrote, to analyze, evaluate and generate with."""
     from picolm.formats.importing import import_model

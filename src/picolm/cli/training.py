@@ -1,11 +1,12 @@
 """`pico train`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from picolm.cli.app import app
-from picolm.cli.arguments import ConfigArguments, ConfigPath, config_and_overrides
+from picolm.cli.arguments import ConfigArguments, ConfigPath, TrustRemoteCode, config_and_overrides
 from picolm.console import say
 
 
@@ -14,13 +15,20 @@ def train(
     arguments: ConfigArguments = None,
     config_path: ConfigPath = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and exit.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    code_folder: Annotated[
+        list[Path] | None, typer.Option(help="Where modules of your own are found too.", hidden=True)
+    ] = None,
 ) -> None:
     """Train a model as a YAML file says, or go on with the run of that name."""
     config_path, words = config_and_overrides("train", config_path, arguments)
 
+    from picolm.registry import find_code_in
     from picolm.schema import load
     from picolm.train.config import schema_for
 
+    for folder in code_folder or ():
+        find_code_in(folder)
     config = load(config_path, schema_for, words)
     if dry_run:
         from picolm.train.preview import preview

@@ -26,7 +26,7 @@ import numpy as np
 from picolm.data.splits import matching
 from picolm.errors import DataError
 from picolm.network import cache_folder
-from picolm.registry import Registry, did_you_mean
+from picolm.registry import Registry, did_you_mean, names_code
 
 
 class Source(Protocol):
@@ -91,13 +91,18 @@ def open_source(
     )
 
 
+def is_own_source(name: str) -> bool:
+    """Return whether a name of data is that of code, not of a family that there is."""
+    return names_code(name) and name.partition(":")[0] not in SOURCES
+
+
 def _find(name: str) -> tuple[SourceFactory, str]:
     family, colon, place = name.partition(":")
     if colon and family in SOURCES:
         return SOURCES.get(family), place
     if os.path.exists(os.path.expanduser(name)) or matching(os.path.expanduser(name))[1]:
         return SOURCES.get("parquet"), name
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+    if is_own_source(name):
         return SOURCES.get(name), ""
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
         return SOURCES.get("hub"), name

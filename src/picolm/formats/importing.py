@@ -23,6 +23,7 @@ from picolm.formats.plain import CONFIG, STATE_DICT
 from picolm.models import MODELS, Decoder
 from picolm.models.llama import check_names, decoder_config, from_llama, special_tokens
 from picolm.network import fetch, file_list, in_cache
+from picolm.provenance import mark_untrusted
 from picolm.schema import plain
 from picolm.store import Run
 from picolm.store.folders import new_folder, refuse_content
@@ -84,7 +85,8 @@ def _read(find: Callable[[str], Path | None], place: str) -> Imported:
     """The model in whichever of the two forms is there."""
     own, config = find(CONFIG), find("config.json")
     if own is not None:
-        return _plain(_json(own), find, place)
+        section = mark_untrusted({"model": _json(own)}, f"{place}/{CONFIG}")["model"]
+        return _plain(section, find, place)
     if config is None:
         raise PicoError(
             f"{place}: holds neither config.json (a model of transformers) nor {CONFIG} (a plain state dict)"

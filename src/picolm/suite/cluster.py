@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from picolm.errors import PicoError
+from picolm.registry import CodePolicy, code_policy, set_code_policy
 from picolm.slurm import queued
 from picolm.suite.config import Member, SuiteConfig
 from picolm.suite.local import Failure
@@ -27,7 +28,11 @@ JOBS = "jobs.json"
 POLL_S = 5.0
 LATE_S = 10
 # Before torch is loaded: as many threads as the job has cores for a process, and none that spins in the way of others.
-SETUP = ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}"]
+SETUP = [
+    "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
+    "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}",
+    "export PYTHONSAFEPATH=1",  # `python -m` finds no modules in the folder that the job was queued from
+]
 
 
 class Training:
@@ -38,10 +43,13 @@ class Training:
     the job is SLURM's to decide.
     """
 
-    def __init__(self, file: str):
-        self.file = file
+    code = CodePolicy()  # for jobs that an earlier version queued
+
+    def __init__(self, file: str, code: CodePolicy):
+        self.file, self.code = file, code
 
     def __call__(self) -> None:
+        set_code_policy(self.code)
         from picolm.schema import load
         from picolm.train import run_training
         from picolm.train.config import schema_for
@@ -59,7 +67,7 @@ class Training:
         """What to queue again: the run goes on from its latest checkpoint."""
         import submitit
 
-        return submitit.helpers.DelayedSubmission(Training(self.file))
+        return submitit.helpers.DelayedSubmission(Training(self.file, self.code))
 
 
 class _LastMinutes:
@@ -145,7 +153,7 @@ def _submit(config: SuiteConfig, member: Member, file: Path, folder: Path, clust
     try:
         executor = _submitit().AutoExecutor(folder=str(folder.resolve()), cluster=cluster)
         executor.update_parameters(**parameters | config.slurm | own)
-        return executor.submit(Training(str(file)))
+        return executor.submit(Training(str(file), code_policy()))
     except (
         RuntimeError,
         NameError,

@@ -14,7 +14,21 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from picolm.analyze.config import AnalysisConfig
-from picolm.schema import ConfigError, Document, KeyPath, Place, Problem, Rule, Section, flatten, load, plain, validate
+from picolm.provenance import refuse_untrusted
+from picolm.schema import (
+    ConfigError,
+    Document,
+    KeyPath,
+    Place,
+    Problem,
+    Rule,
+    Section,
+    flatten,
+    load,
+    plain,
+    read_document,
+    validate,
+)  # fmt: skip
 from picolm.train.config import TrainConfig, schema_for
 
 SEED = "seed"  # the axis that is called so draws other initial weights, and nothing else
@@ -108,7 +122,7 @@ class Suite(NamedTuple):
 
 def load_suite(file: str | Path, overrides: Iterable[str] = ()) -> Suite:
     """The suite in `file` with `key=value` overrides. Raises ConfigError with the problems of it and of all its members."""
-    document = Document.read(Path(file))
+    document = read_document(Path(file))
     for override in overrides:
         document.override(override)
     config = validate(document, SuiteConfig)
@@ -137,7 +151,9 @@ def _members(config: SuiteConfig, document: Document, problems: list[Problem]) -
         assigned = [*_overrides(config, labels, chosen), Override("checkpointing.run_name", name, ("run_name",))]
         words = [f"{override.key}={json.dumps(override.value)}" for override in assigned]
         try:
-            yield Member(name, labels, load(base, schema_for, words))
+            member = load(base, schema_for, *((words,) if document.own else ((), None, words)))
+            refuse_untrusted(member)  # what is written for `pico train` is taken for the user's own
+            yield Member(name, labels, member)
         except ConfigError as error:
             problems += [_in_suite(problem, assigned, document) for problem in error.problems]
 

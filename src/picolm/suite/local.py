@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from picolm.registry import CodePolicy, code_policy
 from picolm.suite.config import Member
 
 log = logging.getLogger("picolm")
@@ -83,7 +84,7 @@ def train_locally(
 
 def _start(member: Member, file: Path, logs: Path, jobs: int) -> Process:
     text = logs / f"{member.name}.log"
-    command = [sys.executable, "-m", "picolm", "train", str(file)]
+    command = [sys.executable, "-P", "-m", "picolm", "train", str(file), *options_for(code_policy())]
     with text.open("wb") as output:
         # A session of its own: Ctrl-C reaches it once, from us, and not a second time from the terminal.
         running = subprocess.Popen(
@@ -96,6 +97,14 @@ def _start(member: Member, file: Path, logs: Path, jobs: int) -> Process:
         )
     log.info("%s: training; what it says is in %s.", member.name, text)
     return Process(member, text, running, time.monotonic())
+
+
+def options_for(policy: CodePolicy) -> Iterator[str]:
+    """Yield the options of `pico train` that give it the policy of this process about code of the user's own."""
+    if policy.trusted:
+        yield "--trust-remote-code"
+    for folder in policy.folders:
+        yield from ("--code-folder", folder)
 
 
 def _environment(jobs: int) -> dict[str, str]:

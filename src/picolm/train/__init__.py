@@ -8,12 +8,17 @@ if TYPE_CHECKING:
 
 
 def run_training(config: "TrainConfig") -> int:
-    """Train as `config` says, in the calling process; returns the exit code: 0, or 128 + signal when asked to stop."""
+    """Train as `config` says, in the calling process; returns the exit code: 0, or 128 + signal when asked to stop.
+
+    Raises UntrustedCode, before anything is written, if `config` comes from a run and names code that is not trusted.
+    """
+    from picolm.provenance import refuse_untrusted
     from picolm.train.build import build
     from picolm.train.loop import train
     from picolm.train.report import farewell
     from picolm.train.signals import StopSignal
 
+    refuse_untrusted(config)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         job = build(config, stop, stack)

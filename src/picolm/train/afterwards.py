@@ -10,7 +10,7 @@ from picolm.store import Run
 from picolm.train.build import evaluated_rows, open_batches
 from picolm.train.config import TrainConfig
 from picolm.train.devices import compute_dtype, weight_dtype
-from picolm.train.evaluate import Evaluation, Rows, evaluate
+from picolm.train.evaluate import EVALUATIONS, Evaluation, Rows, evaluate
 from picolm.train.history import stored_with
 from picolm.train.sample import load_model
 from picolm.train.text import Text
@@ -36,6 +36,8 @@ def evaluate_steps(
     config = stored_with(run, overrides)
     if not config.evaluation.metrics:
         raise PicoError("nothing to evaluate: name evaluations with --metrics, --tasks or --pairs")
+    for name in config.evaluation.metrics:
+        EVALUATIONS.get(name)  # before the model is read
     chosen = steps if steps is not None else [step for step in run.steps if run[step].select(kind="weights")]
     rows = _rows(config, run, chosen)
     for done, step in enumerate(chosen):

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, create_model
 
-from picolm.data import SOURCES
+from picolm.data import is_own_source
 from picolm.errors import PicoError
 from picolm.models import MODELS
 from picolm.models.decoder import DecoderConfig
-from picolm.registry import Registry, refuse_foreign_code
+from picolm.provenance import NamesCode, code_keys, mark_untrusted
+from picolm.registry import Registry, Untrusted, UntrustedCode, names_code
 from picolm.schema import NoSchema, Place, Rule, Section, flatten, plain
 from picolm.train.evaluate import EVALUATIONS
 from picolm.train.evaluation_config import Evaluation
@@ -31,12 +32,9 @@ Retained = Literal["all"] | Annotated[str, Field(pattern=r"^(last|every) [1-9]\d
 LONGEST_NAME = 255  # bytes of a name in a folder, on all common file systems
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME on the Hub
 
-# Free text: everything else that looks like `my_lab.module:attribute` in the configuration of a run is taken for such a name.
-NAMES_NO_CODE = ("checkpointing.run_name",)
-
 
 class Dataset(Section):
-    name: Place = "pico-lm/pretokenized-dolma"
+    name: Annotated[Place, NamesCode("data source", is_code=is_own_source)] = "pico-lm/pretokenized-dolma"
     """Where the rows come from: a Hub data set, a folder of token shards, or `embedded:NAME`."""
     shuffle: bool = False
     """Permute the first pass too (prepared and published data are shuffled on disk; later passes always are)."""
@@ -72,7 +70,7 @@ class Fabric(Section):
     float16 is not offered: its loss scaling would end up in the captured gradients."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps", "tpu"] = "auto"
     """Where to compute; `auto`: CUDA where there is one, else MPS, else CPU."""
-    strategy: str = "auto"
+    strategy: Annotated[str, NamesCode("strategy")] = "auto"
     """How the model is spread over processes: auto (ddp where there are several), ddp, fsdp2 (also called model_parallel),
     or my_lab.module:attribute."""
     timeout_s: PositiveFloat = 60.0
@@ -80,11 +78,11 @@ class Fabric(Section):
 
 
 class Optimization(Section):
-    optimizer: str = "adamw"
+    optimizer: Annotated[str, NamesCode("optimizer")] = "adamw"
     """adamw, muon (matrices of the blocks; AdamW for the rest), sgd, or my_lab.module:attribute."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
-    lr_scheduler: str = "linear_with_warmup"
+    lr_scheduler: Annotated[str, NamesCode("schedule")] = "linear_with_warmup"
     """linear_with_warmup, cosine, wsd, constant, or my_lab.module:attribute; all start with the warm-up."""
     lr_warmup_steps: NonNegativeInt = 2500
     """Updates over which the learning rate rises linearly; the first update already has lr / lr_warmup_steps."""
@@ -142,7 +140,7 @@ class LearningDynamics(Section):
     """Positions whose activations are kept: last, all, a list, or random:k (k of them, drawn anew each step)."""
     batch_size: PositiveInt = 8
     """Sequences per forward pass over the evaluation rows."""
-    eval_data: Place | None = "auto"
+    eval_data: Annotated[Place | None, NamesCode("data source", is_code=is_own_source)] = "auto"
     """The fixed rows of the `val` split; `auto`: the held-out part of the data; null: no `val` split."""
     what: tuple[Literal["activations", "gradients"], ...] = ("activations", "gradients")
     """What is recorded."""
@@ -260,7 +258,7 @@ class TrainConfig(Section):
     """A whole training configuration; every section and key may be left out."""
 
     data: Data = Data()
-    model: DecoderConfig = DecoderConfig()
+    model: Annotated[DecoderConfig, NamesCode("model", below="model_type")] = DecoderConfig()
     training: Training = Training()
     checkpointing: Checkpointing = Checkpointing()
     evaluation: Evaluation = Evaluation()
@@ -282,6 +280,8 @@ def schema_for(raw: Mapping[str, Any]) -> type[TrainConfig]:
     try:
         config = MODELS.get(name).Config
         return create_model("TrainConfig", __base__=TrainConfig, model=(config, Field(default_factory=config)))
+    except UntrustedCode:
+        raise
     except PicoError as error:
         raise NoSchema(("model", "model_type"), str(error)) from error
     except (AttributeError, TypeError) as error:
@@ -290,10 +290,13 @@ def schema_for(raw: Mapping[str, Any]) -> type[TrainConfig]:
 
 
 def stored_config(raw: Mapping[str, Any], where: str) -> TrainConfig:
-    """The typed configuration of a run. Raises PicoError where it is not one, or names code that nobody trusts."""
-    check_origin(raw, where)
+    """Return the typed configuration of a run, which imports the code of its model and no other.
+
+    Raises PicoError if it is none, and UntrustedCode if its model is code that is not trusted. where: the run.
+    """
     try:
-        return schema_for(raw).model_validate_json(json.dumps(raw))
+        schema = schema_for(mark_untrusted(raw, where))
+        return mark_untrusted(schema.model_validate_json(json.dumps(raw)), where, declared=code_keys(schema))
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
         reason = "is not known to this version of picolm" if "extra" in found["type"] else found["msg"]
@@ -323,13 +326,6 @@ def _defaults(schema: type[TrainConfig]) -> dict[str, Any]:
         given = {field.name: field.default for field in fields(model) if field.default is not MISSING}
         others = {key: value for key, value in flatten(plain(TrainConfig())).items() if not key.startswith("model.")}
         return others | flatten({"model": given})
-
-
-def check_origin(raw: Mapping[str, Any], where: str) -> None:
-    """Raises PicoError where the configuration of a run names code to import and `--trust-remote-code` was not given."""
-    leaves = {key: value if isinstance(value, list) else [value] for key, value in flatten(raw).items()}
-    named = {key: str(name) for key, names in leaves.items() for name in names if key not in NAMES_NO_CODE}
-    refuse_foreign_code({key: name for key, name in named.items() if name.partition(":")[0] not in SOURCES}, where)
 
 
 def _prefixed(section: str, rules: Iterator[Rule]) -> Iterator[Rule]:
@@ -399,6 +395,8 @@ def _name_rules(config: TrainConfig) -> Iterator[Rule]:
         ("model.model_type", MODELS, config.model.model_type),
     ]
     for key, registry, name in named:
+        if isinstance(name, Untrusted) and names_code(name):
+            continue  # resolved where it is needed
         try:
             registry.get(name)
         except PicoError as error:

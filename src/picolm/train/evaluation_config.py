@@ -1,12 +1,16 @@
 """The `evaluation` section of a training configuration: what is measured on the live model, and on what."""
 
+from typing import Annotated
+
 from pydantic import NonNegativeInt, PositiveInt
 
+from picolm.data import is_own_source
+from picolm.provenance import NamesCode
 from picolm.schema import Place, Section
 
 
 class Paloma(Section):
-    dataset_name: Place = "auto"
+    dataset_name: Annotated[Place, NamesCode("data source", is_code=is_own_source)] = "auto"
     """Rows to evaluate on; `auto`: the held-out part of the data, else pico-lm/pretokenized-paloma-tinsy."""
     dataset_split: str = "val"
     """Split of that data set."""
@@ -30,7 +34,9 @@ class MinimalPairs(Section):
 class Harness(Section):
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness, by name."""
-    include_path: Place | None = None
+    include_path: Annotated[
+        Place | None, NamesCode("folder of tasks, whose files may name functions", is_code=bool)
+    ] = None
     """A folder with the YAML files of your own tasks."""
     limit: PositiveInt | None = None
     """Use only so many documents of each task (for a quick look: the figures are then of that part)."""
@@ -41,7 +47,7 @@ class Harness(Section):
 
 
 class Evaluation(Section):
-    metrics: tuple[str, ...] | None = ("paloma",)
+    metrics: Annotated[tuple[str, ...] | None, NamesCode("evaluation")] = ("paloma",)
     """Evaluations to run: paloma (perplexity by source), minimal_pairs, lm_eval (extra `lm_eval`), or
     my_lab.module:attribute; null or empty for none."""
     every_n_steps: PositiveInt | None = None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from picolm.errors import PicoError
+from picolm.provenance import refuse_untrusted
 from picolm.schema import plain
 from picolm.store import Run
 from picolm.store.folders import new_folder
@@ -12,7 +13,7 @@ from picolm.store.identity import stored_weights_digest
 from picolm.train.config import TrainConfig
 from picolm.train.history import check_trained, config_at, place_of, same_elsewhere
 from picolm.train.plan import Due
-from picolm.train.replay import replay
+from picolm.train.replay import UNUSED, replay
 from picolm.train.resume import FORKED, changes, directories
 
 COLLECTED = "replay_of"  # in the environment of a collection: the run that its steps belong to
@@ -29,6 +30,7 @@ def fork(run: Run, step: int, name: str, overrides: Sequence[str]) -> TrainConfi
     folder = {"checkpointing.run_name": name, "checkpointing.runs_dir": str(run.path.parent)}
     words = [f"{key}={json.dumps(value)}" for key, value in folder.items()]
     config = config_at(run, step, [*words, *overrides])
+    refuse_untrusted(config)
     changed = changes(plain(config_at(run, step)), plain(config))
     refused = [key for key in changed if key.startswith(SHAPED)]
     if refused:
@@ -52,6 +54,7 @@ def fork(run: Run, step: int, name: str, overrides: Sequence[str]) -> TrainConfi
 def collection(run: Run, out: Path, step: int, overrides: Sequence[str]) -> Run:
     """The run at `out` that holds steps of `run` made again; created where there is none. Raises PicoError for another run."""
     config = same_elsewhere(run, step, overrides)
+    refuse_untrusted(config, but=UNUSED)
     if not (out / "run.json").exists():
         environment = {key: value for key, value in run.environment.items() if key not in ("starts", FORKED)}
         source = {"run": run.name, "path": place_of(run)}

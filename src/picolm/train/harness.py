@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from picolm.errors import PicoError
 from picolm.models.generate import generate
-from picolm.registry import did_you_mean
+from picolm.registry import did_you_mean, require_trust
 from picolm.train.evaluate import Evaluation
 from picolm.train.scoring import Language, Piece, nats, nats_and_greedy
 
@@ -98,6 +98,8 @@ class Adapter(TemplateLM):
 def run_tasks(evaluation: Evaluation) -> dict[str, float]:
     """The numbers of all tasks, `lm_eval/TASK/METRIC`. Raises PicoError for a task that there is not."""
     settings = evaluation.settings.lm_eval
+    if settings.include_path is not None:
+        require_trust(settings.include_path)  # `!function` in a file of tasks names code that lies beside it
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default
     with contextlib.redirect_stderr(io.StringIO()):  # and draws a bar for every task
         found = simple_evaluate(

@@ -12,7 +12,7 @@ from picolm.store import Checkpoint, Run
 from picolm.store.identity import stored_weights_digest
 from picolm.store.layout import CONFIG
 from picolm.train import devices
-from picolm.train.config import TrainConfig, check_origin, schema_for
+from picolm.train.config import TrainConfig, schema_for
 from picolm.train.resume import changes, resumable
 
 # Keys that say where and on what to compute, or what to watch, and not what is computed.
@@ -78,10 +78,12 @@ def origin(run: Run, step: int) -> Checkpoint:
     return found
 
 
-def stored_with(run: Run, overrides: Sequence[str]) -> TrainConfig:
-    """The configuration of a run as it is stored, with `key=value` overrides. Code that it names itself needs to be trusted."""
-    check_origin(run.config, str(run.path))
-    return load(run.path / CONFIG, schema_for, overrides, within=run.path)
+def stored_with(run: Run, overrides: Sequence[str], recorded: Sequence[str] = ()) -> TrainConfig:
+    """Return the configuration of a run as it is stored, with `key=value` pairs: recorded by the run, then typed by the user.
+
+    Only names of code that the user typed are trusted.
+    """
+    return load(run.path / CONFIG, schema_for, overrides, within=run.path, recorded=recorded)
 
 
 def config_at(run: Run, step: int, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -93,8 +95,7 @@ def config_at(run: Run, step: int, overrides: Sequence[str] = ()) -> TrainConfig
     undone: dict[str, Any] = {}
     for start in reversed(starts[_deciding(starts, step) + 1 :]):
         undone |= {key: old for key, (old, _) in start.get("changed", {}).items()}
-    before = [f"{key}={json.dumps(value)}" for key, value in undone.items()]
-    return stored_with(run, [*before, *overrides])
+    return stored_with(run, overrides, [f"{key}={json.dumps(value)}" for key, value in undone.items()])
 
 
 def same_elsewhere(run: Run, step: int, overrides: Sequence[str]) -> TrainConfig:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from picolm.address import Address
 from picolm.errors import PicoError
+from picolm.provenance import refuse_untrusted
 from picolm.store import Run
 from picolm.store.identity import weights_digest
 from picolm.store.writer import BackgroundWriter
@@ -31,6 +32,8 @@ from picolm.train.state import check_sizes
 from picolm.train.strategies import keeps_shards
 
 log = logging.getLogger("picolm")
+
+UNUSED = ("evaluation.metrics", "evaluation.lm_eval.")  # code that a replay does not need: it evaluates nothing
 
 
 class ReplayPlan:
@@ -103,6 +106,8 @@ def replay(
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         stretches = list(segments(run, begin.step, last, overrides))
+        for config, _, _ in stretches:
+            refuse_untrusted(config, but=UNUSED)
         for config, first, end in stretches:
             check_sizes(config.model, begin)
             job = _equip(run, config, stop, stack, hands_on=len(stretches) > 1)

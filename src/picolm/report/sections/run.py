@@ -115,13 +115,13 @@ def _parameters(last: Checkpoint | None) -> int:
 
 def _differences(opened: Run) -> list[tuple[str, Any, Any]]:
     """Key, value, default; empty where the defaults are not to be had (an architecture that is not installed, or not trusted)."""
-    from picolm.train.config import check_origin, schema_for
+    from picolm.provenance import mark_untrusted
+    from picolm.train.config import schema_for
     from picolm.train.upload import differences
 
     config = _config(opened)
     try:
-        check_origin(config, str(opened.path))
-        found = differences(config, schema_for(config))
+        found = differences(config, schema_for(mark_untrusted(config, str(opened.path))))
     except (PicoError, ValueError):
         return []
     return [(key, *pair) for key, pair in found.items() if key.rpartition(".")[2] not in EXPECTED]
