@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.table import Table
 
     from picolm.data.manifest import Manifest
@@ -47,12 +49,28 @@ def prepared(manifest: "Manifest", place: object) -> str:
         lines.append(
             f"{manifest.bad_lines:,} lines could not be used, among them: {', '.join(manifest.first_bad_lines)}"
         )
+    lines += _remarks(manifest)
     vocabulary = manifest.tokenizer["vocab_size"]
     lines.append(
         f"Train on it:  pico train configs/demo.yaml data.dataset.name={place} data.tokenizer.vocab_size={vocabulary} "
         f"model.vocab_size={vocabulary} model.max_seq_len={manifest.seq_len} checkpointing.run_name=mine"
     )
     return "\n".join(lines)
+
+
+def _remarks(manifest: "Manifest") -> "Iterator[str]":
+    """Yield what else is to be known of prepared rows: what was not read, what is in the text, what is not in the tokens."""
+    from picolm.data.documents import told
+
+    if manifest.not_read:
+        yield f"Not read: {told(manifest.not_read, manifest.first_not_read)}"
+    if manifest.outside:
+        yield f"Links that lead out of the given folders were followed: {', '.join(manifest.outside)}"
+    if manifest.nul_characters:
+        yield f"The text holds {manifest.nul_characters:,} NUL characters, in {', '.join(manifest.files_with_nul)}"
+    if manifest.lost_characters:
+        shown = ", ".join(f"{character!r} ({count:,})" for character, count in manifest.most_lost.items())
+        yield f"The tokenizer has no token for {manifest.lost_characters:,} characters: {shown}"
 
 
 def parts(family: str) -> "Table":

@@ -21,7 +21,7 @@ from picolm.errors import FileError, FileMissing
 TEXT_BYTES = 64 << 20  # most bytes of a file that is read whole: the largest tokenizer.json in use has about 30 MB
 LINE_BYTES = 16 << 20  # most bytes of one line of a file that is read line by line
 _LINK = "is a link; links inside of a run, corpus or cache are not followed: put the file itself there"
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 
@@ -126,7 +126,7 @@ def read_lines(path: Path, within: Path | None = None, most_bytes: int = LINE_BY
 def refuse_lfs_pointer(path: Path) -> None:
     """Raise FileError if a file is the short text that Git LFS leaves where the file itself was not fetched."""
     with open_regular(path) as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise FileError(
                 f"{path}: is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder, or fetch it again"
             )

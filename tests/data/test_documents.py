@@ -141,10 +141,12 @@ def test_files_that_cannot_be_read_are_errors(write_texts: Texts) -> None:
 def test_paths_without_text_say_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing: there is no such file or folder"):
         find_files([tmp_path / "nothing"])
-    with pytest.raises(DataError, match=r"no text files in there \(.txt, .md, .jsonl, .parquet, also .gz or .zst\)"):
+    with pytest.raises(
+        DataError, match=r"no text files in there \(.txt, .text, .md, .*.parquet; all but .parquet also .gz or .zst\)"
+    ):
         find_files([tmp_path])
     (tmp_path / "a.docx").touch()
-    with pytest.raises(DataError, match=r"a.docx: is not of a known kind \(.txt, .md, .jsonl, .parquet"):
+    with pytest.raises(DataError, match=r"a.docx: is not of a known kind \(.txt, .text, .md, .markdown, .jsonl"):
         find_files([tmp_path / "a.docx"])
 
 

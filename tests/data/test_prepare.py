@@ -185,7 +185,7 @@ def test_the_same_again_is_left_alone_and_anything_else_refused(corpus: Path, tm
         DataError, match=r"out: holds rows made in another way \(seed 1 there, 2 asked for\); choose another"
     ):
         prepare([corpus], out, **OPTIONS | {"seed": 2})
-    with pytest.raises(DataError, match=r"texts: is there already and holds something else; choose another folder"):
+    with pytest.raises(DataError, match=r"texts: lies inside of .*texts, which is read; choose a folder outside"):
         prepare([corpus], corpus, **OPTIONS)
     write_texts({"more.txt": "x"})
     with pytest.raises(DataError, match=r"made in another way \(other text\)"):
@@ -267,7 +267,7 @@ def test_bad_lines_are_in_the_manifest(write_texts: Any, tmp_path: Path, story: 
         (
             {"a.txt": "long " * 500},
             {"val_fraction": 0.1},
-            "the held-out part of the corpus is too short .* raise val_fraction",
+            "the held-out part of the corpus is too short .* hold out more",
         ),
         ({"a.txt": "x"}, {"val_fraction": 1.0}, "val_fraction is 1.0; it is a share of the documents"),
         ({"a.txt": "x"}, {"seq_len": 0}, "seq_len is 0"),

@@ -46,6 +46,13 @@ def prepare_data(
     seq_len: Annotated[int, typer.Option(help="Input tokens of a row; rows hold one more, the last target.")] = 2048,
     seed: Annotated[int, typer.Option(help="Of the order of documents and rows, and of what is held out.")] = 42,
     val_fraction: Annotated[float, typer.Option(help="Share of the documents that is held out as split val.")] = 0.0,
+    val: Annotated[
+        list[str] | None,
+        typer.Option(help="A file or folder that is held out as split val; may be given several times."),
+    ] = None,
+    val_last: Annotated[
+        float, typer.Option(help="Share at the end of each document that is held out as split val.")
+    ] = 0.0,
     filters: Annotated[
         list[str] | None,
         typer.Option("--filter", help="Keep documents by a filter: length,min_characters=200 or my_lab.x:filter."),
@@ -74,8 +81,8 @@ def prepare_data(
     with phases() as progress:
         manifest = prepare(
             paths, out, tokenizer=tokenizer, vocab_size=vocab_size, seq_len=seq_len, seed=seed,
-            val_fraction=val_fraction, filters=filters or [], deduplicate=deduplicate, progress=progress,
-            run_bytes=memory << 20, executor=spread,
+            val_fraction=val_fraction, val=val or [], val_last=val_last, filters=filters or [],
+            deduplicate=deduplicate, progress=progress, run_bytes=memory << 20, executor=spread,
         )  # fmt: skip
     if manifest is None:
         say(f"Handed in; {out} will be there when the last job is done. The same command hands in what failed.")

@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from picolm.data.documents import Reader, TextFile
+from picolm.data.documents import Found, Reader, TextFile
 from picolm.data.duplicates import Digests, dropped_from, parts_for
 from picolm.data.filters import load_filter
 from picolm.data.job import Job, Progress, Report, written
@@ -32,17 +32,21 @@ _EXACT_HELD_OUT = 1024
 _MOST_FILES = 4096
 _NAMED_BAD_LINES = 5
 _WAITING = struct.Struct("<II")  # the number of its source in its group of files, bytes of its text
+_HELD_OUT = 1 << 31  # added to the number of the source of a document that is held out whatever the seed
 _PLACED = struct.Struct("<QI")  # the lot drawn for the document, the number of its source
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Preparation(Job):
-    """Text files on their way to rows. piece_bytes: where long texts are cut; filters: the texts that name them."""
+    """Text files on their way to rows. piece_bytes: where long texts are cut; filters: the texts that name them;
+    found: the files, with what else there is where they are.
+    """
 
     files: tuple[TextFile, ...]
     recipe: Recipe
     filters: tuple[str, ...]
     piece_bytes: int
+    found: Found
 
     @property
     def groups(self) -> list[tuple[int, int]]:
@@ -54,7 +58,12 @@ class Preparation(Job):
     def sources(self) -> list[str] | None:
         """The names of the sources by number; None when no document names one."""
         names = self.report("index")["sources"]
-        return None if set(names) <= {None} else ["unlabelled" if name is None else name for name in names]
+        if set(names) <= {None}:
+            return None
+        spare = "unlabelled"
+        while spare in names:
+            spare += "_"
+        return [spare if name is None else name for name in names]
 
     def vocabulary(self) -> Vocabulary:
         """The tokenizer of the rows; there from the start, or once it is trained."""
@@ -87,14 +96,16 @@ def read(job: Preparation, unit: int, progress: Progress) -> Report:
                     continue
                 number = numbers.setdefault(document.source, len(numbers))
                 _check_sources(len(numbers), document.source)
-                pieces.add(number, document.text.encode())
+                for held_out, text in _sides(document.text, file.held_out, job.recipe.val_last):
+                    pieces.add(number | held_out * _HELD_OUT, text.encode())
                 if pieces.documents % 256 == 0:
                     progress("reading", before + reader.bytes_read, total)
         pieces.close()
     progress("reading", before + reader.bytes_read, total)
     return {
         "pieces": pieces.counts, "sources": list(numbers), "left_out": left_out, "bad_lines": reader.bad_lines,
-        "first_bad_lines": reader.first_bad_lines, "digests": [file.digest() for file in job.files[start:end]],
+        "first_bad_lines": reader.first_bad_lines, "nul_characters": reader.nul_characters,
+        "files_with_nul": reader.files_with_nul, "digests": [file.digest() for file in job.files[start:end]],
     }  # fmt: skip
 
 
@@ -136,6 +147,8 @@ def index(job: Preparation, unit: int, progress: Progress) -> Report:
         "left_out": dict.fromkeys(job.filters, 0),
         "bad_lines": 0,
         "first_bad_lines": [],
+        "nul_characters": 0,
+        "files_with_nul": [],
         "digests": [],
     }
     for group, report in enumerate(job.reports("read", range(len(job.groups)))):
@@ -144,8 +157,9 @@ def index(job: Preparation, unit: int, progress: Progress) -> Report:
         pieces += [[group, piece] for piece in range(len(report["pieces"]))]
         for documents in report["pieces"]:
             offsets.append(offsets[-1] + documents)
-        found["bad_lines"] += report["bad_lines"]
-        found["first_bad_lines"] = (found["first_bad_lines"] + report["first_bad_lines"])[:_NAMED_BAD_LINES]
+        for counted, named in (("bad_lines", "first_bad_lines"), ("nul_characters", "files_with_nul")):
+            found[counted] += report[counted]
+            found[named] = (found[named] + report[named])[:_NAMED_BAD_LINES]
         found["digests"] += report["digests"]
         for name, dropped in report["left_out"].items():
             found["left_out"][name] += dropped
@@ -168,8 +182,10 @@ def shuffle(job: Preparation, number: int, progress: Progress) -> Report:
     for place, (local, text) in zip(count(report["offsets"][number]), _waiting(_piece(job, group, piece))):
         if place - report["offsets"][number] in dropped:
             continue
-        source, lot = report["numbers"][group][local], derive(job.seed, "held out", place)
-        draws.setdefault(source, Draw()).add(lot)
+        source, held_out = report["numbers"][group][local & ~_HELD_OUT], bool(local & _HELD_OUT)
+        lot = int(not held_out) if job.recipe.is_fixed else derive(job.seed, "held out", place)
+        if not (held_out and job.recipe.val_last):  # the end of a document that is counted already
+            draws.setdefault(source, Draw()).add(lot)
         keys.append(derive(job.seed, "document", place))
         records.append(_PLACED.pack(lot, source) + text)
         size += len(text)
@@ -193,7 +209,7 @@ def divide(job: Preparation, unit: int, progress: Progress) -> Report:
     shutil.rmtree(job.path("pieces"), ignore_errors=True)
     shutil.rmtree(job.path("digests"), ignore_errors=True)
     return {
-        "limits": [draw.limit(job.recipe.val_fraction) for draw in draws],
+        "limits": [1 if job.recipe.is_fixed else draw.limit(job.recipe.val_fraction) for draw in draws],
         "documents": [draw.documents for draw in draws],
         "duplicates": duplicates,
         "parts": -(-size // job.run_bytes),
@@ -252,6 +268,19 @@ def _groups(files: tuple[TextFile, ...], run_bytes: int) -> list[tuple[int, int]
             groups.append((start, number))
             start, size = number, 0
     return groups
+
+
+def _sides(text: str, held_out: bool, last: float) -> list[tuple[bool, str]]:
+    """Return a document as (whether it is held out, text): the last share of it is, where one is asked for.
+
+    It is cut behind a line, else behind white space, else anywhere.
+    """
+    end = len(text) - round(last * len(text))
+    if not last or held_out or end == len(text):
+        return [(held_out, text)]
+    found = max(text.rfind("\n", 0, end), text.rfind("\r", 0, end)) + 1 or text.rfind(" ", 0, end) + 1 or end
+    begin, rest = text[:found], text[found:]
+    return [(False, begin), (True, rest)] if begin.strip() and rest.strip() else [(False, text)]
 
 
 def _piece(job: Job, group: int, piece: int) -> Path:

@@ -19,7 +19,9 @@ import json
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from picolm import trusted
 from picolm.data import SOURCES
@@ -79,7 +81,7 @@ class Repository:
 class Index:
     """What has to be known of a split before any shard is fetched: its files and digests in order, and rows in each."""
 
-    commit: str
+    commit: Annotated[str, Field(pattern=r"^[\w-]+$")]
     files: list[Name]
     digests: list[str]
     rows: list[Count]

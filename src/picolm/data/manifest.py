@@ -24,7 +24,7 @@ _TOKENIZER = {"file": str, "sha256": str, "vocab_size": int, "eos_token": str, "
 
 def _inside(file: str) -> str:
     path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or not path.name or set(file) & set("\0\\\n"):
+    if path.is_absolute() or ".." in path.parts or not path.name or "\\" in file or not file.isprintable():
         raise ValueError("should be the name of a file in the folder of the manifest")
     return file
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from picolm.data import corpus, rows
 from picolm.data.corpus import Preparation
-from picolm.data.documents import LONGEST_BYTES, TextFile, digest_files, digest_inputs, find_files, is_remote
+from picolm.data.documents import LONGEST_BYTES, Found, TextFile, digest_files, digest_inputs, is_remote, survey
 from picolm.data.duplicates import find_duplicates
 from picolm.data.job import WORK_FORMAT, Progress, Report, Stage, one, untold
 from picolm.data.manifest import Manifest, digest_of
@@ -33,6 +33,7 @@ from picolm.data.shards import ROWS_PER_SHARD, count_shards, written_shards
 from picolm.data.shards import rank as rank_rows
 from picolm.data.shards import write as write_shard
 from picolm.data.tokenizer import Vocabulary, load_vocabulary, write_tokenizer
+from picolm.errors import DataError
 
 RUN_BYTES = 32 << 20
 _SMALLEST_PIECE_BYTES = 1 << 16
@@ -48,6 +49,8 @@ def prepare(
     seq_len: int = 2048,
     seed: int = 42,
     val_fraction: float = 0.0,
+    val: Sequence[str | Path] = (),
+    val_last: float = 0.0,
     filters: Sequence[str] = (),
     deduplicate: bool = False,
     progress: Progress | None = None,
@@ -57,6 +60,8 @@ def prepare(
     """Turn text files into a folder of shards, `manifest.json` and the tokenizer's files; returns the manifest.
 
     tokenizer: a tokenizer.json, a folder with one, or a Hub name; None trains one of `vocab_size` entries on the text.
+    val_fraction: share of the documents that is held out; or val: files and folders that are held out, and not trained on
+    even if they lie in the given folders; or val_last: the share at the end of each document that is held out.
     filters: such as `length,min_characters=200` (see `filters.py`); deduplicate: of equal texts, keep the first.
     run_bytes: text that a process holds at once; changes no row. executor: who does the work; None: this process. One that
     does not wait for its work (a cluster) makes the result None as long as that is not finished.
@@ -65,17 +70,21 @@ def prepare(
     that was interrupted is gone on with. Raises DataError for inputs that cannot be read and for a corpus too short for a
     single row.
     """
+    out, paths, val = Path(out).expanduser(), list(paths), list(val)
+    _check_apart(out, [*paths, *val])
     if executor is not None:  # its tasks may run in other folders
-        out, paths = Path(out).absolute(), [path if is_remote(path) else Path(path).absolute() for path in paths]
-    files, out = find_files(paths), Path(out)
+        out = out.absolute()
+        paths, val = ([path if is_remote(path) else Path(path).absolute() for path in given] for given in (paths, val))
+    found = survey(paths, val)
+    files = found.files
     vocabulary = None if tokenizer is None else load_vocabulary(tokenizer)
     listed = _listed(files) if is_free(out) else None  # reading all of a large corpus for its digest takes long
     recipe = recipe_for(
         files, vocabulary, vocab_size=vocab_size, seq_len=seq_len, seed=seed, val_fraction=val_fraction,
-        filters=filters, deduplicate=deduplicate, inputs=listed,
+        filters=filters, deduplicate=deduplicate, val_last=val_last, inputs=listed,
     )  # fmt: skip
     return prepare_files(
-        files, recipe, out, vocabulary, progress, filters=filters, run_bytes=run_bytes, executor=executor
+        files, recipe, out, vocabulary, progress, filters=filters, run_bytes=run_bytes, executor=executor, found=found
     )
 
 
@@ -90,13 +99,14 @@ def prepare_files(
     filters: Sequence[str] = (),
     run_bytes: int = RUN_BYTES,
     executor: Executor | None = None,
+    found: Found | None = None,
 ) -> Manifest | None:
     """Make the folder of a recipe unless it is there already. `recipe.inputs` may be a digest of names, sizes and times."""
     name = digest_of([recipe.identity(), run_bytes, rows_per_shard, WORK_FORMAT])[:12]
     job = Preparation(
         folder=out.parent / f".{out.name}.{name}", out=out, seed=recipe.seed, row_length=recipe.seq_len + 1,
         run_bytes=run_bytes, rows_per_shard=rows_per_shard, files=tuple(files), recipe=recipe, filters=tuple(filters),
-        piece_bytes=_piece_bytes(files, recipe.val_fraction),
+        piece_bytes=_piece_bytes(files, recipe.val_fraction), found=found or Found(list(files), {}, [], []),
     )  # fmt: skip
 
     def start() -> None:
@@ -108,6 +118,18 @@ def prepare_files(
         return None if is_free(out) else already_there(out, _measured(job).identity())
 
     return carry_out(job, STAGES, there, start, progress or untold, executor)
+
+
+def _check_apart(out: Path, paths: Iterable[str | Path]) -> None:
+    """Raise DataError where the result would lie among the texts, or the texts in it: another time it would be read as text."""
+    for path in paths:
+        place = Path(path).expanduser()
+        if is_remote(path) or not place.exists():
+            continue
+        if place.is_dir() and out.resolve().is_relative_to(place.resolve()):
+            raise DataError(f"{out}: lies inside of {path}, which is read; choose a folder outside of it")
+        if place.resolve().is_relative_to(out.resolve()):
+            raise DataError(f"{path}: lies inside of {out}, which is to be made; choose another folder for the result")
 
 
 def finish(job: Preparation, unit: int, progress: Progress) -> Report:
@@ -134,6 +156,11 @@ def finish(job: Preparation, unit: int, progress: Progress) -> Report:
         bad_lines=index["bad_lines"],
         first_bad_lines=index["first_bad_lines"],
         left_out=index["left_out"] | duplicates,
+        not_read=job.found.not_read,
+        first_not_read=job.found.first_not_read,
+        outside=job.found.outside,
+        nul_characters=index["nul_characters"],
+        files_with_nul=index["files_with_nul"],
         lost_characters=carry["lost_characters"],
         most_lost=carry["most_lost"],
     )
@@ -202,4 +229,6 @@ def _listed(files: Sequence[TextFile]) -> str:
     def state(file: TextFile) -> Any:
         return list(file.remote) if file.remote is not None else [file.size(), file.path.stat().st_mtime_ns]
 
-    return _LISTED + digest_of([file.name, str(file.path.absolute()), file.source, state(file)] for file in files)
+    return _LISTED + digest_of(
+        [file.name, str(file.path.absolute()), file.source, file.held_out, state(file)] for file in files
+    )

@@ -14,12 +14,15 @@ from picolm.data.manifest import Manifest, damaged_files, read_manifest
 from picolm.data.tokenizer import Vocabulary, check_size
 from picolm.errors import DataError
 
-_NEWER = ("filters", "deduplicate")
+_NEWER = ("filters", "deduplicate", "val_given", "val_last")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that the rows follow from. inputs: digest of the files; tokenizer: sha-256 of its file, or `trained`."""
+    """All that the rows follow from. inputs: digest of the files; tokenizer: sha-256 of its file, or `trained`.
+
+    Held out are the share `val_fraction` of the documents, or given files (val_given), or the last share of each document.
+    """
 
     inputs: str
     tokenizer: str
@@ -30,6 +33,13 @@ class Recipe:
     version: int = 1
     filters: tuple[str, ...] = ()
     deduplicate: bool = False
+    val_given: bool = False
+    val_last: float = 0.0
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether what is held out does not depend on the seed."""
+        return self.val_given or self.val_last > 0
 
     def identity(self) -> dict[str, Any]:
         """Its fields; those that are newer than the first prepared folders only where they say something."""
@@ -47,6 +57,7 @@ def recipe_for(
     val_fraction: float,
     filters: Sequence[str] = (),
     deduplicate: bool = False,
+    val_last: float = 0.0,
     inputs: str | None = None,
 ) -> Recipe:
     """The recipe of these files and options. inputs None: reads all files for their digests.
@@ -55,10 +66,15 @@ def recipe_for(
     """
     if seq_len < 1:
         raise DataError(f"seq_len is {seq_len}; a row needs at least one input token")
-    if not 0 <= val_fraction < 1:
-        raise DataError(
-            f"val_fraction is {val_fraction}; it is a share of the documents, from 0 up to, but not including, 1"
-        )
+    for name, share, whole in (
+        ("val_fraction", val_fraction, "the documents"),
+        ("val_last", val_last, "each document"),
+    ):
+        if not 0 <= share < 1:
+            raise DataError(f"{name} is {share}; it is a share of {whole}, from 0 up to, but not including, 1")
+    given = any(file.held_out for file in files)
+    if (val_fraction > 0) + (val_last > 0) + given > 1:
+        raise DataError("what is held out is said in two ways; choose one of val, val_fraction and val_last")
     if vocabulary is None:
         check_size(vocab_size)
         tokenizer, size = "trained", vocab_size
@@ -67,7 +83,10 @@ def recipe_for(
         tokenizer, size = hashlib.sha256(vocabulary.file.read_bytes()).hexdigest(), None
     named = tuple(identity(text) for text in filters)
     inputs = digest_files(files) if inputs is None else inputs
-    return Recipe(inputs, tokenizer, size, seq_len, seed, val_fraction, filters=named, deduplicate=deduplicate)
+    return Recipe(
+        inputs, tokenizer, size, seq_len, seed, val_fraction, filters=named, deduplicate=deduplicate, val_given=given,
+        val_last=val_last,
+    )  # fmt: skip
 
 
 def already_there(out: Path, recipe: dict[str, Any]) -> Manifest | None:

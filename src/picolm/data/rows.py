@@ -210,10 +210,10 @@ def _rest(job: Job, part: int, end: int, size: int, rest: int, before: np.ndarra
 
 
 def _check(job: Preparation, rows: dict[str, int], dropped: dict[str, int]) -> None:
-    for split in SPLITS if job.recipe.val_fraction else ("train",):
+    for split in SPLITS if job.recipe.val_fraction or job.recipe.is_fixed else ("train",):
         if rows[split] == 0:
             part = "held-out part of the corpus" if split == "val" else "corpus"
-            advice = "raise val_fraction, " if split == "val" else "add text, "
+            advice = "hold out more, " if split == "val" else "add text, "
             raise DataError(
                 f"the {part} is too short for a single row: {dropped[split]} tokens at most, a row takes {job.row_length} "
                 f"({sum(job.report('divide')['documents'])} documents in {len(job.files)} files); {advice}or lower seq_len"

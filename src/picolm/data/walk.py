@@ -1,0 +1,97 @@
+"""Find the files below a folder of texts: through its links, each real folder once, and with a word on all that is not read."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+_NAMED = 5
+
+
+class Walked(NamedTuple):
+    """files: to be read, in the order of their relative names; not_read: (why, relative name); outside: links that lead out."""
+
+    files: list[Path]
+    not_read: list[tuple[str, str]]
+    outside: list[str]
+
+
+def walk(folder: Path, is_wanted: Callable[[Path], bool]) -> Walked:
+    """Return the files below a folder, without hidden ones. Links to folders are followed; each real folder is read once.
+
+    Folders that are no links come first, so that a folder has its own name even where a link leads to it too.
+    """
+    root, seen, found = folder.resolve(), set[tuple[int, int]](), Walked([], [], [])
+    waiting = [folder]
+    while waiting:
+        links = list[Path]()
+        for start in waiting:
+            if start != folder and not start.resolve().is_relative_to(root) and _identity(start) not in seen:
+                found.outside.append(start.relative_to(folder).as_posix())
+            links += _below(start, folder, root, seen, found, is_wanted)
+        waiting = sorted(links)
+    found.files.sort(key=lambda path: path.relative_to(folder).as_posix())
+    found.not_read.sort(key=lambda entry: entry[1])
+    return found
+
+
+def counted(not_read: list[tuple[str, str]]) -> tuple[dict[str, int], list[str]]:
+    """Return how many files were not read for each reason, and the first of their names."""
+    return dict(sorted(Counter(why for why, _ in not_read).items())), [visible(name) for _, name in not_read[:_NAMED]]
+
+
+def visible(name: str) -> str:
+    """Return the name of a file as text that can be written, whatever bytes it consists of."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _below(
+    start: Path,
+    folder: Path,
+    root: Path,
+    seen: set[tuple[int, int]],
+    found: Walked,
+    is_wanted: Callable[[Path], bool],
+) -> list[Path]:
+    """Add the files below `start`, and return the links to folders there."""
+    links = list[Path]()
+
+    def unreadable(error: OSError) -> None:
+        found.not_read.append(("cannot be read", Path(error.filename).relative_to(folder).as_posix()))
+
+    for parent, folders, files in os.walk(start, onerror=unreadable):
+        if _identity(Path(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(_identity(Path(parent)))
+        inside = [Path(parent) / name for name in folders if not name.startswith(".")]
+        links += [path for path in inside if path.is_symlink()]
+        folders[:] = [path.name for path in inside if not path.is_symlink()]
+        for path in (Path(parent) / name for name in files if not name.startswith(".")):
+            name = path.relative_to(folder).as_posix()
+            if why := _why_not(path, is_wanted):
+                found.not_read.append((why, name))
+                continue
+            found.files.append(path)
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                found.outside.append(name)
+    return links
+
+
+def _why_not(path: Path, is_wanted: Callable[[Path], bool]) -> str:
+    """Return why a file is not read; empty if it is."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "not a regular file"
+    except OSError:
+        return "link to nothing" if path.is_symlink() else "cannot be read"
+    return "" if is_wanted(path) else visible(path.suffix.lower()) or "no ending"
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
