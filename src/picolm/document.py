@@ -139,6 +139,8 @@ def expand_path(text: str) -> str:
     expanded = _VARIABLE.sub(value_of, text)
     if expanded.startswith("~"):
         home = os.path.expanduser(expanded)
+        if home.startswith("~") and expanded[1:2] in ("", "/"):
+            raise ValueError("the home folder is not known; set HOME, or give the whole path")
         return expanded if home.startswith("~") else home
     return expanded
 

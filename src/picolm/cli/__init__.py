@@ -34,6 +34,11 @@ def main() -> None:
     except PicoError as error:
         say(error, error=True)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        say("The home folder is not known; set HOME, or PICO_CACHE to a folder for what is fetched.", error=True)
+        sys.exit(1)
     except KeyboardInterrupt:  # from where the training listens
         sys.exit(130)
     finally:

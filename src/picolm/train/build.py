@@ -35,6 +35,7 @@ from picolm.train.plan import Plan
 from picolm.train.progress import Progress
 from picolm.train.resume import FORKED, open_run, restore, retention
 from picolm.train.signals import StopSignal
+from picolm.train.memory import require_memory
 from picolm.train.state import State
 from picolm.train.strategies import make_strategy, mark_forward
 from picolm.train.text import Text, checkpoint_files
@@ -274,13 +275,21 @@ def _held_out(config: TrainConfig, name: str, split: str, source: Source) -> Sou
 
 def _sample(source: Source | None, max_rows: int | None, length: int, vocab_size: int) -> Rows | None:
     rows = Rows.sample(source, max_rows, length) if source is not None else None
-    if rows is not None and int(rows.tokens_RS.max()) >= vocab_size:
-        largest = int(rows.tokens_RS.max())
-        raise DataError(f"the held-out rows hold token id {largest}, outside of the vocabulary of {vocab_size}")
+    if rows is None or source is None:
+        return None
+    wrong = (rows.tokens_RS < 0) | (rows.tokens_RS >= vocab_size)
+    if wrong.any():
+        row, position = wrong.nonzero()[0].tolist()
+        raise DataError(
+            f"{source.locate(int(rows.numbers[row]))}: a held-out row holds token id {rows.tokens_RS[row, position]} at "
+            f"position {position}, outside of the vocabulary of {vocab_size}; ids are 0 to {vocab_size - 1}, and rows are not "
+            "padded: leave such rows out, or cut them"
+        )
     return rows
 
 
 def _model(config: TrainConfig, fabric: Fabric) -> Any:
+    require_memory(config.model)
     model = MODELS.get(config.model.model_type)(config.model)
     model.init_parameters(torch.Generator().manual_seed(derive(config.training.seeds.init, "init")))
     return model.to(fabric.device, devices.weight_dtype(config.training.fabric.precision))

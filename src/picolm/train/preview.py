@@ -21,6 +21,7 @@ from picolm.train.build import make_taps
 from picolm.train.config import TrainConfig
 from picolm.train.optim import build_optimizers, schedule_remarks
 from picolm.train.plan import Plan
+from picolm.train.memory import require_blocks
 from picolm.train.state import State
 
 
@@ -67,6 +68,7 @@ def _imagined(config: TrainConfig) -> tuple[TrainConfig, Any, int, int]:
     """The configuration with this machine's devices, the model, and the bytes of its moments and of one capture."""
     fabric = devices.resolve(config.training.fabric)
     config = config.model_copy(update={"training": config.training.model_copy(update={"fabric": fabric})})
+    require_blocks(config.model)
     with FakeTensorMode():  # shapes and element types without values: no memory, no time
         model = MODELS.get(config.model.model_type)(config.model)
         taps = make_taps(config, model)
