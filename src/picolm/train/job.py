@@ -34,6 +34,7 @@ class Job:
     run, writer: None where nothing is kept, and on all processes but the first (no writer).
     about: what the manifests of its checkpoints say besides (replayed from, forked from).
     watchers: called with (job, step) when the gradient of a step is there and its weights are not yet updated.
+    most_skipped: updates that may be skipped in a row before the run stops; None: as many as the configuration says.
     continued_from: the step whose checkpoint this run went on from; that one is on disk already.
     """
 
@@ -55,6 +56,7 @@ class Job:
     run: Run | None = None
     writer: BackgroundWriter | None = None
     loggers: list[Logger] = field(default_factory=list)
+    most_skipped: float | None = None
     continued_from: int | None = None
     about: dict[str, Any] = field(default_factory=dict)
     watchers: "Sequence[Callable[[Job, int], None]]" = ()

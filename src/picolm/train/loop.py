@@ -244,4 +244,5 @@ def evaluation(job: Job) -> dict[str, float]:
 
 def hopeless(job: Job) -> bool:
     """Whether too many updates in a row were skipped."""
-    return job.state.skipped_in_a_row > 0 and job.state.skipped_in_a_row >= job.plan.most_skipped
+    most = job.config.training.max_skipped_steps if job.most_skipped is None else job.most_skipped
+    return job.state.skipped_in_a_row > 0 and job.state.skipped_in_a_row >= most

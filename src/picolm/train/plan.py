@@ -25,7 +25,6 @@ class Schedule(Protocol):
     """What the loop asks: where to end, and what is due at a step."""
 
     last: int
-    most_skipped: float  # updates in a row, before the run stops
 
     def due(self, step: int) -> Due: ...
 
@@ -38,7 +37,6 @@ class Plan:
     def __init__(self, config: TrainConfig):
         self.checkpointing, self.evaluation = config.checkpointing, config.evaluation
         self.last = config.training.max_steps
-        self.most_skipped = config.training.max_skipped_steps
         self.log_every = config.monitoring.logging.log_every_n_steps
         chosen = config.monitoring.logging.digest_every_n_steps
         self.digest_every = self.log_every if chosen is None else chosen

@@ -39,8 +39,6 @@ UNUSED = ("evaluation.metrics", "evaluation.lm_eval.")  # code that a replay doe
 class ReplayPlan:
     """The cadence of the run, but only `kinds` of `steps` are kept, and it ends at `last`."""
 
-    most_skipped = math.inf  # the run came past them
-
     def __init__(self, original: Schedule, last: int, steps: Collection[int], kinds: Due):
         self.original, self.last, self.steps, self.kinds = original, last, steps, kinds
 
@@ -115,6 +113,7 @@ def replay(
             # The step at which the configuration changed was saved before it did.
             kept = [step for step in steps if first < step <= end or step == first == begin.step]
             job.plan = ReplayPlan(Plan(config), end, kept, kinds)
+            job.most_skipped = math.inf  # the run came past them
             job.about = {"replayed": {"run": run.name, "from_step": begin.step}, **(about or {})}
             job.watchers = [*watchers, _compare(run, recorded, verdict), _remember(end, metas)]
             if destination is not None and job.fabric.is_global_zero:
