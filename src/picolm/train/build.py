@@ -30,12 +30,12 @@ from picolm.train.evaluate import Rows
 from picolm.train.failure import Together
 from picolm.train.job import Job
 from picolm.train.loggers import build_loggers, log_folder
+from picolm.train.memory import require_memory
 from picolm.train.optim import build_optimizers, left_out, schedule_remarks
 from picolm.train.plan import Plan
 from picolm.train.progress import Progress
 from picolm.train.resume import FORKED, open_run, restore, retention
 from picolm.train.signals import StopSignal
-from picolm.train.memory import require_memory
 from picolm.train.state import State
 from picolm.train.strategies import make_strategy, mark_forward
 from picolm.train.text import Text, checkpoint_files

@@ -19,9 +19,9 @@ from picolm.store.retention import surplus
 from picolm.train import devices
 from picolm.train.build import make_taps
 from picolm.train.config import TrainConfig
+from picolm.train.memory import require_blocks
 from picolm.train.optim import build_optimizers, schedule_remarks
 from picolm.train.plan import Plan
-from picolm.train.memory import require_blocks
 from picolm.train.state import State
 
 
