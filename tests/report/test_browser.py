@@ -17,6 +17,7 @@ import pytest
 from tests.report.conftest import circuits, norms
 from tests.report.test_page import HOSTILE
 
+from picolm import csvfile
 from picolm.analyze.table import load
 from picolm.errors import PicoError
 from picolm.report.assembly import compose, page, write
@@ -240,6 +241,21 @@ def test_the_csv_is_the_table_and_figures_can_be_saved(
     figure = show(browser, "cka over steps")
     assert "<svg" in download(browser, tmp_path / "svg", figure, "SVG").read_text()
     assert download(browser, tmp_path / "png", figure, "PNG").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_text_of_a_saved_csv_is_a_formula(toy_table: pd.DataFrame, browser_at: Browser, tmp_path: Path) -> None:
+    evil = ["=HYPERLINK(1)", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "'=1", "-1", "plain"]
+    toy_table["options"] = [evil[number % len(evil)] for number in range(len(toy_table))]
+    toy_table["value"] = -toy_table["value"]
+    toy_table.to_parquet(tmp_path / "toy_analysis" / "results.parquet")
+    browser = browser_at(write([], [str(tmp_path / "toy_analysis")], tmp_path / "report.html"))
+    sheet = browser.execute_script("return document.querySelector('.sheet').id")
+    file = download(browser, tmp_path / "csv", sheet, "Save as CSV")
+    raw = pd.read_csv(file, keep_default_na=False, dtype=str)
+    assert set(raw["options"]) == {"'" + text for text in evil[:6]} | set(evil[6:])
+    found = csvfile.read(file)
+    assert list(found["options"]) == list(toy_table["options"])
+    assert np.array_equal(found["value"], toy_table["value"], equal_nan=True)
 
 
 def test_the_table_sorts_and_filters(toy_table: pd.DataFrame, browser_at: Browser, tmp_path: Path) -> None:

@@ -1,8 +1,14 @@
 """What a step costs is what lies on disk, next to the least that its tensors can take."""
 
 import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -128,3 +134,44 @@ def test_verify_goes_through_every_step_damaged_ones_too(run: Run, content: dict
     assert results[0] == []
     assert "step_1/manifest.json: damaged" in results[1][0]
     assert "step_2/config.json: 0 bytes where 20 were written" in results[2][0]
+
+
+def test_the_runs_of_a_folder_are_listed(
+    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from picolm.cli import main
+
+    run = train("monitoring.logging.log_level=ERROR")
+    (run.path.parent / "notes").mkdir()
+    run.path.rename(run.path.with_name("[one]"))
+    monkeypatch.setattr("sys.argv", ["pico", "list", str(run.path.parent)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    row = next(line.split() for line in said.splitlines() if "[one]" in line)
+    assert row[:3] == ["[one]", "4", "6"]
+    assert float(row[3]) > 0
+    assert "notes" not in said
+    monkeypatch.setattr("sys.argv", ["pico", "list", str(run.path.parent / "notes")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "no run here" in capsys.readouterr().err
+
+
+def test_a_run_is_listed_and_reported_where_the_locale_is_not_utf_8(train: Callable[..., Any], tmp_path: Path) -> None:
+    run = train("monitoring.logging.log_level=ERROR")
+    place = run.path.with_name("Größe [1] 你")
+    run.path.rename(place)
+    environment = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    for words in (
+        ["list", str(place)],
+        ["list", str(place.parent)],
+        ["report", str(place), "--out", str(tmp_path / "r.html")],
+    ):
+        done = subprocess.run([sys.executable, "-m", "picolm", *words], env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr
+        done.stdout.decode("ascii")
+    assert "Größe [1] 你" in (tmp_path / "r.html").read_text(encoding="utf-8")

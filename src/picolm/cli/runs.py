@@ -8,16 +8,19 @@ import typer
 from picolm.cli.app import app
 from picolm.cli.arguments import RunArgument, TrustRemoteCode
 from picolm.console import say
-from picolm.errors import PicoError
+from picolm.errors import PicoError, StoreError
 
 
 @app.command("list")
 def list_run(
     run: Annotated[
-        str, typer.Argument(help="A run, or the word metrics or components.", metavar="RUN|metrics|components")
+        str,
+        typer.Argument(
+            help="A run, a folder of runs, or the word metrics or components.", metavar="RUN|FOLDER|metrics|components"
+        ),
     ],
 ) -> None:
-    """Show the steps of a run, what each holds and how many bytes it takes; or all metrics, or all components."""
+    """Show the steps of a run, what each holds and its bytes; the runs of a folder; all metrics, or all components."""
     from picolm.console import screen
 
     console = screen()
@@ -28,9 +31,16 @@ def list_run(
         return
 
     from picolm.store import Run
-    from picolm.store.listing import contents, loss_line, table
+    from picolm.store.listing import contents, loss_line, runs_in, runs_table, table
 
-    opened = Run.open(run)
+    try:
+        opened = Run.open(run)
+    except StoreError:
+        found = runs_in(Path(run))
+        if not found:
+            raise
+        console.print(runs_table(found))
+        return
     console.print(table(contents(opened), width=console.width))
     if line := loss_line(opened):
         say(line)

@@ -57,7 +57,7 @@ def save(material: Material, out: Path, *, own: Sequence[str] = (), figures: str
     text = page(material, chosen)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, text.encode())
+        write_atomically(out, text.encode(errors="backslashreplace"))
     except OSError as error:
         raise PicoError(f"{out}: the report cannot be written ({error})") from error
     return out
@@ -170,4 +170,4 @@ def pack(value: Any) -> Markup:
 
 
 def pack_text(text: str) -> Markup:
-    return Markup(base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode())
+    return Markup(base64.b64encode(gzip.compress(text.encode(errors="backslashreplace"), 6, mtime=0)).decode())

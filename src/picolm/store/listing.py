@@ -1,7 +1,9 @@
 """What a run holds and what that costs, next to what it has to cost; and whether it still is what was written."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from picolm.console import screen, sparkline
@@ -73,6 +75,31 @@ def loss_line(run: Run) -> str:
     series = [losses[step] for step in steps]
     drawn = f" {sparkline(series, 32)} {series[-1]:.4g}" if len(series) > 1 else ""
     return f"loss  {series[0]:.4g}{drawn}  (steps {steps[0]} to {steps[-1]}, nats per token)"
+
+
+def runs_in(folder: Path) -> list[Run]:
+    """The runs that lie in a folder, by name; none where it is no folder. Other folders in it are passed over."""
+    found = []
+    for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if place.is_dir() and not place.name.startswith("."):
+            with suppress(StoreError):
+                found.append(Run.open(place))
+    return found
+
+
+def runs_table(runs: list[Run]) -> "Table":
+    """For a terminal: a row for each run, with its checkpoints, the last of them, and its last logged loss."""
+    from rich import box
+    from rich.table import Table
+
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("run", "checkpoints", "last step", "damaged", "loss"):
+        shown.add_column(heading, justify="left" if heading == "run" else "right", overflow="fold")
+    for run in runs:
+        steps, losses = run.steps, [entry["train/loss"] for entry in run.read_metrics(("train/loss",))]
+        loss = f"{losses[-1]:.4g}" if losses else ""
+        shown.add_row(run.name, str(len(steps)), str(steps[-1]) if steps else "", str(len(damaged(run)) or ""), loss)
+    return shown
 
 
 def table(steps: list[StepContents], title: str = "", width: int | None = None) -> "Table":

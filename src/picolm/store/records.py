@@ -30,7 +30,8 @@ class Records:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        """The name of its folder as text, also where the locale has no such characters, or the name is no text."""
+        return os.fsencode(self.path.resolve().name).decode("utf-8", "backslashreplace")
 
     @property
     def config(self) -> dict[str, Any]:
