@@ -4,8 +4,9 @@ A script: `python -I beside_llama.py CHECKPOINT EXPORT`, for an environment wher
 object of the largest difference of each comparison, and fails where one is larger than rounding.
 """
 
+import contextlib
 import copy
-import importlib.util
+import importlib
 import json
 import sys
 import tempfile
@@ -357,7 +358,9 @@ def difference(ours: Any, llama: Any) -> float:
 
 
 def main(checkpoint: str, export: str) -> int:
-    assert importlib.util.find_spec("picolm") is None, "picolm can be imported here"
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("picolm")
+        raise RuntimeError("picolm can be imported here; the comparison is of what a checkpoint brings by itself")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # small products: more threads only wait for each other
     transformers.logging.set_verbosity_error()
