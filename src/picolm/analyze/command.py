@@ -14,6 +14,7 @@ from picolm.console import can_redraw, say, screen
 from picolm.logs import configure_logging
 from picolm.schema import dump, load, plain
 from picolm.store import Run
+from picolm.store.lock import RunLock
 from picolm.tracking import Session
 
 log = logging.getLogger("picolm")
@@ -39,16 +40,17 @@ def analyze_runs(
         return None
     folder = Path(config.monitoring.output_dir) / config.analysis_name
     folder.mkdir(parents=True, exist_ok=True)
-    configure_logging("INFO", folder / "analysis.log")
-    outcome = _with_bar(config, places, workers=workers, backend=backend, strict=strict)
-    path = table.write(outcome.rows, folder, csv)
+    with RunLock(folder / ".lock", "analysis", "analysis_name").held():
+        configure_logging("INFO", folder / "analysis.log")
+        outcome = _with_bar(config, places, workers=workers, backend=backend, strict=strict)
+        path = table.write(outcome.rows, folder, csv)
+        if aggregated:
+            _write_aggregated(folder, places)
     if left_out := sum(table.only_in_table(outcome.rows).values()):
         log.info(
             "%d values compare with several layers or steps: they are in the table only, not in the JSON files%s.",
             left_out, " or Weights & Biases" if config.monitoring.save_to_wandb else "",
         )  # fmt: skip
-    if aggregated:
-        _write_aggregated(folder, places)
     if config.monitoring.save_to_wandb:
         _to_wandb(config, outcome.rows)
     console = screen()
@@ -66,7 +68,7 @@ def _write_aggregated(folder: Path, places: list[str]) -> None:
     pooled = aggregate(table.load(folder), groups)
     for sentence in (*sentences, *pooled.attrs["left_out"]):
         log.warning("--aggregate: %s", sentence)
-    pooled.to_parquet(folder / "aggregated.parquet")
+    table.seal(folder, table.AGGREGATED, table.to_parquet(pooled))
 
 
 def _with_bar(config: AnalysisConfig, places: list[str], **options: Any) -> Outcome:

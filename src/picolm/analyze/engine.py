@@ -5,9 +5,10 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from picolm.analyze.values import Value, Values, set_aside_damaged
 from picolm.errors import PicoError
 from picolm.registry import CodePolicy, code_policy, set_code_policy
 from picolm.store import Run
+from picolm.store.layout import step_of
 from picolm.store.listing import damaged
+from picolm.store.sealed import SealedCheckpoint
 
 log = logging.getLogger("picolm")
 
+MOST_MISSING = 1000  # steps of a range that are named one by one
 WIDE = 192  # d_model from which layers are worth computing beside each other; below, Python takes most of the time
 # Where every step is compared with every other, this many layers are computed one after the other, the rest together.
 MOST_LAYERS = 512
@@ -82,8 +86,27 @@ def chosen_steps(config: AnalysisConfig, there: list[int]) -> tuple[list[int], l
         return chosen + ([there[-1]] if there and there[-1] not in chosen else []), []
     if isinstance(asked, EachStep):
         return [step for step in there if step % asked.every == 0], []
-    wanted = range(asked.start, asked.end + 1, asked.step) if isinstance(asked, StepRange) else asked
-    return [step for step in wanted if step in there], [step for step in wanted if step not in there]
+    if isinstance(asked, StepRange):  # of any size: only what is there is looked at, and as much again of what is not
+        wanted = range(asked.start, asked.end + 1, asked.step)
+        missing = (step for step in wanted if step not in there)
+        return [step for step in there if step in wanted], list(islice(missing, MOST_MISSING))
+    return [step for step in asked if step in there], [step for step in asked if step not in there]
+
+
+def unreadable_steps(config: AnalysisConfig, run: Run) -> dict[int, str]:
+    """Return, by step, why a step that the analysis asks for cannot be read: damaged, or renamed. Where steps are compared, all
+    of the run are asked for: without a damaged one the last step would be another one.
+    """
+    whole, found = set(run.steps), damaged(run)
+    for path in sorted(run.checkpoints_path.glob("*/manifest.json")) if run.checkpoints_path.is_dir() else []:
+        if step_of(path.parent.name) is None and not path.parent.is_symlink() and not path.parent.name.startswith("."):
+            with suppress(PicoError, OSError):
+                step = SealedCheckpoint(path.parent).step
+                if step not in whole:
+                    found[step] = f"{path.parent}: holds step {step} under another name; call it step_{step}"
+    compares = any(task.target is not None for task in tasks_of(config.metrics))
+    asked = found if compares else set(chosen_steps(config, sorted({*whole, *found}))[0])
+    return {step: found[step] for step in sorted(found) if step in asked}
 
 
 def analyze(
@@ -149,12 +172,13 @@ def _units(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) ->
     others = tuple(i for i in range(len(tasks)) if i not in every)
     for name, run in runs.items():
         steps, missing = chosen_steps(config, run.steps)
-        unreadable = damaged(run)
-        asked = chosen_steps(config, sorted({*run.steps, *unreadable}))[0]
-        outcome.absent += [f"step {step} of {name}: {unreadable[step]}" for step in asked if step in unreadable]
+        unreadable = unreadable_steps(config, run)
+        outcome.absent += [f"step {step} of {name}: {problem}" for step, problem in unreadable.items()]
         outcome.absent += [
             f"step {step} of {name}: there is no such checkpoint" for step in missing if step not in unreadable
         ]
+        if len(missing) == MOST_MISSING:
+            outcome.absent.append(f"further steps of {name} that were asked for: there are no such checkpoints")
         if others:
             yield from (Unit((Place(name, step),), others) for step in steps)
         if every:

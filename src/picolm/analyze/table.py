@@ -7,8 +7,12 @@ metrics without them. target: what the configuration asked to compare with (`las
 against_run, against_step and against_layer say what that was for this row.
 """
 
+import hashlib
+import io
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +20,13 @@ from urllib.parse import quote
 
 from picolm.console import sparkline
 from picolm.csvfile import csv_text
-from picolm.store.files import write_atomically, written_aside
-from picolm.trusted import refuse_links
+from picolm.errors import FileError
+from picolm.store.files import write_atomically
+from picolm.trusted import read_bytes, read_text, refuse_links, require_regular
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
     from rich.table import Table
 
 TEXT = (
@@ -34,37 +40,105 @@ COLUMNS = (
 MEASURED = (*NUMBERS, "forced", "reason")  # the other columns say what a row is about
 COUNTS = ("layer", "head", "forced", "against_step", "against_layer")  # whole numbers or null
 RESULTS = "results.parquet"
+AGGREGATED = "aggregated.parquet"
+CSV = "results.csv"
+SUMS = "checksums.sha256"
 FULL_WIDTH = 116  # characters that all columns of a summary take
 
 
 def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) -> Path:
     """Write results.parquet, the JSON files of each step and, when asked, results.csv; each file is there whole or not at all."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     folder.mkdir(parents=True, exist_ok=True)
     types = {name: pa.string() if name in TEXT else pa.float64() if name in NUMBERS else pa.int64() for name in COLUMNS}
     table = pa.Table.from_pylist(
         [{name: row[name] for name in COLUMNS} for row in rows], schema=pa.schema(list(types.items()))
     )
-    with written_aside(folder / RESULTS) as aside:
-        pq.write_table(table, aside)
+    seal(folder, RESULTS, to_parquet(table))
     for name, values in json_files(rows).items():
-        _write_text(folder, name, json.dumps(values, indent=1) + "\n")
+        refuse_links((folder / name).parent, folder)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name, (json.dumps(values, indent=1) + "\n").encode())
     if csv:
-        _write_text(folder, "results.csv", csv_text(load(folder)))
+        seal(folder, CSV, csv_text(load(folder)).encode())
     return folder / RESULTS
+
+
+def to_parquet(table: "pa.Table | pd.DataFrame") -> bytes:
+    """Return a table as a Parquet file whose pages have checksums."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = io.BytesIO()
+    whole = table if isinstance(table, pa.Table) else pa.Table.from_pandas(table, preserve_index=False)
+    pq.write_table(whole, content, write_page_checksum=True)
+    return content.getvalue()
+
+
+def seal(folder: Path, name: str, content: bytes) -> None:
+    """Write a file of results, and its digest into SUMS, which `sha256sum --check` reads too.
+
+    Between the two writes SUMS has the digests of both, of the file that was there and of the one that takes its place: whenever
+    this is interrupted, the file that is there matches.
+    """
+    new = hashlib.sha256(content).hexdigest()
+    digests = {file: found for file, found in _digests(folder).items() if (folder / file).exists()}
+    _write_digests(folder, digests | {name: [*digests.get(name, []), new]})
+    write_atomically(folder / name, content)
+    _write_digests(folder, digests | {name: [new]})
+
+
+def _write_digests(folder: Path, digests: Mapping[str, Sequence[str]]) -> None:
+    lines = [f"{digest}  {name}\n" for name, found in digests.items() for digest in found]
+    write_atomically(folder / SUMS, "".join(lines).encode())
+
+
+def _digests(folder: Path) -> dict[str, list[str]]:
+    """By file, the digests that it may have; empty for a folder that an earlier version wrote. Raises FileError."""
+    found: dict[str, list[str]] = {}
+    if not os.path.lexists(folder / SUMS):
+        return found
+    for line in read_text(folder / SUMS).splitlines():
+        if not re.fullmatch(r"[0-9a-f]{64}  \S+", line):
+            raise FileError(f"{folder / SUMS}: is damaged, {line!r} is no digest of a file; run the analysis again")
+        found.setdefault(line[66:], []).append(line[:64])
+    return found
+
+
+def read_sealed(path: Path) -> bytes:
+    """Return the content of a file of results. Raises FileError where it is not what was written. A file without a digest beside
+    it, which an earlier version wrote or which was copied alone, is returned unchecked.
+    """
+    content = read_bytes(path, most_bytes=require_regular(path).st_size)
+    digests = _digests(path.parent).get(path.name)
+    if digests is not None and hashlib.sha256(content).hexdigest() not in digests:
+        raise FileError(
+            f"{path}: is not what was written: its sha-256 is not the one in {SUMS}; run the analysis again"
+        )
+    return content
+
+
+def read_parquet(path: Path) -> "pd.DataFrame":
+    """Read a table of results, its digest and the checksums of its pages verified. Raises FileError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = pa.BufferReader(read_sealed(path))
+    try:
+        return pq.read_table(content, page_checksum_verification=True).to_pandas()
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise FileError(f"{path}: cannot be read as a table ({error}); run the analysis again") from error
 
 
 def load(place: str | Path) -> "pd.DataFrame":
     """Read the long table of an analysis, from its folder or its file, as a pandas data frame (layers and heads as Int64).
 
-    A table written before a column existed is completed, see `completed`.
+    A table written before a column existed is completed, see `completed`. Raises FileError where the file is not what was
+    written, or no table.
     """
-    import pandas as pd
-
     path = Path(place)
-    frame = completed(pd.read_parquet(path / RESULTS if path.is_dir() else path))
+    frame = completed(read_parquet(path / RESULTS if path.is_dir() else path))
     return frame[[*COLUMNS, *(name for name in frame.columns if name not in COLUMNS)]].astype(
         dict.fromkeys(COUNTS, "Int64")
     )
@@ -182,11 +256,3 @@ def _course(steps: Mapping[int, Sequence[float]], width: int) -> tuple[str, str,
     """The means at the first and the last step, and the means of all as a sparkline."""
     means = [sum(steps[step]) / len(steps[step]) for step in sorted(steps)]
     return (f"{means[0]:.4g}", f"{means[-1]:.4g}", sparkline(means, width)) if means else ("", "", "")
-
-
-def _write_text(folder: Path, name: str, text: str) -> None:
-    """Write a file below `folder`. Raises StoreError where a part of its path there is a link."""
-    path = folder / name
-    refuse_links(path.parent, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())

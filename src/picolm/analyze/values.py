@@ -5,6 +5,7 @@ Each has a checksum. A file that is damaged anywhere is set aside as a whole, an
 
 import hashlib
 import logging
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -81,13 +82,14 @@ class Values:
     def damage(self) -> str | None:
         """Read everything, and return what is wrong with it; None when all is well."""
         with self._errors():
-            (first, *_) = self._database.execute("PRAGMA quick_check").fetchone()
+            (first, *_) = self._database.execute("PRAGMA integrity_check").fetchone()
             if first != "ok":
                 return str(first)
             wrong = sum(
                 checksum != _checksum(key, value)
                 for key, *value, checksum in self._database.execute("SELECT * FROM kept")
             )
+            self._database.execute("PRAGMA user_version = 1")  # only a write tells whether it can be written
         return f"{wrong} values do not match their checksums" if wrong else None
 
     @contextmanager
@@ -96,7 +98,10 @@ class Values:
         try:
             yield
         except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _OF_CONTENT:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+            # a file that may be written is read-only where its header says a version that SQLite does not know
+            claimed = code == sqlite3.SQLITE_READONLY and os.access(self.path, os.W_OK)
+            if code in _OF_CONTENT or claimed:
                 raise DamagedError(f"{self.path} is damaged ({error}); start the analysis again") from error
             raise PicoError(f"{self.path}: {error}; is the disk full, or another program using it?") from error
 
@@ -105,7 +110,13 @@ class DamagedError(PicoError):
     """The file of kept values is not what was written."""
 
 
-_OF_CONTENT = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_MISMATCH}
+_OF_CONTENT = {
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_FORMAT,
+    sqlite3.SQLITE_MISMATCH,
+}
 
 
 def set_aside_damaged(path: Path) -> None:

@@ -18,14 +18,17 @@ from picolm.store.forms import Holder
 from picolm.trusted import open_to_append, parse_json
 
 logger = logging.getLogger(__name__)
-_UNSUPPORTED = "the file system of %s has no locks (%s); nothing stops a second process from writing this run"
+_UNSUPPORTED = "the file system of %s has no locks (%s); nothing stops a second process from writing this %s"
 
 
 class RunLock:
-    """The lock of one run directory. Entered again by the object that holds it, it only counts."""
+    """The lock of the directory of a run, or of an analysis. Entered again by the object that holds it, it only counts.
 
-    def __init__(self, path: Path):
-        self.path = path
+    what, key: what is being written, and the key of the configuration that names its directory; for messages.
+    """
+
+    def __init__(self, path: Path, what: str = "run", key: str = "run_name"):
+        self.path, self.what, self.key = path, what, key
         self._depth = 0
         self._descriptor: int | None = None
         self._guard = threading.Lock()  # the training thread and the writer thread share one RunLock
@@ -54,10 +57,10 @@ class RunLock:
         except BlockingIOError:
             holder = _describe(os.pread(descriptor, 1000, 0))
             os.close(descriptor)
-            message = f"{self.path.parent}: another process is writing this run ({holder})"
-            raise StoreError(f"{message}; wait for it to end, or choose another run_name") from None
+            message = f"{self.path.parent}: another process is writing this {self.what} ({holder})"
+            raise StoreError(f"{message}; wait for it to end, or choose another {self.key}") from None
         except OSError as error:
-            logger.warning(_UNSUPPORTED, self.path.parent, error.strerror)
+            logger.warning(_UNSUPPORTED, self.path.parent, error.strerror, self.what)
         self._descriptor = descriptor
         self._sign(descriptor)
 
