@@ -252,7 +252,7 @@ def _bound_answer(response: Any) -> None:
 def _bounded(stream: Any, name: str, most_bytes: int | None, module: str) -> Any:
     library: Any = sys.modules[module.partition(".")[0]]  # httpx or httpx2, whichever huggingface_hub uses
 
-    class Bounded(library.SyncByteStream):  # type: ignore[name-defined]
+    class Bounded(library.SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
             start, received = time.monotonic(), 0
             for part in stream:
