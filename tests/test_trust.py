@@ -152,7 +152,7 @@ class Theirs:
         shutil.rmtree(self.folder / "forked", ignore_errors=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["pico", *words])
-            with pytest.raises((SystemExit, TypeError, AttributeError)) as ended:  # a planted part is none
+            with pytest.raises((SystemExit, TypeError, AttributeError, ValueError)) as ended:  # a planted part is none
                 main()
         code = ended.value.code if isinstance(ended.value, SystemExit) else 1
         return int(code or 0), capsys.readouterr().err
@@ -279,6 +279,23 @@ def test_what_the_user_types_is_imported(theirs: Theirs, capsys: Any) -> None:
     theirs.store("training.optimization.optimizer", "hub:Part")
     code, told = theirs.run(capsys, *theirs.commands()["fork"], "training.optimization.lr_scheduler=evil_lab:Part")
     assert (code, "training.optimization.optimizer: hub:Part" in told) == (1, True), told  # which they did not type
+
+
+@pytest.mark.slow
+def test_a_folder_of_tasks_that_a_run_names_is_not_read(theirs: Theirs, capsys: Any) -> None:
+    """A file of tasks names functions of modules beside it (`!function`), which lm-evaluation-harness imports."""
+    tasks = theirs.path / "tasks"
+    tasks.mkdir()
+    theirs.plant(tasks)
+    (tasks / "theirs.yaml").write_text("task: theirs\ndataset_path: json\ndoc_to_text: !function evil_lab.Part\n")
+    theirs.store("evaluation.metrics", ["lm_eval"])
+    theirs.store("evaluation.lm_eval.tasks", ["theirs"])
+    theirs.store("evaluation.lm_eval.include_path", str(tasks))
+    code, told = theirs.run(capsys, "evaluate", str(theirs.path), "--steps", "4")
+    assert (code, f"evaluation.lm_eval.include_path: {tasks}; to import" in told) == (1, True), told
+    assert not theirs.sprung.exists()
+    theirs.run(capsys, "evaluate", str(theirs.path), "--steps", "4", "--trust-remote-code")
+    assert theirs.sprung.exists()
 
 
 def test_a_suite_hands_on_no_name_of_a_run(theirs: Theirs, capsys: Any) -> None:

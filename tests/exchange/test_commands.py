@@ -1,6 +1,8 @@
 """`pico push`, `pull` and `data push` as they are typed: what they say, and that no token is in anything."""
 
 import logging
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,3 +102,27 @@ def test_secrets_in_messages_of_others_are_left_out(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     said = redacted(f"PUT https://me:secret@store/x/y?X-Amz-Signature=abc&Expires=9 failed for {TOKEN} (why? because)")
     assert said == "PUT https://store/x/y?… failed for … (why? because)"
+
+
+def test_code_that_a_run_on_the_hub_names_is_imported_only_with_the_flag(
+    hub: WritableHub, make_run: Callable[..., Run], pico: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    run = make_run()
+    run.write_config(run.config | {"model": run.config["model"] | {"model_type": "hub:Part"}})
+    (tmp_path / "hub.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path)!r}, 'sprung').touch()\nPart = dict\n"
+    )
+    assert pico("push", "runs/toy", "--repo-id", "lab/run")[0] == 0
+    shutil.rmtree("runs")
+    there = "hub:lab/run@toy"
+    for words in (["list", there], ["verify", there], ["pull", there], ["list", "runs/toy"]):
+        assert pico(*words)[0] == 0, words
+        assert not Path("sprung").exists(), words
+    for place in (there, "runs/toy"):
+        words = ["export", place, "--out", "exported"]
+        code, said = pico(*words)
+        assert (code, "names code of its own, model.model_type: hub:Part" in said) == (1, True), said
+        assert not Path("sprung").exists()
+    pico("export", there, "--out", "exported", "--trust-remote-code")
+    assert Path("sprung").exists()
+    sys.modules.pop("hub")
