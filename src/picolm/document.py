@@ -234,7 +234,9 @@ class Document:
                 return None
             return value
         if node.tag not in (f"{_TAG}seq", f"{_TAG}map"):
-            raise yaml.constructor.ConstructorError(None, None, f"{node.tag} is no plain list or mapping", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.tag} is no plain list or mapping", node.start_mark
+            )
         above = (*above, node)
         if isinstance(node, yaml.SequenceNode):
             return [self._value(loader, item, place, (*path, i), above) for i, item in enumerate(node.value)]

@@ -1,5 +1,6 @@
 """What a step leaves behind: its line of metrics, its checkpoint, its evaluation, and words where something went wrong."""
 
+import itertools
 import logging
 import math
 import shlex
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from picolm.address import Address
 from picolm.data.embedded import unigram_entropy
+from picolm.store import Checkpoint
 from picolm.store.identity import weights_digest
 from picolm.store.layout import CONFIG
 from picolm.store.listing import loss_line
@@ -232,19 +234,27 @@ def hopeless(job: Job) -> str:
     told = f"{job.state.skipped_in_a_row} updates in a row had a non-finite loss or gradient; stopped at step {step}"
     if job.run is None:
         return told
-    command = f"pico train {shlex.quote(str(Path(job.run.path) / CONFIG))}"
-    found = last_finite(job.run, step, verify=False)
-    rate = min(job.config.training.optimization.lr / 10, SAFE_RATE)
-    back = (
-        f"\nTo go back to step {found.step}, the last saved one with a finite loss, with a smaller learning rate:"
-        f"\n  {command} training.optimization.lr={rate:.1g}"
-        if found is not None
-        else ""
-    )
+    path = Path(job.run.path)
+    onward = f"pico train {shlex.quote(str(path / CONFIG))}"
+    found = last_finite(job.run, step)
     return (
-        f"{told}, which is saved in {job.run.path}. metrics.jsonl names the rows of their batches.{back}\n"
-        f"To continue from step {step}, without these batches:\n  {command}\n"
+        f"{told}, which is saved in {path}. metrics.jsonl names the rows of their batches.{_fork(job, path, found)}\n"
+        f"To continue from step {step}, without these batches:\n  {onward}\n"
         "A longer training.optimization.lr_warmup_steps or training.fabric.precision=32-true may help too"
+    )
+
+
+def _fork(job: Job, path: Path, found: Checkpoint | None) -> str:
+    """Return the part of the message that continues from a step whose loss was finite; this run keeps all its steps."""
+    if found is None:
+        return ""
+    rate = min(job.config.training.optimization.lr / 10, SAFE_RATE)
+    names = (f"{path.name}-{number}" for number in itertools.count(2))
+    name = next(name for name in names if not path.with_name(name).exists())
+    return (
+        f"\nTo start a new run from step {found.step}, the last saved one with a finite loss, with a smaller learning rate:"
+        f"\n  pico fork {shlex.quote(str(path))} --step {found.step} --run-name {shlex.quote(name)} "
+        f"training.optimization.lr={rate:.1g}"
     )
 
 

@@ -22,7 +22,6 @@ log = logging.getLogger("picolm")
 # What makes another experiment of a run. Where the data lie may change; what they are is told by their fingerprint.
 FIXED = ("model.", "data.", "training.seeds.", "training.optimization.optimizer")
 FREE = ("data.dataset.name", "data.dataset.cache_dir", "data.tokenizer.name", "model.batch_size")
-REMEDIES = ("training.optimization.", "training.fabric.precision")  # what may make updates finite again
 FORKED = "forked_from"  # in the environment of a run: the run and step that its first checkpoint comes from
 # What a run does not follow: where it lies, what its folders were called when it was created, and keys that do nothing.
 IGNORED = (
@@ -67,7 +66,6 @@ def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: S
     for problem in problems:
         log.warning("Damaged checkpoint: %s", problem)
     if checkpoint is not None:
-        checkpoint = _before_failure(config, run, checkpoint, writes)
         state.restore(checkpoint, checkpoint.meta)
         if state.skipped_in_a_row >= config.training.max_skipped_steps:
             state.skipped_in_a_row = 0  # the run stopped for them: it is given as many again
@@ -88,42 +86,15 @@ def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: S
     return checkpoint.step if checkpoint is not None else None
 
 
-def _before_failure(config: TrainConfig, run: Run, last: Checkpoint, writes: bool) -> Checkpoint:
-    """Return the checkpoint to continue from: `last`, or an earlier one where the run had stopped for non-finite updates.
-
-    Weights that give no finite loss stay so with any learning rate. So where a key that decides the updates has changed,
-    the run goes back to its newest step with a finite loss; the steps after it are removed, for they are of a course that
-    the run no longer takes.
-    """
-    remedies = [key for key in changes(run.config, plain(config)) if key.startswith(REMEDIES)]
-    if not remedies or not last.meta.get("skipped_in_a_row") or is_finite(last):
-        return last
-    found = last_finite(run, last.step)
-    if found is None:
-        return last
-    later = [step for step in run.step_directories() if step > found.step]
-    log.warning(
-        "Step %d was saved when updates were no longer finite. %s changed, so the run goes back to step %d; removed: %s.",
-        last.step, ", ".join(remedies), found.step, ", ".join(f"step {step}" for step in later),
-    )  # fmt: skip
-    for step in later if writes else ():
-        run.remove(step)
-    return found
-
-
-def last_finite(run: Run, before: int, verify: bool = True) -> Checkpoint | None:
+def last_finite(run: Run, before: int) -> Checkpoint | None:
     """Return the newest checkpoint before a step that training can continue from and whose loss was finite."""
 
     def accept(checkpoint: Checkpoint) -> bool:
-        return checkpoint.step < before and resumable(checkpoint) and is_finite(checkpoint)
+        finite = all(math.isfinite(float(checkpoint.meta.get(name) or 0.0)) for name in ("loss", "gradient_norm"))
+        return checkpoint.step < before and resumable(checkpoint) and finite
 
-    found, _ = run.latest_whole(verify, accept)
+    found, _ = run.latest_whole(False, accept)
     return found
-
-
-def is_finite(checkpoint: Checkpoint) -> bool:
-    """Whether the loss and the gradient of the step were finite."""
-    return all(math.isfinite(float(checkpoint.meta.get(name) or 0.0)) for name in ("loss", "gradient_norm"))
 
 
 def resumable(checkpoint: Checkpoint) -> bool:
