@@ -71,11 +71,77 @@ def test_bytes_of_added_tokens_and_of_holes_in_the_numbering(folder: Path, tmp_p
     assert sizes_V[-2:].tolist() == [3, 0]
 
 
-def test_bytes_are_unknown_where_the_vocabulary_is_not_of_bytes(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
+WORDS = {"the": 0, "fox": 1, "é": 2, ",": 3, "[UNK]": 4, " ": 5, "\n": 6, "a": 7}
 
-    Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
-    assert token_bytes(tmp_path / "tokenizer.json") is None
+
+def saved(folder: Path, model: Any, pre_tokenizer: Any = None, decoder: Any = None, normalizer: Any = None) -> Path:
+    """A tokenizer.json of these parts."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer(model)
+    for name, part in (("pre_tokenizer", pre_tokenizer), ("decoder", decoder), ("normalizer", normalizer)):
+        if part is not None:
+            setattr(tokenizer, name, part)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("words", [["the", "fox", ",", "a"], ["fox"], ["the", "the", "a"]])
+def test_words_have_their_bytes_and_one_separator_each(tmp_path: Path, words: list[str]) -> None:
+    from tokenizers import models, pre_tokenizers
+
+    for splitter, separator in ((pre_tokenizers.WhitespaceSplit(), " "), (pre_tokenizers.CharDelimiterSplit("é"), "é")):
+        file = saved(tmp_path, models.WordLevel(WORDS, unk_token="[UNK]"), splitter)
+        sizes_V = token_bytes(file)
+        assert sizes_V is not None
+        ids = load_tokenizer(file).encode(separator.join(words)).ids
+        assert sizes_V[ids].sum() == len((separator.join(words) + separator).encode())
+
+
+@pytest.mark.parametrize("behavior", ["isolated", "merged_with_next"])
+def test_characters_have_their_own_bytes(tmp_path: Path, behavior: Any) -> None:
+    from tokenizers import Regex, models, pre_tokenizers
+
+    text = "a, é\na"
+    file = saved(tmp_path, models.WordLevel(WORDS, unk_token="[UNK]"), pre_tokenizers.Split(Regex(r"[\s\S]"), behavior))
+    sizes_V = token_bytes(file)
+    assert sizes_V is not None
+    ids = load_tokenizer(file).encode(text).ids
+    assert len(ids) == len(text)
+    assert sizes_V[ids].sum() == len(text.encode())
+    unknown = load_tokenizer(file).encode("x" + text).ids
+    assert sizes_V[unknown].sum() < 0  # nobody can say how many bytes the unknown token stands for
+    assert sizes_V[load_tokenizer(file).token_to_id("<|endoftext|>")] == 0
+
+
+def test_pieces_with_marks_for_spaces_and_bytes_as_the_last_resort(tmp_path: Path) -> None:
+    from tokenizers import decoders, models, pre_tokenizers
+
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "f", "o", "x"]
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
+    mark = pre_tokenizers.Metaspace(prepend_scheme="never")
+    decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    file = saved(tmp_path, model, mark, decoder)
+    sizes_V = token_bytes(file)
+    assert sizes_V is not None
+    for text in ("fox fox", "f é\n你好 x"):
+        assert sizes_V[load_tokenizer(file).encode(text).ids].sum() == len(text.encode())
+
+
+def test_bytes_are_unknown_where_they_follow_from_the_text_alone(tmp_path: Path) -> None:
+    from tokenizers import models, pre_tokenizers
+
+    words = models.WordLevel(WORDS, unk_token="[UNK]")
+    for splitter in (
+        pre_tokenizers.Whitespace(),  # "fox," and "fox ,"
+        pre_tokenizers.BertPreTokenizer(),
+        pre_tokenizers.Split(" ", "removed"),
+        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(True)]),
+    ):
+        assert token_bytes(saved(tmp_path, words, splitter)) is None
+    assert token_bytes(saved(tmp_path, models.BPE({"f": 0}, []), pre_tokenizers.WhitespaceSplit())) is None
+    assert token_bytes(saved(tmp_path, models.WordPiece({"f": 0, "[UNK]": 1}, unk_token="[UNK]"))) is None
 
 
 def test_truncation_and_padding_of_a_file_are_switched_off(folder: Path, tmp_path: Path) -> None:

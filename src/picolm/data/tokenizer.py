@@ -10,7 +10,7 @@ import re
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -306,28 +306,81 @@ def _cut_runs(texts: Iterable[str]) -> Iterator[str]:
         yield text[start:]
 
 
+UNKNOWN_BYTES = -(1 << 40)  # of a token that stands for any text it does not know: a sum with one of these is negative
+_KEEPS_TEXT = {
+    "ByteLevel",
+    "Metaspace",
+    "Digits",
+    "Punctuation",
+    "UnicodeScripts",
+    "Split",
+}  # unless they remove what splits
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
 def token_bytes(tokenizer_file: str | Path) -> np.ndarray | None:
-    """int64 [V]: bytes of text that each id stands for, 0 for special tokens and unused ids; None if it is not byte-level.
+    """Return int64 [V]: the bytes of text, as the normalizer leaves it, that each token stands for; 0 for special tokens.
 
-    A byte-level vocabulary writes each byte as one letter of an alphabet of 256, so that a token has as many bytes as letters.
+    A byte-level token has as many bytes as letters. Where splitting a text removes nothing, as with tokenizers of characters,
+    a token has the bytes of its own text. Where words are single tokens and white space (or a delimiter) between them is
+    removed, it counts one separator for each word. The unknown token has `UNKNOWN_BYTES`. Returns None where the bytes follow
+    from the text alone: a word before a comma and one before a space are the same token.
     """
-    from tokenizers.pre_tokenizers import ByteLevel
-
     tokenizer = load_tokenizer(tokenizer_file)
-    if "ByteLevel" not in json.dumps(json.loads(tokenizer.to_str())["decoder"]):
+    form = json.loads(tokenizer.to_str())
+    byte_level = "ByteLevel" in json.dumps(form["decoder"])
+    separator = 0 if byte_level else _separator_bytes(form)
+    if separator is None:
         return None
-    letters = set(ByteLevel.alphabet())
     added = tokenizer.get_added_tokens_decoder()
     entries = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
-    sizes_V = np.zeros(max(entries) + 1, dtype=np.int64)
+    sizes_V = np.zeros(max(entries, default=-1) + 1, dtype=np.int64)
     for number, token in entries.items():
-        if number in added:
-            sizes_V[number] = 0 if added[number].special else len(added[number].content.encode())
-        elif set(token) <= letters:
-            sizes_V[number] = len(token)
+        if token == form["model"].get("unk_token") or number == form["model"].get("unk_id"):
+            sizes_V[number] = UNKNOWN_BYTES
+        elif number in added:
+            sizes_V[number] = 0 if added[number].special else len(added[number].content.encode()) + separator
         else:
-            return None
+            size = _letters(token) if byte_level else _own_bytes(token, form)
+            if size is None:
+                return None
+            sizes_V[number] = size + separator
     return sizes_V
+
+
+def _letters(token: str) -> int | None:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return len(token) if set(token) <= set(ByteLevel.alphabet()) else None
+
+
+def _own_bytes(token: str, form: Mapping[str, Any]) -> int | None:
+    """Return the bytes of the text of a token: `▁` is a space for Metaspace, `<0x0A>` a byte where bytes are the fallback."""
+    model = form["model"]
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return None
+    if model.get("byte_fallback") and _BYTE.fullmatch(token):
+        return 1
+    spaces = '"Metaspace"' in json.dumps([form["pre_tokenizer"], form["decoder"]]) or "▁" in json.dumps(
+        form["normalizer"], ensure_ascii=False
+    )
+    return len((token.replace("▁", " ") if spaces else token).encode())
+
+
+def _separator_bytes(form: Mapping[str, Any]) -> int | None:
+    """Return the bytes of text that splitting removes for each token; None where that differs from token to token."""
+    outer = form["pre_tokenizer"]
+    parts = outer["pretokenizers"] if outer and outer["type"] == "Sequence" else [outer] if outer else []
+    removed = [
+        part for part in parts if part["type"] not in _KEEPS_TEXT or str(part.get("behavior", "")).lower() == "removed"
+    ]
+    if not removed:
+        return 0
+    if len(parts) > 1 or form["model"]["type"] != "WordLevel":
+        return None
+    if removed[0]["type"] == "WhitespaceSplit":
+        return 1
+    return len(removed[0]["delimiter"].encode()) if removed[0]["type"] == "CharDelimiterSplit" else None
 
 
 def allow_parallelism() -> None:

@@ -193,7 +193,9 @@ def _scores(name: str, nats: float, tokens: float, text_bytes: float) -> dict[st
         return {f"{name}/nats_per_token": math.nan}
     per_token = nats / tokens
     scores = {name: math.inf if per_token > 700 else math.exp(per_token), f"{name}/nats_per_token": per_token}
-    return scores | ({f"{name}/bits_per_byte": nats / (math.log(2) * text_bytes)} if text_bytes else {})
+    if text_bytes:  # below 0: some tokens stand for text that is not known
+        scores[f"{name}/bits_per_byte"] = nats / (math.log(2) * text_bytes) if text_bytes > 0 else math.nan
+    return scores
 
 
 @EVALUATIONS.add("minimal_pairs")

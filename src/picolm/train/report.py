@@ -82,7 +82,11 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
     if text_bytes is not None:
         total: Any = job.fabric.all_reduce(torch.tensor(text_bytes, device=job.device), reduce_op="sum")
         text_bytes = int(total)
-    if text_bytes and job.stopwatch.predicted == job.tokens_per_step:
+    if text_bytes is not None and text_bytes < 0:
+        job.say_once(
+            "A batch holds tokens for what the tokenizer does not know, whose bytes are not known: no bits per byte."
+        )
+    elif text_bytes and job.stopwatch.predicted == job.tokens_per_step:
         metrics["train/bits_per_byte"] = loss * job.tokens_per_step / (math.log(2) * text_bytes)
     elif text_bytes:
         job.say_once(

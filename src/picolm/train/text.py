@@ -40,7 +40,7 @@ class Text:
         return self.tokenizer.decode_batch([[number] for number in numbers], skip_special_tokens=False)
 
     def target_bytes(self, micro_batches: Sequence[Tensor]) -> int | None:
-        """Bytes of text behind the predicted tokens of a batch."""
+        """Return the bytes of text behind the predicted tokens of a batch; below 0 where some are not known."""
         if self.token_bytes_V is None:
             return None
         return sum(int(self.token_bytes_V[tokens_BS[:, 1:]].sum()) for tokens_BS in micro_batches)
