@@ -10,13 +10,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tests.fox import TEXT
 
 from picolm.cli import app
 from picolm.data.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
 from picolm.errors import DataError, PicoError
+from picolm.formats import export
+from picolm.formats.importing import import_model
 from picolm.store import Run
 from picolm.store.identity import stored_weights_digest
+from picolm.train.afterwards import _rows, evaluate_steps
+from picolm.train.history import stored_with
+from picolm.train.sample import load_model
 
 
 @pytest.fixture
@@ -212,3 +219,27 @@ def test_files_beside_a_tokenizer_that_are_links_do_not_get_into_a_checkpoint(
     (tmp_path / "text" / name).symlink_to(tmp_path / "secret")
     with pytest.raises(PicoError, match=f"{name}: is a link"):
         train(*reading)
+
+
+def test_imported_weights_in_float64_are_evaluated_unrounded(train: Callable[..., Run], tmp_path: Path) -> None:
+    """The precision of an imported run is not known: what its weights are stored in is."""
+    run = train("training.max_steps=2")
+    export(run, 2, "llama", tmp_path / "llama")
+    file = tmp_path / "llama" / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: tensor.double() + 1e-9 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        for name, tensor in load_file(file).items()
+    }
+    save_file(weights, file, {"format": "pt"})
+    imported, step = import_model(str(tmp_path / "llama"), tmp_path / "imported", None)
+    data = run.config["data"]["dataset"]["name"]
+    words = [f"data.dataset.name={data}", "evaluation.metrics=[paloma]"]
+    ((_, results),) = evaluate_steps(imported, [step], words)
+    rows = _rows(stored_with(imported, words), imported, [step])
+    assert rows is not None
+    with torch.no_grad():
+        ln_p = load_model(imported, step)(rows.tokens_RS[:, :-1]).log_softmax(-1)
+    assert ln_p.dtype == torch.float64
+    exact = -ln_p.gather(-1, rows.tokens_RS[:, 1:, None].long()).mean().item()
+    assert results["paloma/nats_per_token"] == pytest.approx(exact, rel=1e-12)

@@ -213,7 +213,8 @@ def test_held_out_tokens_beyond_the_vocabulary_are_told_before_the_start(
     folder = tmp_path / "large"
     folder.mkdir()
     pq.write_table(pa.table({"input_ids": [[1] * 16 + [64]]}), folder / "val-00000-of-00001.parquet")
-    with pytest.raises(DataError, match="row 0: a held-out row holds token id 64 at position 16, outside of the vocabulary of 64"):
+    told = "row 0: a held-out row holds token id 64 at position 16, outside of the vocabulary of 64"
+    with pytest.raises(DataError, match=told):
         train(f"evaluation.paloma.dataset_name={folder}")
 
 

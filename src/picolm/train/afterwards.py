@@ -71,7 +71,9 @@ def _rows(config: TrainConfig, run: Run, steps: Sequence[int]) -> Rows | None:
 
 def _evaluation(run: Run, step: int, config: TrainConfig, rows: Rows | None) -> Evaluation:
     device = _device()
-    model = load_model(run, step).to(device, weight_dtype(config.training.fabric.precision))
+    model = load_model(run, step).to(device)
+    if next(model.parameters()).dtype != torch.float64:  # such weights, also imported ones, are not rounded
+        model = model.to(dtype=weight_dtype(config.training.fabric.precision))
     file = run.step_path(step) / "tokenizer.json"
     text = Text(file if file.exists() else None, config.model.vocab_size)
     return Evaluation(
