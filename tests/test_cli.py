@@ -240,7 +240,7 @@ def test_a_place_without_a_run(call: Call, tmp_path: Path, command: str) -> None
         (("--step", "3"), "has no step 3 (there are: 0, 2, 4)"),
         (("--max-new-tokens", "100"), "ask for at most"),
         (("--prompt", "word " * 40), "this model takes between 1 and 24"),
-        (("--max-new-tokens", "5", "--temperature", "-1"), "temperature must be at least 0"),
+        (("--max-new-tokens", "5", "--temperature", "-1"), "temperature must be a number of at least 0"),
     ],
 )
 def test_what_cannot_be_written_is_told(call: Call, run: Path, arguments: tuple[str, ...], message: str) -> None:
