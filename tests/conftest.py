@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from tests.planted import SECRETS, holders, told
 os.environ.update(SECRETS)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of the test run in parallel already
 os.environ["HF_HUB_OFFLINE"] = "1"
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # a shell starts what runs in its background so, and children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["WANDB_MODE"] = "offline"
 
 VOCABULARY = 64
