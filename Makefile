@@ -5,13 +5,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 LATEST := .venv-latest/bin
 
-.PHONY: browser slurm demo suite experiment test test-latest check format docs clean help
+.PHONY: browser slurm demo suite experiment test test-latest siege check format docs clean help
 
 help:
 	@echo "make demo   set up, and train a small language model on real text (offline, some minutes)"
 	@echo "make suite  train four sizes with three seeds each, compare them (offline, under an hour on two cores)"
 	@echo "make test   run every test"
 	@echo "make test-latest  test what stands on other packages with their newest versions (in .venv-latest)"
+	@echo "make siege  attack every command with forged runs, rows, models and answers of the Hub (hours; make test has a sample)"
 	@echo "make check  format, lint, types and the fast tests (about a minute)"
 	@echo "make docs   build the documentation into site/, with its figures; a warning is an error"
 
@@ -41,6 +42,10 @@ test-latest: $(LATEST)/pip
 	$(LATEST)/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[dev]'
 	$(LATEST)/python tests/versions.py
 	$(LATEST)/pytest -n 2 --dist worksteal $(OUTSIDE)
+
+# Failures are written to siege.log as they are found.
+siege: .venv/.dev
+	PICO_SIEGE=500 PICO_SIEGE_LOG=siege.log $(BIN)/pytest -n 2 --dist worksteal tests/siege
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .

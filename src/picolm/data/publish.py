@@ -7,8 +7,9 @@ import fcntl
 import glob
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from picolm.data.job import Job, Progress, Stage, run_stage
@@ -42,6 +43,7 @@ def carry_out(
     Another process that is at the same job is waited for. Raises DataError; what is done is kept where it can be of use.
     """
     if (manifest := there()) is None:
+        _require_plain(job.folder)
         with _alone(job.folder):
             if (manifest := there()) is None:
                 with _explained(job, stages):
@@ -68,6 +70,18 @@ def publish(job: Job, manifest: Manifest) -> None:
     result.rename(job.out)
     for used in ("rows", "duplicates", "documents"):
         shutil.rmtree(job.path(used), ignore_errors=True)
+
+
+def _require_plain(folder: Path) -> None:
+    """Raise DataError where a work folder, which is gone on with, is or holds anything but folders and regular files."""
+    inside = (Path(root, name) for root, folders, files in os.walk(folder) for name in (*folders, *files))
+    for path in (folder, *inside):
+        with suppress(FileNotFoundError):  # another process is at the same job, and moves its files
+            mode = path.lstat().st_mode
+            if not stat.S_ISDIR(mode) and (path == folder or not stat.S_ISREG(mode)):
+                raise DataError(
+                    f"{path}: is no {'folder' if path == folder else 'regular file'} of a job; delete {folder}"
+                )
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from picolm.store import Run
 from picolm.store.folders import new_folder, refuse_content
 from picolm.store.foreign import PickledTensors, SafeTensors
 from picolm.store.layout import check_name
-from picolm.train.config import schema_for
+from picolm.train.config import stored_config
 from picolm.train.sample import GenerationConfig
 from picolm.train.state import outline, weight_address
 from picolm.train.text import Text, checkpoint_files
@@ -111,7 +111,7 @@ def _plain(section: dict[str, Any], find: Callable[[str], Path | None], place: s
 
 def _fitting(section: dict[str, Any], weights: dict[str, Tensor], place: str) -> Imported:
     """Raises PicoError where names, shapes or element types are not those of one model of this shape."""
-    config = schema_for({"model": section}).model_validate({"model": section, **_small_vocabulary(section)}).model
+    config = stored_config({"model": section, **_small_vocabulary(section)}, place).model
     shapes = {name: entry.shape for name, entry in outline(config, len(weights), place).state_dict().items()}
     check_names(weights, shapes)
     for name, expected in shapes.items():
@@ -144,7 +144,7 @@ def _run_config(section: Mapping[str, Any], out: Path, step: int) -> Any:
         "checkpointing": {"run_name": out.resolve().name, "runs_dir": str(out.parent)},
         **_small_vocabulary(section),
     }
-    return schema_for(raw).model_validate(raw)
+    return stored_config(raw, str(out))
 
 
 def _small_vocabulary(section: Mapping[str, Any]) -> dict[str, Any]:

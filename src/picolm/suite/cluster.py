@@ -18,6 +18,7 @@ from typing import Any
 from picolm.errors import PicoError
 from picolm.registry import CodePolicy, code_policy, set_code_policy
 from picolm.slurm import queued
+from picolm.store.files import write_atomically
 from picolm.suite.config import Member, SuiteConfig
 from picolm.suite.local import Failure
 from picolm.trusted import read_json
@@ -138,7 +139,7 @@ def _jobs(config: SuiteConfig, members: list[Member], files: list[Path], cluster
         else:
             job = _submit(config, member, file.resolve(), folder, cluster)
             known[member.name] = job.job_id
-            record.write_text(json.dumps(known, indent=1) + "\n")
+            write_atomically(record, (json.dumps(known, indent=1) + "\n").encode())
             log.info("%s: job %s is queued; what it says is in %s.", member.name, job.job_id, folder)
         jobs[member.name] = job
     return jobs

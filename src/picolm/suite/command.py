@@ -10,11 +10,13 @@ from picolm.console import LEAST_WIDTH, duration, say, screen
 from picolm.errors import PicoError
 from picolm.logs import configure_logging
 from picolm.schema import dump
+from picolm.store.files import write_atomically
 from picolm.suite.comparison import REPORT, analyze_members, write_report
 from picolm.suite.config import Member, Suite, load_suite
 from picolm.suite.forecast import forecast, remarks, table, work_left
 from picolm.suite.local import Failure, train_locally
 from picolm.suite.standing import Standing, standings
+from picolm.trusted import refuse_links
 
 log = logging.getLogger("picolm")
 
@@ -94,10 +96,12 @@ def _say(suite: Suite, found: list[Standing]) -> None:
 def _written(suite: Suite, members: list[Member]) -> list[Path]:
     """The configuration of each member as a file that `pico train` reads."""
     folder = suite.config.folder / "configs"
+    refuse_links(folder, suite.config.folder)
     folder.mkdir(exist_ok=True)
     files = [folder / f"{member.name}.yaml" for member in members]
     for member, file in zip(members, files):
-        file.write_text(dump(member.config), encoding="utf-8")
+        refuse_links(file, suite.config.folder)
+        write_atomically(file, dump(member.config).encode())
     return files
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,15 @@ from picolm.analyze import table
 from picolm.analyze.engine import Outcome, analyze
 from picolm.analyze.intervals import interval
 from picolm.csvfile import csv_text, read
-from picolm.errors import PicoError
 from picolm.report.material import Material, gather
 from picolm.report.section import Section, Sheet
 from picolm.store import Run
+from picolm.store.files import disk_errors, write_atomically
 from picolm.suite.config import SEED, Member, Suite
 from picolm.suite.convergence import by_group, figures
 from picolm.train.plan import Plan
 from picolm.train.preview import estimate
+from picolm.trusted import read_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,13 +150,9 @@ def _last(run: Run, name: str) -> Any:
 
 def _write(frame: "pd.DataFrame", path: Path) -> bool:
     """Write a table, unless it stands there already."""
-    text = csv_text(frame)
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
+    data = csv_text(frame).encode()
+    if os.path.lexists(path) and read_bytes(path) == data:
         return False
-    aside = path.with_name(f".{path.name}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise PicoError(f"{path}: cannot be written ({error})") from error
+    with disk_errors("a table of the suite", path):
+        write_atomically(path, data)
     return True

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from picolm.registry import CodePolicy, code_policy
 from picolm.suite.config import Member
+from picolm.trusted import open_to_append
 
 log = logging.getLogger("picolm")
 
@@ -85,7 +86,7 @@ def train_locally(
 def _start(member: Member, file: Path, logs: Path, jobs: int) -> Process:
     text = logs / f"{member.name}.log"
     command = [sys.executable, "-P", "-m", "picolm", "train", str(file), *options_for(code_policy())]
-    with text.open("wb") as output:
+    with open(open_to_append(text, logs.parent, os.O_WRONLY | os.O_TRUNC), "wb") as output:
         # A session of its own: Ctrl-C reaches it once, from us, and not a second time from the terminal.
         running = subprocess.Popen(
             command,
