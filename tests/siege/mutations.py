@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 import yaml
 from hypothesis import strategies as st
 
+from picolm.analyze.values import _checksum
+
 HUGE = b"a sparse file of 6 GiB"  # stands for it, see `put`
 _HUGE_BYTES = 6 << 30
 _BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -67,13 +69,13 @@ _TYPES: list[Callable[[pa.Array], pa.Array]] = [
     lambda column: pa.array([0] * len(column), pa.timestamp("s")),
 ]
 _SQL = [
-    "UPDATE computed SET value = 'text'", "UPDATE computed SET value = x'ff'", "UPDATE computed SET value = NULL",
-    "UPDATE computed SET value = 9e999", "UPDATE computed SET reason = 3, value = NULL",
-    "UPDATE computed SET reason = x'ff', value = NULL",
-    "DROP TABLE computed", "ALTER TABLE computed RENAME COLUMN value TO other", "DELETE FROM computed",
-    "DROP TABLE computed; CREATE VIEW computed AS SELECT 1 AS key, 2 AS value, 3 AS reason",
-    "CREATE TRIGGER t AFTER INSERT ON computed BEGIN SELECT RAISE(ABORT, 'no'); END", "PRAGMA user_version = 99",
-    "DROP TABLE computed; CREATE TABLE computed (key TEXT PRIMARY KEY, value REAL, reason TEXT CHECK (0))",
+    "UPDATE kept SET value = 'text'", "UPDATE kept SET value = x'ff'", "UPDATE kept SET value = NULL",
+    "UPDATE kept SET value = 9e999", "UPDATE kept SET reason = 3, value = NULL", "UPDATE kept SET forced = 'x'",
+    "UPDATE kept SET reason = x'ff', value = NULL", "UPDATE kept SET chance = 'x', chance_std = x'00'",
+    "UPDATE kept SET checksum = NULL", "DROP TABLE kept", "ALTER TABLE kept RENAME COLUMN value TO other",
+    "DELETE FROM kept", "DROP TABLE kept; CREATE VIEW kept AS SELECT 1 AS key, 2 AS value, 3 AS reason",
+    "CREATE TRIGGER t AFTER INSERT ON kept BEGIN SELECT RAISE(ABORT, 'no'); END", "PRAGMA user_version = 99",
+    "DROP TABLE kept; CREATE TABLE kept (key TEXT PRIMARY KEY, value REAL, reason TEXT CHECK (0))",
     "PRAGMA application_id = 7",
 ]  # fmt: skip
 
@@ -92,7 +94,7 @@ def damaged(name: str, data: bytes, others: list[bytes]) -> st.SearchStrategy[by
     elif suffix == ".parquet":
         structured = _tables(data)
     elif suffix == ".sqlite":
-        structured = st.sampled_from(_SQL).map(lambda statement: _executed(data, statement))
+        structured = st.builds(_executed, st.just(data), st.sampled_from(_SQL), st.booleans())
     else:
         structured = _texts(data)
     return st.one_of(structured, structured, anyhow)
@@ -322,12 +324,16 @@ def _tables(draw: st.DrawFn, data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _executed(data: bytes, statement: str) -> bytes:
+def _executed(data: bytes, statement: str, resealed: bool) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "x")
         Path(path).write_bytes(data)
         database = sqlite3.connect(path)
         database.executescript(statement)
+        if resealed and statement.startswith("UPDATE") and "checksum" not in statement:
+            for key, *value, _ in database.execute("SELECT * FROM kept").fetchall():
+                database.execute("UPDATE kept SET checksum = ? WHERE key = ?", (_checksum(key, value), key))
+            database.commit()
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         database.close()
         return Path(path).read_bytes()

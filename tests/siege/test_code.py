@@ -69,7 +69,7 @@ def test_a_terminal_gets_no_orders_from_a_value_or_a_key(kind: str, attack: Atta
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["list", "verify", "report", "train --dry-run", "data inspect"])
+@pytest.mark.parametrize("command", ["list", "generate", "report", "train --dry-run", "data inspect"])
 def test_modules_in_the_working_folder_are_not_those_of_the_library(
     command: str, attack: Attack, tmp_path: Path
 ) -> None:

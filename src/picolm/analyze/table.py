@@ -21,7 +21,7 @@ from urllib.parse import quote
 from picolm.console import sparkline
 from picolm.csvfile import csv_text
 from picolm.errors import FileError
-from picolm.store.files import write_atomically
+from picolm.store.files import disk_errors, write_atomically
 from picolm.trusted import read_bytes, read_text, refuse_links, require_regular
 
 if TYPE_CHECKING:
@@ -50,18 +50,19 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) ->
     """Write results.parquet, the JSON files of each step and, when asked, results.csv; each file is there whole or not at all."""
     import pyarrow as pa
 
-    folder.mkdir(parents=True, exist_ok=True)
     types = {name: pa.string() if name in TEXT else pa.float64() if name in NUMBERS else pa.int64() for name in COLUMNS}
     table = pa.Table.from_pylist(
         [{name: row[name] for name in COLUMNS} for row in rows], schema=pa.schema(list(types.items()))
     )
-    seal(folder, RESULTS, to_parquet(table))
-    for name, values in json_files(rows).items():
-        refuse_links((folder / name).parent, folder)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / name, (json.dumps(values, indent=1) + "\n").encode())
-    if csv:
-        seal(folder, CSV, csv_text(load(folder)).encode())
+    with disk_errors("the analysis", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        seal(folder, RESULTS, to_parquet(table))
+        for name, values in json_files(rows).items():
+            refuse_links((folder / name).parent, folder)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / name, (json.dumps(values, indent=1) + "\n").encode())
+        if csv:
+            seal(folder, CSV, csv_text(load(folder)).encode())
     return folder / RESULTS
 
 

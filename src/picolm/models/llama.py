@@ -75,6 +75,8 @@ def to_llama(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, 
 
 def from_llama(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """The inverse of `to_llama`. Raises PicoError for tensors that are missing, unknown, or of another shape."""
+    if config.n_layers > len(weights):
+        raise PicoError(f"the configuration says {config.n_layers} layers, and the files hold {len(weights)} tensors")
     expected = names(config)
     check_names([name for name in weights if not name.endswith(_COMPUTED)], expected.values())
     return {own: _pairs(weights[other], _heads(own, config)) for own, other in expected.items()}
