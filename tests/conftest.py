@@ -1,5 +1,6 @@
 """Small corpora, models and runs that the tests share."""
 
+import logging
 import os
 import shutil
 import signal
@@ -31,6 +32,12 @@ def no_secret_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
     yield
     assert folder is None or holders(folder) == []
+
+
+@pytest.fixture(autouse=True)
+def the_log_is_heard() -> None:
+    """Commands that ran in the process of the tests have told the log not to go on to the handlers of others, as `caplog`."""
+    logging.getLogger("picolm").propagate = True
 
 
 @pytest.hookimpl(wrapper=True)

@@ -67,8 +67,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["".join(draw.choices("abcdeilmnorstu", k=draw.randint(2, 8))) for _ in range(200)]
     for number in range(40):
         (folder / f"{number}.txt").write_text(". ".join(" ".join(draw.choices(words, k=12)) for _ in range(40)) + ".\n")
-    prepare([folder], folder / "rows", vocab_size=300, seq_len=24, val_fraction=0.1)
-    return folder / "rows"
+    rows = folder.with_name(f"{folder.name}-rows")
+    prepare([folder], rows, vocab_size=300, seq_len=24, val_fraction=0.1)
+    return rows
 
 
 def write_config(corpus: Path, folder: Path) -> Path:

@@ -117,13 +117,13 @@ def test_a_read_only_disk_is_named(train: Train, make_config: Any, small_disk: P
 
 
 @pytest.mark.parametrize("name", ["logs", "logs/train.log"])
-def test_logs_that_cannot_be_written_are_named(train: Train, name: str) -> None:
+def test_logs_that_lead_elsewhere_are_named(train: Train, name: str) -> None:
     run = train()
     configure_logging("INFO")
     shutil.rmtree(run.path / "logs")
     (run.path / name).parent.mkdir(exist_ok=True)
     (run.path / name).symlink_to("/dev/null/nowhere")
-    with pytest.raises(PicoError, match=rf"{name}.*(cannot be written|File exists|Not a directory)"):
+    with pytest.raises(PicoError, match=rf"{name}: is a link"):
         train("training.max_steps=8")
 
 

@@ -175,7 +175,7 @@ def test_nothing_is_made_of_steps_that_were_never_trained_or_of_other_data(
         (("--steps", "3:x"), "'3:x' names no steps"),
         ((), "which step?"),
         (("--step", 3, "--capture", "{layer: all}"), "layer: unknown key; did you mean 'layers'?"),
-        (("--step", 3, "--capture", "[all"), "--capture:1: is not valid YAML"),
+        (("--step", 3, "--capture", "[all"), "--capture is not valid YAML"),
         (
             ("--step", 3, "--commit", "--out", tmp_path / "x"),
             "--commit adds the steps as the run would have saved them",

@@ -190,6 +190,8 @@ class SealedCheckpoint(Checkpoint):
         try:
             return read_bytes(self.locate(MANIFEST))
         except FileMissing:
+            if not self.path.is_dir():
+                raise StoreError(f"{self.path} is gone; was it deleted or moved while in use?") from None
             why = "cannot be read (there is no such file); not a whole checkpoint"
             raise StoreError(f"{self.path / MANIFEST}: {why}") from None
 
