@@ -78,7 +78,6 @@ def test_a_product_has_the_rank_of_its_factors_as_stored(normal: Any, stored: An
     values, projection = (normal(1, 120, 5) @ normal(2, 5, 16)).to(stored[0]), normal(3, 16, 48).to(stored[1])
     product = Matrix.product(values, projection)
     assert len(product.directions.scales_d) == 5
-    assert condition_number(product) == math.inf
     cast = Matrix.product(values.double(), projection.double(), stored=stored)
     assert cast.noise == pytest.approx(product.noise)
     for one in (product, cast):
@@ -98,7 +97,6 @@ def test_a_cast_keeps_the_noise_floor_of_what_was_stored(normal: Any, dtype: tor
 @types
 def test_whatever_divides_by_small_singular_values_takes_rounding_for_none(normal: Any, dtype: torch.dtype) -> None:
     x = (normal(1, 90, 55) @ normal(2, 55, 80)).to(dtype)
-    assert condition_number(x) == math.inf
     with pytest.raises(Undefined, match="singular value 61 is 0 or rounding of the stored type"):
         spectral_alpha(x, k=60)
     with pytest.raises(Undefined, match="has rank 55: there are no 60 top singular vectors"):

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.special import entr
 
-from picolm.analyze.matrix import Matrix, Undefined
+from picolm.analyze.matrix import EPSILON, Matrix, Undefined
 from picolm.analyze.metrics.metric import metric
 
 SMALLEST_FIT = 50
@@ -67,11 +67,12 @@ def participation_ratio(x: Matrix) -> float:
 def condition_number(x: Matrix) -> float:
     """Condition number: largest over smallest of the R singular values; infinity for a singular matrix, zero too.
 
-    s_1 / s_R. Up to the noise floor of the stored type, or max(m, n) eps s_1, the rounding of s_1, s_R cannot be told from 0:
-    such a matrix is singular.
+    s_1 / s_R of the numbers as they are stored. Below max(m, n) eps s_1, the rounding of s_1 in float64, s_R cannot be told
+    from 0: such a matrix is singular. A matrix of lower rank that was stored in a narrower type is not: there s_R is the
+    rounding of that type, and the value says how coarse it is.
     """
     values = x.singular_values
-    if values[-1] <= x.tolerance:
+    if values[-1] <= max(x.shape) * EPSILON * values[0]:
         return math.inf
     return float(values[0] / values[-1])
 
