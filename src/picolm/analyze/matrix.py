@@ -24,6 +24,7 @@ LARGEST, SMALLEST = 1e70, 1e-70
 # What is stored in 32 bits or less was computed in float32: a sum of products of 768 numbers is off by some 3 u of float32 in the
 # root mean square where its storing is off by 0.4 u (measured: rank-8 data turned in float32, 200 x 32 to 2000 x 768).
 ARITHMETIC = 4 * 2.0**-24
+UNIT = {torch.bfloat16: 2.0**-9}  # half the distance from 1/2 to the next number; of other types that from 1
 TIE = 1e-12  # distances closer than this to each other, relative to the largest, differ by rounding
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # kept as they are until entries are asked for
 
@@ -361,10 +362,10 @@ class Product(Matrix):
 def _unit(tensor: Tensor, stored: torch.dtype | None) -> float:
     """Return u of the coarser of a tensor's type and `stored`, with ARITHMETIC for all types but float64. Integers are exact.
 
-    u is half the distance from 1 to the next number: 2^-24 for float32, 2^-11 for float16, 2^-8 for bfloat16.
+    u is 2^-24 for float32, 2^-11 for float16, 2^-9 for bfloat16: the floor is 2 to 5 times what storing measures.
     """
     types = [kind for kind in (tensor.dtype, stored, torch.float64) if kind is not None and kind.is_floating_point]
-    coarsest = max(torch.finfo(kind).eps for kind in types) / 2
+    coarsest = max(UNIT.get(kind, torch.finfo(kind).eps / 2) for kind in types)
     return coarsest if coarsest < EPSILON else coarsest + ARITHMETIC
 
 
