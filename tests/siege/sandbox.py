@@ -91,15 +91,19 @@ class Sandbox:
         assert self._process.stdout is not None
         self.cases += 1
         case = {"arguments": arguments, "folder": str(folder), "seconds": seconds, "watch": watch}
-        self._process.stdin.write(json.dumps(case) + "\n")
-        self._process.stdin.flush()
-        return Result(**json.loads(self._process.stdout.readline()))
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(case) + "\n")
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the process that forks is gone, exit code {self._process.wait()}: before it ran {case}"
+        return Result(**json.loads(answer))
 
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
 
