@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from tests.planted import SECRETS, holders, told
 
+settings.register_profile("tests", deadline=None)  # a busy machine is no error
+settings.load_profile("tests")
 os.environ.update(SECRETS)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of the test run in parallel already
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -36,8 +39,10 @@ def no_secret_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def the_log_is_heard() -> None:
-    """Commands that ran in the process of the tests have told the log not to go on to the handlers of others, as `caplog`."""
-    logging.getLogger("picolm").propagate = True
+    """Commands that ran in the process of the tests have set the level of the log, and kept it from the handler of `caplog`."""
+    log = logging.getLogger("picolm")
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -115,6 +115,7 @@ def test_a_word_that_has_no_token_and_no_unknown_one_is_a_message(write_texts: A
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @example(part="eos_token", value=["</s>"])
 @example(part="eos_token", value=3)
+@example(part="eos_token", value="a")
 @given(
     part=st.sampled_from(["eos_token", "whole"]),
     value=st.recursive(
@@ -130,7 +131,11 @@ def test_no_tokenizer_configuration_makes_a_traceback(tmp_path: Path, part: str,
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(value if part == "whole" else {part: value}))
     said = f"{tmp_path}/tokenizer_config.json: "
     try:
-        assert load_vocabulary(tmp_path).eos_token == "</s>"
+        vocabulary = load_vocabulary(tmp_path)
+        named = value if part == "eos_token" else value.get("eos_token") if isinstance(value, dict) else None
+        chosen = named.get("content") if isinstance(named, dict) else named
+        assert vocabulary.eos_token in ("</s>", chosen)
+        assert vocabulary.tokenizer.token_to_id(vocabulary.eos_token) == vocabulary.eos_id
     except DataError as error:
         said = str(error)
     assert said.startswith(f"{tmp_path}/tokenizer_config.json: ")

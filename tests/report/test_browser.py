@@ -18,7 +18,7 @@ from tests.report.conftest import circuits, norms
 from tests.report.test_page import HOSTILE
 
 from picolm import csvfile
-from picolm.analyze.table import load
+from picolm.analyze.table import load, seal
 from picolm.errors import PicoError
 from picolm.report.assembly import compose, page, write
 from picolm.report.material import Analysis, Material, gather
@@ -247,7 +247,9 @@ def test_no_text_of_a_saved_csv_is_a_formula(toy_table: pd.DataFrame, browser_at
     evil = ["=HYPERLINK(1)", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "'=1", "-1", "plain"]
     toy_table["options"] = [evil[number % len(evil)] for number in range(len(toy_table))]
     toy_table["value"] = -toy_table["value"]
-    toy_table.to_parquet(tmp_path / "toy_analysis" / "results.parquet")
+    buffer = io.BytesIO()
+    toy_table.to_parquet(buffer)
+    seal(tmp_path / "toy_analysis", "results.parquet", buffer.getvalue())
     browser = browser_at(write([], [str(tmp_path / "toy_analysis")], tmp_path / "report.html"))
     sheet = browser.execute_script("return document.querySelector('.sheet').id")
     file = download(browser, tmp_path / "csv", sheet, "Save as CSV")

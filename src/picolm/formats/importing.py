@@ -99,19 +99,19 @@ def _read(find: Callable[[str], Path | None], place: str) -> Imported:
     if "lm_head.weight" not in weights and llama.get("tie_word_embeddings"):
         log.info("Its embeddings are tied; in the run they are two matrices of the same values.")
         weights["lm_head.weight"] = weights.get("model.embed_tokens.weight", next(iter(weights.values()))).clone()
-    return _fitting(asdict(shape), from_llama(weights, shape), place)
+    return _fitting(asdict(shape), from_llama(weights, shape), place, "config.json")
 
 
 def _plain(section: dict[str, Any], find: Callable[[str], Path | None], place: str) -> Imported:
     file = find(STATE_DICT)
     if file is None:
         raise PicoError(f"{place}: holds {CONFIG} and no {STATE_DICT}")
-    return _fitting(section, _all(PickledTensors(file)), place)
+    return _fitting(section, _all(PickledTensors(file)), place, CONFIG)
 
 
-def _fitting(section: dict[str, Any], weights: dict[str, Tensor], place: str) -> Imported:
+def _fitting(section: dict[str, Any], weights: dict[str, Tensor], place: str, file: str) -> Imported:
     """Raises PicoError where names, shapes or element types are not those of one model of this shape."""
-    config = stored_config({"model": section, **_small_vocabulary(section)}, place).model
+    config = stored_config({"model": section, **_small_vocabulary(section)}, f"{place}/{file}").model
     shapes = {name: entry.shape for name, entry in outline(config, len(weights), place).state_dict().items()}
     check_names(weights, shapes)
     for name, expected in shapes.items():

@@ -156,6 +156,9 @@ def sweep(checkpoints: Path) -> None:
         else:
             logger.info("%s was left by a writer that did not finish; removed", leftover)
             shutil.rmtree(leftover, ignore_errors=True)
+    for link in checkpoints.glob(f".{LATEST}{_PARTIAL}*"):  # as `point_latest` names them
+        if link.is_symlink():
+            link.unlink(missing_ok=True)
 
 
 def _is_leftover(path: Path) -> bool:
