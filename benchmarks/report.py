@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from picolm.analyze.table import completed
 from picolm.report.assembly import compose, page
 from picolm.report.browser import drive, view
 from picolm.report.material import Analysis, Material
@@ -38,7 +39,7 @@ def table(values: int) -> pd.DataFrame:
     frame["options"], frame["value"] = "", np.random.default_rng(0).random(values)
     frame["against_run"], frame["reason"] = None, ""
     frame["against_step"] = frame["against_layer"] = pd.array([pd.NA] * values, dtype="Int64")
-    return frame
+    return completed(frame)
 
 
 def measure(browser: Any, values: int, folder: Path) -> dict[str, float]:
