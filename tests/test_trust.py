@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel
+from tests.test_nothing_is_executed import text_keys
 
 from picolm.analyze.config import AnalysisConfig
 from picolm.cli import main
@@ -216,16 +216,6 @@ def test_with_the_flag_the_commands_that_need_it_import_it_and_no_others(theirs:
         assert theirs.sprung.exists() == (command in NEEDED[key] | shown), command
     theirs.run(capsys, *theirs.commands()["fork"])  # the flag is not remembered
     assert not theirs.sprung.exists()
-
-
-def text_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key of a configuration that may hold free text."""
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from text_keys(kind, f"{prefix}{name}.")
-        elif "str" in str(kind):
-            yield prefix + name
 
 
 @pytest.mark.slow

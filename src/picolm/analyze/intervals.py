@@ -6,7 +6,7 @@ Groups may vary by different amounts, so that their difference has the interval 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -90,17 +90,14 @@ def aggregate(
     rows, told = _common(rows)
     keys = ["group", *(name for name in COLUMNS if name not in (*MEASURED, "run", "against_run"))]
     generator = np.random.default_rng(seed)
-    records = [_record(key, keys, group, draws, generator) for key, group in _grouped(rows, keys)]
+    grouped = rows.groupby(keys, dropna=False, sort=False)
+    records = [_record(key, keys, group, draws, generator) for key, group in grouped]
     made = pd.DataFrame(records, columns=[*keys, *_FIGURES])
     made.attrs["left_out"] = told
     return made
 
 
 _FIGURES = ("n", "left_out", "mean", "std", "low", "high", "bootstrap_low", "bootstrap_high")
-
-
-def _grouped(rows: "pd.DataFrame", keys: list[str]) -> Iterator[tuple[Any, "pd.DataFrame"]]:
-    yield from rows.groupby(keys, dropna=False, sort=False)
 
 
 def _record(key: Any, keys: list[str], rows: "pd.DataFrame", draws: int, generator: Any) -> dict[str, Any]:
