@@ -7,7 +7,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from picolm.console import say, visible
-from picolm.errors import PicoError
+from picolm.errors import FileError, PicoError
 from picolm.trusted import open_to_append, refuse_links
 
 log = logging.getLogger("picolm")
@@ -32,6 +32,11 @@ class _File(logging.FileHandler):
 
     def _open(self) -> TextIOWrapper:
         return os.fdopen(open_to_append(Path(self.baseFilename)), "a", encoding="utf-8")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Another package that configures logging closes every file of the process: ours is opened again, where it can be."""
+        with suppress(OSError, FileError):
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass

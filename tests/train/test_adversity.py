@@ -1,6 +1,6 @@
 """What the world does to a training: a full disk, a lost folder, a second process, a clock that jumps, a signal too early."""
 
-import logging
+import logging.config
 import os
 import random
 import shutil
@@ -125,6 +125,21 @@ def test_logs_that_lead_elsewhere_are_named(train: Train, name: str) -> None:
     (run.path / name).symlink_to("/dev/null/nowhere")
     with pytest.raises(PicoError, match=rf"{name}: is a link"):
         train("training.max_steps=8")
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_package_that_configures_logging_costs_the_log_nothing(tmp_path: Path, gone: bool) -> None:
+    """`logging.config` closes the files of every handler in the process, wherever the call comes from."""
+    file = tmp_path / "logs" / "train.log"
+    configure_logging("INFO", file)
+    logging.getLogger("picolm").info("before")
+    logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+    if gone:
+        shutil.rmtree(file.parent)
+    logging.getLogger("picolm").info("after")
+    configure_logging("INFO")
+    assert file.exists() == (not gone)
+    assert gone or [line.split()[-1] for line in file.read_text().splitlines()] == ["before", "after"]
 
 
 def test_a_run_folder_deleted_meanwhile_ends_the_run(
