@@ -14,6 +14,8 @@ import pytest
 from hypothesis import settings
 from tests.planted import SECRETS, holders, told
 
+from picolm.registry import code_policy, set_code_policy
+
 settings.register_profile("tests", deadline=None)  # a busy machine is no error
 settings.load_profile("tests")
 os.environ.update(SECRETS)
@@ -38,11 +40,19 @@ def no_secret_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def the_log_is_heard() -> None:
-    """Commands that ran in the process of the tests have set the level of the log, and kept it from the handler of `caplog`."""
+def the_process_is_left_as_it_was() -> Iterator[None]:
+    """Commands that run in the process of the tests set variables for their children, trust, and where the log goes."""
     log = logging.getLogger("picolm")
-    log.propagate = True
+    log.propagate = True  # to the handler of `caplog`
     log.setLevel(logging.NOTSET)
+    environment, policy = dict(os.environ), code_policy()
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    set_code_policy(policy)
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -253,7 +253,7 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.remove(str(Path(__file__).parent))
+    sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     _preload()
