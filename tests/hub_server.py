@@ -110,6 +110,7 @@ class FakeHub(ThreadingHTTPServer):
     token: what a request that writes, or reads what is private, has to carry.
     faults: {part of a path: [503, (429, {"Retry-After": "7"}), "cut", "lost", …]}, each used up by one request of such a path
         that is no HEAD: `cut` ends the answer in its middle, `lost` does what was asked and does not answer.
+    ranges: whether it sends the range of a file that is asked for, and not all of it.
     log: (method, path, range) of each request. tokens: its `Authorization`. raw: its address, other headers and body, to be
         searched.
     """
@@ -122,6 +123,7 @@ class FakeHub(ThreadingHTTPServer):
         self.token = token
         self.chaos: Chaos | None = None
         self.down = False
+        self.ranges = True
         self.raw: list[bytes] = []
         self.tokens: set[str] = set()
         self.faults: defaultdict[str, list[Any]] = defaultdict(list)
@@ -246,7 +248,8 @@ class Answers(BaseHTTPRequestHandler):
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.sha})
         content, status = commit.files[name], 200
         headers = {"X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes", "ETag": f'"{_oid(name, content)}"'}
-        if asked := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if asked and self.server.ranges:
             first, last = int(asked[1]), int(asked[2] or len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             content, status = content[first : last + 1], 206

@@ -78,7 +78,7 @@ def fetch(
             repository, file, revision=revision, endpoint=endpoint, tqdm_class=_silent_bar(), **options
         )
 
-    with _answers_of(most_bytes):
+    with answers_of(most_bytes):
         return Path(persist(download, name or f"{repository}: {file}", failure, endpoint))
 
 
@@ -272,7 +272,7 @@ def _bounded(stream: Any, name: str, most_bytes: int | None, module: str) -> Any
 
 
 @contextmanager
-def _answers_of(most_bytes: int | None) -> Iterator[None]:
+def answers_of(most_bytes: int | None) -> Iterator[None]:
     """Let no answer that is read in this block hold more than so many bytes."""
     token = _most_bytes.set(most_bytes)
     try:

@@ -3,14 +3,17 @@
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.hub_server import clients_of
+from tests.scripted_server import Scripted, serving
 
 from picolm.data import ahead
-from picolm.data.hub import open_hub
+from picolm.data.hub import Repository, open_hub
 from picolm.data.parquet import ShardedRows
 from picolm.errors import DataError
 
@@ -71,6 +74,48 @@ def test_a_footer_longer_than_the_first_read_is_read_again(
     monkeypatch.setattr("picolm.data.hub._FOOTER_BYTES", 16)
     write_shards([20, 7], folder=DATA)
     assert len(opened(row_length=9)) == 27
+
+
+def test_a_server_that_ignores_ranges_sends_a_shard_once_and_into_the_cache(
+    hub: Any, opened: Any, write_shards: Write, no_prefetch: None
+) -> None:
+    write_shards([20, 20, 7], folder=DATA)
+    hub.ranges = False
+    source = opened(row_length=9)
+    assert len(source) == 47
+    whole = [path for verb, path, asked in hub.log if verb == "GET" and ".parquet" in path and asked is None]
+    assert [path.rpartition("/")[2] for path in whole] == [
+        "train-00000-of-00003.parquet",
+        "train-00002-of-00003.parquet",
+    ]
+    hub.log.clear()
+    assert np.array_equal(source.rows(np.arange(20)), expected(np.arange(20)))
+    assert not hub.requests("GET", ".parquet")
+
+
+@pytest.mark.parametrize("status", [200, 206])
+def test_the_end_of_a_shard_is_never_more_than_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """A server that sends without an end, with the range that was asked for or without one."""
+    sent: list[int] = []
+
+    def resolve(request: Scripted) -> None:
+        if request.command == "HEAD":
+            return request.reply(b"", X_Repo_Commit="1" * 40, ETag='"abc"', Content_Length="1000000")
+        request.send_response(status)
+        request.send_header("Content-Type", "application/octet-stream")
+        request.end_headers()
+        request.close_connection = True
+        with suppress(OSError):
+            while True:
+                request.wfile.write(bytes(1 << 20))
+                sent.append(1 << 20)
+
+    with serving(resolve) as server, clients_of(monkeypatch, tmp_path):
+        with pytest.raises(DataError, match=r"the answer holds more than [0-9,]+ bytes"):
+            Repository("lab/rows", "1" * 40, server.url).read_tail("train-0.parquet", 1_000_000, 1000)
+        assert sum(sent) < 200 << 20
 
 
 def test_the_next_shard_is_fetched_in_the_background(hub: Any, opened: Any, write_shards: Write) -> None:

@@ -240,6 +240,36 @@ def test_a_fork_goes_another_way_from_its_step_on(
     assert not (run.path.parent / "x").exists()
 
 
+def test_a_fork_is_not_sent_to_where_its_parent_is_sent_unless_the_user_says_so(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The parent may be somebody else's run, whose configuration would send the steps of the fork to that person."""
+    run = train(*SPARSE)
+    theirs = {
+        "checkpointing": {
+            "save_to_hf": True,
+            "hf_checkpoint": {"repo_id": "them/run", "collection_slug": "them/all-1"},
+        },
+        "monitoring": {"save_to_wandb": True, "wandb": {"project": "theirs", "entity": "them"}},
+    }
+    run.write_config({key: run.config[key] | theirs.get(key, {}) for key in run.config})
+    assert pico(monkeypatch, "fork", run.path, "--step", 3, "--run-name", "mine", "--no-train") == 0
+    config = Run.open(run.path.parent / "mine").config
+    assert not config["checkpointing"]["save_to_hf"]
+    assert config["checkpointing"]["hf_checkpoint"] == {"repo_id": "", "collection_slug": None}
+    assert config["monitoring"]["save_to_wandb"] is False
+    assert config["monitoring"]["wandb"] == {"project": "", "entity": ""}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "To send it, set these keys: checkpointing.save_to_hf, checkpointing.hf_checkpoint.repo_id," in said
+    assert "monitoring.save_to_wandb" in said
+    words = ("monitoring.save_to_wandb=true", "monitoring.wandb.project=ours")
+    assert pico(monkeypatch, "fork", run.path, "--step", 3, "--run-name", "sent", "--no-train", *words) == 0
+    sent = Run.open(run.path.parent / "sent").config
+    assert sent["monitoring"]["save_to_wandb"] is True
+    assert sent["monitoring"]["wandb"] == {"project": "ours", "entity": ""}
+    assert not sent["checkpointing"]["save_to_hf"]
+
+
 @pytest.mark.parametrize("stop", [None, PicoError("no"), KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_fork_touches_no_folder_of_the_user_and_leaves_none_of_its_own(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: BaseException | None

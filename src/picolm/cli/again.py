@@ -135,11 +135,14 @@ def fork(
     """Start a new run from the state of a step, with something changed from there on."""
     from picolm.train import run_training
     from picolm.train.fork import fork as make
+    from picolm.train.fork import not_inherited
     from picolm.train.history import own_run
 
     config = make(own_run(run), step, run_name, overrides or [])
     folder = Path(config.checkpointing.runs_dir) / run_name
     say(f"{folder} starts from step {step} of {run}.")
+    if keys := not_inherited(own_run(str(folder))):
+        say(f"Nothing of it is sent to where {run} is sent. To send it, set these keys: {', '.join(keys)}")
     if not train:
         trust = " --trust-remote-code" if trust_remote_code else ""
         say(f"Train it:  pico train {folder}/training_config.yaml{trust}")

@@ -32,11 +32,12 @@ from picolm.data.manifest import FILE, Count, Manifest, Name, digest_of, parse_m
 from picolm.data.parquet import ShardedRows, check_length, rows_fingerprint
 from picolm.data.splits import NoSplit, canonical, no_shards, shards_of
 from picolm.errors import DataError, FileError
-from picolm.network import TreeEntry, cache_folder, fetch, file_list, in_cache, is_offline, persist
+from picolm.network import TreeEntry, answers_of, cache_folder, fetch, file_list, in_cache, is_offline, persist
 
 _FOOTER_BYTES = 1 << 16
 _MOST_FOOTER_BYTES = 1 << 28
 _TIMEOUT_S = 30.0
+_PARTIAL = 206  # the status of an answer that holds the range that was asked for
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,31 @@ class Repository:
     commit: str
     endpoint: str | None = None
 
-    def fetch(self, file: str) -> Path:
+    def fetch(self, file: str, most_bytes: int | None = None) -> Path:
         """The local path of one of its files, downloaded if it is not in the Hub's cache."""
-        return fetch(self.name, file, self.commit, DataError, self.endpoint, repo_type="dataset")
+        return fetch(self.name, file, self.commit, DataError, self.endpoint, most_bytes=most_bytes, repo_type="dataset")
 
     def read_tail(self, file: str, size: int, tail_bytes: int) -> bytes:
-        """The last bytes of one of its files, without the rest."""
+        """Return the last bytes of one of its files: without the rest, or from the cache if the server ignores ranges."""
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         url = hf_hub_url(self.name, file, repo_type="dataset", revision=self.commit, endpoint=self.endpoint)
         headers = build_hf_headers() | {"Range": f"bytes={max(0, size - tail_bytes)}-{size - 1}"}
 
-        def read() -> bytes:
-            response = get_session().get(url, headers=headers, follow_redirects=True, timeout=_TIMEOUT_S)
-            hf_raise_for_status(response)
-            return response.content[-tail_bytes:]  # a server that knows no ranges sends all of it
+        def read() -> bytes | None:
+            options: Any = {"headers": headers, "follow_redirects": True, "timeout": _TIMEOUT_S}
+            with get_session().stream("GET", url, **options) as response:
+                hf_raise_for_status(response)
+                return response.read() if response.status_code == _PARTIAL else None
 
-        return persist(read, f"{self.name}: {file}", DataError, self.endpoint)
+        with answers_of(tail_bytes):
+            tail = persist(read, f"{self.name}: {file}", DataError, self.endpoint)
+        if tail is not None:
+            return tail
+        with trusted.open_regular(in_cache(self.fetch(file, size))) as whole:
+            whole.seek(max(0, size - tail_bytes))
+            return whole.read(tail_bytes)
 
     def read_footer(self, file: str, size: int) -> Footer:
         """The footer of one of its shards, without the rest (parquet ends with footer, 4 bytes of its length, `PAR1`)."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from picolm.errors import PicoError
 from picolm.provenance import refuse_untrusted
-from picolm.schema import plain
+from picolm.schema import flatten, plain
 from picolm.store import Run
 from picolm.store.folders import new_folder
 from picolm.store.identity import stored_weights_digest
@@ -18,17 +18,29 @@ from picolm.train.resume import FORKED, changes, directories
 
 COLLECTED = "replay_of"  # in the environment of a collection: the run that its steps belong to
 SHAPED = ("model.", "training.optimization.optimizer")  # the state of the parent would not fit another one
+# Where data is sent: a fork starts with the defaults, because the parent may be somebody else's run.
+SENDING = (
+    "checkpointing.save_to_hf",
+    "checkpointing.hf_checkpoint.repo_id",
+    "checkpointing.hf_checkpoint.collection_slug",
+    "monitoring.save_to_wandb",
+    "monitoring.wandb.project",
+    "monitoring.wandb.entity",
+)
 
 
 def fork(run: Run, step: int, name: str, overrides: Sequence[str]) -> TrainConfig:
     """Make a run called `name`, beside `run`, whose first checkpoint is the state of `step`; returns its configuration.
 
-    overrides: `key=value`; anything but the model and the kind of optimizer may differ from there on.
+    overrides: `key=value`; anything but the model and the kind of optimizer may differ from there on. The keys in `SENDING`
+    are not inherited: they have their defaults unless an override sets them.
     Raises PicoError for those, for a name that is taken, and for a step that was never trained.
     """
     check_trained(run, step)
+    defaults = flatten(plain(TrainConfig()))
     folder = {"checkpointing.run_name": name, "checkpointing.runs_dir": str(run.path.parent)}
-    words = [f"{key}={json.dumps(value)}" for key, value in folder.items()]
+    fresh = folder | {key: defaults[key] for key in SENDING}
+    words = [f"{key}={json.dumps(value)}" for key, value in fresh.items()]
     config = config_at(run, step, [*words, *overrides])
     refuse_untrusted(config)
     changed = changes(plain(config_at(run, step)), plain(config))
@@ -49,6 +61,12 @@ def fork(run: Run, step: int, name: str, overrides: Sequence[str]) -> TrainConfi
         parent["weights_digest"] = stored_weights_digest(made[step])
         made.write_environment(made.environment | {FORKED: parent})
     return config
+
+
+def not_inherited(made: Run) -> list[str]:
+    """Return the keys of `SENDING` that the parent of a fork had set and that the fork has not."""
+    defaults, changed = flatten(plain(TrainConfig())), made.environment[FORKED]["changed"]
+    return [key for key in SENDING if key in changed and changed[key][1] == defaults[key]]
 
 
 def collection(run: Run, out: Path, step: int, overrides: Sequence[str]) -> Run:
