@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from picolm.errors import StoreError
-from picolm.store.files import dump_json, load_json, size, write_atomically
+from picolm.store.files import _NOT_FINITE, dump_json, load_json, size, write_atomically
 from picolm.store.journal import Journal
 
+# Texts that would be read back as numbers are refused, see below.
+texts = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: text not in _NOT_FINITE)
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=["Cs"])),
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
     lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner),
     max_leaves=10,
 )

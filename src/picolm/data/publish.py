@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import os
 import shutil
@@ -11,6 +10,8 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 from picolm.data.job import Job, Progress, Stage, run_stage
 from picolm.data.manifest import FILE, Manifest, read_manifest
@@ -86,29 +87,22 @@ def _require_plain(folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process of this user is at work in a folder, which is made."""
-    while True:
+    """Make a folder, and wait until no other process of this user is at work in it."""
+    lock = FileLock(folder / "lock", fallback_to_soft=False)
+    while not lock.is_locked:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            file = (folder / "lock").open("w")
+            lock.acquire()
         except FileNotFoundError:
             continue  # the other one has just finished, and cleared it away
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-            if _is(folder / "lock", file.fileno()):
-                yield
-                return
-
-
-def _is(path: Path, descriptor: int) -> bool:
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            break
     try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import joblib
+
 from picolm.data.documents import Document
 from picolm.data.job import Job, Progress, Stage, read_sealed, run_stage, sealed, written
 from picolm.errors import DataError
@@ -141,7 +143,7 @@ def executor(kind: str, tasks: int, workers: int | None = None, options: Sequenc
         raise DataError(f"unknown executor {kind!r}{did_you_mean(kind, known)} (there are: {', '.join(known)})")
     if kind == "ray":
         return Ray(tasks, workers or tasks)
-    return Local(tasks, workers or min(tasks, len(os.sched_getaffinity(0))))
+    return Local(tasks, workers or min(tasks, joblib.cpu_count()))
 
 
 class Units(PipelineStep):
@@ -207,7 +209,7 @@ def _threads_shared_by(workers: int) -> Iterator[None]:
     """As many threads for each worker's tokenizer as leave none waiting, unless the user decided otherwise."""
     decided = "RAYON_NUM_THREADS" in os.environ
     if not decided:
-        os.environ["RAYON_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
+        os.environ["RAYON_NUM_THREADS"] = str(max(1, joblib.cpu_count() // workers))
     try:
         yield
     finally:

@@ -81,7 +81,9 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable: a file's own fsync does not."""
+    """Make the names in a directory durable, which a file's own fsync does not. Does nothing on Windows."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -159,16 +159,6 @@ class ManifestForm(BaseModel):
     digest: str
 
 
-class HeaderEntry(BaseModel):
-    """A tensor in the header of a safetensors file."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    dtype: str
-    shape: list[Count]
-    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
-
-
 class Queue(_Form):
     """`.hub/outbox.json`."""
 
