@@ -27,6 +27,7 @@ WORDS = {
     "tracking",
     "console",
     "csvfile",
+    "shipped",
     "slurm",
     "trusted",
     "__init__",

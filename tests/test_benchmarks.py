@@ -13,6 +13,7 @@ SMALLEST = {  # script: (its arguments, what it prints then)
     "analyze": (["--shapes", "tiny", "--rows", "16", "--steps", "2"], "calls of algebra alone"),
     "corpora": (["--megabytes", "1", "--times", "2", "--memory", "1"], "| local, 4 tasks, 4 workers | 2 |"),
     "crashes": (["--kills", "2"], "torn"),
+    "reading": ([], "files have functions that are called"),
     "report": (["--values", "2000"], "toggle"),
     "safeguards": (["--rounds", "1", "--every", "1"], "no digests"),
     "step_time": (["--shapes", "tiny", "--precisions", "float32", "--modes", "eager", "--rounds", "1"], "| llama |"),

@@ -52,7 +52,7 @@ def prepared(manifest: "Manifest", place: object) -> str:
     lines += _remarks(manifest)
     vocabulary = manifest.tokenizer["vocab_size"]
     lines.append(
-        f"Train on it:  pico train configs/demo.yaml data.dataset.name={place} data.tokenizer.vocab_size={vocabulary} "
+        f"Train on it:  pico train demo data.dataset.name={place} data.tokenizer.vocab_size={vocabulary} "
         f"model.vocab_size={vocabulary} model.max_seq_len={manifest.seq_len} checkpointing.run_name=mine"
     )
     return "\n".join(lines)
@@ -96,6 +96,22 @@ def parts(family: str) -> "Table":
             part = COMPONENTS.get(name)
             text = " ".join((inspect.getdoc(part) or "").split())
             shown.add_row(name, ", ".join(part.kinds or ("anything",)), text)
+    return shown
+
+
+def configurations() -> "Table":
+    """The configurations that come with the package: the command that takes each, and what it says of itself."""
+    from rich import box
+    from rich.table import Table
+
+    from picolm.shipped import commands, shipped, summary
+
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("command", no_wrap=True)
+    shown.add_column("", overflow="fold")
+    for command in commands():
+        for name, file in shipped(command).items():
+            shown.add_row(f"pico {command} {name}", summary(file))
     return shown
 
 

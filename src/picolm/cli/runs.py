@@ -16,18 +16,21 @@ def list_run(
     run: Annotated[
         str,
         typer.Argument(
-            help="A run, a folder of runs, or the word metrics or components.", metavar="RUN|FOLDER|metrics|components"
+            help="A run, a folder of runs, or one of the words configs, metrics and components.",
+            metavar="RUN|FOLDER|configs|metrics|components",
         ),
     ],
 ) -> None:
-    """Show the steps of a run, what each holds and its bytes; the runs of a folder; all metrics, or all components."""
+    """Show the steps of a run, what each holds and its bytes; the runs of a folder; or all shipped configurations, metrics or
+    components.
+    """
     from picolm.console import screen
 
     console = screen()
-    if run in ("metrics", "components") and not Path(run).exists():
-        from picolm.terminal import parts
+    if run in ("configs", "metrics", "components") and (run == "configs" or not Path(run).exists()):
+        from picolm.terminal import configurations, parts
 
-        console.print(parts(run))
+        console.print(configurations() if run == "configs" else parts(run))
         return
 
     from picolm.store import Run

