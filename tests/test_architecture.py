@@ -35,7 +35,7 @@ WORDS = {
 NOUNS = {"models", "data", "capture", "store"}
 VERBS = {"train", "analyze"}
 # Files of a model travel with its checkpoints: they may import torch, transformers and each other.
-TRAVELLERS = {"decoder", "layers", "attention", "loss", "generate", "hf"}
+TRAVELLERS = {"decoder", "layers", "attention", "loss", "objective", "generate", "hf"}
 ONE_DOOR = {
     "transformers": "models/hf.py",
     "wandb": "tracking.py",

@@ -125,7 +125,7 @@ def test_a_token_outside_of_the_vocabulary_is_known_from_the_manifest(make_sourc
 
 
 def test_rows_shorter_than_the_model_are_refused_and_longer_ones_cut(make_source: Any) -> None:
-    with pytest.raises(DataError, match=r"memory row 0: 9 tokens, shorter than max_seq_len \+ 1 = 10; lower .* to 8"):
+    with pytest.raises(DataError, match=r"memory row 0: 9 tokens, and a row of training takes 10; lower .* by 1"):
         Batches(make_source(100), **{**SMALL, "length": 9})
     assert Batches(make_source(100), **{**SMALL, "length": 4})(0)[0].shape == (12, 5)
 

@@ -320,9 +320,7 @@ def test_splits_that_were_not_prepared_are_explained(corpus: Path, tmp_path: Pat
     prepare([corpus], tmp_path / "out", **OPTIONS)
     with pytest.raises(DataError, match=r"has no split 'val' \(there are: train\); prepare it with --val-fraction"):
         open_source(str(tmp_path / "out"), split="val")
-    with pytest.raises(
-        DataError, match=r"out: rows of 33 tokens are shorter than max_seq_len \+ 1 = 65; .* --seq-len 64"
-    ):
+    with pytest.raises(DataError, match=r"out: rows of 33 tokens, and a row of training takes 65; .* --seq-len 64"):
         open_source(str(tmp_path / "out"), row_length=65)
 
 

@@ -86,6 +86,3 @@ class Some(Decoder):
         nats_BT = cross_entropy(self(tokens_BS[:, :-1]).mT, tokens_BS[:, 1:], reduction="none")
         some_BT = self._some(tokens_BS)
         return Loss((nats_BT * some_BT).sum(), int(some_BT.sum()))
-
-    def token_nats(self, tokens_BS: Any) -> Any:
-        return super().token_nats(tokens_BS) * self._some(tokens_BS)

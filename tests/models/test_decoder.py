@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from picolm.models import MODELS, Decoder, DecoderConfig, Model
+from picolm.models import MODELS, Decoder, DecoderConfig, Model, NextToken
 
 PUBLISHED = {  # width, hidden width: parameters, parameters without embeddings
     "tiny": (96, 384, 11_282_784, 1_624_416),
@@ -100,14 +100,18 @@ def test_a_later_token_changes_nothing_before_it(model, tokens):
     assert not torch.equal(before[:, 100:], after[:, 100:])
 
 
-def test_loss_and_token_nats_are_the_cross_entropy_of_the_logits(model, tokens):
+def test_loss_and_predictions_are_the_cross_entropy_of_the_logits(model, tokens):
     loss = model.loss(tokens)
     expected = torch.nn.functional.cross_entropy(
         model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
     )
     assert loss.tokens == 3 * 130
     torch.testing.assert_close(loss.nats, expected.sum())
-    torch.testing.assert_close(model.token_nats(tokens), expected.view(3, 130).detach(), rtol=1e-4, atol=1e-4)
+    nats, likeliest = model.predictions(tokens)
+    torch.testing.assert_close(nats, expected.view(3, 130).detach(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(likeliest, model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:])
+    plain = NextToken.loss(model, tokens), NextToken.predictions(model, tokens)
+    torch.testing.assert_close(plain, (loss, (nats, likeliest)), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_are_those_of_the_plain_loss(model, tokens):

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from picolm.errors import DataError, PicoError
-from picolm.models import Decoder, DecoderConfig
+from picolm.models import Decoder, DecoderConfig, NextToken, Noise, Piece, Score
 from picolm.train.evaluate import Evaluation, Rows, evaluate
+from picolm.train.evaluation_config import Evaluation as Settings
 from picolm.train.sample import load_model
+from picolm.train.scoring import token_nats
 from picolm.train.text import Text
 
 LENGTH = 16
@@ -40,11 +42,18 @@ class Table:
         return None if self.all_labels is None else [self.all_labels[number] for number in numbers]
 
 
-class Tokens(torch.nn.Module):
+class Tokens(NextToken, torch.nn.Module):
     """A model whose loss at each token is a function of the token and the one before it."""
 
-    def token_nats(self, tokens_BS: Tensor) -> Tensor:
-        return (tokens_BS[:, 1:] * 0.01 + tokens_BS[:, :-1] * 0.003 + 0.1).float()
+    def __init__(self, factor: float = 1.0):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def nats(self, tokens_BS: Tensor) -> Tensor:
+        return (tokens_BS[:, 1:] * 0.01 + tokens_BS[:, :-1] * 0.003 + 0.1).float() * self.factor.detach()
+
+    def predictions(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        return self.nats(tokens_BS), tokens_BS[:, 1:] < 0
 
 
 def evaluation(
@@ -83,7 +92,7 @@ def test_results_do_not_depend_on_the_batch_size() -> None:
     results = [evaluate(("paloma",), evaluation(rows, size)) for size in (1, 2, 3, 100)]
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-12)
-    nats_R = Tokens().token_nats(rows.tokens_RS).double()
+    nats_R = Tokens().nats(rows.tokens_RS).double()
     assert results[0]["paloma/nats_per_token"] == pytest.approx(nats_R.mean().item())
     assert results[0]["paloma/b"] == pytest.approx(math.exp(nats_R[[1, 6]].mean().item()))
     assert set(results[0]) == {"paloma", "paloma/nats_per_token"} | {
@@ -109,7 +118,7 @@ def test_bits_per_byte_are_those_of_the_text(tmp_path: Path) -> None:
     rows = Rows(torch.tensor([tokens_S]), None, np.arange(1))
     table_V = Text(tmp_path / "tokenizer.json", 320).token_bytes_V
     results = evaluate(("paloma",), evaluation(rows, token_bytes=table_V))
-    nats = Tokens().token_nats(rows.tokens_RS).double().sum().item()
+    nats = Tokens().nats(rows.tokens_RS).double().sum().item()
     predicted = text.encode().removeprefix(
         vocabulary.tokenizer.decode(tokens_S[:1]).encode()
     )  # all but the first token
@@ -126,7 +135,7 @@ def test_without_a_tokenizer_there_are_no_bits_per_byte_and_without_rows_nothing
 @pytest.mark.parametrize(("nats", "perplexity"), [(800.0, math.inf), (math.inf, math.inf), (math.nan, math.nan)])
 def test_a_hopeless_model_has_a_hopeless_perplexity(nats: float, perplexity: float) -> None:
     model = Tokens()
-    model.token_nats = lambda tokens_BS: torch.full(tokens_BS[:, 1:].shape, nats)  # type: ignore[method-assign]
+    model.nats = lambda tokens_BS: torch.full(tokens_BS[:, 1:].shape, nats)  # type: ignore[method-assign]
     found = evaluate(("paloma",), evaluation(Rows.sample(Table(None, 3), None, 5), model=model))["paloma"]
     assert found == pytest.approx(perplexity, nan_ok=True)
 
@@ -188,7 +197,7 @@ def test_held_out_rows_may_be_one_token_shorter_than_training_rows(train: Callab
     model, seen = load_model(run, 2), {}
     for address in run[2].select(kind="activations", split="val"):
         model.get_submodule(address.module).register_forward_hook(lambda m, i, out, at=address: seen.update({at: out}))
-    nats_RT = model.token_nats(tokens_RS)
+    nats_RT = token_nats(model, tokens_RS)
     assert run.evaluation(2)["paloma/nats_per_token"] == pytest.approx(nats_RT.mean().item(), rel=1e-5)
     assert run[2].meta["capture"] == {"positions": [15, 0], "val_positions": [14, 0]}
     for address, output_RTH in seen.items():
@@ -198,7 +207,7 @@ def test_held_out_rows_may_be_one_token_shorter_than_training_rows(train: Callab
 def test_evaluation_may_use_a_part_of_each_row(train: Callable[..., Any]) -> None:
     run = train("training.max_steps=0", "evaluation.paloma.max_length=5", "evaluation.paloma.max_rows=4")
     tokens_RS = torch.tensor(run[0].rows("val")["input_ids"].to_pylist())[:4, :6]
-    by_hand = load_model(run, 0).token_nats(tokens_RS).mean().item()
+    by_hand = token_nats(load_model(run, 0), tokens_RS).mean().item()
     assert run.evaluation(0)["paloma/nats_per_token"] == pytest.approx(by_hand, rel=1e-5)
 
 
@@ -219,12 +228,45 @@ def test_held_out_tokens_beyond_the_vocabulary_are_told_before_the_start(
 
 
 def test_a_model_that_computes_nan_has_no_perplexity_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
-    class Diverged(Tokens):
-        def token_nats(self, tokens_BS: Tensor) -> Tensor:
-            return super().token_nats(tokens_BS) * math.nan
-
     with caplog.at_level("WARNING", "picolm"):
-        found = evaluate(("paloma",), evaluation(Rows.sample(Table(None, 3), None, 5), model=Diverged()))
+        found = evaluate(("paloma",), evaluation(Rows.sample(Table(None, 3), None, 5), model=Tokens(math.nan)))
     assert set(found) == {"paloma", "paloma/nats_per_token"}
     assert all(math.isnan(value) for value in found.values())
     assert "paloma has no value: the model computes NaN" in caplog.text
+
+
+class Bound(Tokens):
+    """A model that only bounds the likelihood: each draw adds a random number between 0 and 1 to the nats of a token."""
+
+    likelihood = "bound"
+
+    def score(self, pieces: Sequence[Piece], *, draws: int = 1, noise: Noise | None = None) -> Score:
+        assert noise is not None
+        exact = super().score(pieces)
+        added_DN = torch.stack([noise.uniform(1)[:, 0] for _ in range(draws)])
+        nats = [nats_T + added for nats_T, added in zip(exact.nats, added_DN.mean(0))]
+        scored_N = torch.tensor([piece.scored for piece in pieces])
+        return Score(nats, added_DN.std(0) * scored_N / math.sqrt(draws), draws, exact=False)
+
+
+def test_a_bound_is_called_a_bound_and_has_a_standard_error() -> None:
+    rows = Rows.sample(Table(["a", "b", "a", "c"]), None, LENGTH + 1)
+    settings = Settings(draws=400)
+    exact = evaluate(("paloma",), evaluation(rows))
+    found = [evaluate(("paloma",), evaluation(rows, size, Bound())._replace(settings=settings)) for size in (1, 3)]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)  # each row has noise of its own
+    assert not [name for name in found[0] if not name.startswith("paloma_bound")]
+    error = found[0]["paloma_bound/standard_error"]
+    assert error == pytest.approx(12**-0.5 / 20 / 2, rel=0.1)  # a uniform number, 400 draws, 4 rows
+    difference = found[0]["paloma_bound/nats_per_token"] - exact["paloma/nats_per_token"]
+    assert difference == pytest.approx(0.5, abs=4 * error)
+
+
+def test_a_model_without_a_likelihood_has_no_perplexity_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    model = Tokens()
+    model.likelihood = "none"  # type: ignore[misc]
+    with caplog.at_level("WARNING", "picolm"):
+        found = evaluate(("paloma",), evaluation(Rows.sample(Table(None, 3), None, 5), model=model))
+    assert list(found) == ["paloma"]
+    assert math.isnan(found["paloma"])
+    assert "paloma has no value: the likelihood of a text cannot be computed from this model" in caplog.text

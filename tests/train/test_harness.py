@@ -20,6 +20,7 @@ from picolm.store import Run
 from picolm.train.evaluate import Evaluation, Rows, evaluate
 from picolm.train.evaluation_config import Evaluation as Settings
 from picolm.train.sample import load_model
+from picolm.train.scoring import token_nats
 from picolm.train.text import Text
 
 pytestmark = [
@@ -115,7 +116,7 @@ def test_perplexity_is_that_of_our_own_evaluation(fox: Run, tasks: Path) -> None
             nats += own["paloma/nats_per_token"] * scored
             size += own["paloma/nats_per_token"] * scored / math.log(2) / own["paloma/bits_per_byte"]
         else:
-            nats += float(plain.model.token_nats(torch.tensor([row]))[0, -scored:].sum())
+            nats += float(token_nats(plain.model, torch.tensor([row]))[0, -scored:].sum())
             size += int(plain.token_bytes_V[row[-scored:]].sum())  # type: ignore[index]
             cut += 1
     text_bytes, words = sum(len(text.encode()) for text in DOCUMENTS), sum(len(text.split()) for text in DOCUMENTS)

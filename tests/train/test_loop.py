@@ -269,8 +269,6 @@ class Some(Decoder):
         nats_BT = cross_entropy(self(tokens_BS[:, :-1]).mT, tokens_BS[:, 1:], reduction="none")[:, ::4]
         predicted = nats_BT[tokens_BS[:, 0] != NOTHING]
         return Loss(predicted.sum(), torch.tensor(predicted.numel()))
-    def token_nats(self, tokens_BS):
-        return super().token_nats(tokens_BS)[:, ::4]
 '''
 
 

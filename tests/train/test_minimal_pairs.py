@@ -12,11 +12,12 @@ from tests.fox import STEP
 
 from picolm.data.tokenizer import load_tokenizer
 from picolm.errors import DataError, PicoError
+from picolm.models import Piece
 from picolm.store import Run
 from picolm.train.evaluate import Evaluation, evaluate
 from picolm.train.evaluation_config import Evaluation as Settings
 from picolm.train.sample import load_model
-from picolm.train.scoring import Piece, nats, nats_and_greedy
+from picolm.train.scoring import score
 from picolm.train.text import Text
 
 SENTENCES = [
@@ -70,30 +71,31 @@ def test_the_likelier_sentence_wins_and_phenomena_are_counted_apart(fox: Run, tm
 
 
 def test_the_score_is_the_sum_over_all_tokens_in_batches_too(fox: Run) -> None:
-    from picolm.train.scoring import Piece, nats, nats_and_greedy
-
     tokenizer = load_tokenizer(fox.step_path(STEP))
-    pieces = [Piece([0, *ids], len(ids)) for ids in (tokenizer.encode(sentence).ids for sentence in SENTENCES)]
-    pieces.insert(2, Piece([0], 0))
+    pieces = [
+        Piece(torch.tensor([0, *ids]), len(ids)) for ids in (tokenizer.encode(sentence).ids for sentence in SENTENCES)
+    ]
+    pieces.insert(2, Piece(torch.tensor([0]), 0))
     expected = [-ln_p(fox, sentence) for sentence in SENTENCES]
     expected.insert(2, 0.0)
     for size in (1, 2, 10):
         evaluation = Evaluation(load_model(fox), None, size, None, 0, 1, torch.device("cpu"))
         with torch.no_grad():
-            torch.testing.assert_close(nats(pieces, evaluation).tolist(), expected, rtol=1e-6, atol=1e-5)
-            torch.testing.assert_close(nats_and_greedy(pieces, evaluation)[0].tolist(), expected, rtol=1e-6, atol=1e-5)
+            torch.testing.assert_close(score(pieces, evaluation).nats.tolist(), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_processes_share_the_work_and_lose_nothing(fox: Run) -> None:
-    from picolm.train.scoring import Piece, nats
-
     tokenizer = load_tokenizer(fox.step_path(STEP))
-    pieces = [Piece([0, *ids], len(ids)) for ids in (tokenizer.encode(sentence).ids for sentence in SENTENCES)]
+    pieces = [
+        Piece(torch.tensor([0, *ids]), len(ids)) for ids in (tokenizer.encode(sentence).ids for sentence in SENTENCES)
+    ]
     alone = Evaluation(load_model(fox), None, 2, None, 0, 1, torch.device("cpu"))
     with torch.no_grad():
-        shares = [nats(pieces, alone._replace(rank=rank, world=3)) for rank in range(3)]  # what all_reduce adds up
+        shares = [
+            score(pieces, alone._replace(rank=rank, world=3)).nats for rank in range(3)
+        ]  # what all_reduce adds up
         assert [int((share > 0).sum()) for share in shares] == [2, 2, 1]
-        torch.testing.assert_close(sum(shares), nats(pieces, alone), rtol=1e-6, atol=0)
+        torch.testing.assert_close(sum(shares), score(pieces, alone).nats, rtol=1e-6, atol=0)
 
 
 def test_equal_sentences_are_no_success(fox: Run, tmp_path: Path) -> None:
@@ -150,14 +152,13 @@ def test_a_model_that_computes_nan_has_no_accuracy_and_the_log_says_why(
 
 def test_pairs_that_differ_in_float64_alone_are_told_apart(fox: Run, tmp_path: Path) -> None:
     """Log-probabilities of a model in float64 are not rounded to float32."""
-    pieces = [Piece([0, 5, 9, 12], 3)]
+    pieces = [Piece(torch.tensor([0, 5, 9, 12]), 3)]
     model = load_model(fox).double()
     evaluation = Evaluation(model, None, 4, None, 0, 1, torch.device("cpu"))
     with torch.no_grad():
         ln_p_TV = model(torch.tensor([[0, 5, 9]]))[0].log_softmax(-1)
     expected = -sum(float(ln_p_TV[place, token]) for place, token in enumerate([5, 9, 12]))
-    assert nats(pieces, evaluation).item() == pytest.approx(expected, abs=1e-12)
-    assert nats_and_greedy(pieces, evaluation)[0].item() == pytest.approx(expected, abs=1e-12)
+    assert score(pieces, evaluation).nats.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_without_a_tokenizer_there_are_no_sentences(train: Callable[..., Run], tmp_path: Path) -> None:

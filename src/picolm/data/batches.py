@@ -3,7 +3,7 @@
 Step s takes the positions [s B, (s + 1) B) of the order (see `order.py`); process r of W has those at r, r + W, r + 2 W, … of
 the batch, in `accumulation` micro-batches. So resuming, or replaying any step, takes a number and nothing else.
 
-Shapes: B rows of a step, b rows of a micro-batch, T = length + 1 tokens (the inputs and the shifted targets).
+Shapes: B rows of a step, b rows of a micro-batch, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -37,9 +37,13 @@ class Batches:
         seed: int,
         shuffle: bool = False,
         length: int,
+        row_length: int | None = None,
         vocab_size: int,
     ):
-        """`rows_per_step` (B) counts the rows of all processes and micro-batches; `length` is that of the inputs."""
+        """Cut rows to `row_length` tokens (default: length + 1), in which a model predicts `length` of them.
+
+        `rows_per_step` (B) counts the rows of all processes and micro-batches.
+        """
         if rows_per_step % (world * accumulation):
             raise DataError(
                 f"{rows_per_step} rows a step cannot be shared out over {world} processes x {accumulation} micro-batches; "
@@ -48,6 +52,7 @@ class Batches:
         self.source, self.rows_per_step, self.accumulation = source, rows_per_step, accumulation
         self.rank, self.world, self.seed, self.shuffle = rank, world, seed, shuffle
         self.length, self.vocab_size = length, vocab_size
+        self.row_length = length + 1 if row_length is None else row_length
         self._check_source()
         self._ahead: Ahead[int, np.ndarray] = Ahead(self._read)
 
@@ -87,10 +92,10 @@ class Batches:
     def _check_source(self) -> None:
         if len(self.source) == 0:
             raise DataError("the data set has no rows")
-        if self.source.row_length < self.length + 1:
+        if self.source.row_length < self.row_length:
             raise DataError(
-                f"{self.source.locate(0)}: {self.source.row_length} tokens, shorter than max_seq_len + 1 = {self.length + 1}; "
-                f"lower model.max_seq_len to {self.source.row_length - 1} or prepare longer rows"
+                f"{self.source.locate(0)}: {self.source.row_length} tokens, and a row of training takes {self.row_length}; "
+                f"lower model.max_seq_len by {self.row_length - self.source.row_length} or prepare longer rows"
             )
         largest = self.source.max_token
         if largest is not None and largest >= self.vocab_size:
@@ -99,7 +104,7 @@ class Batches:
 
     def _read(self, step: int) -> np.ndarray:
         numbers_B = self.row_numbers(step)[np.concatenate(self.rank_rows(step))]
-        tokens_RT = self.source.rows(numbers_B)[:, : self.length + 1].astype(np.int64)
+        tokens_RT = self.source.rows(numbers_B)[:, : self.row_length].astype(np.int64)
         outside = (tokens_RT < 0) | (tokens_RT >= self.vocab_size)
         if outside.any():
             row, column = np.argwhere(outside)[0]

@@ -170,8 +170,8 @@ def check_length(found: float, needed: int, name: str) -> None:
     """Raise DataError when rows of a shard are shorter than the model needs them."""
     if found < needed:
         raise DataError(
-            f"{name}: rows of {found:g} tokens are shorter than max_seq_len + 1 = {needed}; lower model.max_seq_len to "
-            f"{int(found) - 1}, or prepare the data with --seq-len {needed - 1}"
+            f"{name}: rows of {found:g} tokens, and a row of training takes {needed}; lower model.max_seq_len by "
+            f"{needed - int(found)}, or prepare the data with --seq-len {needed - 1}"
         )
 
 

@@ -10,14 +10,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .generate import generate
+from .generate import KeyValueCache
 from .layers import Block, Cache, RMSNorm, rotations
-from .loss import linear_cross_entropy, linear_token_nats
+from .loss import linear_cross_entropy, linear_predictions
+from .objective import Loss, NextToken
 
 TRAVELLING = (
     "attention.py",
@@ -25,14 +26,8 @@ TRAVELLING = (
     "generate.py",
     "layers.py",
     "loss.py",
+    "objective.py",
 )  # with every checkpoint, beside hf.py
-
-
-class Loss(NamedTuple):
-    """What `Model.loss` returns: nats is the differentiable sum over all predicted tokens, tokens their number."""
-
-    nats: Tensor
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class DecoderConfig:
         return all(getattr(self, name) > 0 for name in names)
 
 
-class Decoder(nn.Module):
+class Decoder(NextToken, nn.Module):
     """Tokens to logits. Deterministic, bit for bit, from run to run on one machine."""
 
     Config: ClassVar[type] = DecoderConfig
@@ -163,22 +158,21 @@ class Decoder(nn.Module):
 
         The logits are never whole in memory, so forward hooks of de_embedding_proj see nothing here.
         """
-        hidden_PH, targets_P = self._predictions(tokens_BS)
+        hidden_PH, targets_P = self._inputs(tokens_BS)
         return Loss(linear_cross_entropy(hidden_PH, self.de_embedding_proj.weight, targets_P), targets_P.numel())
 
-    @torch.no_grad()
-    def token_nats(self, tokens_BS: Tensor) -> Tensor:
-        """The terms of `loss`: -ln p of each token given those before it, float32, [B, T]."""
-        hidden_PH, targets_P = self._predictions(tokens_BS)
-        nats_P = linear_token_nats(hidden_PH, self.de_embedding_proj.weight, targets_P)
-        return nats_P.view(tokens_BS.shape[0], -1)
+    def predictions(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the terms of `loss`, and whether each token is the likeliest in its place, [B, T]."""
+        hidden_PH, targets_P = self._inputs(tokens_BS)
+        nats_P, likeliest_P = linear_predictions(hidden_PH, self.de_embedding_proj.weight, targets_P)
+        return nats_P.view(tokens_BS.shape[0], -1), likeliest_P.view(tokens_BS.shape[0], -1)
 
-    def _predictions(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def _inputs(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
         return self.hidden(tokens_BS[:, :-1]).flatten(0, 1), tokens_BS[:, 1:].flatten()
 
-    def generate(self, prompt_BT: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-        """The prompt and what the model makes of it; options as in `generate.generate`."""
-        return generate(self, prompt_BT, max_new_tokens, context=self.config.max_seq_len, **options)
+    def new_cache(self) -> KeyValueCache:
+        """Return a cache of keys and values that `forward` continues."""
+        return KeyValueCache()
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of one training step per token of rows of `length` positions.

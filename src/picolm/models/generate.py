@@ -4,7 +4,7 @@ Legend: B rows, T positions, V vocabulary, M key-value heads, D head size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class KeyValueCache:
 
 @torch.no_grad()
 def generate(
-    forward: Callable[..., Tensor],
+    model: Any,
     prompt_BT: Tensor,
     max_new_tokens: int,
     *,
@@ -50,7 +50,8 @@ def generate(
 ) -> Tensor:
     """The prompt and up to `max_new_tokens` further tokens, [B, T + n].
 
-    forward: (tokens_BT, cache) -> logits_BTV. temperature 0 takes the likeliest token; otherwise tokens are drawn with
+    model: called with (tokens_BT), or (tokens_BT, cache) where its `new_cache` makes one, it returns logits_BTV; a cache
+    holds what it keeps of the tokens before. temperature 0 takes the likeliest token; otherwise tokens are drawn with
     `generator` from the `top_k` likeliest and from the smallest set that holds `top_p` of the probability. A row that
     has produced `eos` (one of them, where there are several) is filled with the first, and generation ends when all rows
     have. Raises ValueError when prompt and new tokens do not fit into `context` positions, and NotFinite for a model that
@@ -58,11 +59,12 @@ def generate(
     """
     _check(prompt_BT, max_new_tokens, context, temperature, top_k, top_p)
     ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), device=prompt_BT.device)
-    cache = KeyValueCache() if use_cache else None
+    cache, seen = model.new_cache() if use_cache else None, 0
     tokens_BT, ended_B1 = prompt_BT, torch.zeros_like(prompt_BT[:, :1], dtype=torch.bool)
     for _ in range(max_new_tokens):
-        unseen_BT = tokens_BT if cache is None else tokens_BT[:, cache.get_seq_length() :]
-        next_B1 = choose(forward(unseen_BT, cache)[:, -1], temperature, top_k, top_p, generator)
+        logits_BTV = model(tokens_BT) if cache is None else model(tokens_BT[:, seen:], cache)
+        seen = tokens_BT.shape[1]
+        next_B1 = choose(logits_BTV[:, -1], temperature, top_k, top_p, generator)
         if len(ends):
             next_B1 = torch.where(ended_B1, ends[0], next_B1)
             ended_B1 = ended_B1 | torch.isin(next_B1, ends)

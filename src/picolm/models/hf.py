@@ -23,6 +23,7 @@ from .decoder import Decoder, DecoderConfig
 from .generate import generate  # noqa: F401
 from .layers import Block  # noqa: F401
 from .loss import linear_cross_entropy  # noqa: F401
+from .objective import Loss  # noqa: F401
 
 # transformers renamed past_key_values to cache in 5.24; `forward` takes both names.
 _CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))

@@ -30,12 +30,22 @@ def linear_cross_entropy(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor
     return _LinearCrossEntropy.apply(hidden_PH, weight_VH, targets_P)
 
 
-@torch.no_grad()
 def linear_token_nats(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> Tensor:
     """The terms of `linear_cross_entropy`, float32, [P]; no gradient."""
+    return linear_predictions(hidden_PH, weight_VH, targets_P)[0]
+
+
+@torch.no_grad()
+def linear_predictions(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor]:
+    """The terms of `linear_cross_entropy`, and whether each target has the largest of the logits, both [P]; no gradient."""
     weight_VH = weight_VH.to(hidden_PH.dtype)
-    nats = [_log_softmax(hidden_PH[c], weight_VH).gather(1, targets_P[c, None]) for c in _chunks(hidden_PH, weight_VH)]
-    return -torch.cat(nats).squeeze(1)
+    nats, likeliest = [], []
+    for chunk in _chunks(hidden_PH, weight_VH):
+        logits_CV, targets_C = hidden_PH[chunk] @ weight_VH.mT, targets_P[chunk]
+        exact = torch.promote_types(logits_CV.dtype, torch.float32)
+        nats.append(-logits_CV.to(exact).log_softmax(-1).gather(1, targets_C[:, None]).squeeze(1))
+        likeliest.append(logits_CV.argmax(-1) == targets_C)
+    return torch.cat(nats), torch.cat(likeliest)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -110,8 +120,3 @@ def _tile_rows(x: Tensor) -> int:
 
 def _of_device(sizes: dict[str, int], x: Tensor) -> int:
     return sizes.get(x.device.type, sizes["other"])
-
-
-def _log_softmax(hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-    exact = torch.promote_types(hidden_CH.dtype, torch.float32)
-    return (hidden_CH @ weight_VH.mT).to(exact).log_softmax(-1)

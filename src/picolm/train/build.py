@@ -19,13 +19,13 @@ from picolm.data import Source, open_source
 from picolm.data.batches import Batches
 from picolm.errors import DataError, PicoError
 from picolm.logs import configure_logging
-from picolm.models import MODELS
+from picolm.models import find_model
 from picolm.schema import plain
 from picolm.seeds import derive
 from picolm.store.files import disk_errors
 from picolm.store.writer import BackgroundWriter
 from picolm.train import devices
-from picolm.train.config import TrainConfig
+from picolm.train.config import TrainConfig, row_length
 from picolm.train.evaluate import Rows
 from picolm.train.failure import Together
 from picolm.train.job import Job
@@ -200,7 +200,7 @@ def _open(config: TrainConfig, name: str, split: str, row_length: int | None) ->
 def open_batches(config: TrainConfig, rank: int = 0, world: int = 1) -> Batches:
     """The training rows of one process, by step."""
     return Batches(
-        _open(config, config.data.dataset.name, "train", config.model.max_seq_len + 1),
+        _open(config, config.data.dataset.name, "train", row_length(config)),
         rows_per_step=config.data.dataloader.batch_size,
         accumulation=config.training.optimization.gradient_accumulation_steps,
         rank=rank,
@@ -208,6 +208,7 @@ def open_batches(config: TrainConfig, rank: int = 0, world: int = 1) -> Batches:
         seed=config.training.seeds.data,
         shuffle=config.data.dataset.shuffle,
         length=config.model.max_seq_len,
+        row_length=row_length(config),
         vocab_size=config.model.vocab_size,
     )
 
@@ -236,7 +237,7 @@ def captured_rows(config: TrainConfig, source: Source) -> Rows | None:
     if dynamics.eval_data is None:
         return None
     held_out = _held_out(config, dynamics.eval_data, "val", source)
-    return _sample(held_out, dynamics.max_rows, config.model.max_seq_len + 1, config.model.vocab_size)
+    return _sample(held_out, dynamics.max_rows, row_length(config), config.model.vocab_size)
 
 
 def evaluated_rows(config: TrainConfig, source: Source) -> Rows | None:
@@ -245,9 +246,7 @@ def evaluated_rows(config: TrainConfig, source: Source) -> Rows | None:
     if "paloma" not in (config.evaluation.metrics or ()):
         return None
     held_out = _held_out(config, paloma.dataset_name, paloma.dataset_split, source)
-    return _sample(
-        held_out, paloma.max_rows, (paloma.max_length or config.model.max_seq_len) + 1, config.model.vocab_size
-    )
+    return _sample(held_out, paloma.max_rows, row_length(config, paloma.max_length), config.model.vocab_size)
 
 
 def _held_out(config: TrainConfig, name: str, split: str, source: Source) -> Source | None:
@@ -260,9 +259,9 @@ def _held_out(config: TrainConfig, name: str, split: str, source: Source) -> Sou
     own = config.data.dataset.name
     place = name if name != "auto" else PUBLISHED_VALIDATION if own == "pico-lm/pretokenized-dolma" else own
     # An embedded corpus is cut to the length that is asked for; other held-out rows may be shorter than training rows.
-    row_length = config.model.max_seq_len + 1 if place.startswith("embedded:") else None
+    length = row_length(config) if place.startswith("embedded:") else None
     try:
-        held_out = _open(config, place, split if name != "auto" else "val", row_length)
+        held_out = _open(config, place, split if name != "auto" else "val", length)
         sha256 = getattr(source, "tokenizer_sha256", None)
         check_same(held_out, place, source.tokenizer_file, sha256, f"those of {own}")
         return held_out
@@ -290,7 +289,7 @@ def _sample(source: Source | None, max_rows: int | None, length: int, vocab_size
 
 def _model(config: TrainConfig, fabric: Fabric) -> Any:
     require_memory(config.model)
-    model = MODELS.get(config.model.model_type)(config.model)
+    model = find_model(config.model.model_type)(config.model)
     model.init_parameters(torch.Generator().manual_seed(derive(config.training.seeds.init, "init")))
     return model.to(fabric.device, devices.weight_dtype(config.training.fabric.precision))
 
@@ -300,7 +299,7 @@ def _setup(config: TrainConfig, fabric: Fabric, model: Any) -> Any:
 
     The optimizers stay bare: nothing here needs Fabric's own bookkeeping of them.
     """
-    methods = ["loss", "token_nats"]
+    methods = ["loss", "score", "generate"]
     if devices.want_compile(config.training, fabric.device):
         compiled = torch.compile(type(model).loss, dynamic=False)  # all micro-batches of a run have one shape
         model.compiled_loss = MethodType(compiled, model)  # Fabric takes methods only

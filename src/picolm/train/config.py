@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from picolm.data import is_own_source
 from picolm.errors import PicoError
-from picolm.models import MODELS
+from picolm.models import MODELS, find_model
 from picolm.models.decoder import DecoderConfig
 from picolm.provenance import NamesCode, code_keys, mark_untrusted
 from picolm.registry import Registry, Untrusted, UntrustedCode, names_code
@@ -287,6 +287,11 @@ def schema_for(raw: Mapping[str, Any]) -> type[TrainConfig]:
     except (AttributeError, TypeError) as error:
         reason = f"{name!r} is no model: its Config, a dataclass, is missing or cannot be used ({error})"
         raise NoSchema(("model", "model_type"), reason) from error
+
+
+def row_length(config: TrainConfig, length: int | None = None) -> int:
+    """Return the tokens of a row in which the model predicts `length` (default: model.max_seq_len) of them."""
+    return int(find_model(config.model.model_type).row_length(length or config.model.max_seq_len))
 
 
 def stored_config(raw: Mapping[str, Any], where: str) -> TrainConfig:

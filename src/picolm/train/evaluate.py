@@ -1,7 +1,8 @@
 """Evaluations: functions of the live model, in memory, at their own cadence.
 
-An evaluation takes the model (whose `token_nats` gives the loss of each token) and its rows, and returns named numbers. The
-name `paloma` is that of the published configurations: perplexity over rows that may say which source they are from.
+An evaluation takes the model (which scores text itself) and its rows, and returns named numbers. The name `paloma` is that of
+the published configurations: perplexity over rows that may say which source they are from. What follows from a bound of the
+likelihood has `_bound` behind its name.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from picolm.capture.gather import summed
 from picolm.errors import PicoError
-from picolm.models import Loss, Noise
 from picolm.models.generate import NotFinite
 from picolm.registry import Registry
+from picolm.train.scoring import NoLikelihood, pieces_of, score
 from picolm.train.strategies import reshard
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ log = logging.getLogger("picolm")
 class Rows(NamedTuple):
     """Rows of token ids on which something is measured, the same at every step.
 
-    tokens_RS: inputs and shifted targets; labels: the source of each row, where there is one.
+    tokens_RS: as long as the model needs them; labels: the source of each row, where there is one.
     """
 
     tokens_RS: Tensor
@@ -91,6 +91,15 @@ class Evaluation(NamedTuple):
     text: Text | None = None
     settings: Any = None
 
+    @property
+    def draws(self) -> int:
+        """Random draws that a bound of a likelihood is averaged over."""
+        return 1 if self.settings is None else int(self.settings.draws)
+
+    def named(self, name: str) -> str:
+        """Return the name of a result that follows from the likelihood of text: a bound is called a bound."""
+        return f"{name}_bound" if self.model.likelihood == "bound" else name
+
 
 EVALUATIONS: Registry[Callable[[Evaluation], dict[str, float]]] = Registry("evaluation")
 
@@ -98,7 +107,7 @@ EVALUATIONS: Registry[Callable[[Evaluation], dict[str, float]]] = Registry("eval
 def evaluate(names: tuple[str, ...], evaluation: Evaluation) -> dict[str, float]:
     """Return the results of all evaluations in `names`, the model in evaluation mode meanwhile.
 
-    An evaluation of a model that computes NaN gives NaN under its name, and the log says why.
+    An evaluation that has no value (the model computes NaN, or has no likelihood) is NaN under its name, and the log says why.
     """
     results: dict[str, float] = {}
     was_training = evaluation.model.training
@@ -108,8 +117,8 @@ def evaluate(names: tuple[str, ...], evaluation: Evaluation) -> dict[str, float]
             for name in dict.fromkeys(names):
                 try:
                     found = EVALUATIONS.get(name)(evaluation)
-                except NotFinite as error:
-                    log.warning("%s has no value: %s; its weights may have diverged", name, error)
+                except (NotFinite, NoLikelihood) as error:
+                    log.warning("%s has no value: %s", name, error)
                     found = {name: math.nan}
                 if twice := sorted(set(found) & set(results)):
                     raise PicoError(
@@ -127,19 +136,27 @@ def paloma(evaluation: Evaluation) -> dict[str, float]:
     """Perplexity exp(nats per token) over all tokens and by source; bits per byte = nats / (ln 2 x bytes of the targets)."""
     if evaluation.rows is None:
         return {}
-    labels = evaluation.rows.labels or [""] * len(evaluation.rows.tokens_RS)
-    names = sorted(set(labels))
-    sums = _sums_by_source(evaluation, labels, names)
-    if not sums[:, 0].isfinite().all():
+    pieces = pieces_of(evaluation.model, evaluation.rows.tokens_RS)
+    scores = score(pieces, evaluation)
+    if not scores.nats.isfinite().all():
         log.warning("paloma has no value: the model computes NaN or infinities; its weights may have diverged")
-    results = _scores("paloma", *sums.sum(0).tolist())
+    tokens = torch.tensor([piece.scored for piece in pieces], dtype=torch.float64)
+    table = evaluation.token_bytes_V
+    text_bytes = [0 if table is None else int(table[p.tokens[len(p.tokens) - p.scored :]].sum()) for p in pieces]
+    columns = torch.stack([scores.nats, tokens, torch.tensor(text_bytes, dtype=torch.float64), scores.variance], 1)
+    labels = evaluation.rows.labels or [""] * len(pieces)
+    names = sorted(set(labels))
+    sources = torch.tensor([names.index(label) for label in labels], dtype=torch.long)
+    sums = torch.zeros(len(names), 4, dtype=torch.float64).index_add_(0, sources, columns)
+    family = evaluation.named("paloma")
+    results = _scores(family, *sums.sum(0).tolist())
     for name, row in zip(names, sums.tolist()):
         if name:
-            results |= _scores(f"paloma/{source_name(name)}", *row)
+            results |= _scores(f"{family}/{source_name(name)}", *row)
     return results
 
 
-UNITS = ("nats_per_token", "bits_per_byte")
+UNITS = ("nats_per_token", "bits_per_byte", "standard_error")
 _LIKE_A_UNIT = re.compile(rf"(?:.*/)?(?:{'|'.join(UNITS)})(?: \(source\))*")
 
 
@@ -148,51 +165,14 @@ def source_name(label: str) -> str:
     return f"{label} (source)" if _LIKE_A_UNIT.fullmatch(label) else label
 
 
-def _sums_by_source(evaluation: Evaluation, labels: list[str], names: list[str]) -> Tensor:
-    """[sources, 3] float64: nats, predicted tokens and bytes of text."""
-    assert evaluation.rows is not None
-    sums = torch.zeros(len(names), 3, dtype=torch.float64)
-    some = _predicts_some(evaluation)
-    size = 1 if some else evaluation.batch_size  # so that a loss tells the tokens of one row
-    for places, tokens_BS in evaluation.rows.micro_batches(size, evaluation.rank, evaluation.world):
-        nats_BT = evaluation.model.token_nats(tokens_BS.to(evaluation.device))[: len(places)]
-        nats_B, targets_BT = nats_BT.double().sum(1).cpu(), tokens_BS[: len(places), 1:]
-        count = float(_own_loss(evaluation, tokens_BS).tokens) if some else nats_BT.shape[1]
-        tokens_B = torch.full_like(nats_B, count)
-        table = evaluation.token_bytes_V if count == targets_BT.shape[1] else None  # else: the bytes of which tokens?
-        bytes_B = table[targets_BT].sum(1).double() if table is not None else torch.zeros(len(places)).double()
-        row_sums = torch.stack([nats_B, tokens_B, bytes_B], dim=1)
-        sources = torch.tensor([names.index(labels[place]) for place in places], dtype=torch.long)
-        sums.index_add_(0, sources, row_sums)
-    return summed(sums, evaluation.device)
-
-
-def _predicts_some(evaluation: Evaluation) -> bool:
-    """Whether `token_nats` has the terms of a loss that predicts some of the targets only, with zeros elsewhere.
-
-    Then `Loss.tokens` counts what was predicted. A `token_nats` that is not the terms of the loss has a term for each token
-    that it scores. Asked of the first row, on all processes together.
-    """
-    assert evaluation.rows is not None
-    if not hasattr(evaluation.model, "loss"):
-        return False
-    row_1S = evaluation.rows.tokens_RS[:1]
-    terms, loss = evaluation.model.token_nats(row_1S.to(evaluation.device)), _own_loss(evaluation, row_1S)
-    return int(loss.tokens) != terms.numel() and math.isclose(
-        float(loss.nats), float(terms.double().sum()), rel_tol=1e-3
-    )
-
-
-def _own_loss(evaluation: Evaluation, tokens_1S: Tensor) -> Loss:
-    loss: Loss = evaluation.model.loss(tokens_1S.to(evaluation.device), Noise([0], evaluation.device))
-    return loss
-
-
-def _scores(name: str, nats: float, tokens: float, text_bytes: float) -> dict[str, float]:
+def _scores(name: str, nats: float, tokens: float, text_bytes: float, variance: float) -> dict[str, float]:
+    """Return perplexity, nats per token, their standard error where they are estimated, and bits per byte where known."""
     if not tokens:
         return {f"{name}/nats_per_token": math.nan}
     per_token = nats / tokens
     scores = {name: math.inf if per_token > 700 else math.exp(per_token), f"{name}/nats_per_token": per_token}
+    if variance:
+        scores[f"{name}/standard_error"] = math.sqrt(variance) / tokens
     if text_bytes:  # below 0: some tokens stand for text that is not known
         scores[f"{name}/bits_per_byte"] = nats / (math.log(2) * text_bytes) if text_bytes > 0 else math.nan
     return scores

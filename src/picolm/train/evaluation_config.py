@@ -52,6 +52,8 @@ class Evaluation(Section):
     my_lab.module:attribute; null or empty for none."""
     every_n_steps: PositiveInt | None = None
     """Steps between evaluations (default: at each checkpoint)."""
+    draws: PositiveInt = 8
+    """Random draws that a bound of a likelihood is averaged over; a model whose likelihood is exact needs none."""
     paloma: Paloma = Paloma()
     minimal_pairs: MinimalPairs = MinimalPairs()
     lm_eval: Harness = Harness()

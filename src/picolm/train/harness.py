@@ -20,10 +20,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from picolm.errors import PicoError
-from picolm.models.generate import generate
+from picolm.models import Piece
 from picolm.registry import did_you_mean, require_trust
 from picolm.train.evaluate import Evaluation
-from picolm.train.scoring import Language, Piece, nats, nats_and_greedy
+from picolm.train.scoring import Language, score
 
 NEW_TOKENS = 256  # that are written where a task does not say how many
 
@@ -35,6 +35,7 @@ class Adapter(TemplateLM):
         super().__init__()
         self.evaluation, self.language = evaluation, Language.of(evaluation, "lm_eval")
         self.context = evaluation.model.config.max_seq_len
+        self.most_scored = evaluation.model.row_length(self.context) - 1  # of a row, whose first token is given
 
     @property
     def eot_token_id(self) -> int:
@@ -49,14 +50,14 @@ class Adapter(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """The ln p of the second list of tokens given the first, and whether it is what would be generated greedily."""
         pieces = [self._piece(before, after) for _, before, after in requests]
-        nats_N, greedy_N = nats_and_greedy(pieces, self.evaluation)
-        return [(-value, greedy or not piece.scored) for value, greedy, piece in
-                zip(nats_N.tolist(), greedy_N.tolist(), pieces)]  # fmt: skip
+        scores = score(pieces, self.evaluation).finite()
+        return [(-nats, likeliest or not piece.scored) for nats, likeliest, piece in
+                zip(scores.nats.tolist(), scores.likeliest.tolist(), pieces)]  # fmt: skip
 
     def _piece(self, before: list[int], after: list[int]) -> Piece:
-        if len(after) > self.context:
+        if len(after) > self.most_scored:
             raise PicoError(f"lm_eval: an answer of {len(after)} tokens; the context of this model is {self.context}")
-        return Piece([*before, *after][-(self.context + 1) :], len(after))
+        return Piece(torch.tensor([*before, *after][-(self.most_scored + 1) :]), len(after))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The ln p of whole texts. A long one is cut into rows that overlap by one token, as in training.
@@ -64,12 +65,14 @@ class Adapter(TemplateLM):
         What is left for the last row is scored with all of the context before it, as the harness prescribes.
         """
         windows = [list(self._windows(request.args[0])) for request in requests]
-        nats_W = nats([piece for pieces in windows for piece in pieces], self.evaluation)
+        nats_W = score([piece for pieces in windows for piece in pieces], self.evaluation).finite().nats
         return [-part.sum().item() for part in nats_W.split([len(pieces) for pieces in windows])]
 
     def _windows(self, text: str) -> list[Piece]:
-        windows = get_rolling_token_windows(self.tok_encode(text), self.eot_token_id, self.context, context_len=1)
-        return [Piece([*before, *after], len(after)) for before, after in map(make_disjoint_window, windows)]
+        windows = get_rolling_token_windows(self.tok_encode(text), self.eot_token_id, self.most_scored, context_len=1)
+        return [
+            Piece(torch.tensor([*before, *after]), len(after)) for before, after in map(make_disjoint_window, windows)
+        ]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model writes, up to the first of the texts that end an answer."""
@@ -80,14 +83,8 @@ class Adapter(TemplateLM):
             raise PicoError("lm_eval: a task asks for random answers (do_sample); only greedy ones are given here")
         new = min(int(options.get("max_gen_toks", NEW_TOKENS)), self.context - 1)
         tokens = (self.tok_encode(prompt) or [self.eot_token_id])[-(self.context - new) :]
-        device = self.evaluation.device
-        written = generate(
-            self.evaluation.model,
-            torch.tensor([tokens], device=device),
-            new,
-            context=self.context,
-            eos=self.language.end,
-        )
+        prompt_1T = torch.tensor([tokens], device=self.evaluation.device)
+        written = self.evaluation.model.generate(prompt_1T, new, eos=self.language.end)
         answer = self.language.tokenizer.decode(written[0, len(tokens) :].tolist())  # without the end-of-text token
         until = options.get("until") or []
         for stop in [until] if isinstance(until, str) else until:
@@ -115,10 +112,10 @@ def run_tasks(evaluation: Evaluation) -> dict[str, float]:
             torch_random_seed=None,
         )
     assert found is not None
-    return dict(sorted(_numbers(found)))
+    return dict(sorted(_numbers(found, evaluation.named("lm_eval"))))
 
 
-def _numbers(found: dict[str, Any]) -> Any:
+def _numbers(found: dict[str, Any], family: str) -> Any:
     """(name, value) of every number of every task and group; `acc,none` is acc, another filter shows in the name."""
     for part in ("results", "groups"):
         for task, results in found.get(part, {}).items():
@@ -126,7 +123,7 @@ def _numbers(found: dict[str, Any]) -> Any:
                 metric, _, filtered = key.partition(",")
                 if isinstance(value, int | float) and filtered:
                     name = metric if filtered == "none" else f"{metric}@{filtered}"
-                    yield f"lm_eval/{task}/{name}", float(value)
+                    yield f"{family}/{task}/{name}", float(value)
 
 
 @lru_cache(maxsize=4)

@@ -13,11 +13,13 @@ from picolm.csvfile import csv_text
 from picolm.errors import PicoError
 from picolm.store import Run
 from picolm.train.build import open_batches, tokenizer_file
+from picolm.train.config import row_length
 from picolm.train.evaluate import Rows
 from picolm.train.history import check_same_data, check_trained, last_step, same_elsewhere
 from picolm.train.job import Job
 from picolm.train.plan import Due
 from picolm.train.replay import replay
+from picolm.train.scoring import token_nats
 from picolm.train.text import Text
 
 ROWS_AT_ONCE = 8  # in a forward pass
@@ -25,24 +27,27 @@ ROWS_AT_ONCE = 8  # in a forward pass
 
 @dataclass
 class Batch:
-    """The batch of a step. before_RT, after_RT: nats of each predicted token with the weights of step n and of n + 1."""
+    """The batch of a step. read: tokens at the start of a row that nothing predicts. before_RT, after_RT: nats of each other
+    token with the weights of step n and of n + 1 (their sum, where the likelihood of the model is a bound).
+    """
 
     step: int
     rows: Rows
     where: list[str]
     text: Text
+    read: int
     before_RT: Tensor | None = None
     after_RT: Tensor | None = None
 
     def columns(self) -> dict[str, Any]:
         """One entry per predicted token: row, source, position, token, and its losses where they were asked for."""
-        tokens_RT = self.rows.tokens_RS[:, 1:]
+        tokens_RT = self.rows.tokens_RS[:, self.read :]
         rows, length = tokens_RT.shape
         labels = self.rows.labels or [""] * rows
         columns: dict[str, Any] = {
             "row": np.repeat(self.rows.numbers, length),
             "source": np.repeat(labels, length),
-            "position": np.tile(np.arange(1, length + 1), rows),
+            "position": np.tile(np.arange(self.read, self.read + length), rows),
             "token": tokens_RT.flatten().numpy(),
             "text": self.text.tokens(tokens_RT.flatten().tolist()),
         }
@@ -76,9 +81,10 @@ def batch_at(
     numbers = batches.row_numbers(step)[:rows]
     batch = Batch(
         step=step,
-        rows=Rows.take(batches.source, numbers, config.model.max_seq_len + 1),
+        rows=Rows.take(batches.source, numbers, row_length(config)),
         where=[batches.source.locate(int(number)) for number in numbers],
         text=Text(tokenizer_file(config, batches.source), config.model.vocab_size),
+        read=row_length(config) - config.model.max_seq_len,
     )
     if loss:
         _measure(run, batch, overrides)
@@ -93,10 +99,8 @@ def _measure(run: Run, batch: Batch, overrides: Sequence[str]) -> None:
         if at not in (batch.step, batch.step + 1):
             return
         with torch.no_grad(), job.fabric.autocast():
-            rows = [
-                job.model.token_nats(tokens_BS.to(job.device)) for tokens_BS in batch.rows.tokens_RS.split(ROWS_AT_ONCE)
-            ]
-        measured[at] = torch.cat(rows).cpu()
+            rows = [token_nats(job.model, tokens_BS) for tokens_BS in batch.rows.tokens_RS.split(ROWS_AT_ONCE)]
+        measured[at] = torch.cat(rows)
 
     last = last_step(run)
     steps = [step for step in (batch.step, batch.step + 1) if step <= last]

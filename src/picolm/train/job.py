@@ -82,6 +82,11 @@ class Job:
         """Targets in the rows of one step, over all processes; a model may predict fewer."""
         return self.config.data.dataloader.batch_size * self.config.model.max_seq_len
 
+    @property
+    def tokens_read(self) -> int:
+        """Tokens at the start of a row that are only read: row_length(n) of them predict n."""
+        return int(self.state.model.row_length(0))
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the update from `step` to `step + 1`."""
         return learning_rate(step, self.config.training.optimization, self.config.training.max_steps)

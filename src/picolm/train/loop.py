@@ -190,7 +190,7 @@ def held_out(job: Job, step: int) -> dict[Address, Tensor]:
     kept = [parameter.grad for parameter in job.state.model.parameters()]
     job.state.model.zero_grad()
     with capture(job.taps, split="val", step=step, order=order) as captured:
-        accumulate(job, step, micro_batches, order, job.captured_rows.tokens_RS[:, 1:].numel())
+        accumulate(job, step, micro_batches, order, job.captured_rows.tokens_RS[:, job.tokens_read :].numel())
     for parameter, gradient in zip(job.state.model.parameters(), kept):
         parameter.grad = gradient
     return captured

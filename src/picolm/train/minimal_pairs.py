@@ -12,8 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from picolm.errors import DataError
-from picolm.train.scoring import Language, Piece, nats
+from picolm.models import Piece
+from picolm.train.scoring import Language, score
 
 if TYPE_CHECKING:
     from picolm.train.evaluate import Evaluation
@@ -33,14 +36,14 @@ def accuracy(evaluation: Evaluation) -> dict[str, float]:
     settings, language = evaluation.settings.minimal_pairs, Language.of(evaluation, "minimal_pairs")
     pairs = read_pairs(Path(settings.path).expanduser(), settings.group_by)
     pieces = [
-        _piece(sentence, pair, language, evaluation.model.config.max_seq_len)
-        for pair in pairs
-        for sentence in (pair.good, pair.bad)
+        _piece(sentence, pair, language, evaluation.model) for pair in pairs for sentence in (pair.good, pair.bad)
     ]
-    good_P, bad_P = nats(pieces, evaluation._replace(batch_size=settings.batch_size)).view(-1, 2).unbind(1)
+    scores = score(pieces, evaluation._replace(batch_size=settings.batch_size)).finite()
+    good_P, bad_P = scores.nats.view(-1, 2).unbind(1)
+    family = evaluation.named("minimal_pairs")
     right: dict[str, list[float]] = defaultdict(list)
     for pair, correct in zip(pairs, (good_P < bad_P).tolist()):
-        for name in ("minimal_pairs", *([f"minimal_pairs/{pair.phenomenon}"] if pair.phenomenon else [])):
+        for name in (family, *([f"{family}/{pair.phenomenon}"] if pair.phenomenon else [])):
             right[name].append(float(correct))
     return {name: sum(values) / len(values) for name, values in sorted(right.items())}
 
@@ -78,8 +81,8 @@ def _pair(line: str, group_by: str, place: str) -> Pair:
     return Pair(entry["sentence_good"], entry["sentence_bad"], str(entry.get(group_by, "")), place)
 
 
-def _piece(sentence: str, pair: Pair, language: Language, context: int) -> Piece:
-    tokens = language.tokens(sentence)
-    if len(tokens) > context:
+def _piece(sentence: str, pair: Pair, language: Language, model: Any) -> Piece:
+    tokens, context = language.tokens(sentence), model.config.max_seq_len
+    if len(tokens) + 1 > model.row_length(context):
         raise DataError(f"{pair.place}: a sentence of {len(tokens)} tokens; the context of this model is {context}")
-    return Piece([language.end, *tokens], len(tokens))
+    return Piece(torch.tensor([language.end, *tokens]), len(tokens))

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from picolm.capture import Taps
 from picolm.data import open_source
 from picolm.errors import DataError, PicoError
-from picolm.models import MODELS
+from picolm.models import find_model
 from picolm.schema import dump, plain
 from picolm.store.retention import surplus
 from picolm.train import devices
@@ -70,7 +70,7 @@ def _imagined(config: TrainConfig) -> tuple[TrainConfig, Any, int, int]:
     config = config.model_copy(update={"training": config.training.model_copy(update={"fabric": fabric})})
     require_blocks(config.model)
     with FakeTensorMode():  # shapes and element types without values: no memory, no time
-        model = MODELS.get(config.model.model_type)(config.model)
+        model = find_model(config.model.model_type)(config.model)
         taps = make_taps(config, model)
         moments, outputs = _moments(config, model), _outputs(config, model, taps)
     return config, model, moments, _captured(config, taps, outputs)

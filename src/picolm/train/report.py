@@ -17,6 +17,7 @@ from picolm.store import Checkpoint
 from picolm.store.identity import weights_digest
 from picolm.store.layout import CONFIG
 from picolm.store.listing import loss_line
+from picolm.train.config import row_length
 from picolm.train.evaluate import Rows
 from picolm.train.job import Job
 from picolm.train.meters import UpdateSize, norm
@@ -70,7 +71,6 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
     loss = gradient.loss
     metrics: dict[str, Any] = {
         "train/loss": loss,
-        "train/perplexity": math.inf if loss > 700 else math.exp(loss),
         "lr": rate,
         "tokens": number * job.tokens_per_step,
         "grad_norm": gradient.norm,
@@ -78,7 +78,20 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
         "loss_spikes": job.state.meters.spikes,
         "skipped_updates": job.state.skipped_updates,
     }
-    text_bytes = job.text.target_bytes(job.batches(number))
+    if job.state.model.likelihood == "exact":  # else the loss is no likelihood, or a bound of it
+        metrics["train/perplexity"] = math.inf if loss > 700 else math.exp(loss)
+        metrics |= _bits_per_byte(job, number, loss)
+    if job.rates_differ:
+        metrics |= {f"lr/{name}": value for name, value in job.group_rates(number).items()}
+    metrics |= _noise(job)
+    if sizes is not None:
+        metrics |= {f"update_ratio/{group}": ratio for group, ratio in sizes.ratios().items()}
+    return metrics
+
+
+def _bits_per_byte(job: Job, number: int, loss: float) -> dict[str, float]:
+    """The loss per byte of the predicted text, or words, once, why it is not known."""
+    text_bytes = job.text.target_bytes(job.batches(number), job.tokens_read)
     if text_bytes is not None:
         total: Any = job.fabric.all_reduce(torch.tensor(text_bytes, device=job.device), reduce_op="sum")
         text_bytes = int(total)
@@ -87,17 +100,12 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
             "A batch holds tokens for what the tokenizer does not know, whose bytes are not known: no bits per byte."
         )
     elif text_bytes and job.stopwatch.predicted == job.tokens_per_step:
-        metrics["train/bits_per_byte"] = loss * job.tokens_per_step / (math.log(2) * text_bytes)
+        return {"train/bits_per_byte": loss * job.tokens_per_step / (math.log(2) * text_bytes)}
     elif text_bytes:
         job.say_once(
             "The model does not predict every token, so the bytes behind its loss are not known: no bits per byte."
         )
-    if job.rates_differ:
-        metrics |= {f"lr/{name}": value for name, value in job.group_rates(number).items()}
-    metrics |= _noise(job)
-    if sizes is not None:
-        metrics |= {f"update_ratio/{group}": ratio for group, ratio in sizes.ratios().items()}
-    return metrics
+    return {}
 
 
 def _noise(job: Job) -> dict[str, float]:
@@ -184,14 +192,16 @@ def _positions(job: Job, number: int) -> dict[str, list[int] | None]:
     """Where in its rows the activations of a step were taken; None stands for everywhere. Held-out rows may be shorter."""
     positions = {"positions": job.taps.positions_at(number, job.config.model.max_seq_len)}
     if job.captured_rows is not None:
-        positions["val_positions"] = job.taps.positions_at(number, job.captured_rows.tokens_RS.shape[1] - 1)
+        positions["val_positions"] = job.taps.positions_at(
+            number, job.captured_rows.tokens_RS.shape[1] - job.tokens_read
+        )
     return positions
 
 
 def _tables(job: Job, number: int) -> dict[str, dict[str, Any]]:
     limit = job.config.checkpointing.learning_dynamics.max_rows
     numbers = job.batches.row_numbers(number)[:limit]
-    train = Rows.take(job.batches.source, numbers, job.config.model.max_seq_len + 1)
+    train = Rows.take(job.batches.source, numbers, row_length(job.config))
     tables = {"train": train, "val": job.captured_rows}
     return {split: _columns(job, rows, limit) for split, rows in tables.items() if rows is not None}
 

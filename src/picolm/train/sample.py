@@ -7,7 +7,7 @@ import torch
 
 from picolm.data.tokenizer import encode_text, parse_tokenizer
 from picolm.errors import PicoError
-from picolm.models import MODELS
+from picolm.models import find_model
 from picolm.models.generate import NotFinite
 from picolm.store import Checkpoint, Run
 from picolm.train.config import TrainConfig, stored_config
@@ -42,7 +42,7 @@ def load_model(run: Run, step: int | None = None) -> Any:
     """
     config, checkpoint = config_of(run).model, checkpoint_at(run, step)
     check_sizes(config, checkpoint)
-    model = MODELS.get(config.model_type)(config)
+    model = find_model(config.model_type)(config)
     if checkpoint[checkpoint.select(kind="weights")[0]].dtype == torch.float64:
         model.double()
     State(model, []).restore_weights(checkpoint)

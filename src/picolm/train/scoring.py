@@ -1,14 +1,9 @@
-"""The log-probability of pieces of text under a causal model, in batches of like lengths, spread over all processes.
-
-Rows are padded on the right, which no earlier position of a causal model sees.
-
-Legend: B rows of a batch, S tokens of its longest row, N pieces in all.
-"""
+"""How likely the model of an evaluation finds pieces of text, in batches of like lengths, spread over all processes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +11,9 @@ from torch import Tensor
 from picolm.capture.gather import summed
 from picolm.data.tokenizer import encode_text
 from picolm.errors import PicoError
+from picolm.models import Noise, Piece
 from picolm.models.generate import NotFinite
+from picolm.seeds import derive
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,7 +21,8 @@ if TYPE_CHECKING:
     from picolm.train.evaluate import Evaluation
 
 
-LOGITS = 2**28  # numbers in memory at a time, at most (1 GiB in float32), where a single row does not have more
+class NoLikelihood(PicoError):
+    """A model whose likelihood cannot be computed was asked for one."""
 
 
 class Language(NamedTuple):
@@ -46,62 +44,75 @@ class Language(NamedTuple):
         return encode_text(self.tokenizer, text, f"{text[:60]!r}")
 
 
-class Piece(NamedTuple):
-    """Tokens whose last `scored` ones are asked for, given those before them."""
+class Scores(NamedTuple):
+    """The scores of N pieces, float64 [N].
 
-    tokens: Sequence[int]
-    scored: int
+    nats: -ln p of the scored tokens of each, summed, or a bound of it. variance: of `nats`, where it is estimated from random
+    draws. likeliest: whether each scored token is the likeliest one in its place (bool).
+    """
+
+    nats: Tensor
+    variance: Tensor
+    likeliest: Tensor
+
+    def finite(self) -> Scores:
+        """Return these scores. Raises NotFinite where a model computes NaN: compared, it would become a number."""
+        if wrong := int((~self.nats.isfinite()).sum()):
+            raise NotFinite(
+                f"the model computes NaN or infinities for {wrong} of {len(self.nats)} texts; its weights may have diverged"
+            )
+        return self
 
 
-def nats(pieces: Sequence[Piece], evaluation: Evaluation) -> Tensor:
-    """Return -ln p of the scored tokens of each piece, summed, float64 [N]. Raises NotFinite."""
-    sums_N = torch.zeros(len(pieces), dtype=torch.float64)
-    for places, tokens_BS in _batches(pieces, evaluation):
-        nats_BT = evaluation.model.token_nats(tokens_BS.to(evaluation.device)).double().cpu()
+def pieces_of(model: Any, tokens_RS: Tensor) -> list[Piece]:
+    """Return rows of tokens as pieces of which all is scored but what the model of these rows only reads."""
+    read = model.row_length(0)
+    return [Piece(tokens_S, len(tokens_S) - read) for tokens_S in tokens_RS]
+
+
+def token_nats(model: Any, tokens_RS: Tensor, draws: int = 1) -> Tensor:
+    """Return the nats of each scored token of each row, [R, T], on the CPU. Raises NoLikelihood."""
+    require_likelihood(model)
+    score = model.score(pieces_of(model, tokens_RS), draws=draws, noise=_noise(range(len(tokens_RS)), "cpu"))
+    return torch.stack(score.nats).cpu()
+
+
+def score(pieces: Sequence[Piece], evaluation: Evaluation) -> Scores:
+    """Return the scores of pieces of text; all processes get all. Raises NoLikelihood."""
+    require_likelihood(evaluation.model)
+    found_N3 = torch.zeros(len(pieces), 3, dtype=torch.float64)  # each process has zeros in the places of the others
+    for places, batch in _batches(pieces, evaluation):
+        noise = _noise(places or [-1], evaluation.device)
+        score = evaluation.model.score(batch, draws=evaluation.draws, noise=noise)
         for row, place in enumerate(places):
-            sums_N[place] = nats_BT[row, _scored(pieces[place])].sum()
-    return _finite(summed(sums_N, evaluation.device))  # each process has zeros in the places of the others
+            found_N3[place, 0] = score.nats[row].double().sum().item()
+            found_N3[place, 1] = score.standard_error[row].double().square().item()
+            found_N3[place, 2] = score.likeliest is not None and bool(score.likeliest[row])
+    found_N3 = summed(found_N3, evaluation.device)
+    return Scores(found_N3[:, 0], found_N3[:, 1], found_N3[:, 2] > 0)
 
 
-def nats_and_greedy(pieces: Sequence[Piece], evaluation: Evaluation) -> tuple[Tensor, Tensor]:
-    """`nats`, and whether each scored token is the likeliest one at its place (bool [N]); by the logits of the batch."""
-    found_N2 = torch.zeros(len(pieces), 2, dtype=torch.float64)
-    longest = max((len(piece.tokens) for piece in pieces), default=1)
-    rows = max(1, LOGITS // (longest * evaluation.model.config.vocab_size))
-    for places, tokens_BS in _batches(pieces, evaluation._replace(batch_size=min(rows, evaluation.batch_size))):
-        logits_BTV = evaluation.model(tokens_BS[:, :-1].to(evaluation.device))
-        for row, place in enumerate(places):
-            where = _scored(pieces[place])
-            targets_P = tokens_BS[row, 1:][where].to(logits_BTV.device)
-            logits_PV = logits_BTV[row, where]
-            logits_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
-            chosen_P = logits_PV.log_softmax(-1).gather(-1, targets_P[:, None])
-            found_N2[place, 0] = -chosen_P.double().sum().item()
-            found_N2[place, 1] = float((logits_PV.argmax(-1) == targets_P).all())
-    found_N2 = summed(found_N2, evaluation.device)
-    return _finite(found_N2[:, 0]), found_N2[:, 1] > 0
+def require_likelihood(model: Any) -> None:
+    """Raise NoLikelihood where a model says that it has none."""
+    if model.likelihood == "none":
+        raise NoLikelihood("the likelihood of a text cannot be computed from this model (its likelihood is `none`)")
 
 
-def _finite(nats_N: Tensor) -> Tensor:
-    """Raise NotFinite where a model computes NaN: compared or averaged, it would become a number."""
-    if wrong := int((~nats_N.isfinite()).sum()):
-        raise NotFinite(f"the model computes NaN or infinities for {wrong} of {len(nats_N)} texts")
-    return nats_N
+def _noise(places: Sequence[int] | range, device: Any) -> Noise:
+    """Return the noise of pieces by their places: the same at every step, for any batch size and number of processes."""
+    return Noise([derive(0, "score", place) for place in places], device)
 
 
-def _batches(pieces: Sequence[Piece], evaluation: Evaluation) -> Iterator[tuple[list[int], Tensor]]:
-    """(places, tokens) of the pieces of one process, the longest first; as many times on every process."""
+def _batches(pieces: Sequence[Piece], evaluation: Evaluation) -> Iterator[tuple[list[int], list[Piece]]]:
+    """(places, pieces) of one process, the longest first; as many times on every process.
+
+    A process whose pieces are used up runs along on one that has no place, since a sharded model computes on all processes
+    together.
+    """
     order = sorted(
         (place for place, piece in enumerate(pieces) if piece.scored), key=lambda place: -len(pieces[place].tokens)
     )
     mine = order[evaluation.rank :: evaluation.world]
     for start in range(0, -(-len(order) // evaluation.world), evaluation.batch_size):
         places = mine[start : start + evaluation.batch_size]
-        rows = [torch.tensor(pieces[place].tokens) for place in places or order[:1]]
-        yield places, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
-def _scored(piece: Piece) -> slice:
-    """Where the scored tokens of a piece are among its targets."""
-    end = len(piece.tokens) - 1
-    return slice(end - piece.scored, end)
+        yield places, [pieces[place] for place in places or order[:1]]

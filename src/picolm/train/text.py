@@ -39,11 +39,11 @@ class Text:
             return [f"<{number}>" for number in numbers]
         return self.tokenizer.decode_batch([[number] for number in numbers], skip_special_tokens=False)
 
-    def target_bytes(self, micro_batches: Sequence[Tensor]) -> int | None:
-        """Return the bytes of text behind the predicted tokens of a batch; below 0 where some are not known."""
+    def target_bytes(self, micro_batches: Sequence[Tensor], read: int) -> int | None:
+        """Return the bytes of text behind all but the first `read` tokens of each row; below 0 where some are not known."""
         if self.token_bytes_V is None:
             return None
-        return sum(int(self.token_bytes_V[tokens_BS[:, 1:]].sum()) for tokens_BS in micro_batches)
+        return sum(int(self.token_bytes_V[tokens_BS[:, read:]].sum()) for tokens_BS in micro_batches)
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and the files beside it that transformers reads."""

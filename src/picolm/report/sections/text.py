@@ -21,7 +21,7 @@ MOST_PARAMETERS = 100_000_000  # above, the forward passes would take longer tha
 
 @dataclass
 class Token:
-    """A piece of text and its loss in nats; None for the first of a row, which nothing predicts. heat: percent of the scale."""
+    """A piece of text and its loss in nats; None where nothing predicts it, at the start of a row. heat: percent of the scale."""
 
     text: str
     nats: float | None
@@ -48,12 +48,17 @@ def text(material: Material) -> Section | None:
 
 def _shown(material: Material, run: Run, named: bool) -> Any:
     """The rows of some steps. A step that its training deletes or thins meanwhile is left out, and told."""
+    from picolm.train.scoring import NoLikelihood
+
     steps = spread([step for step in run if _readable(run, step)], STEPS) if type(run) is Run else []
     blocks = []
     for step in steps:
         try:
             most = math.log(int(run.config["model"]["vocab_size"]))
             blocks.append((step, list(rows(run, step, most, f"{run.name}, " if named else ""))))
+        except NoLikelihood as error:
+            material.tell(f"The text of {run.name} is left out: {error}")
+            break
         except (PicoError, OSError) as error:
             gone = step not in run.step_directories() or not _readable(run, step)
             why = "it was deleted or thinned while the report was made" if gone else str(error)
@@ -87,24 +92,26 @@ def rows(run: Run, step: int, most: float, prefix: str = "") -> Iterator[Row]:
     import torch
 
     from picolm.train.sample import load_model
+    from picolm.train.scoring import token_nats
     from picolm.train.text import Text
 
     checkpoint = run[step]
     assert isinstance(checkpoint, SealedCheckpoint)
     model = load_model(run, step)
+    what = "loss" if model.likelihood == "exact" else "bound of the loss"
     words = Text(checkpoint.locate("tokenizer.json"), int(run.config["model"]["vocab_size"]))
     for split, where in (("train", "training batch of"), ("val", "held-out text at")):
         try:
             table = checkpoint.rows(split).slice(0, ROWS)
         except Missing:
             continue
-        ids_RS = np.array(table.column("input_ids").to_pylist())[:, : TOKENS + 1]
+        ids_RS = np.array(table.column("input_ids").to_pylist())[:, : model.row_length(TOKENS)]
         with torch.no_grad():
-            nats_RT = model.token_nats(torch.as_tensor(ids_RS)).numpy()
+            nats_RT = token_nats(model, torch.as_tensor(ids_RS)).numpy()
         names = table.column("source").to_pylist() if "source" in table.column_names else [""] * len(ids_RS)
         numbers = table.column("row").to_pylist() if "row" in table.column_names else [None] * len(ids_RS)
         for ids_S, nats_T, source, number in zip(ids_RS, nats_RT, names, numbers, strict=True):
-            loss = f"mean loss {nats_T.mean():.3f} nats" + (
+            loss = f"mean {what} {nats_T.mean():.3f} nats" + (
                 "" if nats_T.size < TOKENS else f" over {nats_T.size} tokens"
             )
             place = [f"{prefix}{where} step {step}", f"row {number}" if number is not None else "", source, loss]
@@ -112,9 +119,10 @@ def rows(run: Run, step: int, most: float, prefix: str = "") -> Iterator[Row]:
 
 
 def tokens(pieces: Sequence[str], nats_T: np.ndarray, most: float) -> list[Token]:
-    """Pieces of text with their losses; the first piece has none."""
-    made = [Token(pieces[0], None, 0, "")]
-    for place, (piece, nats) in enumerate(zip(pieces[1:], nats_T.tolist(), strict=True), 1):
+    """Pieces of text with their losses; the first pieces, which are only read, have none."""
+    read = len(pieces) - len(nats_T)
+    made = [Token(piece, None, 0, "") for piece in pieces[:read]]
+    for place, (piece, nats) in enumerate(zip(pieces[read:], nats_T.tolist(), strict=True), read):
         heat = round(100 * min(1.0, max(0.0, nats / most)), 1) if math.isfinite(nats) else 100
         made.append(Token(piece, nats, heat, f"{piece!r}: {nats:.4f} nats, position {place}"))
     return made

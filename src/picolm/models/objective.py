@@ -1,0 +1,102 @@
+"""What the loss of a model means, and how likely a model finds a text.
+
+A model says which rows it needs, what it predicted of them, and whether its likelihood is exact, a bound, or none. Whoever
+trains, scores or generates asks the model, and never shifts tokens or logits itself.
+
+Legend: B rows, S tokens of a row, T = S - 1 predicted tokens, V vocabulary, N pieces of text.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from .generate import generate
+
+Likelihood = Literal["exact", "bound", "none"]
+
+
+class Loss(NamedTuple):
+    """What `Model.loss` returns: nats is the differentiable sum over all predicted tokens, tokens their number."""
+
+    nats: Tensor
+    tokens: int
+
+
+class Piece(NamedTuple):
+    """A row of token ids, int64 [S], whose last `scored` ones are asked for, given those before them."""
+
+    tokens: Tensor
+    scored: int
+
+
+class Score(NamedTuple):
+    """How likely a model finds the scored tokens of N pieces.
+
+    nats: for each piece, one number per scored token: -ln p of the token given those before it, or, where it is a bound,
+    terms whose sum is at least -ln p of all of them. exact: whether it is no bound. draws: random draws that a bound is
+    averaged over, 0 where nothing is random. standard_error: [N], of the sums of the pieces over these draws.
+    likeliest: bool [N], whether each scored token is the likeliest one in its place; None where the model cannot tell.
+    """
+
+    nats: list[Tensor]
+    standard_error: Tensor
+    draws: int
+    exact: bool
+    likeliest: Tensor | None = None
+
+
+class NextToken:
+    """The objective of a causal language model: to predict each token from those before it.
+
+    For an `nn.Module` whose `forward(tokens_BT)` returns the logits of the next token at every position, [B, T, V]. One that
+    keeps what it computed of earlier positions overrides `new_cache`, and its `forward(tokens_BT, cache)` continues it.
+    """
+
+    likelihood: ClassVar[Likelihood] = "exact"
+    config: Any
+
+    @staticmethod
+    def row_length(length: int) -> int:
+        """Return the tokens of a row with `length` predicted ones: the first one is only read."""
+        return length + 1
+
+    def loss(self: Any, tokens_BS: Tensor, noise: object = None) -> Loss:
+        """Return the sum of -ln p(token | tokens before it) over all but the first position. Nothing is random."""
+        logits_BVT = self(tokens_BS[:, :-1]).mT
+        exact = logits_BVT.to(torch.promote_types(logits_BVT.dtype, torch.float32))
+        return Loss(cross_entropy(exact, tokens_BS[:, 1:], reduction="sum"), tokens_BS[:, 1:].numel())
+
+    def predictions(self: Any, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return -ln p of each token given those before it, float32 or float64, and whether it is the likeliest, [B, T]."""
+        logits_BTV, targets_BT1 = self(tokens_BS[:, :-1]), tokens_BS[:, 1:, None]
+        exact = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+        nats_BT = -exact.log_softmax(-1).gather(-1, targets_BT1).squeeze(-1)
+        return nats_BT, exact.argmax(-1) == targets_BT1.squeeze(-1)
+
+    @torch.no_grad()
+    def score(self: Any, pieces: Sequence[Piece], *, draws: int = 1, noise: object = None) -> Score:
+        """Return the exact score of the pieces. Rows are padded on the right, which no earlier position sees."""
+        device = next(self.parameters()).device
+        tokens_NS = pad_sequence([piece.tokens for piece in pieces], batch_first=True).to(device)
+        nats_NT, likeliest_NT = self.predictions(tokens_NS)
+        ends = [len(piece.tokens) - 1 for piece in pieces]
+        where = [slice(end - piece.scored, end) for end, piece in zip(ends, pieces)]
+        return Score(
+            nats=[nats_T[scored] for nats_T, scored in zip(nats_NT, where)],
+            standard_error=torch.zeros(len(pieces)),
+            draws=0,
+            exact=True,
+            likeliest=torch.stack([likeliest_T[scored].all() for likeliest_T, scored in zip(likeliest_NT, where)]),
+        )
+
+    def new_cache(self) -> Any:
+        """Return what keeps the state after the tokens so far, for `forward` to continue; None: the model keeps nothing."""
+        return None
+
+    def generate(self, prompt_BT: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Return the prompt and what the model makes of it; options as in `generate.generate`."""
+        return generate(self, prompt_BT, max_new_tokens, context=self.config.max_seq_len, **options)
