@@ -138,3 +138,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_the_version_is_one() -> None:
     assert importlib.metadata.version("picolm") == __import__("picolm").__version__
+
+
+def test_the_page_of_the_architecture_names_files_that_are_there() -> None:
+    named = set(re.findall(r"`([\w/]+\.py)`", (ROOT / "docs/architecture.md").read_text()))
+    assert len(named) > 20
+    assert not {name for name in named if not (ROOT / name).exists() and not (SOURCE / name).exists()}
