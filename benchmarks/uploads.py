@@ -65,8 +65,8 @@ def compare(folder: Path, shape: str, rounds: int, every: int, stack: ExitStack)
     """Train in turns; print what a block takes of either run."""
     from safeguards import CONFIG, SHAPES, block  # not before the environment says where the Hub is
 
+    from picolm.exchange.outbox import Outbox
     from picolm.schema import load
-    from picolm.store.outbox import Outbox
     from picolm.train.build import build
     from picolm.train.config import schema_for
     from picolm.train.signals import StopSignal
@@ -87,7 +87,7 @@ def compare(folder: Path, shape: str, rounds: int, every: int, stack: ExitStack)
         for job, measured in zip(jobs, seconds):
             measured.append(block(job, turn, every))
         start = time.perf_counter()
-        while Outbox(sent).steps:
+        while Outbox(sent).held:
             time.sleep(0.01)
         beyond.append(time.perf_counter() - start)
     mebibytes = sum(path.stat().st_size for path in (folder / "hub").rglob("*") if path.is_file()) / 2**20

@@ -9,9 +9,8 @@ import pytest
 from tests.exchange.conftest import client_environment
 from tests.hub_writing import WritableHub
 
+from picolm.exchange.push import Sender, push
 from picolm.store import Run
-from picolm.store.push import push
-from picolm.train.upload import sender
 
 COMPARED = """
 import sys, torch
@@ -29,7 +28,7 @@ def test_a_step_is_loaded_as_the_card_says(
     hub: WritableHub, train: Callable[..., Run], tmp_path: Path, step: int
 ) -> None:
     run = train()
-    push(sender(run, "lab/run"))
+    push(Sender(run, "lab/run"))
     card = (hub.repository("lab/run").commits("toy") or [])[0].files["README.md"].decode()
     snippet = card.split("```python\n")[1].split("```")[0]
     assert "step = 6\n" in snippet

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
+from picolm.exchange.card import kept_by_hand, model_card, with_front_matter
 from picolm.store import Run
-from picolm.store.card import kept_by_hand, model_card, with_front_matter
 
 HOSTILE = "x\n---\n# <script>alert(1)</script> ``` [a](javascript:b) --> |"
 

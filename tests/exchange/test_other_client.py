@@ -13,11 +13,10 @@ from tests.exchange.conftest import digests
 from tests.hub_writing import WritableHub
 from tests.planted import TOKEN
 
+from picolm.exchange.push import Sender, push
 from picolm.store import Run
 from picolm.store.hub import open_branch
-from picolm.store.push import push
 from picolm.store.repository import Branch
-from picolm.train.upload import sender
 
 PACKAGE = "@huggingface/hub@2.17.5"
 REPO = {"type": "model", "name": "lab/run"}
@@ -55,7 +54,7 @@ def other(installed: Path, hub: WritableHub) -> Callable[..., list[Any]]:
 
 def test_it_reads_what_we_sent(other: Callable[..., list[Any]], hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
-    push(sender(run, "lab/run", private=True))
+    push(Sender(run, "lab/run", private=True))
     commits = other("commits", revision="toy")
     ours = Branch("lab/run", "toy").commits()
     assert [(entry["sha"], entry["title"]) for entry in commits] == [(commit.sha, commit.title) for commit in ours]

@@ -13,21 +13,20 @@ from tests.picotrain import files_of, push_step, write_run
 
 from picolm.address import Address
 from picolm.errors import StoreError
+from picolm.exchange.pull import pull
+from picolm.exchange.push import Sender, push
 from picolm.store import Run
 from picolm.store.hub import HubRun, open_branch
 from picolm.store.legacy_run import LegacyRun
 from picolm.store.manifest import Manifest
-from picolm.store.pull import pull
-from picolm.store.push import push
 from picolm.store.repository import Branch
-from picolm.train.upload import sender
 
 
 @pytest.fixture
 def sent(hub: WritableHub, make_run: Callable[..., Run]) -> Run:
     """A run of the steps 0, 2 and 4 that `lab/run@toy` is a copy of."""
     run = make_run()
-    push(sender(run, "lab/run"))
+    push(Sender(run, "lab/run"))
     return run
 
 
@@ -44,7 +43,7 @@ def downloads(hub: WritableHub) -> list[str]:
 def test_what_is_brought_is_the_run_byte_for_byte(sent: Run, tmp_path: Path) -> None:
     sent.write_evaluation(3, {"paloma": 1.5})  # of a step without a checkpoint
     commit(sent, 6)
-    push(sender(sent, "lab/run"))
+    push(Sender(sent, "lab/run"))
     assert pull(source(), tmp_path / "here") == [0, 2, 4, 6]
     here = files_of(tmp_path / "here")
     there = files_of(sent.path)

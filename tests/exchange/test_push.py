@@ -12,13 +12,12 @@ from tests.hub_server import Chaos
 from tests.hub_writing import WritableHub
 
 from picolm.errors import StoreError
+from picolm.exchange.outbox import Outbox
+from picolm.exchange.pull import pull
+from picolm.exchange.push import Sender, push
 from picolm.store import Run
 from picolm.store.hub import open_branch
-from picolm.store.outbox import Outbox
-from picolm.store.pull import pull
-from picolm.store.push import push
 from picolm.store.repository import Branch
-from picolm.train.upload import sender
 
 
 def read(branch: str = "toy") -> Run:
@@ -37,7 +36,7 @@ def sent_files(hub: WritableHub) -> int:
 
 def test_a_run_that_was_sent_is_the_run(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
-    assert push(sender(run, "lab/run")) == ([0, 2, 4], [])
+    assert push(Sender(run, "lab/run")) == ([0, 2, 4], [])
     there = read()
     assert (there.name, there.steps, there.config) == ("toy", [0, 2, 4], run.config)
     assert digests(there) == digests(run)
@@ -47,7 +46,7 @@ def test_a_run_that_was_sent_is_the_run(hub: WritableHub, make_run: Callable[...
 
 
 def test_commits_are_called_as_those_of_published_runs(hub: WritableHub, make_run: Callable[..., Run]) -> None:
-    push(sender(make_run(steps=(0, 2)), "lab/run"))
+    push(Sender(make_run(steps=(0, 2)), "lab/run"))
     artefacts = [
         "Learning Dynamics Data (train)", "Learning Dynamics Data (val)", "Fabric Checkpoint", "Evaluation Results", "HF Model"
     ]  # fmt: skip
@@ -63,7 +62,7 @@ def test_commits_are_called_as_those_of_published_runs(hub: WritableHub, make_ru
 def test_git_agrees(hub: WritableHub, make_run: Callable[..., Run], tmp_path: Path) -> None:
     """The commits are a real repository: cloned, its pointers name the large files by the digests of the manifest."""
     run = make_run()
-    push(sender(run, "lab/run"))
+    push(Sender(run, "lab/run"))
     place = hub.storage / "models/lab/run"
     subprocess.run(
         ["git", "clone", "-q", "-b", "toy", str(place), str(tmp_path / "clone")], check=True, capture_output=True
@@ -75,19 +74,19 @@ def test_git_agrees(hub: WritableHub, make_run: Callable[..., Run], tmp_path: Pa
 
 def test_what_is_there_is_not_sent_again(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
-    push(sender(run, "lab/run"), [0, 2])
+    push(Sender(run, "lab/run"), [0, 2])
     before, files = titles(hub), sent_files(hub)
-    assert push(sender(run, "lab/run"), [0, 2]) == ([], [])
+    assert push(Sender(run, "lab/run"), [0, 2]) == ([], [])
     assert (titles(hub), sent_files(hub)) == (before, files)
-    assert push(sender(run, "lab/run")) == ([4], [])
+    assert push(Sender(run, "lab/run")) == ([4], [])
     assert read().steps == [0, 2, 4]
 
 
 @pytest.mark.slow
 def test_older_steps_sent_late_leave_the_newest_in_front(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
-    push(sender(run, "lab/run"), [4])
-    push(sender(run, "lab/run"))
+    push(Sender(run, "lab/run"), [4])
+    push(Sender(run, "lab/run"))
     for step in run:  # that of step 4 was known by its digest
         assert len(hub.requests("PUT", run[step].files["model.safetensors"].sha256)) == 1  # type: ignore[union-attr, call-overload]
     newest = (hub.repository("lab/run").commits("toy") or [])[0]
@@ -98,15 +97,15 @@ def test_older_steps_sent_late_leave_the_newest_in_front(hub: WritableHub, make_
 @pytest.mark.slow
 def test_parts_are_sent_alone_and_together_are_the_step(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
-    push(sender(run, "lab/run"), only=["weights"])
+    push(Sender(run, "lab/run"), only=["weights"])
     assert {address.kind for address in read()[2]} == {"weights"}
-    assert push(sender(run, "lab/run"), only=["weights"]) == ([], [])
-    push(sender(run, "lab/run"), only=["dynamics"])
+    assert push(Sender(run, "lab/run"), only=["weights"]) == ([], [])
+    push(Sender(run, "lab/run"), only=["dynamics"])
     assert {address.kind for address in read()[2]} == {"weights", "activations", "gradients"}
-    push(sender(run, "lab/run"))
+    push(Sender(run, "lab/run"))
     assert digests(read()) == digests(run)
     run.thin(2, {"optimizer"})
-    assert push(sender(run, "lab/run")) == ([], [])  # the Hub has more of it
+    assert push(Sender(run, "lab/run")) == ([], [])  # the Hub has more of it
 
 
 def test_a_step_that_lacks_something_hides_that_of_the_step_before(
@@ -114,7 +113,7 @@ def test_a_step_that_lacks_something_hides_that_of_the_step_before(
 ) -> None:
     run = make_run()
     run.thin(4, {"optimizer", "gradients"})
-    push(sender(run, "lab/run"))
+    push(Sender(run, "lab/run"))
     shown = (hub.repository("lab/run").commits("toy") or [])[0].files
     assert "optimizer.safetensors" not in shown
     assert set(run[4].files) <= set(shown)
@@ -124,10 +123,10 @@ def test_a_step_that_lacks_something_hides_that_of_the_step_before(
 @pytest.mark.slow
 def test_a_step_trained_again_takes_the_place_of_the_other(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
-    push(sender(run, "lab/run"))
+    push(Sender(run, "lab/run"))
     run.remove(4)
     commit(run, 4, weight_prefix="pico_decoder.")
-    assert push(sender(run, "lab/run")) == ([4], [])
+    assert push(Sender(run, "lab/run")) == ([4], [])
     assert digests(read()) == digests(run)
 
 
@@ -136,18 +135,18 @@ def test_a_damaged_step_is_not_sent(
 ) -> None:
     run = make_run()
     (run.step_path(2) / "config.json").write_text('{"model_type": "pico_decodes"}')
-    assert push(sender(run, "lab/run")) == ([0, 4], [2])
+    assert push(Sender(run, "lab/run")) == ([0, 4], [2])
     assert read().steps == [0, 4]
     assert re.search(r"step 2 is not sent: .*config.json: damaged", caplog.text)
 
 
 def test_a_branch_of_another_run_is_left_alone(hub: WritableHub, make_run: Callable[..., Run]) -> None:
-    push(sender(make_run(), "lab/run"))
+    push(Sender(make_run(), "lab/run"))
     before = titles(hub)
     with pytest.raises(StoreError, match=r"lab/run@toy holds another run already \('toy', made 2.*\); choose another"):
-        push(sender(make_run("other", (0,)), "lab/run", "toy"))
+        push(Sender(make_run("other", (0,)), "lab/run", "toy"))
     assert titles(hub) == before
-    push(sender(make_run("third", (0,)), "lab/run"))
+    push(Sender(make_run("third", (0,)), "lab/run"))
     assert titles(hub, "third")[:2] == [
         "initial commit",
         "Saving Training Config -- Step 0",
@@ -161,7 +160,7 @@ def test_whatever_fails_in_between_the_run_arrives(hub: WritableHub, make_run: C
     failures = 0
     while True:
         try:
-            push(sender(run, "lab/run"))
+            push(Sender(run, "lab/run"))
             break
         except StoreError:
             failures += 1
@@ -177,7 +176,7 @@ def test_whatever_fails_in_between_the_run_arrives(hub: WritableHub, make_run: C
 def test_two_senders_do_not_mix_their_steps(hub: WritableHub, make_run: Callable[..., Run], tmp_path: Path) -> None:
     """A commit of somebody else between two of a step: the step is begun again, and whole."""
     run = make_run()
-    push(sender(run, "lab/run"), [0])
+    push(Sender(run, "lab/run"), [0])
     repository, real = hub.repository("lab/run"), hub.repository("lab/run").commit
     meddled: list[str] = []
 
@@ -187,7 +186,7 @@ def test_two_senders_do_not_mix_their_steps(hub: WritableHub, make_run: Callable
         return real(branch, title, *arguments, **options)  # type: ignore[arg-type]
 
     repository.commit = commit_after_another  # type: ignore[method-assign, assignment]
-    push(sender(run, "lab/run"))
+    push(Sender(run, "lab/run"))
     assert digests(read()) == digests(run)
     assert "notes.md" in (repository.commits("toy") or [])[0].files
 
@@ -209,7 +208,7 @@ def test_two_senders_do_not_mix_their_steps(hub: WritableHub, make_run: Callable
 def test_refusals_are_said_at_once(hub: WritableHub, make_run: Callable[..., Run], fault: object, message: str) -> None:
     hub.faults["/branch/toy"] += [fault]
     with pytest.raises(StoreError, match=message):
-        push(sender(make_run(steps=(0,)), "lab/run"))
+        push(Sender(make_run(steps=(0,)), "lab/run"))
     assert len(hub.requests("POST", "/branch/")) == 1
 
 
@@ -218,7 +217,7 @@ def test_without_a_token_the_message_says_so(
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(StoreError, match=r"refuses access \(401\); check HF_TOKEN"):
-        push(sender(make_run(steps=(0,)), "lab/run"))
+        push(Sender(make_run(steps=(0,)), "lab/run"))
 
 
 def test_offline_nothing_is_sent(
@@ -226,29 +225,29 @@ def test_offline_nothing_is_sent(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(StoreError, match=r"lab/run: offline mode \(HF_HUB_OFFLINE\) is on, nothing is sent"):
-        push(sender(make_run(steps=(0,)), "lab/run"))
+        push(Sender(make_run(steps=(0,)), "lab/run"))
 
 
 def test_one_process_sends_at_a_time(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run(steps=(0,))
     with Outbox(run).sending(), pytest.raises(StoreError, match="another process is sending its steps to the Hub"):
-        push(sender(run, "lab/run"))
+        push(Sender(run, "lab/run"))
 
 
 def test_private_and_collection(
     hub: WritableHub, make_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
-    push(sender(make_run(steps=(0,)), "lab/run", private=True, collection="lab/suite-0a1b"))
+    push(Sender(make_run(steps=(0,)), "lab/run", private=True, collection="lab/suite-0a1b"))
     assert hub.repository("lab/run").private
     assert hub.collected == [("lab/suite-0a1b", "lab/run")]
     hub.faults["/api/collections/"] += [403]
-    push(sender(make_run("other", (0,)), "lab/run", collection="lab/suite-ffff"))
+    push(Sender(make_run("other", (0,)), "lab/run", collection="lab/suite-ffff"))
     assert "lab/run is not in the collection: collection lab/suite-ffff: the Hub" in caplog.text
 
 
 def test_the_card_says_what_the_run_is(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
-    push(sender(run, "lab/run"))
+    push(Sender(run, "lab/run"))
     card = (hub.repository("lab/run").commits("toy") or [])[0].files["README.md"].decode()
     front = yaml.safe_load(card.split("---")[1])
     assert front == {
@@ -272,13 +271,13 @@ def test_the_card_says_what_the_run_is(hub: WritableHub, make_run: Callable[...,
 
 def test_what_people_wrote_on_a_card_stays(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run(steps=(0,))
-    push(sender(run, "lab/run"))
+    push(Sender(run, "lab/run"))
     repository = hub.repository("lab/run")
     card = (repository.commits("toy") or [])[0].files["README.md"].decode()
     repository.commit("toy", "licence", {"README.md": card.replace("---\n", "---\nlicense: mit\n", 1).encode()})
     repository.commit("main", "page", {"README.md": b"# Our suite\n"})
     commit(run, 2)
-    push(sender(run, "lab/run"))
+    push(Sender(run, "lab/run"))
     card = (repository.commits("toy") or [])[0].files["README.md"].decode()
     assert yaml.safe_load(card.split("---")[1])["license"] == "mit"
     assert "from step 0 to step 2" in card
@@ -287,9 +286,9 @@ def test_what_people_wrote_on_a_card_stays(hub: WritableHub, make_run: Callable[
 
 @pytest.mark.slow
 def test_a_run_that_was_pulled_can_be_sent_on(hub: WritableHub, make_run: Callable[..., Run], tmp_path: Path) -> None:
-    push(sender(make_run(), "lab/run"))
+    push(Sender(make_run(), "lab/run"))
     pull(read(), tmp_path / "here")  # type: ignore[arg-type]
     run = Run.open(tmp_path / "here")
     commit(run, 6)
-    assert push(sender(run, "lab/run", "toy")) == ([6], [])
+    assert push(Sender(run, "lab/run", "toy")) == ([6], [])
     assert read().steps == [0, 2, 4, 6]

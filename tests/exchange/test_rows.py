@@ -9,8 +9,8 @@ from tests.hub_writing import WritableHub
 
 from picolm.data import open_source
 from picolm.data.prepare import prepare
-from picolm.data.upload import push_rows
 from picolm.errors import DataError
+from picolm.exchange.rows import push_rows
 
 
 @pytest.fixture

@@ -89,8 +89,8 @@ def _link(request: Scripted) -> str:
     ("page", "message", "most"),
     [
         (lambda request: [], "has no end", 1),
-        (lambda request: [commit(1)], "repeats its pages", 2),
-        (lambda request: [commit(len(request.server.seen))], "has no end: an empty page, or more than 30 pages", 30),
+        (lambda request: [commit(1)], "has no end: an empty page, or over 30 pages", 30),
+        (lambda request: [commit(len(request.server.seen))], "has no end: an empty page, or over 30 pages", 30),
     ],
     ids=["empty", "the same", "new ones"],
 )

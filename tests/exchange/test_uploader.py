@@ -1,6 +1,5 @@
 """The queue on disk and the thread that works it off: in order, whatever is deleted meanwhile, and never in the way."""
 
-import json
 import logging
 import threading
 import time
@@ -14,13 +13,14 @@ from tests.hub_writing import WritableHub
 from tests.planted import TOKEN, holders
 
 from picolm.address import Address
+from picolm.exchange.outbox import Outbox
+from picolm.exchange.push import Sender
+from picolm.exchange.uploader import Uploader
 from picolm.store import Run
 from picolm.store.hub import open_branch
-from picolm.store.outbox import Outbox, Uploader
 from picolm.store.repository import Branch
 from picolm.store.retention import Retention
 from picolm.store.writer import BackgroundWriter
-from picolm.train.upload import sender
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def start() -> Iterator[Callable[..., Uploader]]:
     started: list[Uploader] = []
 
     def begin(run: Run, steps: tuple[int, ...] = (), patience_s: float = 30.0) -> Uploader:
-        started.append(Uploader(sender(run, "lab/run"), steps, patience_s=patience_s, first_wait_s=0.01))
+        started.append(Uploader(Sender(run, "lab/run"), steps, patience_s=patience_s, first_wait_s=0.01))
         return started[-1]
 
     yield begin
@@ -58,7 +58,7 @@ def test_steps_are_sent_in_order_as_they_come(
     uploader.close()
     assert whole_steps(hub) == ["0", "2", "4"]
     assert digests(there()) == digests(run)
-    assert Outbox(run).steps == []
+    assert Outbox(run).held == []
     assert "from step 0 to step 4" in (hub.repository("lab/run").commits("toy") or [])[0].files["README.md"].decode()
 
 
@@ -107,8 +107,21 @@ def test_an_outage_is_one_warning_and_one_sentence_at_the_end(
     )
     assert warnings[1].startswith("Not on the Hub yet: 3 steps (0, 2, 4) (lab/run@toy")
     assert warnings[1].endswith(f"To send the rest:  pico push {run.path}")
-    queue = json.loads((run.path / ".hub/outbox.json").read_text())
-    assert queue == {"place": "hub:lab/run@toy", "steps": [0, 2, 4]}
+    assert Outbox(run).place == "hub:lab/run@toy"
+
+
+def test_what_was_saved_before_a_kill_and_deleted_since_is_sent_by_the_next_start(
+    hub: WritableHub, make_run: Callable[..., Run], start: Callable[..., Uploader]
+) -> None:
+    run = make_run()
+    before = digests(run)
+    Outbox(run).hold(0)
+    Outbox(run).hold(2)
+    run.remove(0)
+    run.thin(2, {"optimizer"})
+    start(run, (2, 4)).close()
+    assert digests(there()) == before
+    assert Outbox(run).held == []
 
 
 def test_adding_never_waits_and_never_fails(
@@ -129,17 +142,18 @@ def test_a_disk_that_is_full_does_not_stop_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     run = make_run()
-    uploader = start(run)
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("picolm.store.outbox.write_atomically", full)
-    monkeypatch.setattr("picolm.store.outbox.os.rename", full)
+    monkeypatch.setattr("picolm.exchange.outbox.write_atomically", full)
+    monkeypatch.setattr("picolm.exchange.outbox.os.rename", full)
+    uploader = start(run)
     uploader.add(2)
     uploader.close()
-    assert "That step 2 waits for the Hub is not written down: " in caplog.text
-    monkeypatch.undo()
+    assert "where the run is sent to cannot be written" in caplog.text
+    assert there().steps == [2]
+    assert Outbox(run).held == []
 
 
 def test_a_step_that_is_gone_or_damaged_does_not_hold_up_the_others(
@@ -174,7 +188,7 @@ def test_a_bug_in_sending_does_not_end_the_run(
     def broken(*arguments: object) -> bool:
         raise ZeroDivisionError("not foreseen")
 
-    monkeypatch.setattr("picolm.store.upload.Sender.send", broken)
+    monkeypatch.setattr("picolm.exchange.push.Sender.send", broken)
     start(make_run(), (0,), patience_s=0.5).close()
     assert "Not on the Hub yet: step 0 (ZeroDivisionError: not foreseen)" in caplog.text
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from picolm.address import Address
 from picolm.errors import PicoError, StoreError
+from picolm.exchange.outbox import Outbox
 from picolm.store import Missing, Run
 from picolm.store.files import write_bytes
 from picolm.store.foreign import PickledTensors
 from picolm.store.journal import Journal
 from picolm.store.legacy import LegacyCheckpoint, LocalFiles
 from picolm.store.manifest import Manifest, natural
-from picolm.store.outbox import Outbox
 from picolm.store.roworder import RowOrder
 from picolm.store.tensors import read_header
 
@@ -296,7 +296,9 @@ def test_a_queue_that_does_not_fit_is_begun_anew(full: Run) -> None:
     (full.path / ".hub").mkdir()
     for text in (DEEP, "[]", '{"place": 5, "steps": [1]}', '{"place": "x", "steps": ["1"]}', "\x00"):
         (full.path / ".hub/outbox.json").write_text(text)
-        assert Outbox(full).steps == []
+        assert Outbox(full).place == ""
+    (full.path / ".hub/outbox.json").write_text('{"place": "hub:lab/x@y", "steps": [1]}')
+    assert Outbox(full).place == "hub:lab/x@y"  # as an earlier version wrote it
 
 
 def test_one_step_is_found_without_opening_the_others(

@@ -11,9 +11,9 @@ import pytest
 
 from picolm.address import Address
 from picolm.errors import PicoError
+from picolm.exchange.outbox import Outbox
 from picolm.logs import configure_logging, log
 from picolm.store import Run
-from picolm.store.outbox import Outbox
 from picolm.tracking import _identity
 
 FILES = [
@@ -32,7 +32,7 @@ def full(run: Run, content: dict[str, Any]) -> Run:
     run.write_evaluation(0, {"paloma": 3.0})
     outbox = Outbox(run)
     with outbox.sending():
-        outbox.add([0])
+        outbox.remember("hub:lab/x@y")
     return run
 
 
@@ -54,8 +54,7 @@ def use_all(path: Path, content: dict[str, Any]) -> list[str]:
     def send() -> None:
         outbox = Outbox(opened[0])
         with outbox.sending():
-            outbox.address("hub:lab/x@y")
-            outbox.add([0])
+            outbox.remember("hub:lab/x@z")
             outbox.hold(0)
             outbox.checkpoint(0)
 

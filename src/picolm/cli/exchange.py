@@ -34,16 +34,16 @@ def push(
     private: Private = False,
 ) -> None:
     """Send a run to the Hugging Face Hub; what is there is not sent again, so this goes on where it stopped."""
+    from picolm.exchange.push import Sender, destination
+    from picolm.exchange.push import push as send
     from picolm.store import Run
-    from picolm.store.push import push as send
     from picolm.terminal import phases
-    from picolm.train.upload import destination, sender
 
     opened = Run.open(run)
     repository, name = destination(opened, repo_id, branch)
     with phases() as progress:
         sent, damaged = send(
-            sender(opened, repository, name, private=private),
+            Sender(opened, repository, name, private),
             _chosen(steps, opened.steps),
             only or (),
             lambda done, total: progress("steps", done, total),
@@ -62,8 +62,8 @@ def pull(
     only: Only = None,
 ) -> None:
     """Bring a run from the Hugging Face Hub, ours or one of pico-train, and verify it; goes on where it stopped."""
+    from picolm.exchange.pull import pull as fetch
     from picolm.store.hub import HubRun, open_hub
-    from picolm.store.pull import pull as fetch
     from picolm.terminal import phases
 
     source = open_hub("hub:" + place.removeprefix("hub:"))
@@ -87,7 +87,7 @@ def push_data(
     private: Private = False,
 ) -> None:
     """Send prepared rows to the Hugging Face Hub, with their manifest and a card."""
-    from picolm.data.upload import push_rows
+    from picolm.exchange.rows import push_rows
     from picolm.terminal import phases
 
     with phases() as progress:

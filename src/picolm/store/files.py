@@ -91,6 +91,16 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; on a file system without hard links, copy it and force the copy to the disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        with open_regular(source) as file, DigestingFile(target) as copy:
+            while block := file.read(1 << 20):
+                copy.write(block)
+
+
 def digest_file(path: Path) -> FileRecord:
     """Return the size and the sha-256 of a regular file. Raises like `trusted.open_regular`, and OSError."""
     with open_regular(path) as file:

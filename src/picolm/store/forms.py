@@ -160,10 +160,10 @@ class ManifestForm(BaseModel):
 
 
 class Queue(_Form):
-    """`.hub/outbox.json`."""
+    """`.hub/outbox.json`. steps: an earlier version kept those that wait here."""
 
     place: str
-    steps: list[Step]
+    steps: list[Step] = []
 
 
 class Holder(_Form):

@@ -219,11 +219,12 @@ class HubFiles:
         return identity
 
     def sizes(self) -> dict[str, int]:
-        commits = {commit: self._branch.sizes(commit) for title, commit in self._titled.items() if title in _PARTS}
+        commits = {commit for title, commit in self._titled.items() if title in _PARTS}
+        shown = {commit: self._branch.entries(commit) for commit in sorted(commits)}
         return {
-            name: size
-            for commit, sizes in commits.items()
-            for name, size in sizes.items()
+            name: entry.size
+            for commit in shown
+            for name, entry in shown[commit].items()
             if self._commit(name) == commit
         }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from picolm.errors import StoreError
 from picolm.store.compose import make_directories, write_manifest
-from picolm.store.files import sync_directory, write_bytes, written_aside
+from picolm.store.files import link_or_copy, sync_directory, write_bytes, written_aside
 from picolm.store.folders import move_others, others_in
 from picolm.store.layout import LATEST, MANIFEST, OPTIMIZER, STATE, TOKENIZER, WEIGHTS, inside, step_directory, step_of
 from picolm.store.manifest import Manifest
@@ -67,7 +67,7 @@ def write_thinned(partial: Path, checkpoint: SealedCheckpoint, drop: Collection[
     tensors = {address: record for address, record in old.tensors.items() if record.file in files}
     make_directories(partial, files)
     for name in files:
-        _link(inside(checkpoint.path, name), partial / name)
+        link_or_copy(inside(checkpoint.path, name), partial / name)
     thinned = [*old.about.get("thinned", []), {"was": old.digest, "without": sorted(dropped)}]
     manifest = dataclasses.replace(old, files=files, tensors=tensors, about={**old.about, "thinned": thinned})
     write_manifest(partial, manifest)
@@ -86,7 +86,7 @@ def write_renewed(
     kept = {name: record for name, record in old.files.items() if name not in texts and name not in gone}
     make_directories(partial, {*kept, *texts})
     for name in kept:
-        _link(inside(checkpoint.path, name), partial / name)
+        link_or_copy(inside(checkpoint.path, name), partial / name)
     files = kept | {name: write_bytes(partial / name, data) for name, data in texts.items()}
     entry = {"was": old.digest, "files": sorted({*texts, *gone}), "without": sorted(checkpoint.dropped)}
     about = {key: value for key, value in old.about.items() if key != "thinned"}
@@ -186,13 +186,6 @@ def point_latest(checkpoints: Path, step: int) -> None:
             aside.symlink_to(step_directory(step), target_is_directory=True)
     except OSError as error:
         logger.warning("%s: the link cannot be made (%s); the step itself is stored", checkpoints / LATEST, error)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        write_bytes(target, source.read_bytes())
 
 
 def _whole(target: Path) -> SealedCheckpoint | None:

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from picolm.errors import FileError, StoreError
-from picolm.network import cache_folder, fetch, file_list, in_cache, is_offline, pages, persist
+from picolm.network import TreeEntry, cache_folder, fetch, file_list, in_cache, is_offline, listed, persist
 from picolm.store.files import digest_file, disk_errors, write_atomically
 from picolm.store.layout import check_name
 from picolm.trusted import TEXT_BYTES, parse_json, read_bytes
@@ -31,13 +30,8 @@ class _CommitAnswer:
     title: str
     message: str | None = None
 
-
-class Entry(NamedTuple):
-    """What the Hub knows of a file. sha256: of a large one, else empty; oid: the id of the git object."""
-
-    bytes: int
-    sha256: str
-    oid: str
+    def commit(self) -> Commit:
+        return Commit(self.id, self.title, self.message or "")
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,7 @@ class Branch:
     repository: str
     name: str = "main"
     endpoint: str | None = None
+    _trees: dict[str, dict[str, TreeEntry]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def place(self) -> str:
@@ -55,6 +50,8 @@ class Branch:
 
     def commits(self) -> list[Commit]:
         """All commits from the newest back. Asks for those since the last time only; in offline mode for none."""
+        from huggingface_hub.errors import RevisionNotFoundError
+
         known = self._saved()
         if is_offline():
             if not known:
@@ -63,7 +60,23 @@ class Branch:
                     "it off once"
                 )
             return known
-        commits = self._since(known)
+        path = f"models/{self.repository}/commits/{quote(self.name, safe='')}"
+
+        def is_known(answer: _CommitAnswer) -> bool:
+            return bool(known) and answer.commit() == known[0]
+
+        try:
+            answers = listed(path, _CommitAnswer, self.place, StoreError, self.endpoint, is_known)
+        except StoreError as error:
+            if isinstance(error.__cause__, RevisionNotFoundError):
+                there = ", ".join(self.names())
+                raise StoreError(
+                    f"{self.repository} has no branch {self.name!r} on the Hub (there are: {there})"
+                ) from error
+            raise
+        commits = [answer.commit() for answer in answers]
+        if known and commits[-1:] == known[:1]:
+            commits = [*commits, *known[1:]]
         if commits != known:
             self._save(commits)
         return commits
@@ -90,22 +103,20 @@ class Branch:
             raise
 
     def identity(self, file: str, commit: str) -> str | None:
-        """What the Hub knows a file by (the sha-256 of a large one), without fetching it; None when the commit has none."""
+        """Return what the Hub knows a file by (the sha-256 of a large one), without fetching it; None when there is none."""
         there = self._cached(file, commit)
         if isinstance(there, str):
             path = Path(there)
             linked = path.readlink() if path.is_symlink() else None
             return linked.name if linked is not None and linked.parent.name == "blobs" else digest_file(path).sha256
-        return self._ask_identity(file, commit) if there is None else None
+        entry = self.entries(commit).get(file) if there is None else None
+        return (entry.sha256 or entry.oid) if entry is not None else None
 
-    def sizes(self, commit: str) -> dict[str, int]:
-        """Every file as of a commit, and its bytes."""
-        return {name: entry.bytes for name, entry in self.entries(commit).items()}
-
-    def entries(self, commit: str) -> dict[str, Entry]:
-        """Every file as of a commit."""
-        found = file_list(self.repository, commit, "model", StoreError, self.endpoint, self.place)
-        return {path: Entry(entry.size, entry.lfs.oid if entry.lfs else "", entry.oid) for path, entry in found.items()}
+    def entries(self, commit: str) -> dict[str, TreeEntry]:
+        """Return every file as of a commit."""
+        if commit not in self._trees:
+            self._trees[commit] = file_list(self.repository, commit, "model", StoreError, self.endpoint, self.place)
+        return self._trees[commit]
 
     def download(self, file: str, commit: str, folder: Path, file_bytes: int) -> Path:
         """Put a file as of a commit into a folder: from the Hub's cache where it is there, else fetched past the cache."""
@@ -127,56 +138,11 @@ class Branch:
         )
         return [branch.name for branch in refs.branches]
 
-    def _since(self, known: list[Commit]) -> list[Commit]:
-        """Return all commits, asking page by page from the newest back until one that is known."""
-        from huggingface_hub import constants
-
-        url = f"{self.endpoint or constants.ENDPOINT}/api/models/{self.repository}/commits/{quote(self.name, safe='')}"
-        commits: dict[Commit, None] = {}
-        for page in self._pages(url):
-            before = len(commits)
-            for commit in page:
-                if known and commit == known[0]:
-                    return [*commits, *known]
-                commits[commit] = None
-            if page and len(commits) == before:
-                raise StoreError(f"{self.place}: {url} repeats its pages; check HF_ENDPOINT")
-        return list(commits)
-
-    def _pages(self, url: str) -> Iterator[list[Commit]]:
-        """Yield the pages of the list of commits."""
-        from huggingface_hub.errors import RevisionNotFoundError
-
-        try:
-            for page in pages(url, list[_CommitAnswer], self.place, StoreError, self.endpoint):
-                yield [Commit(entry.id, entry.title, entry.message or "") for entry in page]
-        except StoreError as error:
-            if isinstance(error.__cause__, RevisionNotFoundError):
-                there = ", ".join(self.names())
-                raise StoreError(
-                    f"{self.repository} has no branch {self.name!r} on the Hub (there are: {there})"
-                ) from error
-            raise
-
     def _cached(self, file: str, commit: str) -> Any:
         """The path of a file in the Hub's cache, another object when it is known that there is none, None when not known."""
         from huggingface_hub import try_to_load_from_cache
 
         return try_to_load_from_cache(self.repository, file, revision=commit)
-
-    def _ask_identity(self, file: str, commit: str) -> str | None:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.errors import RemoteEntryNotFoundError
-
-        url = hf_hub_url(self.repository, file, revision=commit, endpoint=self.endpoint)
-
-        def ask() -> str | None:
-            try:
-                return get_hf_file_metadata(url, endpoint=self.endpoint).etag
-            except RemoteEntryNotFoundError:
-                return None
-
-        return persist(ask, f"{self.place}: {file}", StoreError, self.endpoint)
 
     @property
     def _list_path(self) -> Path:

@@ -322,6 +322,16 @@ def completed(stored: Mapping[str, Any], schema: type[TrainConfig]) -> dict[str,
     return known | {key: value for key, value in flat.items() if key not in emptied}
 
 
+def differences(config: Mapping[str, Any], schema: type[TrainConfig] = TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the keys of a configuration whose values are not the defaults of `schema`: (value, default)."""
+    defaults = flatten(plain(schema()))
+    return {
+        key: (value, defaults.get(key))
+        for key, value in flatten(config).items()
+        if key not in defaults or defaults[key] != value
+    }
+
+
 def _defaults(schema: type[TrainConfig]) -> dict[str, Any]:
     try:
         return flatten(plain(schema()))

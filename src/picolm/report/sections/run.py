@@ -116,8 +116,7 @@ def _parameters(last: Checkpoint | None) -> int:
 def _differences(opened: Run) -> list[tuple[str, Any, Any]]:
     """Key, value, default; empty where the defaults are not to be had (an architecture that is not installed, or not trusted)."""
     from picolm.provenance import mark_untrusted
-    from picolm.train.config import schema_for
-    from picolm.train.upload import differences
+    from picolm.train.config import differences, schema_for
 
     config = _config(opened)
     try:

@@ -13,8 +13,8 @@ import yaml
 
 from picolm.data.manifest import FILE, Manifest, Shard, file_of, read_manifest
 from picolm.errors import DataError
+from picolm.exchange.commits import commit, prepare_repository
 from picolm.markdown import code, plain
-from picolm.network import prepare_repository, send
 
 _SHARDS_PER_COMMIT = 16
 _CARD, _TOKENIZER = "README.md", "tokenizer.json"
@@ -42,12 +42,12 @@ def push_rows(
         part = shards[first : first + _SHARDS_PER_COMMIT]
         files: dict[str, Path | bytes] = {shard.file: _checked(folder, shard) for shard in part}
         last = first + len(part)
-        send(repository, branch, "dataset", f"Shards {first + 1} to {last} of {len(shards)}", files, DataError)
+        commit(repository, branch, "dataset", f"Shards {first + 1} to {last} of {len(shards)}", files, DataError)
     last_files: dict[str, Path | bytes] = {FILE: folder / FILE, _CARD: data_card(manifest, repository).encode()}
     for name in (manifest.tokenizer["file"], "tokenizer_config.json"):
         if os.path.lexists(folder / name):
             last_files[name] = file_of(folder, name)
-    send(repository, branch, "dataset", "Manifest and card", last_files, DataError)
+    commit(repository, branch, "dataset", "Manifest and card", last_files, DataError)
     progress(len(shards), len(shards))
     return manifest
 

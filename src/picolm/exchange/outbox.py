@@ -1,0 +1,112 @@
+"""What a run keeps for its uploads, in its folder `.hub`:
+
+outbox.json     the branch that it is sent to
+step_N/         hard links to the files of a step that waits, so that `checkpointing.keep` may delete the step meanwhile
+
+What was sent already is asked of the Hub, so losing this folder costs a look at each step of the run.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from picolm.errors import FileError, StoreError
+from picolm.store.files import disk_errors, write_atomically
+from picolm.store.forms import Queue
+from picolm.store.layout import MANIFEST, inside, step_directory, step_of
+from picolm.store.lock import RunLock
+from picolm.store.run import Run
+from picolm.store.sealed import SealedCheckpoint
+from picolm.trusted import read_json, refuse_links, require_regular
+
+log = logging.getLogger("picolm")
+
+FOLDER = ".hub"
+_FILE = "outbox.json"
+
+
+class Damaged(StoreError):
+    """A step that cannot be sent, now or later, because it is not what was written."""
+
+
+class Outbox:
+    """The uploads of a run. Raises StoreError where something in its folder is a link or no regular file."""
+
+    def __init__(self, run: Run):
+        self.run, self.path = run, inside(run.path, FOLDER)
+        file = inside(run.path, f"{FOLDER}/{_FILE}")
+        if os.path.lexists(file):
+            require_regular(file)
+        try:
+            self.place: str = read_json(file, Queue).place
+        except FileError:
+            self.place = ""
+
+    @property
+    def held(self) -> list[int]:
+        """Return the steps that wait under a second name, ascending."""
+        found = (step_of(path.name) for path in self.path.glob("step_*"))
+        return sorted(step for step in found if step is not None)
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Hold this while sending. Raises StoreError when another process does."""
+        with ExitStack() as stack:
+            with disk_errors("what waits for the Hub", self.path):
+                self.path.mkdir(exist_ok=True)
+            try:
+                stack.enter_context(RunLock(inside(self.run.path, f"{FOLDER}/lock")).held())
+            except FileError:
+                raise
+            except StoreError as error:
+                raise StoreError(
+                    f"{self.run.path}: another process is sending its steps to the Hub; wait for it to end"
+                ) from error
+            yield
+
+    def remember(self, place: str) -> None:
+        """Write down where the run is sent to, for the next `pico push`."""
+        if place != self.place:
+            with disk_errors("where the run is sent to", self.path):
+                self.path.mkdir(exist_ok=True)
+                write_atomically(self.path / _FILE, json.dumps({"place": place, "steps": []}).encode() + b"\n")
+            self.place = place
+
+    def hold(self, step: int) -> None:
+        """Give the files of a step a second name. Where space is short nothing is held: the run needs it more."""
+        checkpoint = SealedCheckpoint(self.run.step_path(step))
+        self.path.mkdir(exist_ok=True)
+        if shutil.disk_usage(self.path).free < 2 * sum(record.bytes for record in checkpoint.files.values()):
+            for other in self.held:
+                self.release(other)
+            log.warning("Little space is left: steps wait for the Hub only until checkpointing.keep deletes them.")
+            return
+        target, aside = self.path / step_directory(step), self.path / f".{step_directory(step)}"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            for name in (*checkpoint.files, MANIFEST):
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(checkpoint.locate(name), aside / name)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(aside, target)
+        except OSError as error:  # a file system without hard links: a copy would cost what the run may need
+            shutil.rmtree(aside, ignore_errors=True)
+            log.debug("Step %d waits for the Hub without a second name: %s", step, error)
+
+    def release(self, step: int) -> None:
+        """Delete the second names of a step."""
+        shutil.rmtree(self.path / step_directory(step), ignore_errors=True)
+
+    def checkpoint(self, step: int) -> SealedCheckpoint | None:
+        """Return a step, from its second names or else from the run; None when it is gone. Raises Damaged."""
+        for path in (self.path / step_directory(step), self.run.step_path(step)):
+            if os.path.lexists(path / MANIFEST):
+                try:
+                    refuse_links(path, self.run.path)
+                    return SealedCheckpoint(path)
+                except StoreError as error:
+                    raise Damaged(f"step {step} is not sent: {error}") from error
+        return None

@@ -1,0 +1,286 @@
+"""Sending a run: a branch of a repository, each step a chain of commits, the last of which says that the step is whole.
+
+A step is one commit for each artefact, with the titles of published runs. Each commit names the one it follows, so two senders
+cannot mix their steps. What is known of a step is asked of the Hub: what is there already is not sent again, and what a lost
+answer or a kill left half done is continued.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from picolm.errors import PicoError, StoreError
+from picolm.exchange.card import FILE, kept_by_hand, model_card, with_front_matter
+from picolm.exchange.commits import commit, has_moved, prepare_repository
+from picolm.exchange.outbox import FOLDER, Damaged, Outbox
+from picolm.network import persist
+from picolm.store import hub, layout
+from picolm.store.files import disk_errors, written_aside
+from picolm.store.hub import Whole, whole_body, whole_steps
+from picolm.store.journal import Journal
+from picolm.store.layout import MANIFEST, METRICS, OPTIMIZER, STATE, WEIGHTS, inside, step_directory, step_of
+from picolm.store.manifest import Manifest
+from picolm.store.records import identity
+from picolm.store.repository import Branch, Commit
+from picolm.store.roworder import lookup
+from picolm.store.run import Run
+from picolm.store.sealed import SealedCheckpoint
+from picolm.store.selection import check_parts, chosen, origin, united
+from picolm.train.config import REPOSITORY, differences
+from picolm.trusted import read_bytes, read_text, require_regular
+
+log = logging.getLogger("picolm")
+
+_ATTEMPTS = 5
+_RESULTS = layout.Directories.eval_results_dir
+
+Files = dict[str, Path | bytes]
+
+
+def destination(run: Run, repository: str | None, branch: str | None) -> tuple[str, str]:
+    """Return repository and branch to send a run to: as asked, else where it was sent before, else as it is configured."""
+    if type(run) is not Run:
+        raise PicoError(f"{run.path}: only runs of picolm are sent; this one was written by another tool")
+    before = Outbox(run).place.removeprefix("hub:").partition("@")
+    configured = lookup(run.config, "checkpointing.hf_checkpoint.repo_id", "") or ""
+    repository = repository or before[0] or str(configured)
+    if not REPOSITORY.fullmatch(repository):
+        raise PicoError(
+            f"{run.path}: where to? give --repo-id OWNER/NAME" + (f", not {repository!r}" if repository else "")
+        )
+    return repository, branch or (before[2] if repository == before[0] else "") or run.name
+
+
+def push(
+    sender: "Sender",
+    steps: Sequence[int] | None = None,
+    only: Collection[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[int], list[int]]:
+    """Send steps (None: all, and those that wait) in order; return those that were sent, and those that are damaged.
+
+    only: parts of a step (weights, optimizer, dynamics); none means all. What is on the Hub is not sent again, so this
+    continues what was interrupted. progress: called with the steps that are done, and all of them. Raises StoreError,
+    having sent what came before.
+    """
+    check_parts(only)
+    outbox = Outbox(sender.run)
+    wanted = _wanted(outbox, steps)
+    sent, damaged = list[int](), list[int]()
+    with outbox.sending():
+        sender.open()
+        outbox.remember(sender.branch.place)
+        for done, (step, checkpoint) in enumerate(wanted.items()):
+            progress(done, len(wanted))
+            try:
+                if sender.send(checkpoint, only):
+                    sent.append(step)
+                if not only:
+                    outbox.release(step)
+            except Damaged as error:
+                log.warning("%s", error)
+                damaged.append(step)
+        newest = max(sender.there, default=None)
+        if sent and newest is not None and newest != sent[-1] and (last := outbox.checkpoint(newest)):
+            sender.renew(last)  # older steps were sent late: a branch shows its newest commit
+        if sent:
+            sender.send_card()
+        progress(len(wanted), len(wanted))
+    return sent, damaged
+
+
+def _wanted(outbox: Outbox, steps: Sequence[int] | None) -> dict[int, SealedCheckpoint]:
+    run = outbox.run
+    numbers = sorted({*run.steps, *outbox.held} if steps is None else set(steps))
+    found = {step: checkpoint for step in numbers if (checkpoint := outbox.checkpoint(step)) is not None}
+    if steps is not None and (missing := [step for step in numbers if step not in found]):
+        there = ", ".join(map(str, run.steps)) or "none"
+        raise StoreError(f"{run.path}: has no step {missing[0]} to send (there are: {there})")
+    if not found:
+        raise StoreError(f"{run.path}: has no steps to send")
+    return found
+
+
+class Sender:
+    """Sends steps of a run to a branch, by default the one of its name. Everything raises StoreError.
+
+    private: only for a repository that there is not yet. collection: the slug of one that the repository is added to.
+    there: the whole steps of ours on the branch, as it was last looked at.
+    """
+
+    def __init__(
+        self, run: Run, repository: str, branch: str | None = None, private: bool = False, collection: str | None = None
+    ):
+        self.run, self.branch = run, Branch(repository, branch or run.name)
+        self._private, self._collection = private, collection
+        self.there: dict[int, Whole] = {}
+
+    def open(self) -> None:
+        """Make the branch unless it is there, look at what it holds, and send what describes the run."""
+        prepare_repository(self.branch.repository, self.branch.name, "model", self._private, StoreError)
+        self._refuse_another_run(self._look())
+        about: Files = {}
+        for name in (layout.CONFIG, layout.ENVIRONMENT, layout.RUN):
+            if os.path.lexists(self.run.path / name):
+                about[name] = _regular(inside(self.run.path, name))
+        self._send(f"Saving {hub.CONFIGURATION} -- Step 0", about)
+        if self._collection:
+            self._add_to_collection(self._collection)
+
+    def send(self, checkpoint: SealedCheckpoint, only: Collection[str] = ()) -> bool:
+        """Send a step, or parts of it, beside those that are there; return whether there was anything to send."""
+        whole = self.there.get(checkpoint.step)
+        if whole is not None and whole.digest == checkpoint.manifest.digest:
+            return False
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                commits = self._look()
+                manifest = self._missing(checkpoint, only)
+                if manifest is None:
+                    return False
+                if problems := checkpoint.verify():
+                    raise Damaged(f"step {checkpoint.step} is not sent: {problems[0]}")
+                self._send_step(checkpoint, manifest, commits)
+                return True
+            except StoreError as error:
+                if attempt == _ATTEMPTS or not has_moved(error):
+                    raise
+        raise AssertionError("unreachable")
+
+    def renew(self, checkpoint: SealedCheckpoint) -> None:
+        """Make a step that is there the newest commit of the branch again, if its files are all here."""
+        commits = self._look()
+        present = self._manifest(self.there[checkpoint.step].commit)
+        if (
+            present
+            and origin(present) == origin(checkpoint.manifest)
+            and present.files.keys() <= checkpoint.files.keys()
+        ):
+            self._send_step(checkpoint, present, commits)
+
+    def send_card(self) -> None:
+        """Describe the run on its branch, and on the first page of the repository where nobody else did."""
+        steps = {step: whole.commit for step, whole in self.there.items()}
+        changed = {key: value for key, (value, _) in differences(self.run.config).items()}
+        text = model_card(self.run, self.branch.repository, self.branch.name, steps, changed)
+        for branch in dict.fromkeys([self.branch, Branch(self.branch.repository)]):
+            page = branch.find(FILE, branch.commits()[0].sha)
+            before = read_text(page) if page else ""
+            if not kept_by_hand(before, self.branch.place):
+                card = with_front_matter(text, before).encode()
+                commit(branch.repository, branch.name, "model", "Saving Model Card", {FILE: card}, StoreError)
+
+    def _look(self) -> list[Commit]:
+        commits = self.branch.commits()
+        self.there = whole_steps(commits)
+        return commits
+
+    def _missing(self, checkpoint: SealedCheckpoint, only: Collection[str]) -> Manifest | None:
+        """Return what the step on the Hub is to hold; None when it holds that already, or more."""
+        manifest, whole = chosen(checkpoint, only), self.there.get(checkpoint.step)
+        present = self._manifest(whole.commit) if whole is not None else None
+        if present is None or origin(present) != origin(manifest):
+            return manifest  # another state of that number, trained again: the newest counts
+        together = united(present, manifest)
+        if together.files == present.files:
+            return None
+        if gone := together.files.keys() - checkpoint.files.keys():
+            raise StoreError(
+                f"step {checkpoint.step}: the Hub has {', '.join(sorted(gone))}, which is not here any more, and lacks "
+                "other files that are; push it to another --branch"
+            )
+        return together
+
+    def _send_step(self, checkpoint: SealedCheckpoint, manifest: Manifest, commits: list[Commit]) -> None:
+        step, head = checkpoint.step, commits[0].sha
+        shown = self._manifest(head)  # files of another step that the branch shows now, and this step does not have
+        stale = sorted(shown.files.keys() - manifest.files.keys()) if shown else []
+        if not any(each.title.startswith(f"Saving {hub.TOKENIZER} ") for each in commits):
+            words: Files = {name: checkpoint.locate(name) for name in manifest.files if name in layout.TOKENIZER}
+            head = self._send(f"Saving {hub.TOKENIZER} -- Step 0", words, head) if words else head
+        *artefacts, (last, files) = self._artefacts(checkpoint, manifest)
+        for kind, part in artefacts:
+            head = self._send(f"Saving {kind} -- Step {step}", part, head)
+        files = files | self._records() | {MANIFEST: manifest.to_bytes()}
+        try:
+            body = whole_body(step, manifest.digest)
+            head = self._send(f"Saving {last} -- Step {step}", files, head, body, stale)
+        finally:
+            (self.run.path / FOLDER / METRICS).unlink(missing_ok=True)
+        self.there[step] = Whole(head, manifest.digest)
+
+    def _artefacts(self, checkpoint: SealedCheckpoint, manifest: Manifest) -> list[tuple[str, Files]]:
+        """Return the files of a step by the titles of their commits, in the order in which they are sent."""
+        parts: dict[str, Files] = {hub.MODEL: {}}
+        for name in manifest.files:
+            parts.setdefault(_artefact(name, manifest), {})[name] = checkpoint.locate(name)
+        rest = parts.pop(hub.MODEL)
+        last = hub.MODEL if WEIGHTS in manifest.files else next(reversed(parts), hub.FABRIC)
+        rest = parts.pop(last, {}) | rest
+        name = f"{step_directory(checkpoint.step)}.json"
+        results = inside(self.run.path, f"{self.run.directories.eval_results_dir}/{name}")
+        if os.path.lexists(results):
+            parts[hub.EVALUATION] = {f"{_RESULTS}/{name}": _regular(results)}
+        return [*parts.items(), (last, rest)]
+
+    def _records(self) -> Files:
+        """Return the metrics so far, and the evaluations of steps that have no checkpoint."""
+        files: Files = {}
+        if os.path.lexists(self.run.path / METRICS):
+            copy = inside(self.run.path, f"{FOLDER}/{METRICS}")
+            with disk_errors("a copy of the metrics", self.run.path), written_aside(copy) as aside:
+                Journal(inside(self.run.path, METRICS)).copy_whole_lines(aside)  # they grow while they are sent
+            files[METRICS] = copy
+        steps = set(self.run.step_directories())
+        for path in inside(self.run.path, self.run.directories.eval_results_dir).glob("step_*.json"):
+            if (step := step_of(path.stem)) is not None and step not in steps:
+                files[f"{_RESULTS}/{path.name}"] = _regular(path)
+        return files
+
+    def _manifest(self, sha: str) -> Manifest | None:
+        path = self.branch.find(MANIFEST, sha)
+        return Manifest.from_bytes(read_bytes(path), f"{self.branch.place}: {MANIFEST}") if path else None
+
+    def _refuse_another_run(self, commits: list[Commit]) -> None:
+        """Raise StoreError for a branch that holds another run: steps of two would be taken for one."""
+        path, here = self.branch.find(layout.RUN, commits[0].sha), self.run.path / layout.RUN
+        if path is not None:
+            created, name = identity(read_bytes(path))
+            found = f"{name!r}, made {created}"
+            another = (created, name) != identity(read_bytes(here) if os.path.lexists(here) else b"")
+        else:
+            found = "of pico-train"
+            another = any(" -- Step " in each.title for each in commits)
+        if another:
+            raise StoreError(f"{self.branch.place} holds another run already ({found}); choose another --branch")
+
+    def _send(
+        self, title: str, files: Files, parent: str | None = None, body: str = hub.PART, delete: Collection[str] = ()
+    ) -> str:
+        where = (self.branch.repository, self.branch.name, "model")
+        return commit(*where, title, files, StoreError, body=body, delete=delete, parent=parent)
+
+    def _add_to_collection(self, slug: str) -> None:
+        from huggingface_hub import HfApi
+
+        def add() -> None:
+            HfApi().add_collection_item(slug, self.branch.repository, "model", exists_ok=True)
+
+        try:
+            persist(add, f"collection {slug}", StoreError, verb="added to on")
+        except StoreError as error:
+            log.warning("%s is not in the collection: %s", self.branch.repository, error)
+
+
+def _artefact(name: str, manifest: Manifest) -> str:
+    """Return the title that a file of a step is sent under."""
+    if name == OPTIMIZER or (name == STATE and OPTIMIZER in manifest.files):
+        return hub.FABRIC
+    folder, _, file = name.rpartition("/")
+    return hub.CAPTURES.get(file.split("_")[0], hub.MODEL) if folder else hub.MODEL
+
+
+def _regular(path: Path) -> Path:
+    require_regular(path)
+    return path
