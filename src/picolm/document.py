@@ -179,6 +179,10 @@ class Document:
             self.found.append(Problem(place, assignment or "''", "should have the form dotted.key=value"))
             return
         path = tuple(key.split("."))
+        self.assign(path, self.parse(text, place, path), place)
+
+    def assign(self, path: tuple[str, ...], value: Any, place: str) -> None:
+        """Set the value at `path`, which `place` gives."""
         node = self.data
         for depth, part in enumerate(path[:-1], start=1):
             if not isinstance(node.get(part), dict):
@@ -187,17 +191,18 @@ class Document:
             node = node[part]
         self.places = {known: place for known, place in self.places.items() if known[: len(path)] != path}
         self.places[path] = place
-        node[path[-1]] = self.parse(text, place, path)
+        node[path[-1]] = value
 
     def problem_at(self, path: KeyPath, message: str) -> Problem:
         """A problem with the value at `path`, or with what is missing there."""
-        return Problem(self._place(path), _dotted(path), message)
+        return Problem(self.place_of(path), _dotted(path), message)
 
     def is_typed(self, path: KeyPath) -> bool:
         """Return whether the user wrote the value at `path`: in a file of their own, or on the command line."""
-        return self.own or self._place(path) == COMMAND_LINE
+        return self.own or self.place_of(path) == COMMAND_LINE
 
-    def _place(self, path: KeyPath) -> str:
+    def place_of(self, path: KeyPath) -> str:
+        """Return the file and line of the key at `path`, or of the nearest key above it."""
         return next(
             (self.places[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self.places), self.name
         )

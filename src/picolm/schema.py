@@ -71,6 +71,11 @@ def load(
         document.override(assignment, RECORDED)
     for override in overrides:
         document.override(override)
+    return resolve(document, schema)
+
+
+def resolve(document: Document, schema: type[Config] | Callable[[Mapping[str, Any]], type[Config]]) -> Config:
+    """Return the typed configuration in a document, whose overrides are applied already. Raises ConfigError like `load`."""
     if not document.own:
         document.data = mark_untrusted(document.data, str(document.within), document.is_typed)
     try:

@@ -50,7 +50,7 @@ class Slurm(NamedTuple):
 
     def __call__(self, *words: str | Path) -> str:
         """What a command says; it has to succeed."""
-        done = subprocess.run(list(map(str, words)), env=self.environment, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(list(map(str, words)), env=self.environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 

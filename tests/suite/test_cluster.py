@@ -1,8 +1,9 @@
 """Jobs through submitit: here its executor that runs them as processes; the same code queues them with SLURM."""
 
-import json
 import pickle
+import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from picolm.errors import PicoError
+from picolm.registry import CodePolicy
 from picolm.schema import dump
 from picolm.suite import cluster
 from picolm.suite.config import load_suite
@@ -20,7 +22,7 @@ def test_without_submitit_the_extra_is_named(toy_suite: Callable[..., Path], mon
     monkeypatch.setitem(sys.modules, "submitit", None)
     suite = load_suite(toy_suite())
     with pytest.raises(PicoError, match=r"pip install 'picolm\[slurm\]'"):
-        cluster._submit(suite.config, suite.members[0], Path("x.yaml"), Path("jobs"), "slurm")
+        cluster._submit(suite.config, suite.members[0], Path("x.yaml"), Path("jobs"))
 
 
 def test_a_job_asks_for_the_nodes_and_devices_of_its_member(
@@ -48,7 +50,7 @@ def test_a_job_asks_for_the_nodes_and_devices_of_its_member(
             "slurm={timeout_min: 9, slurm_setup: [module load cuda]}",
         ],
     )
-    job = cluster._submit(suite.config, suite.members[0], Path("x.yaml"), Path("jobs"), "slurm")
+    job = cluster._submit(suite.config, suite.members[0], Path("x.yaml"), Path("jobs"))
     assert asked == {
         "name": "toys-small", "nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "timeout_min": 9,
         "slurm_setup": [*cluster.SETUP, "module load cuda"],
@@ -56,11 +58,12 @@ def test_a_job_asks_for_the_nodes_and_devices_of_its_member(
     assert job.checkpoint().function.file == "x.yaml"  # what is queued again after a preemption
 
 
+@pytest.mark.skipif(shutil.which("srun") is None, reason="SLURM is not installed")
 def test_a_parameter_that_there_is_not(toy_suite: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     suite = load_suite(toy_suite(), ["slurm={slurm_partitoin: gpu}"])
     with pytest.raises(PicoError, match=r"toys-small cannot be queued: .*partitoin"):
-        cluster._submit(suite.config, suite.members[0], Path("x.yaml"), tmp_path / "jobs", "local")
+        cluster._submit(suite.config, suite.members[0], Path("x.yaml"), tmp_path / "jobs")
 
 
 def test_an_error_of_one_process_is_told_rather_than_the_silence_of_another(
@@ -79,20 +82,22 @@ def test_an_error_of_one_process_is_told_rather_than_the_silence_of_another(
 
 
 @pytest.mark.slow
-def test_jobs_train_members_and_tell_of_failures(toy_suite: Callable[..., Path], tmp_path: Path) -> None:
-    pytest.importorskip("submitit")
+def test_what_a_job_does_and_how_it_ended(toy_suite: Callable[..., Path], tmp_path: Path) -> None:
+    """By submitit's own processes on this machine; tests/slurm has the same with SLURM."""
+    submitit = pytest.importorskip("submitit")
     suite = load_suite(toy_suite())
-    (tmp_path / "suites" / "toys").mkdir(parents=True)
     files = [tmp_path / f"{member.name}.yaml" for member in suite.members]
     for member, file in zip(suite.members, files):
         file.write_text(dump(member.config))
     files[1].write_text("model: {d_modell: 3}\n")
-    trained: list[str] = []
-    failures = cluster.train_on_cluster(
-        suite.config, suite.members, files, lambda member, seconds: trained.append(member.name), "local"
-    )
-    assert trained == ["toys-small"]
+    executor = submitit.LocalExecutor(folder=tmp_path / "jobs")
+    executor.update_parameters(timeout_min=5)
+    jobs = [executor.submit(cluster.Training(str(file), CodePolicy())) for file in files]
+    while not all(job.done() for job in jobs):
+        time.sleep(0.1)
+    assert cluster._outcome("toys-small", jobs[0]) is None
     assert standing(suite.members[0]).state == "finished"
-    assert [failure.name for failure in failures] == ["toys-wide"]
-    assert "unknown key" in failures[0].reason
-    assert set(json.loads((tmp_path / "suites" / "toys" / "jobs.json").read_text())) == {"toys-small", "toys-wide"}
+    failure = cluster._outcome("toys-wide", jobs[1])
+    assert failure is not None
+    assert failure.name == "toys-wide"
+    assert "unknown key" in failure.reason

@@ -14,7 +14,7 @@ def suite(
     arguments: ConfigArguments = None,
     config_path: ConfigPath = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the runs with estimates of time and disk, and exit.")
+        bool, typer.Option("--dry-run", help="Show what is done, and what each run takes, and exit.")
     ] = False,
     executor: Annotated[
         str, typer.Option(help="Where members are trained: local, or slurm (extra `slurm`).")

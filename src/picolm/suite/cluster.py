@@ -1,7 +1,7 @@
-"""Training members as jobs of a SLURM cluster, through submitit: one job per member, with its own nodes and devices.
+"""Train members as jobs of a SLURM cluster, through submitit: one job per member, with its own nodes and devices.
 
-A job that runs out of time saves its state and is queued again. The identifiers of jobs are kept beside the suite, so giving
-the command again waits for what is queued instead of queueing it twice.
+A job that runs out of time saves its state and is queued again. The numbers of jobs are kept beside the suite, so giving the
+command again waits for what is queued instead of queueing it twice.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,7 +27,7 @@ log = logging.getLogger("picolm")
 
 JOBS = "jobs.json"
 POLL_S = 5.0
-LATE_S = 10
+LATE_S = 10  # a file system that machines share may show a result late
 # Before torch is loaded: as many threads as the job has cores for a process, and none that spins in the way of others.
 SETUP = [
     "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
@@ -55,89 +55,67 @@ class Training:
         from picolm.train import run_training
         from picolm.train.config import schema_for
 
-        time_is_up = _LastMinutes()
+        before = signal.getsignal(signal.SIGTERM)
+        queue_again: Any = signal.getsignal(signal.SIGUSR2)
+        time_is_up = False
+
+        def end_in_time(number: int, frame: FrameType | None) -> None:
+            nonlocal time_is_up
+            time_is_up = True
+            if signal.getsignal(signal.SIGTERM) == before:  # no training listens yet: there is nothing to save
+                queue_again(number, frame)
+            else:
+                signal.raise_signal(signal.SIGTERM)  # the training finishes its step, saves, and returns
+
+        signal.signal(signal.SIGUSR2, end_in_time)
         code = run_training(load(self.file, schema_for))
         if code == 128 + signal.SIGTERM:
-            if time_is_up.came:
-                time_is_up.queue_again()
+            if time_is_up:
+                queue_again(signal.SIGUSR2, None)  # the first process leaves with that
             sys.exit(code)
         if code:
             raise PicoError(f"training ended early, with exit code {code}; its steps so far are kept")
 
     def checkpoint(self) -> Any:
-        """What to queue again: the run goes on from its latest checkpoint."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(Training(self.file, self.code))
+        """Return what submitit queues again: the run resumes from its latest checkpoint."""
+        return _submitit().helpers.DelayedSubmission(Training(self.file, self.code))
 
 
-class _LastMinutes:
-    """Listens for SIGUSR2, and passes it on to a training that is under way as the SIGTERM that makes it save and end."""
-
-    def __init__(self) -> None:
-        self.came = False
-        self._before = signal.getsignal(signal.SIGTERM)
-        self._queue_again: Any = signal.signal(signal.SIGUSR2, self._receive)
-
-    def queue_again(self) -> None:
-        """Put the job into the queue once more, as submitit does it; the first process leaves with that."""
-        self._queue_again(signal.SIGUSR2, None)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
-        if signal.getsignal(signal.SIGTERM) == self._before:  # no training listens yet: there is nothing to save
-            self.queue_again()
-        else:
-            signal.raise_signal(signal.SIGTERM)
-
-
-def train_on_cluster(
-    config: SuiteConfig,
-    members: list[Member],
-    files: list[Path],
-    done: Callable[[Member, float], None],
-    cluster: str = "slurm",
-) -> list[Failure]:
+def train_on_cluster(config: SuiteConfig, members: list[Member], files: Mapping[str, Path]) -> list[Failure]:
     """Queue the members that are not queued yet, wait for all of them, and return those that failed.
 
-    files: the configuration of each, under a path that the nodes see too. cluster: of submitit; `local` runs jobs as processes.
+    files: the configuration of each by name, under a path that the nodes see too.
     """
     logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns where there is no sacct, which nothing here asks
-    jobs, began = _jobs(config, members, files, cluster), time.monotonic()
-    failures: list[Failure] = []
+    jobs, failures = _jobs(config, members, files), list[Failure]()
     while jobs:
-        for name in _over(jobs, cluster):
+        # A result is no end, as a job may be queued again after it: it has ended when it left the queue.
+        waiting = queued([job.job_id for job in jobs.values()])
+        for name in [name for name, job in jobs.items() if job.job_id not in waiting]:
             failure = _outcome(name, jobs.pop(name))
             if failure is None:
-                done(next(member for member in members if member.name == name), time.monotonic() - began)
+                log.info("%s: trained; %d to go.", name, len(jobs))
             else:
                 failures.append(failure)
                 log.warning("%s failed: %s", *failure)
-        time.sleep(POLL_S if cluster == "slurm" else 0.2)
+        if jobs:
+            time.sleep(POLL_S)
     return failures
 
 
-def _over(jobs: dict[str, Any], cluster: str) -> list[str]:
-    """The names of the jobs that have ended, in whatever way: a result is no end, as a job may be queued again after it."""
-    if cluster != "slurm":
-        return [name for name, job in jobs.items() if job.done()]
-    waiting = queued([job.job_id for job in jobs.values()])
-    return [name for name, job in jobs.items() if job.job_id not in waiting]
-
-
-def _jobs(config: SuiteConfig, members: list[Member], files: list[Path], cluster: str) -> dict[str, Any]:
-    """A job per member: the one that is queued already, or a new one."""
+def _jobs(config: SuiteConfig, members: list[Member], files: Mapping[str, Path]) -> dict[str, Any]:
+    """Return a job per member: the one that is queued already, or a new one."""
     folder, record = config.folder / "jobs", config.folder / JOBS
     known: dict[str, str] = read_json(record, dict[str, str]) if record.exists() else {}
-    there = queued(known.values()) if cluster == "slurm" else set()
-    jobs: dict[str, Any] = {}
-    for member, file in zip(members, files, strict=True):
+    there, jobs = queued(known.values()), dict[str, Any]()
+    for member in members:
         if known.get(member.name) in there:
-            processes = range(member.config.training.fabric.num_nodes * member.config.training.fabric.num_devices)
-            job = _submitit().SlurmJob(folder=folder.resolve(), job_id=known[member.name], tasks=processes)
+            fabric = member.config.training.fabric
+            tasks = range(fabric.num_nodes * fabric.num_devices)
+            job = _submitit().SlurmJob(folder=folder.resolve(), job_id=known[member.name], tasks=tasks)
             log.info("%s: waiting for job %s, which is queued already.", member.name, job.job_id)
         else:
-            job = _submit(config, member, file.resolve(), folder, cluster)
+            job = _submit(config, member, files[member.name].resolve(), folder)
             known[member.name] = job.job_id
             write_atomically(record, (json.dumps(known, indent=1) + "\n").encode())
             log.info("%s: job %s is queued; what it says is in %s.", member.name, job.job_id, folder)
@@ -145,34 +123,29 @@ def _jobs(config: SuiteConfig, members: list[Member], files: list[Path], cluster
     return jobs
 
 
-def _submit(config: SuiteConfig, member: Member, file: Path, folder: Path, cluster: str) -> Any:
+def _submit(config: SuiteConfig, member: Member, file: Path, folder: Path) -> Any:
+    """Queue a job. Raises PicoError without sbatch, for parameters that submitit does not have, and what sbatch refuses."""
     fabric = member.config.training.fabric
     parameters: dict[str, Any] = {"name": member.name, "nodes": fabric.num_nodes, "tasks_per_node": fabric.num_devices}
     if fabric.accelerator in ("cuda", "gpu"):
         parameters["gpus_per_node"] = fabric.num_devices
-    own = {"slurm_setup": [*SETUP, *config.slurm.get("slurm_setup", ())]}
+    setup = {"slurm_setup": [*SETUP, *config.slurm.get("slurm_setup", ())]}
     try:
-        executor = _submitit().AutoExecutor(folder=str(folder.resolve()), cluster=cluster)
-        executor.update_parameters(**parameters | config.slurm | own)
+        executor = _submitit().AutoExecutor(folder=str(folder.resolve()), cluster="slurm")
+        executor.update_parameters(**parameters | config.slurm | setup)
         return executor.submit(Training(str(file), code_policy()))
-    except (
-        RuntimeError,
-        NameError,
-        TypeError,
-        ValueError,
-        OSError,
-    ) as error:  # no sbatch here, a parameter that there is not
+    except (RuntimeError, NameError, TypeError, ValueError, OSError) as error:
         raise PicoError(f"{member.name} cannot be queued: {error}") from error
-    except Exception as error:  # submitit raises its own for what sbatch says
-        if type(error).__module__.startswith("submitit"):
-            raise PicoError(f"{member.name} cannot be queued: {error}") from error
-        raise
 
 
 def _outcome(name: str, job: Any) -> Failure | None:
-    """How a job ended, by what its processes left: each of them a result, or the traceback of an error."""
+    """Return how a job failed, by what its processes left: each of them a result, or the traceback of an error."""
     processes = [job.task(number) for number in range(job.num_tasks)]
-    ended = _with_result(processes)
+    results = [process.paths.result_pickle for process in processes]
+    latest = time.monotonic() + LATE_S
+    while not all(result.exists() for result in results) and time.monotonic() < latest:
+        time.sleep(1)
+    ended = [process for process in processes if process.paths.result_pickle.exists()]
     for process in ended:
         error = process.exception()
         if error is not None:
@@ -184,15 +157,6 @@ def _outcome(name: str, job: Any) -> Failure | None:
         reason = "left the queue without a result: it was cancelled, killed, or lost its node"
         return Failure(name, f"job {job.job_id} {reason} ({processes[0].paths.stderr})")
     return None
-
-
-def _with_result(processes: list[Any]) -> list[Any]:
-    """Those that left one; a file system that machines share may show it late."""
-    for _ in range(LATE_S):
-        if all(process.paths.result_pickle.exists() for process in processes):
-            break
-        time.sleep(1)
-    return [process for process in processes if process.paths.result_pickle.exists()]
 
 
 def _submitit() -> Any:

@@ -27,8 +27,9 @@ from picolm.schema import (
     load,
     plain,
     read_document,
+    resolve,
     validate,
-)  # fmt: skip
+)
 from picolm.train.config import TrainConfig, schema_for
 
 SEED = "seed"  # the axis that is called so draws other initial weights, and nothing else
@@ -63,8 +64,6 @@ class SuiteConfig(Section):
     """The analysis of all members; null for none."""
     output_dir: Place = "suites"
     """Folder of all suites: configurations, logs, tables and the report."""
-    flops_per_s: Annotated[float, Field(gt=0)] | None = None
-    """Model FLOP/s of one device, for estimates of time before a member has been trained."""
     slurm: dict[str, Any] = Field(default_factory=dict)
     """Parameters of submitit for each job, such as slurm_partition and timeout_min; nodes and tasks are those of the members."""
 
@@ -78,7 +77,7 @@ class SuiteConfig(Section):
         if not name or name in (".", "..") or "/" in name or "\0" in name:
             yield ("suite_name",), f"{name!r} cannot be the name of a folder"
         for axis, values in self.matrix.items():
-            labels = [label(axis, value) for value in values]
+            labels = [label(value) for value in values]
             if not labels:
                 yield ("matrix",), f"the axis {axis!r} has no values"
             if doubled := {text for text in labels if labels.count(text) > 1}:
@@ -104,12 +103,12 @@ class Member(NamedTuple):
         return Path(self.config.checkpointing.runs_dir).expanduser() / self.name
 
 
-class Override(NamedTuple):
-    """A key of a member that differs from the base, and where the file of the suite says so."""
+class Setting(NamedTuple):
+    """A key of a member that differs from the base. place: the line of the suite's file that says so."""
 
     key: str
     value: Any
-    origin: KeyPath
+    place: str
 
 
 class Suite(NamedTuple):
@@ -121,132 +120,109 @@ class Suite(NamedTuple):
 
 
 def load_suite(file: str | Path, overrides: Iterable[str] = ()) -> Suite:
-    """The suite in `file` with `key=value` overrides. Raises ConfigError with the problems of it and of all its members."""
+    """Return the suite in `file` with `key=value` overrides. Raises ConfigError with its problems and those of all members."""
     document = read_document(Path(file))
     for override in overrides:
         document.override(override)
     config = validate(document, SuiteConfig)
+    members: list[Member] = []
     problems: list[Problem] = []
-    members = list(_members(config, document, problems))
+    places: dict[str, str] = {}
+    for chosen in product(*(list(values) for values in config.matrix.values())):
+        settings = [*_settings(document, config.overrides, ("overrides",)), *_chosen(document, config, chosen)]
+        places = {setting.key: setting.place for setting in settings} | places
+        try:
+            members.append(_member(document, config, dict(zip(config.matrix, map(label, chosen))), settings))
+        except ConfigError as error:
+            problems += error.problems
     analysis = _analysis(config, Path(file).parent, problems)
     if not problems:
-        problems += _clashes(config, members, document)
+        problems += _clashes(config, members, document, places)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return Suite(config, members, analysis)
 
 
-def label(axis: str, value: Any) -> str:
-    """A value of an axis as it stands in names and tables."""
+def label(value: Any) -> str:
+    """Return a value of an axis as it stands in names and tables."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _members(config: SuiteConfig, document: Document, problems: list[Problem]) -> Iterator[Member]:
-    """Every combination of the matrix; one that is wrong adds its problems instead."""
-    base = Path(document.name).parent / config.base
-    axes = [list(values) for values in config.matrix.values()]
-    for chosen in product(*axes):
-        labels = {axis: label(axis, value) for axis, value in zip(config.matrix, chosen)}
-        name = _run_name(config, labels)
-        assigned = [*_overrides(config, labels, chosen), Override("checkpointing.run_name", name, ("run_name",))]
-        words = [f"{override.key}={json.dumps(override.value)}" for override in assigned]
-        try:
-            member = load(base, schema_for, *((words,) if document.own else ((), None, words)))
-            refuse_untrusted(member)  # what is written for `pico train` is taken for the user's own
-            yield Member(name, labels, member)
-        except ConfigError as error:
-            problems += [_in_suite(problem, assigned, document) for problem in error.problems]
+def _settings(document: Document, values: Mapping[str, Any], path: KeyPath, prefix: str = "") -> Iterator[Setting]:
+    """Yield the keys in `values`, which stand at `path` of the suite's file, nested or with dots."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _settings(document, value, (*path, key), f"{prefix}{key}.")
+        else:
+            yield Setting(f"{prefix}{key}", value, document.place_of((*path, key)))
 
 
-def _overrides(config: SuiteConfig, labels: Mapping[str, str], chosen: Iterable[Any]) -> Iterator[Override]:
-    for key, value in flatten(config.overrides).items():
-        yield Override(key, value, ("overrides", *key.split(".")))
-    for (axis, text), value in zip(labels.items(), chosen):
-        group = config.matrix[axis]
-        if not isinstance(group, Mapping):
-            yield Override(AXIS_KEYS.get(axis, axis), value, ("matrix", axis))
-            continue
-        for key, each in flatten(group[text]).items():
-            yield Override(key, each, ("matrix", axis, text, *key.split(".")))
+def _chosen(document: Document, config: SuiteConfig, chosen: Iterable[Any]) -> Iterator[Setting]:
+    """Yield the keys that one combination of the matrix sets."""
+    for (axis, group), value in zip(config.matrix.items(), chosen):
+        if isinstance(group, Mapping):
+            yield from _settings(document, group[value], ("matrix", axis, value))
+        else:
+            yield Setting(AXIS_KEYS.get(axis, axis), value, document.place_of(("matrix", axis)))
+
+
+def _member(document: Document, config: SuiteConfig, labels: dict[str, str], settings: Iterable[Setting]) -> Member:
+    """Return the base with `settings`. Raises ConfigError with the line of the suite's file for what it sets wrongly."""
+    name = _run_name(config, labels)
+    own = read_document(Path(document.name).parent / config.base, document.within)
+    for key, value, place in (*settings, Setting("checkpointing.run_name", name, document.place_of(("run_name",)))):
+        own.assign(tuple(key.split(".")), value, place)
+    member = resolve(own, schema_for)
+    refuse_untrusted(member)  # what is written for `pico train` is taken for the user's own
+    return Member(name, labels, member)
 
 
 def _run_name(config: SuiteConfig, labels: Mapping[str, str]) -> str:
-    if config.run_name is None:
-        parts = [
-            text if isinstance(config.matrix[axis], Mapping) else _short(axis) + text for axis, text in labels.items()
-        ]
-        return re.sub(r"[/\0\s]+", "_", "-".join([config.suite_name, *parts]))
     name = config.run_name
+    if name is None:  # `lr0.1` of the axis training.optimization.lr; groups have names of their own
+        short = {axis: "" if isinstance(config.matrix[axis], Mapping) else axis.rsplit(".", 1)[-1] for axis in labels}
+        return re.sub(r"[/\0\s]+", "_", "-".join([config.suite_name, *(short[a] + text for a, text in labels.items())]))
     for axis, text in labels.items():
         name = name.replace(f"{{{axis}}}", text)
     return name
 
 
-def _short(axis: str) -> str:
-    """`lr` of `training.optimization.lr`."""
-    return axis.rsplit(".", 1)[-1]
-
-
-def _in_suite(problem: Problem, assigned: list[Override], document: Document) -> Problem:
-    """A problem of a member, with the line of the suite's file where a key comes from there."""
-    for override in reversed(assigned):
-        if problem.path == override.key or problem.path.startswith(override.key + "."):
-            return Problem(_place(document, override.origin), ".".join(override.origin), problem.message)
-    return problem
-
-
-def _place(document: Document, origin: KeyPath) -> str:
-    """The line of a key, however deep it is nested and whether it is written with dots or not."""
-    known = {".".join(map(str, path)): place for path, place in document.places.items()}
-    ends = range(len(origin), 0, -1)
-    return next((known[path] for end in ends if (path := ".".join(map(str, origin[:end]))) in known), document.name)
-
-
 def _analysis(config: SuiteConfig, beside: Path, problems: list[Problem]) -> AnalysisConfig | None:
-    """The analysis, whose table goes into the folder of the suite."""
+    """Return the analysis, whose table goes into the folder of the suite; adds to `problems`."""
     if config.analysis is None:
         return None
+    folder = f"monitoring.output_dir={json.dumps(str(config.folder))}"
     try:
-        return load(
-            beside / config.analysis, AnalysisConfig, [f"monitoring.output_dir={json.dumps(str(config.folder))}"]
-        )
+        return load(beside / config.analysis, AnalysisConfig, [folder])
     except ConfigError as error:
         problems += error.problems
         return None
 
 
-def _clashes(config: SuiteConfig, members: list[Member], document: Document) -> Iterator[Problem]:
-    """Names that are not unique, and what differs between members though it must not."""
+def _clashes(
+    config: SuiteConfig, members: list[Member], document: Document, places: Mapping[str, str]
+) -> Iterator[Problem]:
+    """Yield names that are not unique, and what differs between members though it must not."""
     names = [member.name for member in members]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
-        text = f"several members are called {', '.join(doubled)}; put every axis into the name: "
-        braces = "-".join(f"{{{axis}}}" for axis in config.matrix)
-        yield Problem(_place(document, ("run_name",)), "run_name", text + f"{config.suite_name}-{braces}")
+        braces = "-".join([config.suite_name, *(f"{{{axis}}}" for axis in config.matrix)])
+        text = f"several members are called {', '.join(doubled)}; put every axis into the name: {braces}"
+        yield Problem(document.place_of(("run_name",)), "run_name", text)
     axes = {AXIS_KEYS.get(axis, axis) for axis in config.matrix}
     for key, values in differing(members).items():
         held = any(key == prefix or key.startswith(prefix + ".") for prefix in config.same)
         if held and key not in axes and key not in FREE:
-            text = f"{key} differs between members ({', '.join(map(json.dumps, values))}) and has to be the same; "
-            yield Problem(
-                _origin(config, key, document), key,
-                text + f"make it an axis of its own (`{key}: […]`), or take it out of `same`",
-            )  # fmt: skip
-
-
-def _origin(config: SuiteConfig, key: str, document: Document) -> str:
-    """The line of the first group that sets a key."""
-    for axis, group in config.matrix.items():
-        for text, keys in group.items() if isinstance(group, Mapping) else ():
-            if key in flatten(keys):
-                return _place(document, ("matrix", axis, text, *key.split(".")))
-    return document.name
+            text = f"{key} differs between members ({', '.join(map(json.dumps, values))}) and has to be the same"
+            text += f"; make it an axis of its own (`{key}: […]`), or take it out of `same`"
+            yield Problem(places.get(key, document.name), key, text)
 
 
 def differing(members: Iterable[Member]) -> dict[str, list[Any]]:
-    """Dotted keys whose values are not the same in all members, with those values; names of runs aside."""
+    """Return the dotted keys that are not the same in all members, with their values; names of runs are left out."""
     flat = [flatten(plain(member.config)) for member in members]
-    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key != "checkpointing.run_name"]
-    values = {
-        key: [json.loads(text) for text in dict.fromkeys(json.dumps(each.get(key)) for each in flat)] for key in keys
-    }
-    return {key: found for key, found in values.items() if len(found) > 1}
+    found = {}
+    for key in dict.fromkeys(key for each in flat for key in each if key != "checkpointing.run_name"):
+        values = dict.fromkeys(json.dumps(each.get(key)) for each in flat)
+        if len(values) > 1:
+            found[key] = list(map(json.loads, values))
+    return found

@@ -1,4 +1,4 @@
-"""What is done of a suite: read from the store, never remembered elsewhere, so it can be interrupted, moved and extended."""
+"""What is done of a suite: read from its runs, never remembered elsewhere, so it can be interrupted, moved and extended."""
 
 from typing import Literal, NamedTuple
 
@@ -22,18 +22,20 @@ ELSEWHERE = (
 
 
 class Standing(NamedTuple):
-    """How far a member is. step: the last one that was logged or saved."""
+    """How far a member is.
+
+    step: the last one that was logged or saved. saved_otherwise: keys of `checkpointing` with which a finished run was made,
+    and that differ now.
+    """
 
     member: Member
     state: State
     step: int = 0
-    saved_otherwise: tuple[
-        str, ...
-    ] = ()  # keys of `checkpointing` with which a finished run was made, and that differ now
+    saved_otherwise: tuple[str, ...] = ()
 
 
 def standings(members: list[Member]) -> list[Standing]:
-    """How far each member is. Raises PicoError that lists every folder which holds another experiment."""
+    """Return how far each member is. Raises PicoError that lists every folder which holds another experiment."""
     found, clashes = [], []
     for member in members:
         try:
@@ -46,46 +48,40 @@ def standings(members: list[Member]) -> list[Standing]:
 
 
 def standing(member: Member) -> Standing:
-    """How far a member is. Raises PicoError where its folder holds a run with other settings, or a damaged one."""
+    """Return how far a member is. Raises PicoError where its folder holds a run with other settings, or a damaged one."""
     if not (member.path / "run.json").exists():
         return Standing(member, "new")
     run = Run.open(member.path)
     changed = changes(run.config, plain(member.config))
-    decisive = {key: pair for key, pair in changed.items() if _decides(key, member)}
-    if decisive:
-        lines = [f"  {key}: {old!r} in the run, {new!r} in the suite" for key, (old, new) in decisive.items()]
-        raise PicoError(
-            f"{member.path} was trained with other settings than this suite's:\n"
-            + "\n".join(lines)
-            + "\n  Put them back, "
-            "or choose another suite_name (or overrides.checkpointing.runs_dir), or delete the folder"
-        )
+    _require_same(member, changed)
     step, saved = last_step(run), Plan(member.config).saved_steps()
     if step >= member.config.training.max_steps and (not saved or saved[-1] in run.steps):
-        _check_whole(run, saved[-1:])
+        if problems := [problem for last in saved[-1:] for problem in run.problems(last)]:
+            advice = "Delete the damaged step to train from the one before it, or copy it back"
+            raise PicoError(f"{run.path} is finished but damaged: {'; '.join(problems)}\n  {advice}")
         otherwise = tuple(key for key in changed if key.startswith("checkpointing.") and key.split(".")[1] != "keep")
         return Standing(member, "finished", step, otherwise)
     return Standing(member, "running" if _is_written(run) else "interrupted", step)
 
 
-def _decides(key: str, member: Member) -> bool:
-    """Whether a run with another value of the key is another experiment; a precision that is left open is none."""
-    if key == "training.fabric.precision":
-        return member.config.training.fabric.precision != "auto"
-    return key.startswith(DECISIVE) and not key.startswith(ELSEWHERE)
-
-
-def _check_whole(run: Run, steps: list[int]) -> None:
-    problems = [problem for step in steps for problem in run.problems(step)]
-    if problems:
-        raise PicoError(
-            f"{run.path} is finished but damaged: {'; '.join(problems)}\n  Delete the damaged step to train from the one "
-            "before it, or copy it back"
+def _require_same(member: Member, changed: dict[str, tuple[object, object]]) -> None:
+    """Raise PicoError where a changed key makes another experiment; a precision that is left open makes none."""
+    is_open = {"training.fabric.precision"} if member.config.training.fabric.precision == "auto" else set()
+    lines = [
+        f"  {key}: {old!r} in the run, {new!r} in the suite"
+        for key, (old, new) in changed.items()
+        if key.startswith(DECISIVE) and not key.startswith(ELSEWHERE) and key not in is_open
+    ]
+    if lines:
+        advice = (
+            "Put them back, or choose another suite_name (or overrides.checkpointing.runs_dir), or delete the folder"
         )
+        text = f"{member.path} was trained with other settings than this suite's:"
+        raise PicoError("\n".join([text, *lines, f"  {advice}"]))
 
 
 def _is_written(run: Run) -> bool:
-    """Whether another process writes the run at this moment."""
+    """Return whether another process writes the run at this moment."""
     try:
         with run.lock():
             return False

@@ -26,14 +26,11 @@ from picolm.train.state import State
 
 
 class Estimate(NamedTuple):
-    """What a run will take. flops: of its steps; beside_flops: of captures and evaluations of held-out rows, as far as their
-    number is known; disk_bytes: what is kept in the end.
-    """
+    """What a run will take. flops: of its steps; disk_bytes: what is kept in the end."""
 
     parameters: int
     tokens: int
     flops: int
-    beside_flops: int
     disk_bytes: int
 
 
@@ -49,17 +46,12 @@ def preview(config: TrainConfig) -> str:
 def estimate(config: TrainConfig) -> Estimate:
     """The figures of the run that `config` describes, as numbers."""
     config, model, moments, captured = _imagined(config)
-    length, steps, plan = config.model.max_seq_len, config.training.max_steps, Plan(config)
-    flops, tokens = model.flops_per_token(length), config.data.dataloader.batch_size * length * steps
-    due = [plan.due(step) for step in range(steps + 1)]
-    captures = sum(step.dynamics for step in due) * _held_out_rows(config)
-    evaluations = sum(step.evaluation for step in due) * (config.evaluation.paloma.max_rows or 0)
+    length = config.model.max_seq_len
+    tokens = config.data.dataloader.batch_size * length * config.training.max_steps
     return Estimate(
         parameters=sum(p.numel() for p in model.parameters()),
         tokens=tokens,
-        flops=flops * tokens,
-        beside_flops=flops * length * captures
-        + flops // 3 * length * evaluations,  # a forward pass is a third of a step
+        flops=model.flops_per_token(length) * tokens,
         disk_bytes=sum(_disk(config, model, moments, captured).values()),
     )
 
