@@ -2,6 +2,9 @@
 
 Plain words are resolved by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema): `010` is ten, `0o10` is
 eight, and `1:30`, `1_000`, `yes`, `off` and `2024-01-02` are text. Beyond that schema, `<<` merges a mapping.
+
+PyYAML with the resolver below, and not ruamel.yaml: that one reads `1_000` as a number and `2024-01-02` as a date, ends at the
+first doubled key, and writes `yes` without quotes, which readers of YAML 1.1 (those of cards on the Hub) take for true.
 """
 
 import os

@@ -4,6 +4,9 @@ A collective operation waits for every process, so a failure anywhere would leav
 default. Here a process that fails shows its error, puts it into a store that all can reach, and leaves. A thread of each process
 asks the store whether somebody failed, and tells it that its own process lives. The others usually fail in turn, their
 connection broken: they find the first error in the store and add nothing to it. Those that hang are ended.
+
+The time-out of the strategy cannot do this: one that is short enough to end a run that hangs also ends a healthy one, whose first
+process saves or evaluates for longer while the others wait, and what it reports is the broken connection, not its cause.
 """
 
 import json
