@@ -219,7 +219,7 @@ def bound_requests() -> None:
         client.timeout = _SILENCE_S
         client.headers["accept-encoding"] = "identity"
         client.event_hooks["request"].append(_withhold_token)
-        client.event_hooks["response"].append(_bound_answer)
+        client.event_hooks["response"] += [_bound_answer, _bound_wait]
         return client
 
     set_client_factory(make)
@@ -242,6 +242,15 @@ def _bound_answer(response: Any) -> None:
     limits = [limit for limit in (most, _most_bytes.get() if response.is_success else None) if limit is not None]
     module = sys.modules[type(response).__module__.partition(".")[0]]  # httpx or httpx2, whichever huggingface_hub uses
     response.stream = _bounded(response.stream, redacted(str(response.url)), min(limits, default=None), module)
+
+
+def _bound_wait(response: Any) -> None:
+    """Shorten the time after which the server asks to come back: huggingface_hub waits for as long as it says."""
+    headers, most = response.headers, f"{_LONGEST_WAIT_S:.0f}"
+    if "retry-after" in headers and not re.fullmatch("[0-2]?[0-9]{1,2}", headers["retry-after"]):
+        headers["retry-after"] = most
+    if "ratelimit" in headers:
+        headers["ratelimit"] = re.sub(r"t=[0-9]{4,}", f"t={most}", headers["ratelimit"])
 
 
 def _bounded(stream: Any, name: str, most_bytes: int | None, library: Any) -> Any:

@@ -120,6 +120,23 @@ def test_a_slow_answer_is_given_up(client: pytest.MonkeyPatch) -> None:
         Branch("lab/run", "main", hub.url).commits()
 
 
+@pytest.mark.parametrize("asked", ["9" * 5000, "86400", "²", "-5", "tomorrow"])
+@pytest.mark.parametrize("name", ["Retry_After", "RateLimit"])
+def test_no_server_makes_us_wait_as_long_as_it_likes(client: pytest.MonkeyPatch, name: str, asked: str) -> None:
+    waits: list[float] = []
+    client.setattr("time.sleep", waits.append)
+
+    def answer(request: Scripted) -> None:
+        value = (asked if name == "Retry_After" else f'"api";r=0;t={asked}').encode("utf-8").decode("latin-1")
+        busy = len(request.server.seen) < 3
+        request.reply([] if busy else [commit(1)], 429 if busy else 200, **({name: value} if busy else {}))
+
+    with serving(answer) as hub:
+        assert len(Branch("lab/run", "main", hub.url).commits()) == 1
+    assert len(waits) == 2
+    assert max(waits) <= 301
+
+
 def test_a_file_larger_than_it_may_be_is_not_fetched_whole(client: pytest.MonkeyPatch) -> None:
     def resolve(request: Scripted) -> None:
         size = str(1 << 24)
