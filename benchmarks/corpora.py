@@ -3,7 +3,7 @@
     python benchmarks/corpora.py                      # 20 and 200 MB, some minutes
     python benchmarks/corpora.py --megabytes 100      # 100 and 1000 MB
 
-Each preparation is a process tree of its own: the command, and with --executor its workers and datatrove's. Its memory is the sum
+Each preparation is a process tree of its own: the command and its workers. Its memory is the sum
 over its processes of what is resident, pages that several of them share counted once (PSS), looked at every 20 ms. All
 preparations of one corpus have to end in the same shards.
 """
@@ -21,12 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-WAYS = {
-    "one process": [],
-    "local, 4 tasks, 1 worker": ["--executor", "local", "--tasks", "4", "--workers", "1"],
-    "local, 4 tasks, 2 workers": ["--executor", "local", "--tasks", "4", "--workers", "2"],
-    "local, 4 tasks, 4 workers": ["--executor", "local", "--tasks", "4", "--workers", "4"],
-}
+WAYS = {f"{workers} workers": ["--workers", str(workers)] for workers in (1, 2, 4)}
 FILES = 100  # of either corpus: what grows is the text, and not the list of files
 
 
@@ -51,10 +46,10 @@ def write_corpus(folder: Path, megabytes: int) -> Path:
     return folder
 
 
-def measure(corpus: Path, tokenizer: Path, out: Path, way: list[str], memory: int) -> Figures:
+def measure(corpus: Path, tokenizer: Path, out: Path, way: list[str]) -> Figures:
     """Prepare a corpus in a process of its own."""
     code = "from picolm.cli import main; main()"
-    options = ["--tokenizer", tokenizer, "--seq-len", 512, "--val-fraction", 0.01, "--memory", memory, "--deduplicate"]
+    options = ["--tokenizer", tokenizer, "--seq-len", 512, "--val-fraction", 0.01, "--deduplicate"]
     command = [sys.executable, "-c", code, "data", "prepare", corpus, "--out", out, *options, *way]
     start, peak = time.monotonic(), 0.0
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -95,7 +90,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=20)
     parser.add_argument("--times", type=int, default=10)
-    parser.add_argument("--memory", type=int, default=4, help="the command's --memory, in MiB")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -110,7 +104,7 @@ def main() -> None:
         for way in given.ways:
             for size, corpus in zip(sizes, corpora):
                 out = folder / f"{way}-{size}"
-                found = measure(corpus, tokenizer, out, WAYS[way], given.memory)
+                found = measure(corpus, tokenizer, out, WAYS[way])
                 speed = found.rows / found.seconds
                 print(
                     f"| {way} | {size} | {found.peak_mib:.0f} | {found.seconds:.0f} | {speed:.0f} | {found.digest} |",

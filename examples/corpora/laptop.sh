@@ -3,13 +3,12 @@
 #
 #   bash examples/corpora/laptop.sh MY_TEXTS MY_ROWS
 #
-# Stop it whenever you like: the same command goes on. Files: .txt .md .jsonl .parquet, also .gz and .zst; the first folder below
+# Stop it whenever you like: the same command continues. Files: .txt .md .jsonl .parquet, also .gz and .zst; the first folder below
 # MY_TEXTS is the source of a row.
 set -euo pipefail
 texts=${1:?which folder has the text?} rows=${2:?which folder is to be made?}
 
 pico data prepare "$texts" --out "$rows" \
-    --executor local --tasks 8 --memory 32 \
     --deduplicate --filter length,min_characters="${MIN_CHARACTERS:-200}" \
     --vocab-size "${VOCAB_SIZE:-4096}" --seq-len "${SEQ_LEN:-512}" --val-fraction 0.02 --seed 42
 pico data verify "$rows"

@@ -67,31 +67,9 @@ def test_from_text_to_a_mixture(call: Call, texts: Path, tmp_path: Path) -> None
     assert "1 problems; prepare or fetch" in err
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--tasks", "4"], "--tasks is for --executor local, slurm or ray: name one"),
-        (["--executor", "local"], "--executor local: into how many tasks? --tasks N"),
-        (["--memory", "0"], "--memory 0: at least 1 MiB"),
-    ],
-)
-def test_options_that_need_each_other(call: Call, texts: Path, tmp_path: Path, words: list[str], message: str) -> None:
-    code, _, err = call("prepare", texts, "--out", tmp_path / "out", *words)
-    assert (code, message in err) == (1, True), err
-
-
 def test_weights_are_numbers(call: Call, tmp_path: Path) -> None:
     code, _, err = call("merge", tmp_path, tmp_path, "--out", tmp_path / "out", "--weights", "a,b")
     assert (code, "--weights a,b: numbers with commas between them" in err) == (1, True)
-
-
-def test_without_datatrove_it_says_what_to_install(
-    call: Call, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(sys.modules, "picolm.data.trove", raising=False)
-    monkeypatch.setitem(sys.modules, "datatrove.data", None)
-    code, _, err = call("prepare", texts, "--out", tmp_path / "out", "--executor", "local", "--tasks", 2)
-    assert (code, "pip install 'picolm[corpora]'" in err) == (1, True), err
 
 
 def test_texts_of_the_hub_give_the_rows_of_the_same_texts_here(hub: Any, texts: Path, tmp_path: Path) -> None:

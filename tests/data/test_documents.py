@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from picolm.data import documents
@@ -19,8 +19,8 @@ from picolm.errors import DataError
 Texts = Callable[[dict[str, Any]], Path]
 
 
-def read(*paths: Path, piece_bytes: int = documents.LONGEST_BYTES) -> tuple[list[tuple[str, str | None]], Reader]:
-    reader = Reader(piece_bytes)
+def read(*paths: Path, longest: int = documents.LONGEST) -> tuple[list[tuple[str, str | None]], Reader]:
+    reader = Reader(longest)
     return [tuple(document) for file in find_files(paths) for document in reader.documents(file)], reader
 
 
@@ -97,7 +97,7 @@ def test_white_space_is_no_document(write_texts: Texts) -> None:
 
 def test_a_long_text_is_cut_at_line_ends_and_nothing_is_lost(write_texts: Texts) -> None:
     text = "".join(f"line {number} of the text\n" for number in range(500))
-    found, _ = read(write_texts({"a.txt": text}), piece_bytes=1000)
+    found, _ = read(write_texts({"a.txt": text}), longest=1000)
     pieces = [piece for piece, _ in found]
     assert "".join(pieces) == text
     assert all(piece.endswith("\n") for piece in pieces)
@@ -108,21 +108,23 @@ def test_a_long_text_is_cut_at_line_ends_and_nothing_is_lost(write_texts: Texts)
 def test_a_text_without_line_ends_is_cut_between_characters(
     write_texts: Texts, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(documents, "LONGEST_BYTES", 10)
+    monkeypatch.setattr(documents, "LONGEST", 10)
     text = "aé漢😀" * 9
-    found, reader = read(write_texts({name: [{"text": text}] if name == "a.jsonl" else text}), piece_bytes=10)
+    found, reader = read(write_texts({name: [{"text": text}] if name == "a.jsonl" else text}), longest=10)
     assert "".join(piece for piece, _ in found) == text
     assert reader.bad_lines == 0
     assert max(len(piece) for piece, _ in found) <= 10
 
 
-@given(st.text(st.characters(codec="utf-8"), min_size=1))
-def test_cutting_bytes_between_characters_loses_nothing(text: str) -> None:
-    encoded = text.encode()
-    for end in range(1, len(encoded) + 1):
-        whole = documents._whole_characters(encoded[:end])
-        encoded[:whole].decode()
-        assert end - 4 < whole <= end
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1), st.integers(1, 9))
+def test_cutting_a_text_anywhere_loses_nothing(tmp_path: Path, text: str, longest: int) -> None:
+    (tmp_path / "a.txt").write_text(text, newline="")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(documents, "LONGEST", longest)
+        found, reader = read(tmp_path, longest=longest)
+    assert "".join(piece for piece, _ in found) == text
+    assert reader.bad_lines == 0
 
 
 def test_files_that_cannot_be_read_are_errors(write_texts: Texts) -> None:

@@ -91,8 +91,8 @@ def test_of_equal_texts_the_first_stays_wherever_they_are(
     alone = tmp_path / "alone"
     (alone / "a").mkdir(parents=True)
     (alone / "a/1.jsonl").write_bytes((once / "a/1.jsonl").read_bytes())
-    for run_bytes in (300, 1 << 20):
-        found = prepare([texts], tmp_path / f"{run_bytes}", **OPTIONS, deduplicate=True, run_bytes=run_bytes)
+    for unit_bytes in (300, 1 << 20):
+        found = prepare([texts], tmp_path / f"{unit_bytes}", **OPTIONS, deduplicate=True, unit_bytes=unit_bytes)
         assert found is not None
         assert (found.documents, found.left_out) == (45, {"duplicates": 16})
         assert {name: counts["documents"] for name, counts in found.sources.items()} == {"a": 30, "b": 15}

@@ -1,4 +1,7 @@
-"""Mixing by weights: the shares that were asked for, no row twice, the same rows for the same seed, each with its source."""
+"""Mixing by weights: the shares that were asked for, no row twice, the same rows for the same seed, each with its source.
+
+As a source of a configuration (`mix:`), and as a folder (`pico data merge`).
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +15,8 @@ from hypothesis import strategies as st
 
 from picolm.data import open_source
 from picolm.data.inspection import verify
-from picolm.data.merge import merge, shares
+from picolm.data.merge import merge
+from picolm.data.mix import shares
 from picolm.data.prepare import prepare
 from picolm.errors import DataError
 
@@ -98,10 +102,47 @@ def test_parts_that_do_not_fit_are_refused(parts: tuple[Path, Path], tmp_path: P
         merge(parts, tmp_path / "out")
 
 
+def test_a_mixture_is_a_source_with_the_rows_of_the_merged_folder(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    merge(parts, tmp_path / "out", weights=[0.75, 0.25])
+    name = f"mix:{parts[0]}*0.75, {parts[1]}*0.25"
+    for split in ("train", "val"):
+        merged, mixture = (open_source(place, split=split) for place in (str(tmp_path / "out"), name))
+        everything = np.arange(len(merged))
+        assert len(mixture) == len(merged)
+        assert np.array_equal(mixture.rows(everything), merged.rows(everything))
+        assert np.array_equal(mixture.rows(everything[::-3]), merged.rows(everything[::-3]))
+        assert mixture.labels(everything) == merged.labels(everything)
+    source = open_source(name)
+    where, _, row = source.locate(5).rpartition(" row ")
+    assert Path(where).parent in parts
+    assert np.array_equal(source.rows(np.array([5])), open_source(str(Path(where).parent)).rows(np.array([int(row)])))
+    assert (source.eos, source.max_token, source.row_length) == (0, 299, 17)
+    assert source.tokenizer_file == parts[0] / "tokenizer.json"
+    assert source.fingerprint == open_source(name).fingerprint != open_source(name.replace("0.75", "0.7")).fingerprint
+    assert len(open_source(f"mix:{parts[0]},{parts[1]}")) == sum(len(open_source(str(part))) for part in parts)
+    assert open_source(name, row_length=9).rows(np.arange(3)).shape == (3, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mix:{0}", "takes two or more sources, all or none with a weight, such as mix:books"),
+        ("mix:{0}*1,{1}", "all or none with a weight"),
+        ("mix:{0}*much,{1}*1", "'much' is no weight"),
+        ("mix:{0}*0,{1}*1", "all have to be above 0"),
+        ("mix:{0},nothing", "data set 'nothing' is not found"),
+        ("mix:{0},my_lab.rows:code", "my_lab.rows:code is code, which cannot be part of a mix"),
+    ],
+)
+def test_what_cannot_be_mixed(parts: tuple[Path, Path], name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_source(name.format(*parts))
+
+
 @pytest.mark.parametrize(
     ("weights", "rows", "message"),
     [
-        ([1], None, "1 weights for 2 folders"),
+        ([1], None, "1 weights for 2 sources"),
         ([1, 0], None, "all have to be above 0"),
         ([1, 1], 61, r"61 rows cannot be had: .* the weights allow 60 \(there are: 100, 30\)"),
         (None, 0, "0 rows cannot be had"),

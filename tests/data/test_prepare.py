@@ -17,7 +17,7 @@ import pytest
 from picolm.data import open_source
 from picolm.data.manifest import Manifest, digest_of, read_manifest
 from picolm.data.parquet import open_parquet
-from picolm.data.prepare import prepare, prepare_files, recipe_for
+from picolm.data.prepare import prepare
 from picolm.data.tokenizer import load_tokenizer
 from picolm.errors import DataError
 
@@ -117,10 +117,17 @@ def test_the_result_follows_from_inputs_and_options_alone(
     shutil.move(corpus, tmp_path / "moved")
     assert prepare([tmp_path / "moved"], tmp_path / "two", **OPTIONS, val_fraction=0.1) == first
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setattr("picolm.data.rows._BATCH_DOCUMENTS", 3)
-    for run_bytes in (2000, 7000):
+    monkeypatch.setattr("picolm.data.prepare._BATCH_DOCUMENTS", 3)
+    for unit_bytes in (2000, 7000):
         assert (
-            prepare([tmp_path / "moved"], tmp_path / f"{run_bytes}", **OPTIONS, val_fraction=0.1, run_bytes=run_bytes)
+            prepare(
+                [tmp_path / "moved"],
+                tmp_path / f"{unit_bytes}",
+                **OPTIONS,
+                val_fraction=0.1,
+                unit_bytes=unit_bytes,
+                workers=1,
+            )
             == first
         )
     others = [{"seed": 2}, {"seq_len": 31}, {"vocab_size": 299}, {"val_fraction": 0.2}]
@@ -133,15 +140,14 @@ def test_the_result_follows_from_inputs_and_options_alone(
 
 def test_golden_rows(corpus: Path, tmp_path: Path) -> None:
     manifest = prepare([corpus], tmp_path / "out", **OPTIONS, val_fraction=0.1)
-    assert digest_of(contents(manifest))[:16] == "5730c3fba7f0ad4f"
+    assert digest_of(contents(manifest))[:16] == "c25d6406762df3aa"
 
 
 def test_shards_and_manifest_agree(corpus: Path, tmp_path: Path) -> None:
     import hashlib
 
-    files = recipe_files(corpus)
-    recipe = recipe_for(files, None, vocab_size=300, seq_len=16, seed=1, val_fraction=0.1)
-    manifest = prepare_files(files, recipe, tmp_path / "out", rows_per_shard=100)
+    options = {"vocab_size": 300, "seq_len": 16, "seed": 1, "val_fraction": 0.1, "workers": 1}
+    manifest = prepare([corpus], tmp_path / "out", **options, rows_per_shard=100)
     shards = manifest.splits["train"]
     assert [shard.rows for shard in shards] == [100] * (len(shards) - 1) + [manifest.rows("train") % 100]
     assert shards[0].file == f"train-00000-of-{len(shards):05d}.parquet"
@@ -154,15 +160,9 @@ def test_shards_and_manifest_agree(corpus: Path, tmp_path: Path) -> None:
     source = open_source(str(tmp_path / "out"))
     assert (source.max_token, source.eos, source.row_length) == (max(shard.max_token for shard in shards), 0, 17)
     assert source.tokenizer_file == tmp_path / "out" / "tokenizer.json"
-    whole = prepare([corpus], tmp_path / "whole", vocab_size=300, seq_len=16, seed=1, val_fraction=0.1)
+    whole = prepare([corpus], tmp_path / "whole", **options)
     assert np.array_equal(rows_of(tmp_path / "whole")[0], tokens_RT)  # the number of shards changes no row
     assert whole.rows("train") == manifest.rows("train")
-
-
-def recipe_files(folder: Path) -> Any:
-    from picolm.data.documents import find_files
-
-    return find_files([folder])
 
 
 def test_a_given_tokenizer_is_used_and_copied(corpus: Path, tmp_path: Path) -> None:
@@ -206,20 +206,21 @@ def test_a_folder_is_whole_or_absent_and_what_is_done_is_not_done_again(
 
     before = sorted(tmp_path.iterdir())
     with monkeypatch.context() as full_disk:
-        full_disk.setattr("picolm.data.corpus.written", fail)
+        full_disk.setattr("picolm.data.scan.written", fail)
         with pytest.raises(DataError, match=r"out: cannot be written \(.*No space left.*\); nothing of it was left"):
             prepare([corpus], tmp_path / "out", **OPTIONS)
         assert sorted(tmp_path.iterdir()) == before
     with monkeypatch.context() as full_disk:
         full_disk.setattr("picolm.data.shards.written", fail)
-        kept = r"No space left on device\); what is done is kept in .*\.out\..{12}: the same command goes on from there"
+        kept = r"No space left on device\); what is done is kept in .*\.out\..{12}: the same command continues there"
         with pytest.raises(DataError, match=kept):
             prepare([corpus], tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
-    (result,) = tmp_path.glob(".out.*/result")
-    (result / ".train-00000-of-00001.parquet.1-ab").write_bytes(b"torn by a kill")
+    (unfinished,) = tmp_path.glob(".out.*")
+    (unfinished / "result").mkdir(exist_ok=True)
+    (unfinished / "result" / ".train-00000-of-00001.parquet.1-ab").write_bytes(b"torn by a kill")
     with monkeypatch.context() as finished:
-        for step in ("corpus.Reader", "rows.train_tokenizer", "rows._encoded", "rows._rows_of"):
+        for step in ("scan.Reader", "prepare.train_tokenizer", "prepare.encode"):
             finished.setattr(f"picolm.data.{step}", fail)
         manifest = prepare([corpus], tmp_path / "out", **OPTIONS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
@@ -342,7 +343,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     program = """
 import resource, sys
 from picolm.data import prepare
-prepare.prepare([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], seq_len=256, deduplicate=True, run_bytes=1 << 18)
+prepare.prepare([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], seq_len=256, deduplicate=True, unit_bytes=1 << 18, workers=1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

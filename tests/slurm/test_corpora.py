@@ -1,39 +1,31 @@
-"""`pico data prepare --executor slurm` on a real cluster: arrays of tasks, each stage after the one before."""
+"""The example that tokenizes with datatrove, on a real cluster: an array of tasks, whose files are read as they lie."""
 
-from hashlib import sha256
+import json
+import sys
 from pathlib import Path
 
 import pytest
 from tests.slurm.conftest import Slurm, wait_for
 
+from picolm.data import open_source
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "corpora" / "tokenize_with_datatrove.py"
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-def test_tasks_on_two_nodes_prepare_the_rows_of_one_process(slurm: Slurm, tmp_path: Path) -> None:
+def test_tasks_on_two_nodes_tokenize_as_one_machine_does(slurm: Slurm, tmp_path: Path) -> None:
     pytest.importorskip("datatrove", reason="the extra corpora is not installed")
-    for source in ("east", "west"):
-        (tmp_path / "texts" / source).mkdir(parents=True)
-        for number in range(60):
-            text = f"Ship {number} went {source} and came home again with {number * number} sacks. " * 200
-            (tmp_path / "texts" / source / f"{number}.txt").write_text(text)
-    command = [
-        "pico", "data", "prepare", "texts", "--vocab-size", "300", "--seq-len", "32", "--val-fraction", "0.1", "--memory", "1",
-    ]  # fmt: skip
-    slurm(*command, "--out", "alone")
-    on_cluster = [
-        *command, "--out", "rows", "--executor", "slurm", "--tasks", "2", "--slurm", "partition=cpu", "--slurm", "time=00:10:00",
-    ]  # fmt: skip
-    first = slurm(*on_cluster)
+    (tmp_path / "texts").mkdir()
+    for number in range(4):
+        lines = [json.dumps({"text": f"Ship {number} came home with {sacks} sacks. " * 20}) for sacks in range(30)]
+        (tmp_path / "texts" / f"{number}.jsonl").write_text("\n".join(lines))
+    slurm("pico", "data", "prepare", "texts", "--out", "rows", "--vocab-size", "300", "--seq-len", "32")
+    command = [sys.executable, str(EXAMPLE), "texts"]
+    options = ["--tokenizer", "rows/tokenizer.json", "--seq-len", "32", "--tasks", "2"]
+    slurm(*command, "here", *options)
+    slurm(*command, "there", *options, "--executor", "slurm", "--partition", "cpu", "--time", "00:10:00")
     assert slurm.jobs
-    jobs = slurm("squeue", "--noheader", "--format=%F")
-    assert slurm(*on_cluster) == first  # what is queued is not queued again
-    assert set(slurm("squeue", "--noheader", "--format=%F").split()) <= set(jobs.split())
-    wait_for((tmp_path / "rows").exists, 400)
-    assert digests(tmp_path / "rows") == digests(tmp_path / "alone")
-    wait_for(lambda: not slurm.jobs)
-    assert "documents" in slurm(*on_cluster)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "rows", "texts"]
+    wait_for(lambda: not slurm.jobs, 400)
+    here, there = (open_source(f"datatrove:{tmp_path}/{name}", row_length=33) for name in ("here", "there"))
+    assert len(there) > 100
+    assert there.fingerprint == here.fingerprint

@@ -11,22 +11,12 @@ from picolm.errors import PicoError
 
 if TYPE_CHECKING:
     from picolm.data.inspection import Inspection
-    from picolm.data.publish import Executor
 
 data = typer.Typer(help="Prepare corpora, look into them, mix them.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `pico data prepare` made.")]
 Out = Annotated[Path, typer.Option(help="The folder to make.")]
-ExecutorName = Annotated[
-    str | None, typer.Option("--executor", help="Spread the work with datatrove: local, slurm or ray.")
-]
-Tasks = Annotated[int | None, typer.Option(help="Parts that the work of each stage is cut into; changes no byte.")]
-Workers = Annotated[int | None, typer.Option(help="Tasks at once (default: as many as there are processors).")]
-SlurmOptions = Annotated[
-    list[str] | None,
-    typer.Option("--slurm", help="KEY=VALUE for SLURM: partition, time, mem_per_cpu_gb, env_command, …"),
-]
 
 
 @data.command("prepare")
@@ -60,33 +50,22 @@ def prepare_data(
     deduplicate: Annotated[
         bool, typer.Option("--deduplicate", help="Of documents with exactly the same text keep the first.")
     ] = False,
-    executor: ExecutorName = None,
-    tasks: Tasks = None,
-    workers: Workers = None,
-    slurm: SlurmOptions = None,
-    memory: Annotated[
-        int,
-        typer.Option(help="MiB of text that a process holds at once (it needs several times that); changes no byte."),
-    ] = 32,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes (default: as many as there are processors); changes no row.")
+    ] = None,
 ) -> None:
-    """Turn text into shuffled rows of token ids, ready to train on. Started again after an interruption, it goes on."""
+    """Turn text into shuffled rows of token ids, ready to train on. Started again after an interruption, it continues."""
     from picolm.data.prepare import prepare
     from picolm.terminal import phases, prepared
 
     if train_tokenizer and tokenizer is not None:
         raise PicoError("--tokenizer names a tokenizer and --train-tokenizer asks for a new one: give one of them")
-    if memory < 1:
-        raise PicoError(f"--memory {memory}: at least 1 MiB")
-    spread = _executor(executor, tasks, workers, slurm)
     with phases() as progress:
         manifest = prepare(
             paths, out, tokenizer=tokenizer, vocab_size=vocab_size, seq_len=seq_len, seed=seed,
             val_fraction=val_fraction, val=val or [], val_last=val_last, filters=filters or [],
-            deduplicate=deduplicate, progress=progress, run_bytes=memory << 20, executor=spread,
+            deduplicate=deduplicate, workers=workers, progress=progress,
         )  # fmt: skip
-    if manifest is None:
-        say(f"Handed in; {out} will be there when the last job is done. The same command hands in what failed.")
-        return
     say(prepared(manifest, out))
     for name, dropped in manifest.left_out.items():
         say(f"{dropped:,} documents were left out: {name}")
@@ -111,7 +90,6 @@ def merge_data(
 
     with phases() as progress:
         manifest = merge(folders, out, weights=_numbers(weights), rows=rows, seed=seed, progress=progress)
-    assert manifest is not None  # this process does the work
     say(prepared(manifest, out))
 
 
@@ -165,19 +143,6 @@ def _summary(found: "Inspection") -> list[str]:
     lines.append("Most frequent tokens:")
     lines += [f"  {token.times / manifest.tokens:7.2%}  {token.id:6d}  {token.text!r}" for token in found.frequent]
     return lines
-
-
-def _executor(name: str | None, tasks: int | None, workers: int | None, slurm: list[str] | None) -> "Executor | None":
-    given = {"--tasks": tasks, "--workers": workers, "--slurm": slurm}
-    if name is None:
-        if options := [option for option, value in given.items() if value]:
-            raise PicoError(f"{options[0]} is for --executor local, slurm or ray: name one")
-        return None
-    if tasks is None:
-        raise PicoError(f"--executor {name}: into how many tasks? --tasks N")
-    from picolm.data.trove import executor
-
-    return executor(name, tasks, workers, slurm or [])
 
 
 def _numbers(text: str | None) -> list[float] | None:

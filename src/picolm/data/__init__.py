@@ -6,6 +6,8 @@ fast-forwarded. A family of sources is one factory registered in `SOURCES`; the 
     embedded:state_of_the_union   a corpus that comes with a package, prepared once into the cache folder
     parquet:PATH                  a folder, a file or a glob of parquet shards; PATH alone does where it exists
     hub:owner/name[@revision]     a data set of the Hugging Face Hub; owner/name alone does
+    datatrove:PATH                .ds files of datatrove's DocumentTokenizer, as they lie
+    mix:NAME*WEIGHT,NAME*WEIGHT   rows of several sources by weights
     my_lab.module:attribute       a factory of the user's own, called like those below
 
 Splits are told from the names of files and folders (see `splits.py`): `train-*.parquet` and `val-*.parquet`, in the folder itself
@@ -96,6 +98,11 @@ def is_own_source(name: str) -> bool:
     return names_code(name) and name.partition(":")[0] not in SOURCES
 
 
+def has_own_length(name: str) -> bool:
+    """Return whether the rows of a data set have a length of their own, so that it need not be said to open it."""
+    return name.partition(":")[0] not in ("datatrove", "embedded", "mix")
+
+
 def _find(name: str) -> tuple[SourceFactory, str]:
     family, colon, place = name.partition(":")
     if colon and family in SOURCES:
@@ -112,4 +119,4 @@ def _find(name: str) -> tuple[SourceFactory, str]:
     )
 
 
-from picolm.data import embedded, hub, parquet  # noqa: E402, F401  (each registers its family above)
+from picolm.data import embedded, flat, hub, mix, parquet  # noqa: E402, F401  (each registers its families above)

@@ -1,7 +1,11 @@
 """Corpora that come with a package, so that there is real text on a fresh machine without a download of its own.
 
-Each is a list of files with a source per file; it is prepared once, by the same code as any user's text, into a folder of the
-cache whose name holds a digest of the texts and options. One twentieth of the documents of each source is held out.
+Each is a list of files with a source per file; it is prepared once into a folder of the cache whose name holds a digest of the
+texts and options. One twentieth of the documents of each source is held out.
+
+Their rows have the order of version 1, so that runs on them can be resumed and replayed: documents are sorted by a number that
+follows from (seed, number of the document), joined within their source and split, cut into rows, and the rows sorted in the
+same way. All is in memory: the corpora have some ten megabytes.
 """
 
 from __future__ import annotations
@@ -11,19 +15,23 @@ import importlib.util
 import sysconfig
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from picolm.data import SOURCES, Source
-from picolm.data.documents import TextFile
-from picolm.data.manifest import digest_of
+from picolm.data.documents import Reader, TextFile, digest_files
+from picolm.data.manifest import FILE, Manifest, Shard, digest_of
 from picolm.data.parquet import open_parquet
 from picolm.errors import DataError
 from picolm.network import cache_folder
 from picolm.registry import Registry
+from picolm.seeds import derive
+
+if TYPE_CHECKING:
+    from picolm.data.tokenizer import Vocabulary
 
 CORPORA: Registry[Callable[[], list[TextFile]]] = Registry("embedded corpus")
 
@@ -48,17 +56,113 @@ def open_embedded(
     return open_parquet(str(folder), split=split, row_length=row_length)
 
 
-def prepare_embedded(
-    name: str, *, seq_len: int, vocab_size: int, cache_dir: Path | None = None, progress: Any = None
-) -> Path:
-    """The folder of an embedded corpus in the cache, prepared when it is not there yet."""
-    from picolm.data.prepare import prepare_files, recipe_for
+def prepare_embedded(name: str, *, seq_len: int, vocab_size: int, cache_dir: Path | None = None) -> Path:
+    """Return the folder of an embedded corpus in the cache, prepared when it is not there yet."""
+    from picolm.data.recipe import is_free
+    from picolm.data.work import alone
 
     files = CORPORA.get(name)()
-    recipe = recipe_for(files, None, vocab_size=vocab_size, seq_len=seq_len, seed=_SEED, val_fraction=_VAL_FRACTION)
-    out = (cache_dir or cache_folder()) / "embedded" / f"{name}-{digest_of(sorted(asdict(recipe).items()))[:12]}"
-    prepare_files(files, recipe, out, progress=progress)
+    recipe = {
+        "inputs": digest_files(files), "tokenizer": "trained", "vocab_size": vocab_size, "seq_len": seq_len, "seed": _SEED,
+        "val_fraction": _VAL_FRACTION, "version": 1,
+    }  # fmt: skip
+    unused = {
+        "filters": [],
+        "deduplicate": False,
+        "val_given": False,
+        "val_last": 0.0,
+    }  # part of the name since they exist
+    out = (cache_dir or cache_folder()) / "embedded" / f"{name}-{digest_of(sorted((recipe | unused).items()))[:12]}"
+    if is_free(out):
+        with alone(out):
+            if is_free(out):
+                _prepare(files, recipe, out)
     return out
+
+
+def _prepare(files: list[TextFile], recipe: dict[str, Any], out: Path) -> None:
+    from picolm.data.prepare import piece_bytes
+    from picolm.data.shards import ROWS_PER_SHARD, SPLITS, shard_name, write_shard
+    from picolm.data.tokenizer import check_size, train_tokenizer, write_tokenizer
+
+    check_size(recipe["vocab_size"])
+    reader, length = Reader(piece_bytes(files, _VAL_FRACTION)), recipe["seq_len"] + 1
+    documents = [document for file in files for document in reader.documents(file)]
+    sources = list(dict.fromkeys(document.source or "" for document in documents))
+    is_val = _held_out([document.source for document in documents])
+    order = sorted(range(len(documents)), key=lambda number: derive(_SEED, "document", number))
+    vocabulary = train_tokenizer(
+        (documents[number].text for number in order if not is_val[number]), recipe["vocab_size"]
+    )
+    rows, dropped = _rows([(*documents[number], is_val[number]) for number in order], vocabulary, sources, length)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+        folder, shards = Path(name, "rows"), dict[str, list[Shard]]()
+        folder.mkdir()
+        for split in SPLITS:
+            if not rows[split]:
+                raise DataError(
+                    f"embedded corpus {out.name}: too short for a row of {length} tokens ({split}); lower seq_len"
+                )
+            shards[split] = []
+            parts = range(0, len(rows[split]), ROWS_PER_SHARD)
+            for number, start in enumerate(parts):
+                part = iter(rows[split][start : start + ROWS_PER_SHARD])
+                shards[split].append(write_shard(part, folder / shard_name(split, number, len(parts)), sources))
+        counted = {split: Counter(sources[source] for source, _ in rows[split]) for split in SPLITS}
+        of_source = Counter(document.source for document in documents)
+        manifest = Manifest(
+            row_length=length,
+            recipe=recipe,
+            tokenizer={
+                "file": "tokenizer.json", **write_tokenizer(vocabulary, folder, length - 1),
+                "vocab_size": vocabulary.tokenizer.get_vocab_size(), "eos_token": vocabulary.eos_token,
+                "eos_id": vocabulary.eos_id,
+            },
+            splits=shards,
+            sources={
+                source: {"documents": of_source[source]} | {f"{split}_rows": counted[split][source] for split in SPLITS}
+                for source in sources
+            },
+            documents=len(documents),
+            tokens=length * sum(map(len, rows.values())),
+            dropped_tokens=dropped,
+        )  # fmt: skip
+        (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
+        folder.rename(out)
+
+
+def _held_out(sources: list[str | None]) -> list[bool]:
+    """Return which documents are held out: of each source those that drew the smallest numbers, one at least and not all."""
+    lots = [derive(_SEED, "held out", number) for number in range(len(sources))]
+    chosen = set[int]()
+    for source in set(sources):
+        own = sorted((lot, number) for number, lot in enumerate(lots) if sources[number] == source)
+        chosen.update(number for _, number in own[: min(max(1, round(_VAL_FRACTION * len(own))), len(own) - 1)])
+    return [number in chosen for number in range(len(sources))]
+
+
+def _rows(
+    documents: list[tuple[str, str | None, bool]], vocabulary: Vocabulary, sources: list[str], length: int
+) -> tuple[dict[str, list[tuple[int, np.ndarray]]], int]:
+    """Return the rows (number of the source, tokens) of each split in their order, and how many tokens are in none."""
+    from picolm.data.tokenizer import allow_parallelism, encode
+
+    allow_parallelism()
+    rows: dict[str, list[tuple[int, np.ndarray]]] = {"train": [], "val": []}
+    rests = dict[tuple[str, str | None], np.ndarray]()
+    for start in range(0, len(documents), 64):
+        batch = documents[start : start + 64]
+        for (_, source, held_out), ids in zip(batch, encode(vocabulary, [text for text, _, _ in batch])):
+            split = "val" if held_out else "train"
+            own = np.array([*ids, vocabulary.eos_id], dtype=np.int32)
+            tokens = np.concatenate([rests.get((split, source), own[:0]), own])
+            full = len(tokens) // length
+            rows[split] += [(sources.index(source or ""), row) for row in tokens[: full * length].reshape(full, length)]
+            rests[split, source] = tokens[full * length :]
+    for split, there in rows.items():
+        places = sorted(range(len(there)), key=lambda number: derive(_SEED, f"row {split}", number))
+        rows[split] = [there[number] for number in places]
+    return rows, sum(map(len, rests.values()))
 
 
 @CORPORA.add("state_of_the_union")

@@ -1,8 +1,7 @@
 """Which documents are kept: functions of one document, found by name.
 
 A filter is a function `(document, **options) -> bool`; its keyword-only arguments are its options, given as
-`length,min_characters=200`. A filter of one's own is named `my_lab.quality:is_prose`, and one of datatrove by its class,
-`datatrove.pipeline.filters:GopherQualityFilter,min_doc_words=50` (its options are those of the class).
+`length,min_characters=200`. A filter of one's own is named `my_lab.quality:is_prose`.
 
 The text of each filter is part of what the rows follow from; of one's own code, the digest of its file too.
 """
@@ -49,13 +48,14 @@ def sources(document: Document, *, only: Labels | None = None, but: Labels = ())
 
 
 def load_filter(text: str) -> Keep:
-    """The function that a text such as `length,min_characters=200` names. Raises PicoError where it cannot be used."""
+    """Return the function that a text such as `length,min_characters=200` names. Raises PicoError where it cannot be used."""
     name, options = _parse(text)
     part: Any = FILTERS.get(name)
     if inspect.isclass(part):
-        from picolm.data.trove import adapted_filter  # one of datatrove's
-
-        return adapted_filter(part, options, text)
+        raise DataError(
+            f"filter {text!r}: is a class; a filter is a function of a document (datatrove's filters are steps of its own "
+            "pipeline, whose .ds files are read as they are: docs/how-to/datatrove.md)"
+        )
     known = [
         word
         for word, parameter in inspect.signature(part).parameters.items()
@@ -85,27 +85,18 @@ def _check_types(part: Callable[..., bool], options: dict[str, Any], text: str) 
 
 
 def identity(text: str) -> str:
-    """What stands for a filter in a recipe: its text, and for code from elsewhere the digest of its file."""
+    """Return what stands for a filter in a recipe: its text, and for code from elsewhere the digest of its file."""
     name, _ = _parse(text)
     load_filter(text)
     if name in FILTERS:
         return text
-    module = sys.modules[name.partition(":")[0]]
-    if name.startswith("datatrove."):
-        return f"{text} (datatrove {_version('datatrove')})"
-    file = inspect.getsourcefile(module)
+    file = inspect.getsourcefile(sys.modules[name.partition(":")[0]])
     content = b"" if file is None else Path(file).read_bytes()
     return f"{text} (sha256 {hashlib.sha256(content).hexdigest()[:16]})"
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
-
-
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and options; a comma within brackets does not separate."""
+    """Return name and options; a comma within brackets does not separate."""
     words = list[str]()
     for part in text.split(","):
         if words and words[-1].count("[") > words[-1].count("]"):

@@ -1,82 +1,28 @@
-"""Prepared corpora -> one: rows mixed by weights and a seed, each with what it is from.
-
-A weight is the share of the result's training rows that come from a part. No row is taken twice: the result has as many rows as
-the weights allow, or as many as are asked for. Which rows of a part are taken is a permutation named by the seed, and so is the
-order of the result. The held-out rows of all parts are all kept: `source` tells them apart when a loss is measured.
-"""
+"""Write a mixture of prepared folders (see `mix.py`) as a prepared folder, each row with what it is from."""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from picolm.data.decode import read_footer, read_labels, read_tokens
 from picolm.data.inspection import prepared_manifest
-from picolm.data.job import WORK_FORMAT, Job, Progress, Report, Stage, one, untold
-from picolm.data.manifest import Manifest, Shard, damaged_files, digest_of
-from picolm.data.order import permute
+from picolm.data.manifest import FILE, Manifest, Shard, damaged_files
+from picolm.data.mix import Mixture, mixed
 from picolm.data.parquet import rows_fingerprint
-from picolm.data.publish import Executor, carry_out, publish
-from picolm.data.recipe import already_there
-from picolm.data.rows import SPLITS, record_of
-from picolm.data.runs import write_run
-from picolm.data.shards import ROWS_PER_SHARD, count_shards, rank, write, written_shards
+from picolm.data.recipe import VERSION, already_there, is_free
+from picolm.data.shards import ROWS_PER_SHARD, SPLITS, Row, shard_name, write_shard
 from picolm.data.tokenizer import load_vocabulary, write_tokenizer
+from picolm.data.work import alone
 from picolm.errors import DataError
-from picolm.seeds import derive
 
-_RUN_BYTES = 32 << 20
-
-
-@dataclass(frozen=True)
-class Part:
-    """A prepared folder. taken: how many of its training rows are in the result."""
-
-    folder: Path
-    manifest: Manifest
-    taken: int
-
-    @property
-    def labels(self) -> list[str]:
-        """What its rows are from: its sources, or its own name where it has none."""
-        return list(self.manifest.sources) or [self.folder.resolve().name]
-
-    @property
-    def shards(self) -> list[tuple[str, int, Shard]]:
-        """(split, number of its first row, shard) of all its shards."""
-        found, starts = list[tuple[str, int, Shard]](), Counter[str]()
-        for split in SPLITS:
-            for shard in self.manifest.splits.get(split, []):
-                found.append((split, starts[split], shard))
-                starts[split] += shard.rows
-        return found
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Merging(Job):
-    """Parts on their way to one folder."""
-
-    parts: tuple[Part, ...]
-    recipe: dict[str, Any]
-
-    def sources(self) -> list[str]:
-        """All names of sources, in the order of the parts."""
-        return list(dict.fromkeys(label for part in self.parts for label in part.labels))
-
-    @property
-    def pieces(self) -> list[tuple[int, str, int, Shard]]:
-        """(part, split, number of the first row, shard) of what each unit reads."""
-        if "pieces" not in self._reports:
-            shards = [(number, *shard) for number, part in enumerate(self.parts) for shard in part.shards]
-            self._reports["pieces"] = {"of": shards}
-        return self._reports["pieces"]["of"]
+Progress = Callable[[str, int, int | None], None]
+_ROWS_AT_ONCE = 1024
 
 
 def merge(
@@ -86,155 +32,106 @@ def merge(
     weights: Sequence[float] | None = None,
     rows: int | None = None,
     seed: int = 42,
-    progress: Progress | None = None,
+    progress: Progress = lambda what, done, total: None,
     rows_per_shard: int = ROWS_PER_SHARD,
-    executor: Executor | None = None,
-) -> Manifest | None:
-    """Mix prepared folders into one; returns its manifest (None: an executor is still at it).
+) -> Manifest:
+    """Mix prepared folders into one, which appears whole. Returns its manifest.
 
-    weights: shares of the training rows, of any sum; None takes all rows of all parts. rows: training rows in all, at most
-    what the weights allow. Raises DataError for parts with different tokenizers or lengths of rows.
+    weights: shares of the training rows, of any sum; None takes all rows of all parts. rows: training rows in all, at most what
+    the weights allow. All held-out rows are kept. Raises DataError for parts with different tokenizers or lengths of rows.
     """
-    manifests = [_manifest(Path(folder)) for folder in folders]
-    _check_alike(list(map(Path, folders)), manifests)
-    taken = shares([manifest.rows("train") for manifest in manifests], weights, rows)
-    parts = tuple(Part(Path(folder), manifest, count) for folder, manifest, count in zip(folders, manifests, taken))
+    out, manifests = Path(out).expanduser(), [_manifest(Path(folder)) for folder in folders]
+    if len(folders) < 2 or len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise DataError(f"{', '.join(map(str, folders))}: two or more different folders can be merged")
+    mixtures = {split: _mixture(folders, manifests, split, weights, rows, seed) for split in SPLITS}
+    labels = [list(manifest.sources) or [Path(folder).resolve().name] for folder, manifest in zip(folders, manifests)]
     recipe = {
-        "merged": [[part.labels, fingerprints(part.manifest), part.taken] for part in parts],
-        "tokenizer": manifests[0].tokenizer["sha256"], "seq_len": manifests[0].seq_len, "seed": seed, "version": 1,
+        "merged": [[names, _fingerprints(part)] for names, part in zip(labels, manifests)],
+        "taken": mixtures["train"].taken, "tokenizer": manifests[0].tokenizer["sha256"], "seq_len": manifests[0].seq_len,
+        "seed": seed, "version": VERSION,
     }  # fmt: skip
-    out = Path(out)
-    job = Merging(
-        folder=out.parent / f".{out.name}.{digest_of([recipe, rows_per_shard, WORK_FORMAT])[:12]}", out=out, seed=seed,
-        row_length=manifests[0].row_length, run_bytes=_RUN_BYTES, rows_per_shard=rows_per_shard, parts=parts,
-        recipe=recipe,
-    )  # fmt: skip
-    return carry_out(job, STAGES, lambda: already_there(out, recipe), lambda: None, progress or untold, executor)
+    with alone(out):
+        if not is_free(out):
+            return already_there(out, recipe)
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+            manifest = _write(
+                Path(name, "rows"), mixtures, labels, manifests, folders, recipe, rows_per_shard, progress
+            )
+            if out.is_dir():
+                out.rmdir()  # an empty one
+            Path(name, "rows").rename(out)
+    return manifest
 
 
-def shares(available: Sequence[int], weights: Sequence[float] | None, rows: int | None) -> list[int]:
-    """How many rows of each part are taken. Raises DataError for weights that cannot be had."""
-    if weights is None:
-        weights = [float(count) for count in available]
-        rows = sum(available) if rows is None else rows
-    if len(weights) != len(available):
-        raise DataError(f"{len(weights)} weights for {len(available)} folders; give one for each")
-    if not all(0 < weight < float("inf") for weight in weights):
-        raise DataError(f"weights {', '.join(map(str, weights))}: all have to be above 0; leave out what is not wanted")
-    decimal = [Fraction(str(weight)) for weight in weights]
-    exact = [weight / sum(decimal) for weight in decimal]
-    most = min(count / share for count, share in zip(available, exact))
-    if rows is None:
-        rows = int(most)
-    if not 0 < rows <= most:
-        raise DataError(
-            f"{rows} rows cannot be had: without a row taken twice the weights allow {int(most)} (there are: "
-            f"{', '.join(map(str, available))})"
-        )
-    taken = [int(rows * share) for share in exact]
-    rests = sorted(range(len(exact)), key=lambda part: (taken[part] - rows * exact[part], part))
-    for part in rests[: rows - sum(taken)]:  # the largest remainders; what a part has is never exceeded
-        taken[part] += 1
-    return taken
+def _mixture(
+    folders: Sequence[str | Path], manifests: Sequence[Manifest], split: str, weights: Sequence[float] | None,
+    rows: int | None, seed: int,
+) -> Mixture:  # fmt: skip
+    names = [
+        f"parquet:{folder}" for folder, manifest in zip(folders, manifests) if manifest.rows(split) or split == "train"
+    ]
+    if split == "train":
+        return mixed(names, weights, rows=rows, seed=seed)
+    return mixed(names, seed=seed, split=split)
 
 
-def pick(job: Merging, unit: int, progress: Progress) -> Report:
-    """Take the rows of one shard that are chosen, and write them in the order of the result."""
-    number, split, start, shard = job.pieces[unit]
-    part, numbers = job.parts[number], {name: place for place, name in enumerate(job.sources())}
-    path, keys, records, counts = part.folder / shard.file, list[int](), list[bytes](), Counter[str]()
-    footer, run = read_footer(path, str(path)), itertools.count()
-    for group, end in enumerate(footer.ends_G):
-        tokens_RT = read_tokens(path, str(path), group)
-        rows_R = start + int(end) - len(tokens_RT) + np.arange(len(tokens_RT))
-        labels = read_labels(path, str(path), group) if footer.has_labels else part.labels * len(rows_R)
-        for place in np.flatnonzero(_chosen(job, number, split, rows_R)).tolist():
-            keys.append(derive(job.seed, f"merge {split}", number, int(rows_R[place])))
-            if labels[place] not in numbers:
-                raise DataError(
-                    f"{path}: row {int(rows_R[place]) - start} has the source {labels[place]!r}, which its manifest does not "
-                    f"list; see `pico data verify {part.folder}`"
-                )
-            records.append(record_of(numbers[labels[place]], tokens_RT[place]))
-            counts[labels[place]] += 1
-        if 4 * job.row_length * len(records) >= job.run_bytes or end == footer.rows:
-            write_run(job.path("rows", split, f"{unit:06d}-{next(run):06d}"), keys, records)
-            keys, records = [], []
-    progress("reading", unit + 1, len(job.pieces))
-    return {"split": split, "counts": counts}
-
-
-def finish(job: Merging, unit: int, progress: Progress) -> Report:
-    """Say in the manifest what is in the folder, and give it its name."""
-    by_source = {name: {"documents": 0} | {f"{split}_rows": 0 for split in SPLITS} for name in job.sources()}
-    for report in job.reports("pick", range(len(job.pieces))):
-        for name, count in report["counts"].items():
-            by_source[name][f"{report['split']}_rows"] += count
-    for part in job.parts:
-        for name, found in part.manifest.sources.items():
-            by_source[name]["documents"] += found["documents"]
-        if not part.manifest.sources:
-            by_source[part.labels[0]]["documents"] += part.manifest.documents
-    first, splits, digests = job.parts[0], written_shards(job), dict[str, str]()
-    if job.path("result").is_dir():
-        digests = write_tokenizer(load_vocabulary(first.folder), job.path("result"), job.row_length - 1)
+def _write(
+    folder: Path, mixtures: dict[str, Mixture], labels: Sequence[list[str]], manifests: Sequence[Manifest],
+    folders: Sequence[str | Path], recipe: dict[str, Any], rows_per_shard: int, progress: Progress,
+) -> Manifest:  # fmt: skip
+    folder.mkdir()
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(chain.from_iterable(labels)))}
+    counts, splits = Counter[tuple[str, str]](), dict[str, list[Shard]]()
+    for split, mixture in mixtures.items():
+        if not len(mixture):
+            continue
+        starts = range(0, len(mixture), rows_per_shard)
+        splits[split] = []
+        for number, start in enumerate(starts):
+            rows = _rows(mixture, start, min(start + rows_per_shard, len(mixture)), split, numbers, counts)
+            splits[split].append(write_shard(rows, folder / shard_name(split, number, len(starts)), list(numbers)))
+            progress(f"writing {split}", min(start + rows_per_shard, len(mixture)), len(mixture))
+    documents = Counter[str]()
+    for names, manifest in zip(labels, manifests):
+        for name in names:
+            documents[name] += manifest.sources[name]["documents"] if manifest.sources else manifest.documents
     manifest = Manifest(
-        row_length=job.row_length,
-        recipe=job.recipe,
-        tokenizer=first.manifest.tokenizer | digests,
+        row_length=manifests[0].row_length,
+        recipe=recipe,
+        tokenizer=manifests[0].tokenizer | write_tokenizer(load_vocabulary(folders[0]), folder, manifests[0].seq_len),
         splits=splits,
-        sources=by_source,
-        documents=sum(part.manifest.documents for part in job.parts),
-        tokens=job.row_length * sum(shard.rows for shards in splits.values() for shard in shards),
+        sources={
+            name: {"documents": documents[name]} | {f"{split}_rows": counts[split, name] for split in SPLITS}
+            for name in numbers
+        },
+        documents=sum(part.documents for part in manifests),
+        tokens=manifests[0].row_length * sum(shard.rows for shards in splits.values() for shard in shards),
     )
-    publish(job, manifest)
-    return {}
+    (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
 
 
-def fingerprints(manifest: Manifest) -> dict[str, str]:
-    """The digest of the rows of each split."""
+def _rows(
+    mixture: Mixture, start: int, end: int, split: str, numbers: dict[str, int], counts: Counter[tuple[str, str]]
+) -> Iterator[Row]:
+    """Yield the rows start … end - 1 of a mixture, and count them by source."""
+    for first in range(start, end, _ROWS_AT_ONCE):
+        places = np.arange(first, min(first + _ROWS_AT_ONCE, end))
+        for place, label, tokens_T in zip(places.tolist(), mixture.labels(places), mixture.rows(places)):
+            if label not in numbers:
+                raise DataError(
+                    f"{mixture.locate(place)}: has the source {label!r}, which its manifest does not list; see `pico data verify`"
+                )
+            counts[split, label] += 1
+            yield numbers[label], tokens_T
+
+
+def _fingerprints(manifest: Manifest) -> dict[str, str]:
     return {split: rows_fingerprint(manifest, split) for split in manifest.splits}
-
-
-def _chosen(job: Merging, number: int, split: str, rows_R: np.ndarray) -> np.ndarray:
-    """Whether each row is in the result: its image under a permutation of the part is among the first `taken`."""
-    if split != "train":
-        return np.ones(len(rows_R), dtype=bool)
-    part = job.parts[number]
-    return permute(rows_R, part.manifest.rows("train"), job.seed, "merge", number) < part.taken
 
 
 def _manifest(folder: Path) -> Manifest:
     manifest = prepared_manifest(folder)
-    if problems := damaged_files(folder, manifest, itertools.chain.from_iterable(manifest.splits.values())):
+    if problems := damaged_files(folder, manifest, chain.from_iterable(manifest.splits.values())):
         raise DataError("\n".join([*problems, f"see `pico data verify {folder}`"]))
     return manifest
-
-
-def _check_alike(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
-    if len(folders) < 2 or len({folder.resolve() for folder in folders}) < len(folders):
-        raise DataError(f"{', '.join(map(str, folders))}: two or more different folders can be merged")
-    first = manifests[0]
-    for folder, manifest in zip(folders[1:], manifests[1:]):
-        if manifest.tokenizer["sha256"] != first.tokenizer["sha256"]:
-            raise DataError(
-                f"{folder}: was made with another tokenizer than {folders[0]}, so its ids mean other text; prepare it again "
-                f"with --tokenizer {folders[0]}"
-            )
-        if manifest.row_length != first.row_length:
-            raise DataError(
-                f"{folder}: has rows of {manifest.row_length} tokens and {folders[0]} of {first.row_length}; prepare it "
-                f"again with --seq-len {first.seq_len}"
-            )
-
-
-def _units(job: Merging) -> int:
-    return len(job.pieces)
-
-
-STAGES = (
-    Stage("pick", _units, pick),
-    Stage("rank", one, rank),
-    Stage("write", count_shards, write),
-    Stage("finish", one, finish),
-)

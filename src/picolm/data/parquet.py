@@ -209,7 +209,7 @@ def _open_without_manifest(shards: list[Path], row_length: int | None) -> Sharde
     rows = [footer.rows for footer in footers]
     if sum(rows) == 0:
         raise DataError(f"{shards[0].parent}: its {len(shards)} parquet shards have no rows")
-    digest = digest_of([_edges(path), count] for path, count in zip(shards, rows))
+    digest = digest_of([edges(path), count] for path, count in zip(shards, rows))
     beside = (folder / "tokenizer.json" for folder in list(shards[0].parents)[:2])  # the shards may lie in `data/`
     tokenizer = next((file for file in beside if file.is_file()), None)
     names = [str(path) for path in shards]
@@ -258,7 +258,7 @@ def _files_at(place: Path) -> tuple[Path, list[Path]]:
     return base, files
 
 
-def _edges(path: Path, edge_bytes: int = 1 << 16) -> str:
+def edges(path: Path, edge_bytes: int = 1 << 16) -> str:
     """sha-256 of a file's size, its first and its last 64 KiB."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

@@ -1,43 +1,61 @@
-"""Text -> shuffled rows of token ids: the one way into training for any user's text, and for the embedded corpora.
+"""Text -> shuffled rows of token ids: the way into training for any user's text.
 
-    files ─ documents ─▶ corpus, shuffled on disk ─▶ tokens, joined by end-of-text, cut into rows ─▶ shuffled on disk ─▶ shards
+    files ─ scan ─▶ index of documents ─ decide ─▶ their streams ─ tokenize ─▶ token files ─ permute ─▶ shards, manifest
 
-Both shuffles are external (see `runs.py`), so that memory does not grow with the corpus; disk space of a few times the corpus
-is used meanwhile, in a hidden folder beside the result. Rows of one source come from one stream, so that a row has one source;
-tails shorter than a row are dropped and counted. All is a function of the seed and of counters: the rows follow from files and
-options alone, whoever does the work (see `job.py`) and however often it was interrupted. The folder appears whole, under its
-name, or not at all.
+Files are read twice, by as many processes as are wanted: for what has to be known of all documents, and to be tokenized. Memory
+does not grow with the text: what is known of a document (23 bytes), and the tokens, are in files of a hidden folder beside the
+result. All that is there is whole or absent, so interrupted work continues, and the rows do not depend on who did it. The
+result appears under its name when it is whole.
 
-The held-out part (split `val`) is chosen by the seed among the documents of each source: the share `val_fraction` of them, at
-least one where the source has two. Unless `deduplicate` is asked for, duplicates in the corpus may fall on both sides.
-A tokenizer is trained on the first 64 million characters of the shuffled training documents, never on the held-out ones.
+Documents of one source and split are joined in the order of the files by the end-of-text token and cut into rows, which are
+written in a permuted order (see `shards.py`). Tails shorter than a row are dropped and counted. A tokenizer is trained on at
+most 64 million characters of training documents, from all parts of the text in proportion, never on held-out ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from picolm.data import corpus, rows
-from picolm.data.corpus import Preparation
-from picolm.data.documents import LONGEST_BYTES, Found, TextFile, digest_files, digest_inputs, is_remote, survey
-from picolm.data.duplicates import find_duplicates
-from picolm.data.job import WORK_FORMAT, Progress, Report, Stage, one, untold
-from picolm.data.manifest import Manifest, digest_of
-from picolm.data.publish import Executor, carry_out, publish
-from picolm.data.recipe import Recipe, already_there, is_free, recipe_for
-from picolm.data.rows import SPLITS
-from picolm.data.shards import ROWS_PER_SHARD, count_shards, written_shards
-from picolm.data.shards import rank as rank_rows
-from picolm.data.shards import write as write_shard
-from picolm.data.tokenizer import Vocabulary, load_vocabulary, write_tokenizer
-from picolm.errors import DataError
+import numpy as np
 
-RUN_BYTES = 32 << 20
+from picolm.data.documents import LONGEST, Found, TextFile, digest_files, survey
+from picolm.data.manifest import FILE, Manifest, Shard, digest_of, read_manifest
+from picolm.data.recipe import already_there, check_apart, is_free, recipe_of
+from picolm.data.scan import decide, scan, texts
+from picolm.data.shards import ROWS_PER_SHARD, SPLITS, TOKEN, Segment, StreamRows, shard_name, write_shard, written
+from picolm.data.tokenizer import (
+    Losses,
+    Vocabulary,
+    allow_parallelism,
+    encode,
+    load_vocabulary,
+    train_tokenizer,
+    write_tokenizer,
+)  # fmt: skip
+from picolm.data.work import Plan, Report, Unusable, alone, explained, publish, require_plain
+
+UNIT_BYTES = 32 << 20
 _SMALLEST_PIECE_BYTES = 1 << 16
-_LISTED = "listed "
+_SAMPLE_CHARACTERS = 64 << 20
+_MOST_FILES, _NAMED = 4096, 5
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 1 << 17
+
+Progress = Callable[[str, int, int | None], None]
+"""(what is being done, how much is done, how much there is in all): bytes while reading, then documents, then rows."""
+
+
+class Unit(NamedTuple):
+    """Files that are read together."""
+
+    files: Sequence[TextFile]
+    bytes: int
 
 
 def prepare(
@@ -53,182 +71,294 @@ def prepare(
     val_last: float = 0.0,
     filters: Sequence[str] = (),
     deduplicate: bool = False,
-    progress: Progress | None = None,
-    run_bytes: int = RUN_BYTES,
-    executor: Executor | None = None,
-) -> Manifest | None:
-    """Turn text files into a folder of shards, `manifest.json` and the tokenizer's files; returns the manifest.
+    workers: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+    unit_bytes: int = UNIT_BYTES,
+    rows_per_shard: int = ROWS_PER_SHARD,
+) -> Manifest:
+    """Turn text files into a folder of shards, `manifest.json` and the tokenizer's files. Returns the manifest.
 
     tokenizer: a tokenizer.json, a folder with one, or a Hub name; None trains one of `vocab_size` entries on the text.
     val_fraction: share of the documents that is held out; or val: files and folders that are held out, and not trained on
     even if they lie in the given folders; or val_last: the share at the end of each document that is held out.
     filters: such as `length,min_characters=200` (see `filters.py`); deduplicate: of equal texts, keep the first.
-    run_bytes: text that a process holds at once; changes no row. executor: who does the work; None: this process. One that
-    does not wait for its work (a cluster) makes the result None as long as that is not finished.
+    workers: processes; None: as many as there are processors. unit_bytes: text that each holds at once. Neither changes a row.
 
-    A folder that holds the same already (by digest of inputs and options) is left as it is, any other one is refused. Work
-    that was interrupted is gone on with. Raises DataError for inputs that cannot be read and for a corpus too short for a
-    single row.
+    A folder that holds the same already (by digest of inputs and options) is left as it is, any other one is refused. Work that
+    was interrupted continues. Raises DataError for inputs that cannot be read and for a corpus too short for a single row.
     """
     out, paths, val = Path(out).expanduser(), list(paths), list(val)
-    _check_apart(out, [*paths, *val])
-    if executor is not None:  # its tasks may run in other folders
-        out = out.absolute()
-        paths, val = ([path if is_remote(path) else Path(path).absolute() for path in given] for given in (paths, val))
+    check_apart(out, [*paths, *val])
     found = survey(paths, val)
-    files = found.files
     vocabulary = None if tokenizer is None else load_vocabulary(tokenizer)
-    listed = _listed(files) if is_free(out) else None  # reading all of a large corpus for its digest takes long
-    recipe = recipe_for(
-        files, vocabulary, vocab_size=vocab_size, seq_len=seq_len, seed=seed, val_fraction=val_fraction,
-        filters=filters, deduplicate=deduplicate, val_last=val_last, inputs=listed,
+    recipe = recipe_of(
+        found.files, vocabulary, vocab_size=vocab_size, seq_len=seq_len, seed=seed, val_fraction=val_fraction,
+        val_last=val_last, filters=filters, deduplicate=deduplicate,
     )  # fmt: skip
-    return prepare_files(
-        files, recipe, out, vocabulary, progress, filters=filters, run_bytes=run_bytes, executor=executor, found=found
-    )
-
-
-def prepare_files(
-    files: Sequence[TextFile],
-    recipe: Recipe,
-    out: Path,
-    vocabulary: Vocabulary | None = None,
-    progress: Progress | None = None,
-    rows_per_shard: int = ROWS_PER_SHARD,
-    *,
-    filters: Sequence[str] = (),
-    run_bytes: int = RUN_BYTES,
-    executor: Executor | None = None,
-    found: Found | None = None,
-) -> Manifest | None:
-    """Make the folder of a recipe unless it is there already. `recipe.inputs` may be a digest of names, sizes and times."""
-    name = digest_of([recipe.identity(), run_bytes, rows_per_shard, WORK_FORMAT])[:12]
-    job = Preparation(
-        folder=out.parent / f".{out.name}.{name}", out=out, seed=recipe.seed, row_length=recipe.seq_len + 1,
-        run_bytes=run_bytes, rows_per_shard=rows_per_shard, files=tuple(files), recipe=recipe, filters=tuple(filters),
-        piece_bytes=_piece_bytes(files, recipe.val_fraction), found=found or Found(list(files), {}, [], []),
+    name = digest_of([recipe, [file.state() for file in found.files], unit_bytes, rows_per_shard])[:12]
+    plan = Plan(
+        folder=out.parent / f".{out.name}.{name}", row_length=seq_len + 1, seed=seed, filters=tuple(filters),
+        val_last=val_last, piece_bytes=piece_bytes(found.files, val_fraction), unit_bytes=unit_bytes,
+        rows_per_shard=rows_per_shard,
     )  # fmt: skip
-
-    def start() -> None:
-        if vocabulary is not None:
-            job.path("tokenizer").mkdir(exist_ok=True)
-            write_tokenizer(vocabulary, job.path("tokenizer"), recipe.seq_len)
-
-    def there() -> Manifest | None:
-        return None if is_free(out) else already_there(out, _measured(job).identity())
-
-    return carry_out(job, STAGES, there, start, progress or untold, executor)
-
-
-def _check_apart(out: Path, paths: Iterable[str | Path]) -> None:
-    """Raise DataError where the result would lie among the texts, or the texts in it: another time it would be read as text."""
-    for path in paths:
-        place = Path(path).expanduser()
-        if is_remote(path) or not place.exists():
-            continue
-        if place.is_dir() and out.resolve().is_relative_to(place.resolve()):
-            raise DataError(f"{out}: lies inside of {path}, which is read; choose a folder outside of it")
-        if place.resolve().is_relative_to(out.resolve()):
-            raise DataError(f"{path}: lies inside of {out}, which is to be made; choose another folder for the result")
+    with alone(out):
+        if not is_free(out):
+            manifest = already_there(out, recipe | {"inputs": digest_files(found.files)})
+            shutil.rmtree(plan.folder, ignore_errors=True)
+            return manifest
+        require_plain(plan.folder)
+        with explained(plan, out):
+            if read_manifest(plan.path("result")) is None:
+                _Work(plan, found, recipe, vocabulary, workers, progress).carry_out()
+            return publish(plan, out)
 
 
-def finish(job: Preparation, unit: int, progress: Progress) -> Report:
-    """Say in the manifest what is in the folder, and give it its name."""
-    index, divide, carry = (job.report(stage) for stage in ("index", "divide", "carry"))
-    vocabulary = job.vocabulary()
-    tokenizer = {
-        "file": "tokenizer.json",
-        **(write_tokenizer(vocabulary, job.path("result"), job.row_length - 1) if job.path("result").is_dir() else {}),
-        "vocab_size": vocabulary.tokenizer.get_vocab_size(),
-        "eos_token": vocabulary.eos_token,
-        "eos_id": vocabulary.eos_id,
-    }
-    duplicates = {"duplicates": divide["duplicates"]} if job.recipe.deduplicate else {}
-    manifest = Manifest(
-        row_length=job.row_length,
-        recipe=_measured(job, index["digests"]).identity(),
-        tokenizer=tokenizer,
-        splits=written_shards(job),
-        sources=_by_source(job.sources() or [], divide["documents"], carry["by_source"]),
-        documents=sum(divide["documents"]),
-        tokens=sum(carry["rows"].values()) * job.row_length,
-        dropped_tokens=sum(carry["dropped"].values()),
-        bad_lines=index["bad_lines"],
-        first_bad_lines=index["first_bad_lines"],
-        left_out=index["left_out"] | duplicates,
-        not_read=job.found.not_read,
-        first_not_read=job.found.first_not_read,
-        outside=job.found.outside,
-        nul_characters=index["nul_characters"],
-        files_with_nul=index["files_with_nul"],
-        lost_characters=carry["lost_characters"],
-        most_lost=carry["most_lost"],
-    )
-    publish(job, manifest)
-    return {}
+def piece_bytes(files: Sequence[TextFile], val_fraction: float) -> int:
+    """Return where long texts are cut: so that a corpus of one long text has about the held-out part that is asked for."""
+    share = int(sum(file.size() for file in files) * val_fraction) if val_fraction else LONGEST
+    return min(max(share, _SMALLEST_PIECE_BYTES), LONGEST)
 
 
-def _by_source(names: list[str], documents: list[int], rows: list[list[Any]]) -> dict[str, dict[str, int]]:
-    found = {(split, source): count for split, source, count in rows}
-    return {
-        name: {"documents": documents[number]} | {f"{split}_rows": found.get((split, number), 0) for split in SPLITS}
-        for number, name in enumerate(names)
-    }
+class _Work:
+    """The stages of one preparation, each of units that are whole or absent."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        found: Found,
+        recipe: dict[str, Any],
+        vocabulary: Vocabulary | None,
+        workers: int | None,
+        tell: Progress,
+    ):
+        self._plan, self._found, self._recipe, self._vocabulary = plan, found, recipe, vocabulary
+        self._workers, self._tell = workers, tell
+        self._units = list(_units(found.files, plan.unit_bytes))
+
+    def carry_out(self) -> None:
+        """Make the folder `result`, with its manifest, from what is not done yet."""
+        read = self._spread(
+            "scan", "reading", scan, [(unit.files,) for unit in self._units], [u.bytes for u in self._units]
+        )
+        self._check_text(read)
+        options = {"deduplicate": "deduplicate" in self._recipe, "val_fraction": self._recipe["val_fraction"]}
+        decided = self._once("decide", lambda: decide(self._plan, read, **options))
+        self._once("vocabulary", lambda: self._make_vocabulary(read))
+        documents = [report["documents"] for report in read]
+        starts = np.cumsum([0, *documents]).tolist()
+        parts = [(unit.files, start, end) for unit, start, end in zip(self._units, starts, starts[1:])]
+        blocks = self._spread("tokenize", "tokenizing", _tokenize, parts, documents)
+        layout = self._once("layout", lambda: self._lay_out(blocks))
+        shards = {split: self._write_split(split, decided) for split in self._splits()}
+        self._write_manifest(read, decided, layout, shards)
+
+    def _spread(
+        self, stage: str, what: str, work: Callable[..., Report], parts: Sequence[tuple[Any, ...]], sizes: Sequence[int]
+    ) -> list[Report]:
+        """Do the units of a stage that are not done, `workers` at once, and return all of their reports."""
+        from joblib import Parallel, cpu_count, delayed
+
+        todo = [unit for unit in range(len(parts)) if not self._plan.is_done(stage, unit)]
+        workers = min(self._workers or cpu_count(), max(len(todo), 1))
+        threads = 0 if workers == 1 else cpu_count() // workers
+        calls = (delayed(_finish)(self._plan, stage, unit, work, parts[unit], threads) for unit in todo)
+        done = sum(sizes) - sum(sizes[unit] for unit in todo)
+        self._tell(what, done, sum(sizes))
+        for unit in Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(calls):
+            done += sizes[unit]
+            self._tell(what, done, sum(sizes))
+        return [self._plan.report(stage, unit) for unit in range(len(parts))]
+
+    def _once(self, stage: str, work: Callable[[], Report]) -> Report:
+        return self._plan.report(stage, 0) if self._plan.is_done(stage, 0) else self._plan.finish(work(), stage, 0)
+
+    def _splits(self) -> Sequence[str]:
+        holds_out = self._recipe["val_fraction"] or {"val_given", "val_last"} & self._recipe.keys()
+        return SPLITS if holds_out else SPLITS[:1]
+
+    def _check_text(self, read: Sequence[Report]) -> None:
+        if any(report["used"] for report in read):
+            return
+        left_out = sum((Counter(report["left_out"]) for report in read), Counter[str]())
+        reasons = [f"{dropped} documents were left out by {name}" for name, dropped in left_out.items()]
+        if bad := sum(report["bad_lines"] for report in read):
+            reasons.append(f"{bad} lines could not be used: {', '.join(_first(read, 'first_bad_lines'))}")
+        size = sum(unit.bytes for unit in self._units)
+        raise Unusable("; ".join([f"no text in the {len(self._found.files)} files ({size} bytes)", *reasons]))
+
+    def _make_vocabulary(self, read: Sequence[Report]) -> Report:
+        vocabulary = self._vocabulary
+        if vocabulary is None:
+            self._tell("training the tokenizer", 0, None)
+            vocabulary = train_tokenizer(self._sample(read), self._recipe["vocab_size"])
+        self._plan.path("tokenizer").mkdir(exist_ok=True)
+        write_tokenizer(vocabulary, self._plan.path("tokenizer"), self._plan.row_length - 1)
+        return {}
+
+    def _sample(self, read: Sequence[Report]) -> Iterator[str]:
+        """Yield training documents from the beginning of each unit, in proportion to its bytes."""
+        streams_D, start = np.load(self._plan.path("streams.npy"), mmap_mode="r"), 0
+        for unit, report in zip(self._units, read):
+            left = _SAMPLE_CHARACTERS * unit.bytes / sum(unit.bytes for unit in self._units)
+            for stream, text in texts(self._plan, unit.files, streams_D[start : start + report["documents"]]):
+                if stream % 2 == 0:
+                    yield text
+                    left -= len(text)
+                if left <= 0:
+                    break
+            start += report["documents"]
+
+    def _lay_out(self, tokenized: Sequence[Report]) -> Report:
+        """Say where the tokens of each stream are. Raises Unusable where the tokenizer lost most of the text."""
+        segments, characters, lost = list[list[int]](), 0, Counter[str]()
+        for unit, report in enumerate(tokenized):
+            for block in range(report["blocks"]):
+                found = self._plan.report("block", unit, block)
+                segments += [[unit, block, *segment] for segment in found["segments"]]
+                characters, lost = characters + found["characters"], lost + Counter(found["lost"])
+        most_lost = dict(lost.most_common(2 * _NAMED))
+        if 2 * lost.total() > characters:
+            raise Unusable(
+                f"the tokenizer has no token for {lost.total():,} of {characters:,} characters of the text, such as "
+                f"{', '.join(map(repr, most_lost))}; choose one that was made for such text, or train one on it (leave out "
+                "--tokenizer)"
+            )
+        return {"segments": segments, "lost_characters": lost.total(), "most_lost": most_lost}
+
+    def _write_split(self, split: str, decided: Report) -> list[Shard]:
+        rows, most = _rows(self._plan, split), self._plan.rows_per_shard
+        if len(rows) == 0:
+            part = "held-out part of the corpus" if split == "val" else "corpus"
+            raise Unusable(
+                f"the {part} is too short for a single row: {rows.dropped_tokens} tokens at most, a row takes "
+                f"{self._plan.row_length} ({sum(decided['documents'])} documents in {len(self._found.files)} files); "
+                f"{'hold out more' if split == 'val' else 'add text'}, or lower seq_len"
+            )
+        sizes = [min(most, len(rows) - start) for start in range(0, len(rows), most)]
+        places = [(split, number, len(sizes), decided["sources"]) for number in range(len(sizes))]
+        return [Shard(**report) for report in self._spread(f"write {split}", f"writing {split}", _write, places, sizes)]
+
+    def _write_manifest(
+        self, read: Sequence[Report], decided: Report, layout: Report, shards: dict[str, list[Shard]]
+    ) -> None:
+        plan, vocabulary = self._plan, load_vocabulary(self._plan.path("tokenizer"))
+        rows = {split: _rows(plan, split) for split in SPLITS}
+        sources = {
+            label: {"documents": count}
+            | {f"{split}_rows": rows[split].rows_by_source.get(number, 0) for split in SPLITS}
+            for number, (label, count) in enumerate(zip(decided["sources"] or [], decided["documents"]))
+        }
+        left_out = Counter(dict.fromkeys(plan.filters, 0))
+        for report in read:
+            left_out.update(report["left_out"])
+        digests = [digest for report in read for digest in report["digests"]]
+        manifest = Manifest(
+            row_length=plan.row_length,
+            recipe=self._recipe | {"inputs": digest_files(self._found.files, digests)},
+            tokenizer={
+                "file": "tokenizer.json",
+                **write_tokenizer(vocabulary, plan.path("result"), plan.row_length - 1),
+                "vocab_size": vocabulary.tokenizer.get_vocab_size(),
+                "eos_token": vocabulary.eos_token,
+                "eos_id": vocabulary.eos_id,
+            },
+            splits=shards,
+            sources=sources,
+            documents=sum(decided["documents"]),
+            tokens=sum(map(len, rows.values())) * plan.row_length,
+            dropped_tokens=sum(part.dropped_tokens for part in rows.values()),
+            bad_lines=sum(report["bad_lines"] for report in read),
+            first_bad_lines=_first(read, "first_bad_lines"),
+            left_out=left_out | ({"duplicates": decided["duplicates"]} if "deduplicate" in self._recipe else {}),
+            not_read=self._found.not_read,
+            first_not_read=self._found.first_not_read,
+            outside=self._found.outside,
+            nul_characters=sum(report["nul_characters"] for report in read),
+            files_with_nul=_first(read, "files_with_nul"),
+            lost_characters=layout["lost_characters"],
+            most_lost=layout["most_lost"],
+        )
+        with written(plan.path("result", FILE)) as file:
+            file.write(manifest.to_json().encode())
 
 
-def _measured(job: Preparation, digests: Sequence[str] | None = None) -> Recipe:
-    """The recipe with the digest of what is in the files."""
-    if digests is None and not job.recipe.inputs.startswith(_LISTED):
-        return job.recipe
-    return replace(job.recipe, inputs=digest_inputs(job.files, digests) if digests else digest_files(job.files))
+def _finish(plan: Plan, stage: str, unit: int, work: Callable[..., Report], part: tuple[Any, ...], threads: int) -> int:
+    """Do a unit, and write its report. threads: of the tokenizer in one of several processes, unless the user decided."""
+    if threads:
+        os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    plan.finish(work(plan, unit, *part), stage, unit)
+    return unit
 
 
-def _piece_bytes(files: Sequence[TextFile], val_fraction: float) -> int:
-    """Where long texts are cut: with a held-out part so that a corpus of one long text has about the share asked for."""
-    if not val_fraction:
-        return LONGEST_BYTES
-    share = int(sum(file.size() for file in files) * val_fraction)
-    return min(max(share, _SMALLEST_PIECE_BYTES), LONGEST_BYTES)
+def _tokenize(plan: Plan, unit: int, files: Sequence[TextFile], start: int, end: int) -> Report:
+    """Write the tokens of the documents start … end - 1, block by block; blocks that are there are not made again."""
+    streams_D = np.load(plan.path("streams.npy"), mmap_mode="r")[start:end]
+    vocabulary, number = load_vocabulary(plan.path("tokenizer")), -1
+    for number, block in enumerate(_batches(texts(plan, files, streams_D), plan.unit_bytes)):
+        if not plan.is_done("block", unit, number):
+            plan.finish(_write_block(plan.path("tokens", unit, number), block, vocabulary), "block", unit, number)
+    return {"blocks": number + 1}
 
 
-def _groups(job: Preparation) -> int:
-    return len(job.groups)
+def _write_block(path: Path, block: Sequence[tuple[int, str]], vocabulary: Vocabulary) -> Report:
+    """Write the tokens of texts, those of each stream together. They do not depend on the number of threads."""
+    allow_parallelism()
+    losses, streams = Losses(vocabulary.tokenizer), dict[int, list[np.ndarray]]()
+    for batch in _batches(block, _BATCH_CHARACTERS, _BATCH_DOCUMENTS):
+        ids = encode(vocabulary, [text for _, text in batch])
+        losses.add([text for _, text in batch], ids)
+        for (stream, _), tokens in zip(batch, ids):
+            streams.setdefault(stream, []).append(np.array([*tokens, vocabulary.eos_id], dtype=TOKEN))
+    segments, start = list[list[int]](), 0
+    with written(path) as file:
+        for stream in sorted(streams):
+            tokens_N = np.concatenate(streams.pop(stream))
+            file.write(tokens_N.tobytes())
+            segments.append([stream, start, len(tokens_N)])
+            start += len(tokens_N)
+    return {"segments": segments, "characters": losses.characters, "lost": losses.lost}
 
 
-def _duplicate_parts(job: Preparation) -> int:
-    return job.report("index")["duplicate_parts"]
+def _write(plan: Plan, unit: int, split: str, number: int, shards: int, sources: list[str] | None) -> Report:
+    """Write one shard of the result."""
+    rows, start = _rows(plan, split), number * plan.rows_per_shard
+    part = rows.permuted(start, min(start + plan.rows_per_shard, len(rows)), plan.seed)
+    return asdict(write_shard(part, plan.path("result", shard_name(split, number, shards)), sources))
 
 
-def _pieces(job: Preparation) -> int:
-    return len(job.report("index")["pieces"])
+@lru_cache(maxsize=4)
+def _rows(plan: Plan, split: str) -> StreamRows:
+    segments = [
+        Segment(plan.path("tokens", unit, block), SPLITS[stream % 2], stream // 2, start, tokens)
+        for unit, block, stream, start, tokens in plan.report("layout", 0)["segments"]
+    ]
+    return StreamRows(segments, split, plan.row_length)
 
 
-def _parts(job: Preparation) -> int:
-    return job.report("divide")["parts"]
+def _units(files: Sequence[TextFile], unit_bytes: int) -> Iterator[Unit]:
+    """Yield consecutive files that are read together: about `unit_bytes` of them, or one large one."""
+    start, size = 0, 0
+    for number, file in enumerate(files, 1):
+        size += file.size()
+        if size >= unit_bytes or number - start == _MOST_FILES or number == len(files):
+            yield Unit(files[start:number], size)
+            start, size = number, 0
 
 
-STAGES = (
-    Stage("read", _groups, corpus.read),
-    Stage("index", one, corpus.index),
-    Stage("deduplicate", _duplicate_parts, find_duplicates),
-    Stage("shuffle", _pieces, corpus.shuffle),
-    Stage("divide", one, corpus.divide),
-    Stage("vocabulary", one, rows.vocabulary),
-    Stage("tokenize", _parts, rows.tokenize),
-    Stage("carry", one, rows.carry),
-    Stage("cut", _parts, rows.cut),
-    Stage("rank", one, rank_rows),
-    Stage("write", count_shards, write_shard),
-    Stage("finish", one, finish),
-)
+def _batches(
+    documents: Iterable[tuple[int, str]], characters: int, most: int | None = None
+) -> Iterator[list[tuple[int, str]]]:
+    """Yield (stream, text) in lists of about so many characters, and at most so many texts."""
+    batch, held = list[tuple[int, str]](), 0
+    for stream, text in documents:
+        batch.append((stream, text))
+        held += len(text)
+        if held >= characters or len(batch) == most:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
-def _listed(files: Sequence[TextFile]) -> str:
-    """Digest of what the files are called, how large they are and when they were written."""
-
-    def state(file: TextFile) -> Any:
-        return list(file.remote) if file.remote is not None else [file.size(), file.path.stat().st_mtime_ns]
-
-    return _LISTED + digest_of(
-        [file.name, str(file.path.absolute()), file.source, file.held_out, state(file)] for file in files
-    )
+def _first(reports: Sequence[Report], key: str) -> list[str]:
+    return [name for report in reports for name in report[key]][:_NAMED]

@@ -1,53 +1,23 @@
-"""What rows follow from: the identity of a prepared folder, and of the work that makes it."""
+"""What rows follow from: the identity of a prepared folder."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from picolm.data.documents import TextFile, digest_files
+from picolm import trusted
+from picolm.data.documents import TextFile, is_remote
 from picolm.data.filters import identity
 from picolm.data.manifest import Manifest, damaged_files, read_manifest
 from picolm.data.tokenizer import Vocabulary, check_size
 from picolm.errors import DataError
 
-_NEWER = ("filters", "deduplicate", "val_given", "val_last")
+VERSION = 2  # of the order of rows; 1 shuffled the documents too, and both by sorting
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """All that the rows follow from. inputs: digest of the files; tokenizer: sha-256 of its file, or `trained`.
-
-    Held out are the share `val_fraction` of the documents, or given files (val_given), or the last share of each document.
-    """
-
-    inputs: str
-    tokenizer: str
-    vocab_size: int | None
-    seq_len: int
-    seed: int
-    val_fraction: float
-    version: int = 1
-    filters: tuple[str, ...] = ()
-    deduplicate: bool = False
-    val_given: bool = False
-    val_last: float = 0.0
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether what is held out does not depend on the seed."""
-        return self.val_given or self.val_last > 0
-
-    def identity(self) -> dict[str, Any]:
-        """Its fields; those that are newer than the first prepared folders only where they say something."""
-        said = {name: value for name, value in asdict(self).items() if name not in _NEWER or value}
-        return said | ({"filters": list(self.filters)} if self.filters else {})
-
-
-def recipe_for(
+def recipe_of(
     files: Sequence[TextFile],
     vocabulary: Vocabulary | None,
     *,
@@ -55,15 +25,11 @@ def recipe_for(
     seq_len: int,
     seed: int,
     val_fraction: float,
-    filters: Sequence[str] = (),
-    deduplicate: bool = False,
-    val_last: float = 0.0,
-    inputs: str | None = None,
-) -> Recipe:
-    """The recipe of these files and options. inputs None: reads all files for their digests.
-
-    Raises DataError for senseless options.
-    """
+    val_last: float,
+    filters: Sequence[str],
+    deduplicate: bool,
+) -> dict[str, Any]:
+    """Return all that the rows follow from but the digest of the inputs. Raises DataError for senseless options."""
     if seq_len < 1:
         raise DataError(f"seq_len is {seq_len}; a row needs at least one input token")
     for name, share, whole in (
@@ -77,22 +43,26 @@ def recipe_for(
         raise DataError("what is held out is said in two ways; choose one of val, val_fraction and val_last")
     if vocabulary is None:
         check_size(vocab_size)
-        tokenizer, size = "trained", vocab_size
+        tokenizer = "trained"
     else:
         assert vocabulary.file is not None
-        tokenizer, size = hashlib.sha256(vocabulary.file.read_bytes()).hexdigest(), None
-    named = tuple(identity(text) for text in filters)
-    inputs = digest_files(files) if inputs is None else inputs
-    return Recipe(
-        inputs, tokenizer, size, seq_len, seed, val_fraction, filters=named, deduplicate=deduplicate, val_given=given,
-        val_last=val_last,
-    )  # fmt: skip
+        tokenizer = hashlib.sha256(trusted.read_bytes(vocabulary.file.resolve())).hexdigest()
+    optional = {
+        "filters": [identity(text) for text in filters], "deduplicate": deduplicate, "val_given": given, "val_last": val_last,
+    }  # fmt: skip
+    return {
+        "inputs": "", "tokenizer": tokenizer, "vocab_size": vocab_size if vocabulary is None else None, "seq_len": seq_len,
+        "seed": seed, "val_fraction": val_fraction, "version": VERSION,
+    } | {name: value for name, value in optional.items() if value}  # fmt: skip
 
 
-def already_there(out: Path, recipe: dict[str, Any]) -> Manifest | None:
-    """The manifest of `out` if it was made by this recipe; None if nothing is there. Raises DataError for anything else."""
-    if is_free(out):
-        return None
+def is_free(out: Path) -> bool:
+    """Return whether there is nothing, or an empty folder."""
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+
+
+def already_there(out: Path, recipe: dict[str, Any]) -> Manifest:
+    """Return the manifest of `out` if it was made by this recipe, in any version. Raises DataError if it holds anything else."""
     manifest = read_manifest(out) if out.is_dir() else None
     if manifest is None:
         raise DataError(f"{out}: is there already and holds something else; choose another folder or delete it")
@@ -103,14 +73,21 @@ def already_there(out: Path, recipe: dict[str, Any]) -> Manifest | None:
     return manifest
 
 
-def is_free(out: Path) -> bool:
-    """Whether there is nothing, or an empty folder."""
-    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+def check_apart(out: Path, paths: Iterable[str | Path]) -> None:
+    """Raise DataError where the result would lie among the texts, or the texts in it: another time it would be read as text."""
+    for path in paths:
+        place = Path(path).expanduser()
+        if is_remote(path) or not place.exists():
+            continue
+        if place.is_dir() and out.resolve().is_relative_to(place.resolve()):
+            raise DataError(f"{out}: lies inside of {path}, which is read; choose a folder outside of it")
+        if place.resolve().is_relative_to(out.resolve()):
+            raise DataError(f"{path}: lies inside of {out}, which is to be made; choose another folder for the result")
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> str:
     return ", ".join(
         "other text" if key == "inputs" else f"{key} {there.get(key)} there, {asked.get(key)} asked for"
         for key in {**asked, **there}
-        if there.get(key) != asked.get(key)
+        if there.get(key) != asked.get(key) and key != "version"
     )

@@ -1,101 +1,94 @@
-"""Shuffled rows -> parquet shards, in the layout of the published data, with what the manifest says of each.
+"""Token files -> rows in a permuted order -> parquet shards, in the layout of the published data.
 
-A shard holds the rows whose keys have the ranks of its own; where these begin is told by a histogram of all keys, so that any
-shard can be written without the others.
+The tokens of one split and source are a *stream*, in the order of the documents; row k of a stream is its k-th `row_length`
+tokens. The rows of a split are numbered stream by stream; at place i of the result is the row `permute(i, rows, seed, "rows …")`,
+so that any shard can be written without the others, and is the same whoever writes it.
+
+Shapes: R rows, T tokens in a row (the inputs and the shifted targets).
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Iterator
-from dataclasses import asdict
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
-from picolm.data.job import Job, Progress, Report, written
 from picolm.data.manifest import Shard
-from picolm.data.rows import SPLITS, row_of
-from picolm.data.runs import bounds, read_between, read_keys
+from picolm.data.order import permute
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+SPLITS = ("train", "val")
 ROWS_PER_SHARD = 20_480  # as published
 _ROWS_PER_GROUP = 128  # a row group is what one access decodes
-_BINS = 1 << 16
+TOKEN = np.dtype("<i4")
+
+Row = tuple[int, np.ndarray]
+"""(number of its source, tokens int32 [T])"""
 
 
-def rank(job: Job, unit: int, progress: Progress) -> Report:
-    """Count the rows by ranges of keys, and say how many shards they make."""
-    found: Report = {"splits": {}}
-    for split in SPLITS:
-        counts_B = np.zeros(_BINS, dtype=np.int64)
-        for run in _runs(job, split):
-            counts_B += np.bincount((read_keys(run) >> np.uint64(63 - 16)).astype(np.int64), minlength=_BINS)
-        ends_B = np.concatenate([[0], np.cumsum(counts_B)])
-        np.save(job.path(f"{split}.npy"), ends_B)
-        if ends_B[-1]:
-            found["splits"][split] = [int(ends_B[-1]), -(-int(ends_B[-1]) // job.rows_per_shard)]
-    for done in ("tokens", "carry"):
-        shutil.rmtree(job.path(done), ignore_errors=True)
-    job.path("result").mkdir(exist_ok=True)
-    return found
+class Segment(NamedTuple):
+    """Tokens that lie together: `tokens` of the stream `source` of a split, from token `start` of a file on."""
+
+    file: Path
+    split: str
+    source: int
+    start: int
+    tokens: int
 
 
-def write(job: Job, unit: int, progress: Progress) -> Report:
-    """Write one shard of the result: `SPLIT-00000-of-00002.parquet`, …"""
-    split, number, rows, shards = shards_of_job(job)[unit]
-    start, end = number * job.rows_per_shard, min((number + 1) * job.rows_per_shard, rows)
-    name = f"{split}-{number:05d}-of-{shards:05d}.parquet"
-    ranked = (row_of(record) for record in _ranked(job, split, start, end))
-    shard = _write_shard(ranked, job.path("result", name), job.sources())
-    progress(f"writing {split}", end, rows)
-    return asdict(shard)
+class StreamRows:
+    """The rows of a split, found by arithmetic in token files. rows_by_source: how many each source has."""
+
+    def __init__(self, segments: Sequence[Segment], split: str, row_length: int):
+        self._split, self._length = split, row_length
+        self._streams: dict[int, list[Segment]] = {}
+        for segment in segments:
+            if segment.split == split:
+                self._streams.setdefault(segment.source, []).append(segment)
+        self._sources = sorted(self._streams)
+        self._ends = {source: np.cumsum([part.tokens for part in self._streams[source]]) for source in self._sources}
+        self.rows_by_source = {source: int(self._ends[source][-1]) // row_length for source in self._sources}
+        self.dropped_tokens = sum(int(ends[-1]) % row_length for ends in self._ends.values())
+        self._starts = np.cumsum([0, *self.rows_by_source.values()])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def permuted(self, start: int, end: int, seed: int) -> Iterator[Row]:
+        """Yield the rows at the places start … end - 1 of the result."""
+        for number in permute(np.arange(start, end), len(self), seed, f"rows {self._split}").tolist():
+            yield self._row(number)
+
+    def _row(self, number: int) -> Row:
+        stream = int(np.searchsorted(self._starts, number, side="right")) - 1
+        source = self._sources[stream]
+        place, wanted, parts = (number - int(self._starts[stream])) * self._length, self._length, list[np.ndarray]()
+        segment = int(np.searchsorted(self._ends[source], place, side="right"))
+        while wanted:
+            part, end = self._streams[source][segment], int(self._ends[source][segment])
+            taken = min(wanted, end - place)
+            first = part.start + part.tokens - (end - place)
+            parts.append(np.fromfile(part.file, TOKEN, taken, offset=TOKEN.itemsize * first))
+            place, wanted, segment = place + taken, wanted - taken, segment + 1
+        return source, np.concatenate(parts)
 
 
-def written_shards(job: Job) -> dict[str, list[Shard]]:
-    """The finished shards of each split."""
-    splits: dict[str, list[Shard]] = {split: [] for split in job.report("rank")["splits"]}
-    for (split, *_), shard in zip(shards_of_job(job), job.reports("write", range(count_shards(job)))):
-        splits[split].append(Shard(**shard))
-    return splits
+def shard_name(split: str, number: int, shards: int) -> str:
+    """Return the name of a shard: `train-00000-of-00002.parquet`."""
+    return f"{split}-{number:05d}-of-{shards:05d}.parquet"
 
 
-def count_shards(job: Job) -> int:
-    """Shards of all splits."""
-    return len(shards_of_job(job))
-
-
-def shards_of_job(job: Job) -> list[tuple[str, int, int, int]]:
-    """(split, number of the shard in it, rows of the split, shards of the split) of all shards."""
-    splits = job.report("rank")["splits"].items()
-    return [(split, number, rows, shards) for split, (rows, shards) in splits for number in range(shards)]
-
-
-def _ranked(job: Job, split: str, start: int, end: int) -> Iterator[bytes]:
-    """The rows of these ranks by key."""
-    ends_B, runs = np.load(job.path(f"{split}.npy")), _runs(job, split)
-    first, last = int(np.searchsorted(ends_B, start, side="right")) - 1, int(np.searchsorted(ends_B, end))
-    skip, wanted = start - int(ends_B[first]), end - start
-    at_once = max(1, job.run_bytes // (4 * job.row_length))
-    while wanted and first < last:
-        upto = max(first + 1, int(np.searchsorted(ends_B, ends_B[first] + at_once)))
-        low, high = bounds(first, _BINS)[0], bounds(min(upto, last) - 1, _BINS)[1]
-        for record in islice(read_between(runs, low, high), skip, skip + wanted):
-            yield record
-            wanted -= 1
-        first, skip = upto, 0
-
-
-def _runs(job: Job, split: str) -> list[Path]:
-    return sorted(path for path in job.path("rows", split).glob("[0-9]*"))
-
-
-def _write_shard(rows: Iterator[tuple[int, np.ndarray]], path: Path, sources: list[str] | None) -> Shard:
+def write_shard(rows: Iterator[Row], path: Path, sources: Sequence[str] | None) -> Shard:
+    """Write rows as a shard. Returns what the manifest says of it. sources: names by number, None to write none."""
     import pyarrow.parquet as pq
 
     content, count, largest, writer = hashlib.sha256(), 0, 0, None
@@ -106,7 +99,7 @@ def _write_shard(rows: Iterator[tuple[int, np.ndarray]], path: Path, sources: li
             if writer is None:
                 writer = pq.ParquetWriter(file, table.schema, compression="zstd", write_page_checksum=True)
             writer.write_table(table)
-            content.update(tokens_RT.astype("<i4").tobytes())
+            content.update(tokens_RT.astype(TOKEN).tobytes())
             content.update("\n".join(sources[number] for number in numbers_R).encode() if sources else b"")
             count, largest = count + len(group), max(largest, int(tokens_RT.max()))
         assert writer is not None
@@ -116,7 +109,22 @@ def _write_shard(rows: Iterator[tuple[int, np.ndarray]], path: Path, sources: li
     return Shard(path.name, count, path.stat().st_size, sha256, content.hexdigest(), largest)
 
 
-def _table(tokens_RT: np.ndarray, numbers_R: list[int], sources: list[str] | None) -> pa.Table:
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write into that takes its name when it is whole and on disk."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _table(tokens_RT: np.ndarray, numbers_R: list[int], sources: Sequence[str] | None) -> pa.Table:
     import pyarrow as pa
 
     columns = {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens_RT.reshape(-1)), tokens_RT.shape[1])}

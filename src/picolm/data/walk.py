@@ -1,4 +1,4 @@
-"""Find the files below a folder of texts: through its links, each real folder once, and with a word on all that is not read."""
+"""Find the files below a folder of texts: through its links, each real folder once, naming all that is not read."""
 
 from __future__ import annotations
 
@@ -26,15 +26,40 @@ def walk(folder: Path, is_wanted: Callable[[Path], bool]) -> Walked:
     Folders that are no links come first, so that a folder has its own name even where a link leads to it too.
     """
     root, seen, found = folder.resolve(), set[tuple[int, int]](), Walked([], [], [])
-    waiting = [folder]
+
+    def name_of(path: str | Path) -> str:
+        return Path(path).relative_to(folder).as_posix()
+
+    def read(start: Path) -> list[Path]:
+        """Add the files below `start`, and return the links to folders there."""
+        links = list[Path]()
+        unreadable = lambda error: found.not_read.append(("cannot be read", name_of(error.filename)))  # noqa: E731
+        for parent, folders, files in os.walk(start, onerror=unreadable):
+            if (identity := _identity(parent)) in seen:
+                folders.clear()
+                continue
+            seen.add(identity)
+            inside = [Path(parent, name) for name in folders if not name.startswith(".")]
+            links += [path for path in inside if path.is_symlink()]
+            folders[:] = [path.name for path in inside if not path.is_symlink()]
+            for path in (Path(parent, name) for name in files if not name.startswith(".")):
+                if why := _why_not(path, is_wanted):
+                    found.not_read.append((why, name_of(path)))
+                    continue
+                found.files.append(path)
+                if path.is_symlink() and not path.resolve().is_relative_to(root):
+                    found.outside.append(name_of(path))
+        return links
+
+    waiting = read(folder)
     while waiting:
         links = list[Path]()
-        for start in waiting:
-            if start != folder and not start.resolve().is_relative_to(root) and _identity(start) not in seen:
-                found.outside.append(start.relative_to(folder).as_posix())
-            links += _below(start, folder, root, seen, found, is_wanted)
-        waiting = sorted(links)
-    found.files.sort(key=lambda path: path.relative_to(folder).as_posix())
+        for start in sorted(waiting):
+            if not start.resolve().is_relative_to(root) and _identity(start) not in seen:
+                found.outside.append(name_of(start))
+            links += read(start)
+        waiting = links
+    found.files.sort(key=name_of)
     found.not_read.sort(key=lambda entry: entry[1])
     return found
 
@@ -49,39 +74,6 @@ def visible(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def _below(
-    start: Path,
-    folder: Path,
-    root: Path,
-    seen: set[tuple[int, int]],
-    found: Walked,
-    is_wanted: Callable[[Path], bool],
-) -> list[Path]:
-    """Add the files below `start`, and return the links to folders there."""
-    links = list[Path]()
-
-    def unreadable(error: OSError) -> None:
-        found.not_read.append(("cannot be read", Path(error.filename).relative_to(folder).as_posix()))
-
-    for parent, folders, files in os.walk(start, onerror=unreadable):
-        if _identity(Path(parent)) in seen:
-            folders.clear()
-            continue
-        seen.add(_identity(Path(parent)))
-        inside = [Path(parent) / name for name in folders if not name.startswith(".")]
-        links += [path for path in inside if path.is_symlink()]
-        folders[:] = [path.name for path in inside if not path.is_symlink()]
-        for path in (Path(parent) / name for name in files if not name.startswith(".")):
-            name = path.relative_to(folder).as_posix()
-            if why := _why_not(path, is_wanted):
-                found.not_read.append((why, name))
-                continue
-            found.files.append(path)
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                found.outside.append(name)
-    return links
-
-
 def _why_not(path: Path, is_wanted: Callable[[Path], bool]) -> str:
     """Return why a file is not read; empty if it is."""
     try:
@@ -92,6 +84,6 @@ def _why_not(path: Path, is_wanted: Callable[[Path], bool]) -> str:
     return "" if is_wanted(path) else visible(path.suffix.lower()) or "no ending"
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
     return status.st_dev, status.st_ino

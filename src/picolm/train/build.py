@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 
 from picolm.capture import Taps
 from picolm.capture.taps import find_modules
-from picolm.data import Source, open_source
+from picolm.data import Source, has_own_length, open_source
 from picolm.data.batches import Batches
 from picolm.errors import DataError, PicoError
 from picolm.logs import configure_logging
@@ -264,8 +264,8 @@ def _held_out(config: TrainConfig, name: str, split: str, source: Source) -> Sou
 
     own = config.data.dataset.name
     place = name if name != "auto" else PUBLISHED_VALIDATION if own == "pico-lm/pretokenized-dolma" else own
-    # An embedded corpus is cut to the length that is asked for; other held-out rows may be shorter than training rows.
-    length = row_length(config) if place.startswith("embedded:") else None
+    # Where rows have a length of their own, held-out ones may be shorter than training rows.
+    length = None if has_own_length(place) else row_length(config)
     try:
         held_out = _open(config, place, split if name != "auto" else "val", length)
         sha256 = getattr(source, "tokenizer_sha256", None)

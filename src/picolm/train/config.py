@@ -35,7 +35,8 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME on the Hub
 
 class Dataset(Section):
     name: Annotated[Place, NamesCode("data source", is_code=is_own_source)] = "pico-lm/pretokenized-dolma"
-    """Where the rows come from: a Hub data set, a folder of token shards, or `embedded:NAME`."""
+    """Where the rows come from: a Hub data set, a folder of token shards, `embedded:NAME`, `datatrove:FOLDER`, or a mixture by
+    weights, `mix:rows/books*0.7,rows/web*0.3`."""
     shuffle: bool = False
     """Permute the first pass too (prepared and published data are shuffled on disk; later passes always are)."""
     cache_dir: Place | None = None

@@ -1,0 +1,139 @@
+"""Tokenized data of other tools that are one long line of token ids, read as they lie.
+
+    datatrove:PATH    .ds files of datatrove's DocumentTokenizer: token ids of 2 or 4 bytes, which .ds.metadata says
+
+PATH is a file, a folder or a glob. A row is the next `row_length` tokens of a file, as the tool's own reader takes them; what is
+left at the end of a file is in no row. Row i is found by arithmetic, and read from the file alone. The order is that of the
+files: `data.dataset.shuffle: true` permutes it from the first pass on.
+
+The fingerprint is a digest of the name, the size and the first and last 64 KiB of each file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from picolm import trusted
+from picolm.data import SOURCES
+from picolm.data.manifest import digest_of
+from picolm.data.parquet import edges
+from picolm.data.splits import NoSplit, canonical, matching, split_of
+from picolm.errors import DataError
+
+
+class TokenFile(NamedTuple):
+    """A file that holds token ids, one behind the other, from byte `offset` on."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    offset: int
+    tokens: int
+
+
+class FlatRows:
+    """A `Source` over files of token ids."""
+
+    eos: int | None = None
+    max_token: int | None = None
+    max_token_file: str | None = None
+    tokenizer_sha256: str | None = None
+
+    def __init__(self, files: Sequence[TokenFile], row_length: int, name: str):
+        self._files, self.row_length = list(files), row_length
+        self._starts = np.cumsum([0, *(file.tokens // row_length for file in files)])
+        self.fingerprint = digest_of([file.path.name, edges(file.path), str(file.dtype), file.offset] for file in files)
+        beside = (folder / "tokenizer.json" for folder in list(files[0].path.parents)[:2])  # `out/train` of `out`
+        self.tokenizer_file = next((file for file in beside if file.is_file()), None)
+        if len(self) == 0:
+            raise DataError(
+                f"{name}: its {sum(file.tokens for file in files)} tokens are too few for a row of {row_length}"
+            )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Return the rows of these numbers, int32 [R, row_length]."""
+        tokens_RT = np.empty((len(indices), self.row_length), dtype=np.int32)
+        for place, index in enumerate(indices.tolist()):
+            if not 0 <= index < len(self):
+                raise DataError(f"row {index} of a data set of {len(self)} rows")
+            file, row = self._place(index)
+            first = file.offset + row * self.row_length * file.dtype.itemsize
+            read = np.fromfile(file.path, file.dtype, self.row_length, offset=first)
+            if len(read) < self.row_length or (read.dtype.itemsize > 2 and read.max() > np.iinfo(np.int32).max):
+                raise DataError(
+                    f"{self.locate(index)}: is cut off, or holds ids beyond 32 bits; was the file exchanged?"
+                )
+            tokens_RT[place] = read
+        return tokens_RT
+
+    def labels(self, indices: np.ndarray) -> list[str] | None:
+        """Return None: such files do not tell what a row is from."""
+        return None
+
+    def locate(self, index: int) -> str:
+        """Return `FILE row J`."""
+        file, row = self._place(index)
+        return f"{file.path} row {row}"
+
+    def _place(self, index: int) -> tuple[TokenFile, int]:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._files[number], index - int(self._starts[number])
+
+
+def open_flat(
+    place: str, ending: str, read: Callable[[Path], TokenFile], split: str, row_length: int | None
+) -> FlatRows:
+    """Return the rows of the files at `place` with an ending. read: says what a file holds. Raises DataError."""
+    given = Path(place).expanduser()
+    if given.is_dir():
+        base, files = (
+            given,
+            sorted(path for path in given.rglob(f"*{ending}") if not _is_hidden(path.relative_to(given))),
+        )
+    else:
+        base, files = (given.parent, [given]) if given.is_file() else matching(str(given))
+    if not files:
+        raise DataError(f"{place}: there are no {ending} files")
+    for file in files:
+        trusted.require_regular(file.resolve() if given == file else file, None if given == file else base)
+    splits = {file: split_of(file.relative_to(base).as_posix()) or "train" for file in files}
+    own = [file for file in files if splits[file] == canonical(split)]
+    if not own:
+        raise NoSplit(
+            f"{place}: has no {ending} files of the split {split!r} (there are: {', '.join(sorted(set(splits.values())))})"
+        )
+    if row_length is None:
+        raise DataError(f"{place}: {ending} files have no rows of their own; say how many tokens a row has")
+    return FlatRows([read(file) for file in own], row_length, place)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+@SOURCES.add("datatrove")
+def open_datatrove(place: str, *, split: str = "train", row_length: int | None = None, **_: Any) -> FlatRows:
+    """Return the rows of .ds files."""
+    return open_flat(place, ".ds", _ds_file, split, row_length)
+
+
+def _ds_file(path: Path) -> TokenFile:
+    metadata = path.with_name(path.name + ".metadata")
+    size = path.stat().st_size
+    width = 2
+    if os.path.lexists(metadata):
+        first = trusted.read_text(metadata, most_bytes=1 << 20).partition("\n")[0]
+        word = first.rpartition("|")[2].strip()
+        if word not in ("2", "4"):
+            raise DataError(f"{metadata}: its first line should end in |2 or |4, the bytes of a token")
+        width = int(word)
+    if size % width:
+        raise DataError(f"{path}: has {size} bytes, which are no whole tokens of {width} bytes; is it cut off?")
+    return TokenFile(path, np.dtype(f"<u{width}"), 0, size // width)
