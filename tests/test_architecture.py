@@ -36,7 +36,7 @@ NOUNS = {"models", "data", "capture", "store"}
 VERBS = {"train", "analyze"}
 TOOLS = {"suite", "exchange", "formats"}
 # Files of a model travel with its checkpoints: they may import torch, transformers and each other.
-TRAVELLERS = {"decoder", "layers", "attention", "loss", "objective", "generate", "hf"}
+TRAVELLERS = {"decoder", "layers", "attention", "loss", "objective", "anatomy", "generate", "hf"}
 ONE_DOOR = {
     "transformers": "models/hf.py",
     "wandb": "tracking.py",
@@ -145,3 +145,22 @@ def test_the_page_of_the_architecture_names_files_that_are_there() -> None:
     named = set(re.findall(r"`([\w/]+\.py)`", (ROOT / "docs/architecture.md").read_text()))
     assert len(named) > 20
     assert not {name for name in named if not (ROOT / name).exists() and not (SOURCE / name).exists()}
+
+
+NAMED = re.compile(r"\b([qkvo]_proj|swiglu|w_[012]|(de_)?embedding_proj|output_norm|attention_norm|lm_head)\b")
+
+
+def test_only_models_know_the_name_of_a_parameter() -> None:
+    """Other rooms speak of the roles of an anatomy; what pico-train wrote is read by the names that it had."""
+    for file in SOURCE.rglob("*.py"):
+        if file.parent.name == "models" or file.name == "legacy.py":
+            continue
+        tree = ast.parse(file.read_text())
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        documented = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        said = {ast.get_docstring(node, clean=False) for node in documented}
+        names = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        found = [text for text in [*texts, *names] if text not in said and NAMED.search(text)]
+        assert not found, (file, found)

@@ -34,6 +34,7 @@ analysis_name: found
 metrics:
   - {{metric_name: cka, target: {{checkpoint: last}}, components: [{{data_type: activations, layer_suffixes: {module}}}]}}
   - {{metric_name: per, components: [{{layer_suffixes: {module}}}, {{data_type: gradients, layer_suffixes: {module}}}]}}
+  - {{metric_name: gini, components: [{parts}]}}
   - {{metric_name: cka, target: {{layer: all}}, components: [{{component_name: residual, data_type: activations}}]}}
 """
 
@@ -83,12 +84,14 @@ def train(pico: Pico, model: str, optimizer: str, captured: str) -> Run:
     return run
 
 
-def analyze(pico: Pico, module: str) -> None:
-    Path("analysis.yaml").write_text(ANALYSIS.format(module=module))
-    pico("analyze", "analysis.yaml", "--run", "runs/whole")
+def analyze(pico: Pico, module: str, *components: str) -> None:
+    parts = ", ".join(f"{{component_name: {name}, layers: [0, 1]}}" for name in components)
+    Path("analysis.yaml").write_text(ANALYSIS.format(module=module, parts=parts))
+    assert "0 things were missing" in pico("analyze", "analysis.yaml", "--run", "runs/whole")
     table = picolm.analyze.load("analysis_results/found")
     assert table.value.notna().all()
-    assert set(table.layer) == {0, 1}
+    assert set(table.component) == {"simple", "residual", *components}
+    assert set(table.layer.dropna()) == {0, 1}
     assert set(table.kind) == {"activations", "weights", "gradients"}
     assert (
         table[(table.metric == "cka") & (table.step == table.against_step) & (table.layer == table.against_layer)].value
@@ -102,7 +105,7 @@ def evaluated(step: int) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_a_masked_model_is_trained_analyzed_and_says_that_it_has_no_likelihood(pico: Pico) -> None:
-    run = train(pico, "masked_lab:Bert", "adamw", "encoder.layer.0, encoder.layer.1, attention.dense, output")
+    run = train(pico, "masked_lab:Bert", "adamw", "encoder.layer.0, encoder.layer.1, attention.output, mlp.output")
     entry = next(iter(run.metrics()))
     assert not {"train/perplexity", "train/bits_per_byte"} & set(entry)
     assert len(run[0].rows("train")["input_ids"][0]) == 32  # no target beyond the row
@@ -115,7 +118,7 @@ def test_a_masked_model_is_trained_analyzed_and_says_that_it_has_no_likelihood(p
         "generate", "runs/whole", "--prompt", "The people of", "--max-new-tokens", "5", "--trust-remote-code"
     )
     assert written.startswith("The people of")
-    analyze(pico, "attention.dense")
+    analyze(pico, "attention.output", "attention", "mlp", "embedding", "per_head", "ov_circuit", "qk_circuit")
     said = pico(
         "report", "runs/whole", "--analysis", "analysis_results/found", "--out", "report.html", "--trust-remote-code"
     )
@@ -125,7 +128,7 @@ def test_a_masked_model_is_trained_analyzed_and_says_that_it_has_no_likelihood(p
 
 @pytest.mark.slow
 def test_a_recurrent_model_is_trained_evaluated_generated_from_and_analyzed(pico: Pico) -> None:
-    run = train(pico, "recurrent_lab:Recurrent", "muon", "blocks.0, blocks.1, out")
+    run = train(pico, "recurrent_lab:Recurrent", "muon", "blocks.0, blocks.1, mlp.output")
     results = evaluated(6)
     assert results["paloma"] == pytest.approx(math.exp(results["paloma/nats_per_token"]))
     assert results["paloma/nats_per_token"] < evaluated(0)["paloma/nats_per_token"]
@@ -137,7 +140,7 @@ def test_a_recurrent_model_is_trained_evaluated_generated_from_and_analyzed(pico
         "generate", "runs/whole", "--prompt", "The people of", "--max-new-tokens", "5", "--trust-remote-code"
     )
     assert written.startswith("The people of")
-    analyze(pico, "out")
+    analyze(pico, "mlp.output", "mlp", "embedding")
     pico("report", "runs/whole", "--analysis", "analysis_results/found", "--out", "report.html", "--trust-remote-code")
     assert "What the model read at a step" in Path("report.html").read_text()
     assert run[6].select(kind="momentum_buffer")

@@ -1,5 +1,6 @@
 """How many layers and heads there are is what the run says and holds; no default of any architecture stands in for it."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from picolm.address import Address
 from picolm.analyze import metrics
+from picolm.analyze.heads import read_anatomy
 from picolm.errors import PicoError
 from picolm.store import Run
+from picolm.trusted import parse_json
 
 Analyze = Callable[..., tuple[Any, pd.DataFrame]]
 WIDTH, HEADS, KV_HEADS, SIZE = 24, 4, 2, 8  # heads wider than WIDTH / HEADS
@@ -215,3 +218,33 @@ def test_layers_of_an_encoder_and_a_decoder_are_not_taken_for_each_other(analyze
         other = row.module.replace(f".{row.layer}.", f".{row.against_layer}.")
         one, two = (tensors[Address("weights", "", name)].flatten().double() for name in (row.module, other))
         assert row.value == pytest.approx(torch.cosine_similarity(one, two, dim=0).item(), abs=1e-12)
+
+
+def test_what_a_model_says_of_its_parts_is_stored_with_each_step(train: Callable[..., Run]) -> None:
+    from picolm.models import Anatomy
+
+    run = train("checkpointing.save_weights=last", "training.max_steps=4")
+    captured = {address.suffix for address in run[0].select(kind="activations")}
+    assert captured == {"attention.v_proj", "attention.o_proj", "swiglu.w_2"}
+    for step in (0, 4):
+        anatomy = read_anatomy(run[step], {}, "here")
+        assert (anatomy.layers, anatomy.width, anatomy.heads, anatomy.kv_heads, anatomy.head_size) == (2, 24, 4, 2, 6)
+        assert (anatomy.block, anatomy.module("mlp.output")) == ("layers.{}", "swiglu.w_2")
+        assert parse_json(run[step].read("anatomy.json"), "here", Anatomy) == anatomy
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"heads": 0},
+        {"heads": "4"},
+        {"block": "{0.__class__}"},
+        {"parts": {"embedding": ["x", "__class__"]}},
+    ],
+)
+def test_a_description_that_is_none_is_refused_by_name(change: dict[str, Any]) -> None:
+    from picolm.models import Anatomy
+
+    content = json.loads(Anatomy(layers=2).to_json()) | change
+    with pytest.raises(PicoError, match=r"anatomy\.json of step 3"):
+        parse_json(json.dumps(content).encode(), "anatomy.json of step 3", Anatomy)

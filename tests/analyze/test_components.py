@@ -8,6 +8,7 @@ import torch
 from picolm.address import Address
 from picolm.analyze.components import Absent, Operand, operands
 from picolm.errors import PicoError
+from picolm.models.decoder import anatomy_of
 from picolm.store import Run
 
 MODEL = {"d_model": 24, "n_layers": 2, "attention_n_heads": 4, "attention_n_kv_heads": 2}
@@ -20,7 +21,14 @@ def checkpoint(runs: dict[str, Path]):
 
 
 def found(checkpoint, name: str, **asked) -> list[Operand]:
-    asked = {"split": "val", "layer_suffixes": None, "layers": "all", "heads": True, "model": MODEL} | asked
+    asked = {
+        "split": "val",
+        "layer_suffixes": None,
+        "layers": "all",
+        "heads": True,
+        "anatomy": anatomy_of(MODEL),
+        "model": MODEL,
+    } | asked
     return list(operands(checkpoint, name, **asked))
 
 

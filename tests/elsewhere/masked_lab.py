@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
-from picolm.models import Loss, Noise
+from picolm.models import Anatomy, Loss, Noise, Part
 from picolm.models.generate import choose
 
 
@@ -116,6 +116,26 @@ class Bert(nn.Module):
 
     def new_cache(self) -> None:
         return None
+
+    def anatomy(self) -> Anatomy:
+        heads = self.config.heads
+        return Anatomy(
+            layers=self.config.blocks,
+            width=self.config.hidden_size,
+            heads=heads,
+            kv_heads=heads,
+            head_size=self.config.hidden_size // heads,
+            block="encoder.layer.{}",
+            parts={
+                "embedding": Part("words"),
+                "attention.query": Part("attention.query", "heads"),
+                "attention.key": Part("attention.key", "kv_heads"),
+                "attention.value": Part("attention.value", "kv_heads"),
+                "attention.output": Part("attention.dense", "heads", by="columns"),
+                "mlp.output": Part("output"),
+            },
+            notes=("circuits leave the biases out",),
+        )
 
     def flops_per_token(self, length: int) -> int:
         return 6 * sum(p.numel() for p in self.parameters() if p.ndim == 2)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from picolm.models import NextToken
+from picolm.models import Anatomy, NextToken, Part
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class Recurrent(NextToken, nn.Module):
             kept[number] = states_BTH[:, -1]
             x_BTH = x_BTH + block.out(states_BTH)
         return self.head(x_BTH)
+
+    def anatomy(self) -> Anatomy:
+        parts = {"embedding": Part("embedding"), "mlp.output": Part("out")}
+        return Anatomy(layers=self.config.depth, width=self.config.width, block="blocks.{}", parts=parts)
 
     def flops_per_token(self, length: int) -> int:
         return 6 * sum(p.numel() for p in self.parameters())

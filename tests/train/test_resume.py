@@ -332,3 +332,13 @@ def test_a_run_without_a_name_that_cannot_start_leaves_no_folder(make_config: An
     with pytest.raises(DataError):
         run_training(make_config("checkpointing.run_name=null", "data.dataset.name=/no/such/folder"))
     assert list(Path(make_config().checkpointing.runs_dir).iterdir()) == []
+
+
+def test_modules_that_an_earlier_version_captured_by_default_are_the_roles_of_now() -> None:
+    def config(*suffixes: str) -> dict[str, Any]:
+        return {"checkpointing": {"learning_dynamics": {"layer_suffixes": list(suffixes)}}}
+
+    before = config("attention.v_proj", "attention.o_proj", "swiglu.w_2")
+    now = config("attention.value", "attention.output", "mlp.output")
+    assert changes(before, now) == changes(now, before) == {}
+    assert list(changes(before, config("attention.value"))) == ["checkpointing.learning_dynamics.layer_suffixes"]

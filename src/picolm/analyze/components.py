@@ -9,6 +9,7 @@ g = h // (heads / key-value heads) the head of keys and values it uses.
 """
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -16,9 +17,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from torch import Tensor
 
 from picolm.address import Address, has_suffix
-from picolm.analyze.heads import COUNTS, HEADS, KV_HEADS, Cut, count_of, extent, layers_of, size_of
+from picolm.analyze.heads import Cut, count_of, extent, layers_of, part_of, size_of
 from picolm.analyze.matrix import Matrix
 from picolm.errors import PicoError
+from picolm.models.anatomy import Anatomy
 from picolm.registry import Registry
 
 Layers = Literal["all"] | Sequence[int]
@@ -40,7 +42,8 @@ class Absent(NamedTuple):
     what: str
 
 
-# (checkpoint, *, data_type, split, layer_suffixes, layers, heads, model) -> operands; `model` is that section of the run's YAML
+# (checkpoint, *, data_type, split, layer_suffixes, layers, heads, anatomy, model) -> operands, of these keywords those that it
+# takes; `model` is that section of the run's YAML
 COMPONENTS: Registry[Any] = Registry("component")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -58,7 +61,11 @@ def component(name: str, kinds: Sequence[str] | None = None) -> Callable[[Functi
 
 def operands(checkpoint: Any, name: str, **asked: Any) -> Iterator[Operand | Absent]:
     """What component `name` finds in `checkpoint`; pairs (Address, Tensor) of a user's component become operands."""
-    for found in COMPONENTS.get(name)(checkpoint, **asked):
+    function = COMPONENTS.get(name)
+    taken = inspect.signature(function).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        asked = {parameter.name: asked[parameter.name] for parameter in taken if parameter.name in asked}
+    for found in function(checkpoint, **asked):
         if isinstance(found, Operand | Absent):
             yield found
         else:
@@ -70,11 +77,11 @@ def operands(checkpoint: Any, name: str, **asked: Any) -> Iterator[Operand | Abs
 
 @component("simple")
 def simple(
-    checkpoint: Any, *, data_type: str, split: str, layer_suffixes: Any, layers: Layers, **_: Any
+    checkpoint: Any, *, data_type: str, split: str, layer_suffixes: Any, layers: Layers, anatomy: Anatomy, **_: Any
 ) -> Iterator[Operand | Absent]:
-    """Tensors as they are: weights, gradients, activations or optimizer moments of modules by the end of their names."""
+    """Tensors as they are: weights, gradients, activations or optimizer moments of modules by role or end of their names."""
     suffixes = (layer_suffixes,) if isinstance(layer_suffixes, str) else layer_suffixes or (None,)
-    for suffix in suffixes:
+    for suffix in (anatomy.module(name) if name else None for name in suffixes):
         found = _matching(checkpoint, data_type, split, suffix, layers)
         for address in found:
             yield Operand(address, None, checkpoint.digest(address), _loader(checkpoint, address))
@@ -83,38 +90,39 @@ def simple(
 
 @component("mlp", kinds=KINDS)
 def mlp(checkpoint: Any, *, layer_suffixes: Any, **asked: Any) -> Iterator[Operand | Absent]:
-    """The output projection of the MLPs (swiglu.w_2): its weights, its gradients, and what it adds to the residual stream."""
-    yield from simple(checkpoint, layer_suffixes=layer_suffixes or "swiglu.w_2", **asked)
+    """The output projection of the MLPs: its weights, its gradients, and what it adds to the residual stream."""
+    yield from simple(checkpoint, layer_suffixes=layer_suffixes or "mlp.output", **asked)
 
 
 @component("attention", kinds=KINDS)
 def attention(checkpoint: Any, *, layer_suffixes: Any, **asked: Any) -> Iterator[Operand | Absent]:
-    """The output projection of the attention (attention.o_proj): its weights, its gradients, and what attention adds to the
-    residual stream, the values of all positions mixed (ov_circuit: those of each position on its own).
+    """The output projection of the attention: its weights, its gradients, and what attention adds to the residual stream, the
+    values of all positions mixed (ov_circuit: those of each position on its own).
     """
-    yield from simple(checkpoint, layer_suffixes=layer_suffixes or "attention.o_proj", **asked)
+    yield from simple(checkpoint, layer_suffixes=layer_suffixes or "attention.output", **asked)
 
 
 @component("embedding", kinds=KINDS)
 def embedding(checkpoint: Any, *, layer_suffixes: Any, layers: Layers, **asked: Any) -> Iterator[Operand | Absent]:
-    """The token embedding (layer_suffixes: de_embedding_proj for the output layer)."""
-    yield from simple(checkpoint, layer_suffixes=layer_suffixes or "embedding_proj", layers="all", **asked)
+    """The token embedding (layer_suffixes: unembedding for the output layer)."""
+    yield from simple(checkpoint, layer_suffixes=layer_suffixes or "embedding", layers="all", **asked)
 
 
 @component("residual", kinds=("activations",))
 def residual(
-    checkpoint: Any, *, data_type: str, split: str, layers: Layers, model: Mapping[str, Any], **_: Any
+    checkpoint: Any, *, data_type: str, split: str, layers: Layers, anatomy: Anatomy, **_: Any
 ) -> Iterator[Operand | Absent]:
     """The residual stream after each block, where the run captured whole blocks (layer_suffixes: [layers.0, layers.1, …])."""
     captured = checkpoint.select(kind=data_type, split=split)
     blocks = {address.layer: address for address in captured if address.layer is not None and not address.suffix}
-    there, beyond = layers_of([*captured, *checkpoint.select(kind="weights")], model)
+    there, beyond = layers_of([*captured, *checkpoint.select(kind="weights")], anatomy)
     for layer in there if layers == "all" else layers:
         if layer in blocks:
             yield Operand(blocks[layer], None, checkpoint.digest(blocks[layer]), _loader(checkpoint, blocks[layer]))
         else:
-            address = Address(data_type, split, f"layers.{layer}")
-            yield Absent(f"{address} (the run has to capture whole blocks: layer_suffixes: [layers.{layer}])")
+            block = anatomy.block.format(layer)
+            address = Address(data_type, split, block)
+            yield Absent(f"{address} (the run has to capture whole blocks: layer_suffixes: [{block}])")
     if layers == "all" and beyond:
         yield Absent(f"{data_type}/{split} of {beyond}")
 
@@ -127,33 +135,37 @@ def per_head(
     split: str,
     layer_suffixes: Any,
     layers: Layers,
-    model: Mapping[str, Any],
+    anatomy: Anatomy,
     **_: Any,
 ) -> Iterator[Operand | Absent]:
     """The part of each head in the projections of the attention: rows of q, k and v, columns of o."""
-    suffixes = (layer_suffixes,) if isinstance(layer_suffixes, str) else layer_suffixes or ("attention.v_proj",)
-    for suffix in suffixes:
+    suffixes = (layer_suffixes,) if isinstance(layer_suffixes, str) else layer_suffixes or ("attention.value",)
+    for suffix in map(anatomy.module, suffixes):
         found = _matching(checkpoint, data_type, split, suffix, layers)
         for address in found:
-            yield from _heads_of(checkpoint, address, model)
+            yield from _heads_of(checkpoint, address, anatomy)
         yield from _absent(found, data_type, split, suffix, layers)
 
 
-def _heads_of(checkpoint: Any, address: Address, model: Mapping[str, Any]) -> Iterator[Operand]:
+def _heads_of(checkpoint: Any, address: Address, anatomy: Anatomy) -> Iterator[Operand]:
     before, _, projection = address.module.rpartition(".")
-    if projection not in COUNTS:
-        raise PicoError(f"per_head: {address.module} has no heads; it splits q_proj, k_proj, v_proj and o_proj")
-    if projection == "o_proj" and address.kind == "activations":
-        raise PicoError("per_head: the output of o_proj is a sum over heads and cannot be split; use ov_circuit")
-    beside = {address._replace(module=f"{before}.{name}".lstrip(".")): key for name, key in COUNTS.items()}
+    own = part_of(anatomy, projection)
+    cut = {part.module.rpartition(".")[2]: part for part in anatomy.parts.values() if part.cut}
+    if own is None:
+        *first, last = cut or ["nothing"]
+        names = f"{', '.join(first)} and {last}" if first else last
+        raise PicoError(f"per_head: {address.module} has no heads; it splits {names}")
+    if own.by == "columns" and address.kind == "activations":
+        raise PicoError(f"per_head: the output of {projection} is a sum over heads and cannot be split; use ov_circuit")
+    beside = {address._replace(module=f"{before}.{name}".lstrip(".")): part for name, part in cut.items()}
     extents = {
-        other: (key, extent(checkpoint, other))
-        for other, key in beside.items()
-        if other in checkpoint and not (other.kind == "activations" and other.module.endswith("o_proj"))
+        other: (str(part.cut), extent(checkpoint, other, part))
+        for other, part in beside.items()
+        if other in checkpoint and not (other.kind == "activations" and part.by == "columns")
     }
     where = name_of(checkpoint)
-    by_column, size = projection == "o_proj" or address.kind == "activations", size_of(model, extents, where)
-    for head in range(count_of(model, extents, address, where)):
+    by_column, size = own.by == "columns" or address.kind == "activations", size_of(anatomy, extents, where)
+    for head in range(count_of(anatomy, extents, address, where)):
         part = slice(head * size, (head + 1) * size)
 
         def load(part: slice = part) -> Matrix:
@@ -170,7 +182,7 @@ def ov_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
     Without heads: the sum over the heads of a layer.
     """
     yield from _circuit(
-        checkpoint, "ov_circuit", ("output_layer", "attention.o_proj"), ("value_layer", "attention.v_proj"), **asked
+        checkpoint, "ov_circuit", ("output_layer", "attention.output"), ("value_layer", "attention.value"), **asked
     )
 
 
@@ -180,7 +192,7 @@ def qk_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
     first-order change gQ^T K + Q^T gK. Without heads: the sum over the heads of a layer.
     """
     yield from _circuit(
-        checkpoint, "qk_circuit", ("query_layer", "attention.q_proj"), ("key_layer", "attention.k_proj"), **asked
+        checkpoint, "qk_circuit", ("query_layer", "attention.query"), ("key_layer", "attention.key"), **asked
     )
 
 
@@ -195,22 +207,23 @@ def _circuit(
     layer_suffixes: Any,
     layers: Layers,
     heads: bool,
-    model: Mapping[str, Any],
+    anatomy: Anatomy,
     **_: Any,
 ) -> Iterator[Operand | Absent]:
-    """outer, inner: key and default of the two layers whose product the circuit is."""
-    suffixes = tuple(_suffix(layer_suffixes, key, default) for key, default in (outer, inner))
+    """outer, inner: key and default role of the two layers whose product the circuit is."""
+    suffixes = tuple(anatomy.module(_suffix(layer_suffixes, key) or role) for key, role in (outer, inner))
     there, beyond = layers_of(
-        [*checkpoint.select(kind="weights"), *(checkpoint.select(kind=data_type, split=split))], model
+        [*checkpoint.select(kind="weights"), *(checkpoint.select(kind=data_type, split=split))], anatomy
     )
     for layer in there if layers == "all" else layers:
-        needed = _needed(data_type, split, *(f"layers.{layer}.{suffix}" for suffix in suffixes))
+        block = anatomy.block.format(layer)
+        needed = _needed(data_type, split, *(f"{block}.{suffix}" for suffix in suffixes))
         missing = [address for address in needed if address not in checkpoint]
         if missing:
             yield Absent(" and ".join(map(str, missing)))
             continue
-        cut = _cut_of(checkpoint, name, needed, model)
-        address = Address(data_type, "" if data_type == "weights" else split, f"layers.{layer}.{name}")
+        cut = _cut_of(checkpoint, name, needed, anatomy)
+        address = Address(data_type, "" if data_type == "weights" else split, f"{block}.{name}")
         digests = [checkpoint.digest(part) for part in needed]
         for head in range(cut.heads) if heads else (None,):
 
@@ -223,19 +236,19 @@ def _circuit(
         yield Absent(f"{data_type} of {beyond}")
 
 
-def _cut_of(checkpoint: Any, name: str, needed: list[Address], model: Mapping[str, Any]) -> Cut:
+def _cut_of(checkpoint: Any, name: str, needed: list[Address], anatomy: Anatomy) -> Cut:
     """How the two layers of a circuit are cut into heads. Raises PicoError where it is not known, or cannot be."""
     outer, inner = needed[:2]
     across = -1 if name == "ov_circuit" else 0
     extents = {
-        outer: (HEADS, int(checkpoint.shape(outer)[across])),
-        inner: (KV_HEADS, int(checkpoint.shape(inner)[-1 if inner.kind == "activations" else 0])),
+        outer: ("heads", int(checkpoint.shape(outer)[across])),
+        inner: ("kv_heads", int(checkpoint.shape(inner)[-1 if inner.kind == "activations" else 0])),
     }
     where = name_of(checkpoint)
-    heads, kv_heads = (count_of(model, extents, address, where) for address in (outer, inner))
+    heads, kv_heads = (count_of(anatomy, extents, address, where) for address in (outer, inner))
     if heads % kv_heads:
         raise PicoError(f"{where}: {heads} query heads ({outer}) cannot share {kv_heads} key-value heads ({inner})")
-    return Cut(heads, kv_heads, size_of(model, extents, where))
+    return Cut(heads, kv_heads, size_of(anatomy, extents, where))
 
 
 def name_of(checkpoint: Any) -> str:
@@ -243,12 +256,10 @@ def name_of(checkpoint: Any) -> str:
     return getattr(checkpoint, "name", None) or str(getattr(checkpoint, "path", checkpoint))
 
 
-def _suffix(layer_suffixes: Any, key: str, default: str) -> str:
-    return (
-        getattr(layer_suffixes, key, default)
-        if not isinstance(layer_suffixes, Mapping)
-        else layer_suffixes.get(key, default)
-    )
+def _suffix(layer_suffixes: Any, key: str) -> str | None:
+    if isinstance(layer_suffixes, Mapping):
+        return layer_suffixes.get(key)
+    return getattr(layer_suffixes, key, None)
 
 
 def _needed(data_type: str, split: str, outer: str, inner: str) -> list[Address]:
@@ -268,7 +279,7 @@ def _product(name: str, data_type: str, tensors: list[Tensor], head: int | None,
 
     def outer(
         tensor: Tensor,
-    ) -> Tensor:  # of o_proj the columns, of q_proj the rows of a head; summed over a group without heads
+    ) -> Tensor:  # of the output the columns, of the query the rows of a head; summed over a group without heads
         columns = tensor if name == "ov_circuit" else tensor.T
         if head is not None:
             return columns[:, head * size : (head + 1) * size].double()
@@ -319,12 +330,12 @@ def _absent(found: list[Address], kind: str, split: str, suffix: str, layers: La
     if not found:
         yield Absent(f"{place} {suffix}")
     elif layers != "all" and any(address.layer is not None for address in found):
-        there = {address.layer for address in found}
-        yield from (Absent(f"{place} layers.{layer}.{suffix}") for layer in layers if layer not in there)
+        there, stack = {address.layer for address in found}, next(address.stack for address in found if address.stack)
+        yield from (Absent(f"{place} {stack}.{layer}.{suffix}") for layer in layers if layer not in there)
 
 
 def available(checkpoint: Any) -> str:
-    """What a checkpoint holds, for messages: `gradients/train: attention.o_proj, …; …`."""
+    """What a checkpoint holds, for messages: `gradients/train: attention.output, …; …`."""
     held: dict[str, dict[str, None]] = {}
     for address in checkpoint:
         held.setdefault("/".join(filter(None, address[:2])), {})[address.suffix or address.module] = None

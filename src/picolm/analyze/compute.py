@@ -25,6 +25,7 @@ from picolm.analyze.permuted import Permuted
 from picolm.analyze.reading import Reader, Readers
 from picolm.analyze.values import Value
 from picolm.errors import PicoError
+from picolm.models.anatomy import CAPTURED
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ def default_components(metric: Any) -> tuple[Component, ...]:
             Component(component_name="mlp", data_type="activations"),
         )
     kinds = [kind for kind in ("weights", "gradients") if kind in metric.of]
-    suffixes = ("attention.v_proj", "attention.o_proj", "swiglu.w_2")
-    return tuple(Component(data_type=kind, layer_suffixes=suffixes) for kind in kinds)
+    return tuple(Component(data_type=kind, layer_suffixes=CAPTURED) for kind in kinds)
 
 
 @cache

@@ -32,13 +32,15 @@ class EachStep(Section):
 
 
 class Suffixes(Section):
-    output_layer: str = "attention.o_proj"
+    """The layers of a circuit, by role or by name; those that the anatomy of the model names where nothing is said."""
+
+    output_layer: str | None = None
     """The output projection, for OV circuits."""
-    value_layer: str = "attention.v_proj"
+    value_layer: str | None = None
     """The value projection, for OV circuits."""
-    query_layer: str = "attention.q_proj"
+    query_layer: str | None = None
     """The query projection, for QK circuits."""
-    key_layer: str = "attention.k_proj"
+    key_layer: str | None = None
     """The key projection, for QK circuits."""
 
 
@@ -48,7 +50,9 @@ class Component(Section):
     data_type: str = "weights"
     """weights, gradients, activations, or the name of an optimizer moment such as exp_avg."""
     layer_suffixes: str | tuple[str, ...] | Suffixes | None = None
-    """Which modules: ends of their names in whole words; for circuits the names of their two layers."""
+    """Which modules: roles (attention.value, mlp.output, …) or ends of their names in whole words; for circuits the names of
+    their two layers.
+    """
     layers: Literal["all"] | tuple[NonNegativeInt, ...] = "all"
     """Which blocks."""
     heads: bool = True

@@ -16,7 +16,7 @@ from picolm.address import Address
 from picolm.analyze.components import available
 from picolm.analyze.compute import Cell, Task, compute, plan_step, rows_of, tasks_of
 from picolm.analyze.config import AnalysisConfig, EachStep, StepRange
-from picolm.analyze.heads import LAYERS, stated
+from picolm.analyze.heads import stated_anatomy
 from picolm.analyze.pairing import Place
 from picolm.analyze.reading import Readers, model_section
 from picolm.analyze.values import Value, Values, set_aside_damaged
@@ -182,7 +182,7 @@ def _units(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) ->
         if others:
             yield from (Unit((Place(name, step),), others) for step in steps)
         if every:
-            count = min(stated(model_section(run), LAYERS) or 1, MOST_LAYERS)
+            count = min(stated_anatomy(model_section(run), run.name).layers or 1, MOST_LAYERS)
             for layer in range(-1, count):
                 yield Unit(tuple(Place(name, step) for step in steps), every, layer, count)
 
@@ -218,7 +218,7 @@ def _threads_for(readers: Readers) -> Iterator[int]:
 
 def is_wide(model: Mapping[str, Any]) -> bool:
     """Whether the matrices of a model are large enough to compute layers beside each other; a question of speed alone."""
-    return (stated(model, "d_model") or stated(model, "hidden_size") or 0) >= WIDE
+    return (stated_anatomy(model, "the run").width or 0) >= WIDE
 
 
 def _cluster(backend: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How many layers and heads a model has, and how a projection is cut into heads.
 
-The numbers are those that the configuration of the run states, checked against the shapes of its tensors. A number that the
-configuration leaves out follows from the shapes or is an error; no default of any architecture takes its place.
+The numbers are those of the anatomy of the step, checked against the shapes of its tensors. A number that it leaves out
+follows from the shapes or is an error; no default of any architecture takes its place.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from picolm.address import Address
 from picolm.errors import PicoError
+from picolm.models.anatomy import Anatomy, Part
+from picolm.models.decoder import anatomy_of
+from picolm.trusted import parse_json
 
-HEADS, KV_HEADS, SIZE, LAYERS = "attention_n_heads", "attention_n_kv_heads", "head_dim", "n_layers"
-# The names of the same numbers in the configurations of transformers, which a checkpoint may carry as config.json.
-ALSO = {HEADS: "num_attention_heads", KV_HEADS: "num_key_value_heads", LAYERS: "num_hidden_layers"}
-COUNTS = {"q_proj": HEADS, "k_proj": KV_HEADS, "v_proj": KV_HEADS, "o_proj": HEADS}
+FILE = "anatomy.json"
 
 
 class Cut(NamedTuple):
@@ -24,51 +24,72 @@ class Cut(NamedTuple):
     size: int
 
 
-def stated(model: Mapping[str, Any], key: str) -> int | None:
-    """The number that a configuration states; None where it says nothing. Raises PicoError for what is no positive integer."""
-    value = model.get(key)
-    value = model.get(ALSO.get(key, key)) if value is None else value
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise PicoError(f"the configuration of the run says model.{key}: {value!r}; expected a number of 1 or more")
-    return value
+def read_anatomy(checkpoint: Any, section: Mapping[str, Any], where: str) -> Anatomy:
+    """Return the anatomy that is stored with a step; of one that has none, what the configuration of its run says.
+
+    section: the `model` section of that; what it leaves out, config.json of the step may say. Raises PicoError.
+    """
+    if FILE in checkpoint.files:
+        return parse_json(checkpoint.read(FILE), f"{FILE} of {where}", Anatomy)
+    known = stated_anatomy(section, where)
+    if None not in (known.layers, known.heads, known.kv_heads):
+        return known
+    try:
+        stored = parse_json(checkpoint.read("config.json"), f"config.json of {where}", dict[str, Any])
+    except PicoError:
+        return known  # components that need what is missing say so
+    return stated_anatomy({**stored, **section}, where)
 
 
-def layers_of(addresses: Iterable[Address], model: Mapping[str, Any]) -> tuple[list[int], str]:
-    """(the layers that occur in `addresses`, in words those that the configuration promises beyond the last of them)."""
+def stated_anatomy(section: Mapping[str, Any], where: str) -> Anatomy:
+    """Return what the `model` section of a configuration says of a model. Raises PicoError for what is no number."""
+    try:
+        return anatomy_of(section)
+    except ValueError as error:
+        raise PicoError(f"{where}: {error}") from error
+
+
+def part_of(anatomy: Anatomy, module: str) -> Part | None:
+    """Return the part with heads that a module is: the last word of its name decides."""
+    last = module.rpartition(".")[2]
+    return next((part for part in anatomy.parts.values() if part.cut and part.module.rpartition(".")[2] == last), None)
+
+
+def layers_of(addresses: Iterable[Address], anatomy: Anatomy) -> tuple[list[int], str]:
+    """(the layers that occur in `addresses`, in words those that the anatomy promises beyond the last of them)."""
     there = sorted({address.layer for address in addresses if address.layer is not None})
-    beyond, promised = (there[-1] + 1 if there else 0), stated(model, LAYERS) or 0
-    first = f"layers.{beyond}" if promised == beyond + 1 else f"layers.{beyond} to layers.{promised - 1}"
-    return there, f"{first} (model.{LAYERS} is {promised})" if promised > beyond else ""
+    beyond, promised = (there[-1] + 1 if there else 0), anatomy.layers or 0
+    first, last = anatomy.block.format(beyond), anatomy.block.format(promised - 1)
+    words = first if promised == beyond + 1 else f"{first} to {last}"
+    return there, f"{words} ({anatomy.key('layers')} is {promised})" if promised > beyond else ""
 
 
-def extent(checkpoint: Any, address: Address) -> int:
-    """Heads x head size of a projection: rows of the weights of q, k and v, columns of o_proj and of activations."""
-    by_column = address.kind == "activations" or address.module.endswith("o_proj")
+def extent(checkpoint: Any, address: Address, part: Part) -> int:
+    """Heads x head size of a projection: the rows or columns of its weight, or the columns of its activations."""
+    by_column = address.kind == "activations" or part.by == "columns"
     return int(checkpoint.shape(address)[-1 if by_column else 0])
 
 
-def size_of(model: Mapping[str, Any], extents: Mapping[Address, tuple[str, int]], where: str) -> int:
+def size_of(anatomy: Anatomy, extents: Mapping[Address, tuple[str, int]], where: str) -> int:
     """The features of one head, from all that is known of it.
 
-    extents: by projection, the key of its number of heads and its extent. Raises PicoError, naming keys, where nothing says how
-    many heads there are, and where the configuration and the shapes contradict each other.
+    extents: by projection, which number of the anatomy counts its heads, and its extent. Raises PicoError, naming keys, where
+    nothing says how many heads there are, and where the anatomy and the shapes contradict each other.
     """
     found: dict[int, str] = {}
-    if (size := stated(model, SIZE)) is not None:
-        found[size] = f"model.{SIZE}"
-    for address, (key, features) in extents.items():
-        count = stated(model, key)
+    if anatomy.head_size is not None:
+        found[anatomy.head_size] = anatomy.key("head_size")
+    for address, (number, features) in extents.items():
+        count, key = getattr(anatomy, number), anatomy.key(number)
         if count is not None and features % count:
-            raise PicoError(
-                f"{where}: model.{key} is {count}, but {address} has {features} features, no multiple of it"
-            )
+            raise PicoError(f"{where}: {key} is {count}, but {address} has {features} features, no multiple of it")
         if count is not None:
-            found.setdefault(features // count, f"model.{key} = {count} and the {features} features of {address}")
+            found.setdefault(features // count, f"{key} = {count} and the {features} features of {address}")
     if not found:
-        keys = " or ".join(dict.fromkeys(f"model.{key}" for key, _ in extents.values()))
+        keys = " or ".join(dict.fromkeys(anatomy.key(number) for number, _ in extents.values()))
         raise PicoError(
-            f"{where}: how many heads there are is not known: its configuration has neither {keys} nor model.{SIZE}. "
-            f"Add the key to training_config.yaml of the run, or leave components of heads out"
+            f"{where}: how many heads there are is not known: its configuration has neither {keys} nor "
+            f"{anatomy.key('head_size')}. Add the key to training_config.yaml of the run, or leave components of heads out"
         )
     if len(found) > 1:
         said = "; ".join(f"{size} by {why}" for size, why in found.items())
@@ -76,9 +97,9 @@ def size_of(model: Mapping[str, Any], extents: Mapping[Address, tuple[str, int]]
     return next(iter(found))
 
 
-def count_of(model: Mapping[str, Any], extents: Mapping[Address, tuple[str, int]], address: Address, where: str) -> int:
+def count_of(anatomy: Anatomy, extents: Mapping[Address, tuple[str, int]], address: Address, where: str) -> int:
     """The number of heads of one of the projections in `extents`. Raises PicoError as `size_of` does."""
-    size, features = size_of(model, extents, where), extents[address][1]
+    size, features = size_of(anatomy, extents, where), extents[address][1]
     if features % size:
         raise PicoError(f"{where}: {address} has {features} features, no multiple of the size of a head ({size})")
     return features // size

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from picolm.address import Address
 from picolm.analyze.components import Absent, Operand, operands
 from picolm.analyze.config import Component
-from picolm.analyze.heads import HEADS, KV_HEADS, LAYERS, stated
+from picolm.analyze.heads import read_anatomy
 from picolm.errors import PicoError
-from picolm.trusted import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from picolm.analyze.matrix import Matrix
+    from picolm.models import Anatomy
     from picolm.store import Checkpoint, Run
 
 log = logging.getLogger("picolm")
@@ -69,16 +69,9 @@ class Reader(Mapping[Address, "Tensor"]):
         return self.checkpoint.select(**patterns)
 
     @cached_property
-    def model(self) -> dict[str, Any]:
-        """The `model` section of the run's configuration; what it leaves out, as far as the step's own config.json says it."""
-        section = self.readers.models[self.run.name]
-        if all(stated(section, key) is not None for key in (LAYERS, HEADS, KV_HEADS)):
-            return section
-        try:
-            stored = parse_json(self.checkpoint.read("config.json"), f"config.json of {self.name}", dict[str, Any])
-        except PicoError:
-            return section  # components that need what is missing say so
-        return {**stored, **section}
+    def anatomy(self) -> "Anatomy":
+        """What the parts of the model of this step are called, and how heads are cut from them."""
+        return read_anatomy(self.checkpoint, self.readers.models[self.run.name], self.name)
 
     def operands(self, component: Component, split: str) -> tuple[list[Operand], list[Absent]]:
         """What a component finds here, and what it does not."""
@@ -87,7 +80,8 @@ class Reader(Mapping[Address, "Tensor"]):
             asked: dict[str, Any] = {
                 name: getattr(component, name) for name in ("data_type", "layer_suffixes", "layers", "heads")
             }
-            found = list(operands(self, component.component_name, split=split, model=self.model, **asked))
+            asked |= {"anatomy": self.anatomy, "model": self.readers.models[self.run.name]}
+            found = list(operands(self, component.component_name, split=split, **asked))
             present = [operand for operand in found if isinstance(operand, Operand)]
             self._operands[key] = present, [absent for absent in found if isinstance(absent, Absent)]
         return self._operands[key]

@@ -21,7 +21,7 @@ from picolm.errors import PicoError
 from picolm.formats import ORIGIN, TOKENIZER_FILES
 from picolm.formats.plain import CONFIG, STATE_DICT
 from picolm.models import MODELS, Decoder
-from picolm.models.llama import check_names, decoder_config, from_llama, special_tokens
+from picolm.models.llama import check_names, decoder_config, from_llama, special_tokens, with_output_layer
 from picolm.network import fetch, file_list, in_cache
 from picolm.provenance import mark_untrusted
 from picolm.schema import plain
@@ -95,10 +95,10 @@ def _read(find: Callable[[str], Path | None], place: str) -> Imported:
     if str(llama.get("model_type")) in MODELS:
         raise PicoError(f"{place}: is a checkpoint of a run already; give the run itself to the other commands")
     shape = decoder_config(llama)
-    weights = _transformers_weights(find, place)
-    if "lm_head.weight" not in weights and llama.get("tie_word_embeddings"):
+    stored = _transformers_weights(find, place)
+    weights = with_output_layer(stored, llama)
+    if len(weights) > len(stored):
         log.info("Its embeddings are tied; in the run they are two matrices of the same values.")
-        weights["lm_head.weight"] = weights.get("model.embed_tokens.weight", next(iter(weights.values()))).clone()
     return _fitting(asdict(shape), from_llama(weights, shape), place, "config.json")
 
 

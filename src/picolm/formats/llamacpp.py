@@ -15,17 +15,11 @@ from picolm.data.tokenizer import parse_tokenizer
 from picolm.errors import PicoError
 from picolm.formats import FORMATS, Exported
 from picolm.models import MODELS
-from picolm.models.llama import check_equivalent
+from picolm.models.llama import check_equivalent, gguf_name
 
 log = logging.getLogger("picolm")
 
 FILE = "model.gguf"
-_OUTSIDE = {"embedding_proj": "token_embd", "output_norm": "output_norm", "de_embedding_proj": "output"}
-_INSIDE = {
-    "attention_norm": "attn_norm", "attention.q_proj": "attn_q", "attention.k_proj": "attn_k",
-    "attention.v_proj": "attn_v", "attention.o_proj": "attn_output", "swiglu_norm": "ffn_norm",
-    "swiglu.w_0": "ffn_gate", "swiglu.w_1": "ffn_up", "swiglu.w_2": "ffn_down",
-}  # fmt: skip
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 
@@ -46,15 +40,6 @@ def gguf(exported: Exported, folder: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def gguf_name(name: str) -> str:
-    """What a parameter is called in the file: layers.3.attention.q_proj.weight -> blk.3.attn_q.weight."""
-    module = name.removesuffix(".weight")
-    if module in _OUTSIDE:
-        return _OUTSIDE[module] + ".weight"
-    _, layer, part = module.split(".", 2)
-    return f"blk.{layer}.{_INSIDE[part]}.weight"
 
 
 def _write_shape(writer: Any, exported: Exported) -> None:

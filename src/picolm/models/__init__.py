@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from picolm.errors import PicoError
+from picolm.models.anatomy import Anatomy, Part
 from picolm.models.decoder import Decoder, DecoderConfig
 from picolm.models.noise import Noise
 from picolm.models.objective import Likelihood, Loss, NextToken, Piece, Score
@@ -17,6 +18,7 @@ from picolm.registry import Registry
 
 __all__ = [
     "MODELS",
+    "Anatomy",
     "Decoder",
     "DecoderConfig",
     "Likelihood",
@@ -25,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "NextToken",
     "Noise",
+    "Part",
     "Piece",
     "Score",
     "find_model",
@@ -69,6 +72,8 @@ class Model(Protocol):
     def generate(self, prompt_BT: Tensor, max_new_tokens: int, **options: Any) -> Tensor: ...
 
     def new_cache(self) -> Any: ...
+
+    def anatomy(self) -> Anatomy: ...
 
     def flops_per_token(self, length: int) -> int: ...
 

@@ -7,20 +7,22 @@ Legend: B rows, T positions, S = T + 1 (inputs and the targets shifted by one), 
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .anatomy import Anatomy, Part, count
 from .generate import KeyValueCache
 from .layers import Block, Cache, RMSNorm, rotations
 from .loss import linear_cross_entropy, linear_predictions
 from .objective import Loss, NextToken
 
 TRAVELLING = (
+    "anatomy.py",
     "attention.py",
     "decoder.py",
     "generate.py",
@@ -188,6 +190,11 @@ class Decoder(NextToken, nn.Module):
         )  # scores and values, (length + 1) / 2 keys each
         return 6 * (weights + attention)
 
+    def anatomy(self) -> Anatomy:
+        """Return what the parts of this model are called, and how heads are cut from them."""
+        size = self.config.d_model // self.config.attention_n_heads
+        return replace(anatomy_of(asdict(self.config)), head_size=size)
+
     def parameter_roles(self) -> dict[str, str]:
         """What each parameter is to an optimizer: `matrix` (two-dimensional, inside of the blocks), `embedding`, `norm`."""
         roles = {}
@@ -238,3 +245,33 @@ class Decoder(NextToken, nn.Module):
         here = Path(__file__)
         names = {"pico_decoder.py": "hf.py"} | {name: name for name in TRAVELLING}
         return {name: here.with_name(source).read_text(encoding="utf-8") for name, source in names.items()}
+
+
+PARTS = {
+    "embedding": Part("embedding_proj"),
+    "unembedding": Part("de_embedding_proj"),
+    "attention.query": Part("attention.q_proj", "heads"),
+    "attention.key": Part("attention.k_proj", "kv_heads"),
+    "attention.value": Part("attention.v_proj", "kv_heads"),
+    "attention.output": Part("attention.o_proj", "heads", by="columns"),
+    "mlp.output": Part("swiglu.w_2"),
+}
+# The numbers of a model in its configuration, and in that of a model of transformers, which a step may carry as config.json.
+NUMBERS = {
+    "layers": ("n_layers", "num_hidden_layers"),
+    "width": ("d_model", "hidden_size"),
+    "heads": ("attention_n_heads", "num_attention_heads"),
+    "kv_heads": ("attention_n_kv_heads", "num_key_value_heads"),
+    "head_size": ("head_dim",),
+}
+
+
+def anatomy_of(configuration: Mapping[str, Any]) -> Anatomy:
+    """Return the anatomy of a model of which a configuration is known, as far as that states it: no default takes the place of
+    a number that it leaves out. Raises ValueError for what is no number.
+    """
+    numbers: dict[str, Any] = {}
+    for number, keys in NUMBERS.items():
+        stated = next((configuration[key] for key in keys if configuration.get(key) is not None), None)
+        numbers[number] = count(stated, f"the configuration of the run says model.{keys[0]}")
+    return Anatomy(**numbers, parts=PARTS, keys={number: f"model.{keys[0]}" for number, keys in NUMBERS.items()})

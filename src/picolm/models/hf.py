@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # transformers 4 copies, of a local checkpoint, only the modules that this very file names.
+from .anatomy import Anatomy  # noqa: F401
 from .attention import causal_mask
 from .decoder import Decoder, DecoderConfig
 from .generate import generate  # noqa: F401

@@ -30,6 +30,12 @@ _INSIDE = {
     "swiglu.w_2": "mlp.down_proj",
     "swiglu_norm": "post_attention_layernorm",
 }
+_GGUF_OUTSIDE = {"embedding_proj": "token_embd", "output_norm": "output_norm", "de_embedding_proj": "output"}
+_GGUF_INSIDE = {
+    "attention_norm": "attn_norm", "attention.q_proj": "attn_q", "attention.k_proj": "attn_k",
+    "attention.v_proj": "attn_v", "attention.o_proj": "attn_output", "swiglu_norm": "ffn_norm",
+    "swiglu.w_0": "ffn_gate", "swiglu.w_1": "ffn_up", "swiglu.w_2": "ffn_down",
+}  # fmt: skip
 _COMPUTED = ("rotary_emb.inv_freq",)  # stored by old versions of transformers, and no parameters
 _SAME = {
     "vocab_size": "vocab_size",
@@ -66,6 +72,23 @@ def names(config: DecoderConfig) -> dict[str, str]:
         for own, other in _INSIDE.items()
     }
     return dict([first]) | blocks | dict(others)
+
+
+def gguf_name(name: str) -> str:
+    """Return what llama.cpp calls a parameter: layers.3.attention.q_proj.weight -> blk.3.attn_q.weight."""
+    module = name.removesuffix(".weight")
+    if module in _GGUF_OUTSIDE:
+        return _GGUF_OUTSIDE[module] + ".weight"
+    _, layer, part = module.split(".", 2)
+    return f"blk.{layer}.{_GGUF_INSIDE[part]}.weight"
+
+
+def with_output_layer(weights: Mapping[str, Tensor], llama: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a Llama with an output layer of its own, a copy of the embedding where the two are tied."""
+    embedding, output = _OUTSIDE["embedding_proj.weight"], _OUTSIDE["de_embedding_proj.weight"]
+    if output in weights or not llama.get("tie_word_embeddings"):
+        return dict(weights)
+    return {**weights, output: weights.get(embedding, next(iter(weights.values()))).clone()}
 
 
 def to_llama(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ from picolm.train.resume import FORKED, open_run, restore, retention
 from picolm.train.signals import StopSignal
 from picolm.train.state import State
 from picolm.train.strategies import make_strategy, mark_forward
-from picolm.train.text import Text, checkpoint_files
+from picolm.train.text import Text, anatomy_of, checkpoint_files
 
 log = logging.getLogger("picolm")
 
@@ -318,9 +318,9 @@ def _setup(config: TrainConfig, fabric: Fabric, model: Any) -> Any:
 
 def make_taps(config: TrainConfig, model: torch.nn.Module) -> Taps:
     """What the configuration asks to capture, resolved against `model`. Raises PicoError for a suffix that matches nothing."""
-    dynamics = config.checkpointing.learning_dynamics
+    dynamics, anatomy = config.checkpointing.learning_dynamics, anatomy_of(model)
     return Taps(
-        modules=find_modules(model, dynamics.layer_suffixes, dynamics.layers),
+        modules=find_modules(model, list(map(anatomy.module, dynamics.layer_suffixes)), dynamics.layers),
         activations="activations" in dynamics.what,
         gradients="gradients" in dynamics.what,
         positions=dynamics.positions if dynamics.positions is not None else [dynamics.sequence_idx],

@@ -17,7 +17,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from picolm.data import is_own_source
 from picolm.errors import PicoError
 from picolm.models import MODELS, find_model
-from picolm.models.decoder import DecoderConfig
+from picolm.models.anatomy import CAPTURED
+from picolm.models.decoder import PARTS, DecoderConfig
 from picolm.provenance import NamesCode, code_keys, mark_untrusted
 from picolm.registry import Registry, Untrusted, UntrustedCode, names_code
 from picolm.schema import NoSchema, Place, Rule, Section, flatten, plain
@@ -131,8 +132,8 @@ class Training(Section):
 
 
 class LearningDynamics(Section):
-    layer_suffixes: tuple[str, ...] = ("attention.v_proj", "attention.o_proj", "swiglu.w_2")
-    """Which modules to record: ends of their names, in whole words."""
+    layer_suffixes: tuple[str, ...] = CAPTURED
+    """Which modules to record: roles (attention.value, mlp.output, …) or ends of their names, in whole words."""
     sequence_idx: int = -1
     """The position whose activations are kept (the published key; `positions` says more)."""
     positions: Literal["last", "all"] | Annotated[str, Field(pattern=r"^random:[1-9]\d*$")] | tuple[int, ...] | None = (
@@ -318,7 +319,7 @@ def completed(stored: Mapping[str, Any], schema: type[TrainConfig]) -> dict[str,
     A run is stored with all keys that there were: one that it lacks was added later, and its default is what was done
     without it.
     """
-    flat, known = flatten(stored), _defaults(schema)
+    flat, known = with_roles(flatten(stored)), _defaults(schema)
     emptied = {key for key, value in flat.items() if not value and any(name.startswith(f"{key}.") for name in known)}
     return known | {key: value for key, value in flat.items() if key not in emptied}
 
@@ -328,9 +329,16 @@ def differences(config: Mapping[str, Any], schema: type[TrainConfig] = TrainConf
     defaults = flatten(plain(schema()))
     return {
         key: (value, defaults.get(key))
-        for key, value in flatten(config).items()
+        for key, value in with_roles(flatten(config)).items()
         if key not in defaults or defaults[key] != value
     }
+
+
+def with_roles(flat: dict[str, Any]) -> dict[str, Any]:
+    """Return dotted keys in which the modules that earlier versions captured by default are called by their roles."""
+    key = "checkpointing.learning_dynamics.layer_suffixes"
+    before = [PARTS[role].module for role in CAPTURED]
+    return flat | {key: list(CAPTURED)} if flat.get(key) == before else flat
 
 
 def _defaults(schema: type[TrainConfig]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from picolm.address import Address
 from picolm.capture.gather import on_every_process
 
 WINDOW = 128  # steps over which a loss spike is judged
@@ -147,9 +148,9 @@ def norm(tensors: Iterable[Tensor]) -> float:
 
 
 def group_of(parameter_name: str) -> str:
-    """The tensor group of a parameter: `attention` of `layers.3.attention.q_proj.weight`, `output_norm` of its own."""
-    parts = parameter_name.split(".")
-    return parts[2] if parts[0] == "layers" and len(parts) > 3 else parts[0]
+    """The tensor group of a parameter: `attention` of `layers.3.attention.query.weight`, its own name outside of the blocks."""
+    suffix = Address("", "", parameter_name).suffix  # inside of a block
+    return suffix.split(".")[0] if "." in suffix else parameter_name.split(".")[0]
 
 
 class UpdateSize:

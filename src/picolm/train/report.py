@@ -177,7 +177,7 @@ def save(job: Job, number: int, due: Due, captured: dict[Address, Tensor], gradi
         number,
         tensors,
         meta=meta,
-        texts=job.texts if due.weights else {},
+        texts={name: text for name, text in job.texts.items() if due.weights or name == "anatomy.json"},
         tables=_tables(job, number) if due.dynamics else {},
         weight_prefix=job.state.model.state_prefix,
         parameters=list(job.state.model.state_dict()),

@@ -14,7 +14,7 @@ from picolm.schema import flatten, plain
 from picolm.store import Checkpoint, Directories, Run
 from picolm.store.layout import OPTIMIZER, WEIGHTS
 from picolm.store.retention import Retention
-from picolm.train.config import TrainConfig, completed, schema_for
+from picolm.train.config import TrainConfig, completed, schema_for, with_roles
 from picolm.train.state import State
 
 log = logging.getLogger("picolm")
@@ -141,7 +141,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 
     A key that `before` lacks has its default there: it was written by a version that did not have the key.
     """
-    old, new = completed(before, schema_for(now)), flatten(now)
+    old, new = completed(before, schema_for(now)), with_roles(flatten(now))
     keys = [key for key in dict.fromkeys([*flatten(before), *new]) if not key.startswith((*IGNORED, *FOLDERS))]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 

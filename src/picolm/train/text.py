@@ -13,6 +13,7 @@ from torch import Tensor
 from picolm import trusted
 from picolm.data.manifest import file_of
 from picolm.data.tokenizer import load_vocabulary, token_bytes
+from picolm.models import Anatomy
 
 
 class Text:
@@ -54,10 +55,18 @@ class Text:
         return {"tokenizer.json": trusted.read_bytes(self.file.resolve())} | beside
 
 
+def anatomy_of(model: Any) -> Anatomy:
+    """Return what a model says of its parts; nothing where it has no `anatomy`."""
+    found: Anatomy = model.anatomy() if hasattr(model, "anatomy") else Anatomy()
+    return found
+
+
 def checkpoint_files(model: Any, text: Text) -> dict[str, str | bytes]:
     """The files that make a checkpoint a directory which transformers loads: configuration, modelling code, tokenizer."""
     files: dict[str, str | bytes] = {"config.json": json.dumps(model.hf_config(), indent=2) + "\n"}
     if text.eos is not None:
         ends = {"eos_token_id": text.eos, "pad_token_id": text.eos}
         files["generation_config.json"] = json.dumps(ends, indent=2) + "\n"
+    if (anatomy := anatomy_of(model)) != Anatomy():
+        files["anatomy.json"] = anatomy.to_json()
     return files | model.modelling_files() | text.files()

@@ -6,8 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from picolm.analyze.heads import read_anatomy, stated_anatomy
 from picolm.console import duration
 from picolm.errors import PicoError, StoreError
+from picolm.models import Anatomy
 from picolm.report.material import Material
 from picolm.report.render import render
 from picolm.report.section import SECTIONS, Section
@@ -35,7 +37,7 @@ def card(name: str, opened: Run, unfolded: bool = True) -> Markup:
     """The facts of a run, its configuration (differences from the defaults first), and its provenance."""
     config, environment = flatten(_config(opened)), _environment(opened)
     last = opened.latest()
-    entries = list(opened.read_metrics(("train/loss", "tokens", "tokens_per_s")))
+    entries = list(opened.read_metrics(("train/loss", "train/perplexity", "tokens", "tokens_per_s")))
     return render(
         "run.html",
         name=name,
@@ -65,24 +67,26 @@ def _environment(opened: Run) -> dict[str, Any]:
 
 def _sentence(config: dict[str, Any], last: Checkpoint | None) -> str:
     model, data = config.get("model.model_type", "a model"), config.get("data.dataset.name")
-    shape = [
-        f"{config[key]:,} {words}"
-        for key, words in (
-            ("model.n_layers", "layers"),
-            ("model.d_model", "dimensions"),
-            ("model.attention_n_heads", "heads"),
-        )
-        if isinstance(config.get(key), int)
-    ]
+    anatomy = _anatomy(config, last)
+    numbers = {"layers": anatomy.layers, "dimensions": anatomy.width, "heads": anatomy.heads}
+    shape = [f"{number:,} {words}" for words, number in numbers.items() if number is not None]
     trained = f", trained to step {last.step:,}" if last is not None else ", not trained yet"
     return f"{model} of {', '.join(shape) or 'unknown shape'}{trained}" + (f" on {data}" if data else "")
+
+
+def _anatomy(config: dict[str, Any], last: Checkpoint | None) -> Anatomy:
+    section = {key.removeprefix("model."): value for key, value in config.items() if key.startswith("model.")}
+    try:
+        return stated_anatomy(section, "") if last is None else read_anatomy(last, section, str(last.path))
+    except PicoError:
+        return Anatomy()  # written by somebody else, and no description
 
 
 def _facts(
     config: dict[str, Any], entries: list[dict[str, Any]], last: Checkpoint | None
 ) -> list[tuple[str, str, str]]:
     """Value, what it is, and a remark, for what is known."""
-    losses = [(entry["step"], entry["train/loss"]) for entry in entries if "train/loss" in entry]
+    losses = [(entry["step"], entry["train/loss"], entry) for entry in entries if "train/loss" in entry]
     tokens = [(entry["tokens"], entry["step"]) for entry in entries if "tokens" in entry]
     speeds = [
         (entry["tokens"], entry["tokens_per_s"]) for entry in entries if "tokens" in entry and "tokens_per_s" in entry
@@ -96,8 +100,9 @@ def _facts(
         each = f", {rows * length:,} in each" if isinstance(rows, int) and isinstance(length, int) else ""
         facts.append((f"{max(tokens)[0]:,}", "tokens trained on", f"by step {max(tokens)[1]:,}{each}"))
     if losses:
-        step, loss = losses[-1]
-        perplexity = f"perplexity {math.exp(loss):,.1f}, at step {step:,}" if loss < 700 else f"at step {step:,}"
+        step, loss, entry = losses[-1]
+        known = loss < 700 and "train/perplexity" in entry  # a loss that is no likelihood has none
+        perplexity = f"perplexity {math.exp(loss):,.1f}, at step {step:,}" if known else f"at step {step:,}"
         facts.append((f"{loss:.3f}", "training loss, nats per token", perplexity))
     if len(speeds) > 1:
         seconds = sum((after - before) / speed for (before, _), (after, speed) in pairwise(speeds) if speed > 0)
