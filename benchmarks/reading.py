@@ -22,8 +22,8 @@ import picolm
 SOURCE = Path(picolm.__file__).parent
 TRAINING = ("models", "capture", "data", "store", "train")
 """The rooms that `pico train` needs, beside the files of the foundation; of `data` without what prepares text."""
-PREPARATION = {"prepare", "merge", "inspection", "documents", "corpus", "shards", "trove", "job", "recipe", "walk", "filters",
-               "duplicates", "decode", "splits", "publish", "upload"}  # fmt: skip
+PREPARATION = {"prepare", "scan", "work", "recipe", "shards", "documents", "walk", "filters", "merge", "inspection", "decode",
+               "splits"}  # fmt: skip
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def print_called(config: Path) -> None:
             called.add(code.co_filename)
         if event == "return" and code is done:
             sys.setprofile(None)
-            threading.setprofile(None)  # type: ignore[arg-type]
+            threading.setprofile(None)
             raise SystemExit
 
     with tempfile.TemporaryDirectory() as folder:
