@@ -3,7 +3,7 @@
 python docs/figures/report.py [runs/demo [analysis_results/demo]]    (needs Chromium: make browser)
 
 The report is drawn anew from the run that `make demo` left and is shown as a reader would see it: a wide window in either
-room, and a telephone. Pictures are reduced to 128 colours, which figures of this kind do not miss.
+theme, and a telephone. Pictures are reduced to 128 colours, which figures of this kind do not miss.
 """
 
 import io
@@ -18,7 +18,7 @@ from picolm.report import write
 from picolm.report.browser import drive, view
 
 HERE = Path(__file__).parent
-# Width, height, room, pixels per CSS pixel, and where the view begins: the top, or the section with a title.
+# Width, height, theme, pixels per CSS pixel, and where the view begins: the top, or the section with a title.
 VIEWS = {
     "light": (1280, 1500, "light", 1, "Training"),
     "dark": (1280, 1100, "dark", 1, "Heatmaps"),
@@ -48,9 +48,9 @@ def main() -> None:
             browser.quit()
 
 
-def take(browser: Any, page: Path, width: int, height: int, room: str, scale: float, title: str) -> bytes:
+def take(browser: Any, page: Path, width: int, height: int, theme: str, scale: float, title: str) -> bytes:
     """A picture of the page as PNG."""
-    view(browser, width, height, room, scale)
+    view(browser, width, height, theme, scale)
     browser.get(page.resolve().as_uri())
     browser.execute_async_script(DRAW, title)
     return bytes(browser.get_screenshot_as_png())

@@ -1,4 +1,4 @@
-"""The one door to Weights & Biases. What lies outside of this machine may be out of reach; no run and no analysis ends for it."""
+"""Weights & Biases adapter. A server that cannot be reached never ends a run or an analysis."""
 
 import logging
 import os

@@ -71,17 +71,17 @@ def toy_table(make_table: Callable[..., pd.DataFrame]) -> pd.DataFrame:
 
 @pytest.fixture(scope="session")
 def browser_at() -> Iterator[Callable[..., Any]]:
-    """A function from a page, a width and a room to a headless Chromium that shows it. Skips where there is no Chromium."""
+    """A function from a page, a width and a theme to a headless Chromium that shows it. Skips where there is no Chromium."""
     try:
         chromium = drive()
     except PicoError as error:
         pytest.skip(str(error))
 
-    def show(page: Path, width: int = 1280, height: int = 900, room: str = "light") -> Any:
+    def show(page: Path, width: int = 1280, height: int = 900, theme: str = "light") -> Any:
         chromium.get("about:blank")
         chromium.get_log("browser")
         chromium.get_log("performance")
-        view(chromium, width, height, room)
+        view(chromium, width, height, theme)
         chromium.get(page.resolve().as_uri())
         chromium.execute_async_script("ready.then(arguments[0])")
         return chromium

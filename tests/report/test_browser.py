@@ -92,22 +92,22 @@ def requests(browser: Any) -> list[str]:
     return [url for url in sent if not url.startswith(("data:", "blob:", "about:"))]
 
 
-@pytest.mark.parametrize(("width", "room"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
 def test_the_demo_opens_from_the_disk_without_a_request_or_a_complaint(
-    demo: Path, browser_at: Browser, artefacts: Path, width: int, room: str
+    demo: Path, browser_at: Browser, artefacts: Path, width: int, theme: str
 ) -> None:
     path = demo / "analysis_results/demo/report.html"
-    browser = browser_at(path, width, 900 if width > 500 else 844, room)
-    browser.save_screenshot(str(artefacts / f"report-{width}-{room}-top.png"))
+    browser = browser_at(path, width, 900 if width > 500 else 844, theme)
+    browser.save_screenshot(str(artefacts / f"report-{width}-{theme}-top.png"))
     for title in browser.execute_script(TITLES):
         show(browser, title)
     height = browser.execute_script("return document.documentElement.scrollHeight")
     size = {"width": width, "height": min(height, 16000), "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.save_screenshot(str(artefacts / f"report-{width}-{room}.png"))
+    browser.save_screenshot(str(artefacts / f"report-{width}-{theme}.png"))
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == (
-        "rgb(244, 246, 249)" if room == "light" else "rgb(15, 19, 27)"
+        "rgb(244, 246, 249)" if theme == "light" else "rgb(15, 19, 27)"
     )
     assert requests(browser) == [path.resolve().as_uri()]
     assert browser.get_log("browser") == []
@@ -306,10 +306,10 @@ def test_figures_are_drawn_for_print(toy_table: pd.DataFrame, browser_at: Browse
     assert len(printed["data"]) > 20_000
     drawn = browser.execute_script("return [...figures.values()].every((figure) => figure.drawn)")
     assert drawn
-    rooms = browser.execute_script(
+    themes = browser.execute_script(
         "return ['beforeprint', 'afterprint'].map((name) => { dispatchEvent(new Event(name)); return theme(); });"
     )
-    assert rooms == ["light", "dark"]
+    assert themes == ["light", "dark"]
 
 
 def test_everything_is_reached_by_the_keyboard_and_said_in_words(

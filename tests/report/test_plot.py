@@ -12,7 +12,7 @@ from tests.report.conftest import circuits, norms, row
 from picolm.analyze.intervals import aggregate
 from picolm.errors import PicoError
 from picolm.report import plot
-from picolm.report.look import ROOMS, label, shades
+from picolm.report.look import THEMES, label, shades
 from picolm.report.plot.panels import suffix
 from picolm.report.plot.targets import Target
 from picolm.report.section import described
@@ -56,7 +56,7 @@ def test_each_matrix_has_a_panel_and_depth_a_colour(toy_table: pd.DataFrame) -> 
     assert titles == ["<b>swiglu.w_2 · weights</b>", "<b>output_norm · weights</b>"]
     drawn = lines(figure)
     assert [drawn[f"layer {n}"].line.color for n in (0, 2)] == [shades("light")[0], shades("light")[-1]]
-    assert drawn["whole model"].line.color == ROOMS["light"]["faint"]
+    assert drawn["whole model"].line.color == THEMES["light"]["faint"]
 
 
 def test_the_partner_of_a_comparison_is_in_the_title(make_table: Make) -> None:

@@ -133,7 +133,7 @@ def test_without_a_tokenizer_there_are_no_bits_per_byte_and_without_rows_nothing
 
 
 @pytest.mark.parametrize(("nats", "perplexity"), [(800.0, math.inf), (math.inf, math.inf), (math.nan, math.nan)])
-def test_a_hopeless_model_has_a_hopeless_perplexity(nats: float, perplexity: float) -> None:
+def test_a_perplexity_that_overflows_is_infinite_or_nan(nats: float, perplexity: float) -> None:
     model = Tokens()
     model.nats = lambda tokens_BS: torch.full(tokens_BS[:, 1:].shape, nats)  # type: ignore[method-assign]
     found = evaluate(("paloma",), evaluation(Rows.sample(Table(None, 3), None, 5), model=model))["paloma"]

@@ -1,4 +1,4 @@
-"""Commands that make steps of a run again: `replay`, `fork`, `batch`."""
+"""Commands that repeat or continue a run from a step: `replay`, `fork`, `batch`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,36 +15,34 @@ if TYPE_CHECKING:
     from picolm.train.plan import Due
     from picolm.train.replay import Verdict
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Keys that differ from the configuration of the run.")
-]
-Step = Annotated[int, typer.Option("--step", help="The number of updates before it.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Configuration keys to change.")]
+Step = Annotated[int, typer.Option("--step", help="The step: the number of updates before it.")]
 
 
 @app.command()
 def replay(
     run: RunArgument,
     overrides: Overrides = None,
-    step: Annotated[int | None, typer.Option("--step", help="The step to make again.")] = None,
+    step: Annotated[int | None, typer.Option("--step", help="The step to recompute.")] = None,
     steps: Annotated[
-        str | None, typer.Option(help="Several: 5,9,20 or 100:200 or 100:200:10, both ends included.")
+        str | None, typer.Option(help="Several steps: 5,9,20 or 100:200 or 100:200:10, both ends included.")
     ] = None,
     capture: Annotated[
         str | None,
         typer.Option(
-            help="What to record, as YAML: keys of checkpointing.learning_dynamics; `what` may name weights and optimizer too."
+            help="What to capture, as YAML: keys of checkpointing.learning_dynamics; `what` may also name weights and optimizer."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run to write the steps to (default: RUN-replay).")] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compare the weights with every digest that was recorded.")
-    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The run that the steps are written to (default: RUN-replay).")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the weights with every recorded digest.")] = False,
     commit: Annotated[
         bool, typer.Option("--commit", help="Add the steps to the run itself, marked as replayed.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Make the state of any step again, from the nearest checkpoint before it, by training on."""
+    """Recompute the state of any step by training from the nearest checkpoint before it."""
     if (step is None) == (steps is None):
         raise PicoError("which step? give --step N or --steps FIRST:LAST")
     if commit and (out is not None or capture is not None):
@@ -67,7 +65,7 @@ def replay(
 
 
 def _kinds(capture: str | None) -> "tuple[Due, list[str]]":
-    """What is kept of each step, and the overrides that make the capture so."""
+    """Return what is kept of each step, and the overrides that configure the capture."""
     import json
 
     from picolm.document import ConfigError, parse_yaml
@@ -92,7 +90,7 @@ def _kinds(capture: str | None) -> "tuple[Due, list[str]]":
 
 
 def _tell(run: "Run", wanted: list[int], target: "Run | None", verdict: "Verdict", verify: bool) -> None:
-    """What was made, and what the comparison found; exit code 1 where something differs."""
+    """Print what was recomputed and the result of the comparison. Exits with code 1 where something differs."""
     from picolm.train.history import circumstances
 
     if verdict.stopped is not None:
@@ -127,12 +125,14 @@ def _tell(run: "Run", wanted: list[int], target: "Run | None", verdict: "Verdict
 def fork(
     run: RunArgument,
     step: Step,
-    run_name: Annotated[str, typer.Option("--run-name", help="Name of the new run; its folder lies beside the other.")],
+    run_name: Annotated[
+        str, typer.Option("--run-name", help="Name of the new run; its folder is created beside that of RUN.")
+    ],
     overrides: Overrides = None,
     train: Annotated[bool, typer.Option("--train/--no-train", help="Train the new run to its end at once.")] = True,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Start a new run from the state of a step, with something changed from there on."""
+    """Start a new run from a step of another run, with changed configuration keys."""
     from picolm.train import run_training
     from picolm.train.fork import fork as make
     from picolm.train.fork import not_inherited
@@ -155,12 +155,12 @@ def batch(
     run: RunArgument,
     step: Step,
     overrides: Overrides = None,
-    rows: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Show only this many rows.")] = None,
     loss: Annotated[
         bool, typer.Option("--loss", help="Measure the loss of each token before and after the update.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write one line per token to a .csv or .parquet file.")] = None,
-    characters: Annotated[int, typer.Option(help="Show so much of each row.")] = 300,
+    characters: Annotated[int, typer.Option(help="Characters to show of each row.")] = 300,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show the text that the model saw at a step."""

@@ -15,26 +15,27 @@ def analyze(
     arguments: ConfigArguments = None,
     config_path: ConfigPath = None,
     run: Annotated[
-        list[str] | None, typer.Option("--run", "--run_path", help="A run to analyze; may be given again.")
+        list[str] | None, typer.Option("--run", "--run_path", help="A run to analyze. Repeat for several runs.")
     ] = None,
     repo_id: Annotated[
-        str | None, typer.Option("--repo_id", "--repo-id", help="A run on the Hub: its repository …")
+        str | None, typer.Option("--repo_id", "--repo-id", help="Repository of a run on the Hub; needs --branch.")
     ] = None,
-    branch: Annotated[str | None, typer.Option(help="… and its branch.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes to spread the steps over; -1 for all cores.")] = 1,
-    backend: Annotated[str, typer.Option(help="Where the processes are: loky (here), dask or ray.")] = "loky",
-    strict: Annotated[bool, typer.Option("--strict", help="Anything that is missing is an error.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Write results.csv too.")] = False,
+    branch: Annotated[str | None, typer.Option(help="Branch of a run on the Hub; needs --repo_id.")] = None,
+    workers: Annotated[int, typer.Option(help="Number of processes; -1 uses all cores.")] = 1,
+    backend: Annotated[str, typer.Option(help="What runs the processes: loky (this machine), dask or ray.")] = "loky",
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if anything is missing.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Also write results.csv.")] = False,
     aggregate: Annotated[
-        bool, typer.Option("--aggregate", help="Mean and interval over the runs: aggregated.parquet.")
+        bool,
+        typer.Option("--aggregate", help="Also write mean and confidence interval over the runs: aggregated.parquet."),
     ] = False,
     report: Annotated[
-        bool, typer.Option("--report", help="Draw it: report.html in the folder of the analysis, see pico report.")
+        bool, typer.Option("--report", help="Also write report.html into the folder of the analysis; see pico report.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be read and computed, and exit.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure how weights, gradients and activations of runs change, as a YAML file says."""
+    """Measure how weights, gradients and activations change over the steps of runs, from a YAML file."""
     config_path, overrides = config_and_overrides("analyze", config_path, arguments)
     if (repo_id is None) != (branch is None):
         raise PicoError("--repo_id and --branch belong together: give both, or --run FOLDER")

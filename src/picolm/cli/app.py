@@ -23,7 +23,7 @@ def _visible_errors() -> Iterator[None]:
 
 
 class Commands(TyperGroup):
-    """All commands; what they say of wrong arguments, which a shell may have made of names of files, is `visible`."""
+    """The group of all commands. Messages about wrong arguments, which may hold file names, are escaped by `visible`."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         with _visible_errors():

@@ -12,11 +12,11 @@ from picolm.errors import PicoError
 if TYPE_CHECKING:
     from picolm.data.inspection import Inspection
 
-data = typer.Typer(help="Prepare corpora, look into them, mix them.", no_args_is_help=True)
+data = typer.Typer(help="Prepare, inspect, verify, merge and push tokenized data.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `pico data prepare` made.")]
-Out = Annotated[Path, typer.Option(help="The folder to make.")]
+Out = Annotated[Path, typer.Option(help="The folder to create.")]
 
 
 @data.command("prepare")
@@ -30,31 +30,34 @@ def prepare_data(
     out: Out,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer.json, a folder with one, or a Hub name.")] = None,
     train_tokenizer: Annotated[
-        bool, typer.Option("--train-tokenizer", help="Train one on the text (the default).")
+        bool, typer.Option("--train-tokenizer", help="Train a tokenizer on the text (the default).")
     ] = False,
-    vocab_size: Annotated[int, typer.Option(help="Entries of the tokenizer that is trained.")] = 4096,
-    seq_len: Annotated[int, typer.Option(help="Input tokens of a row; rows hold one more, the last target.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of the order of documents and rows, and of what is held out.")] = 42,
-    val_fraction: Annotated[float, typer.Option(help="Share of the documents that is held out as split val.")] = 0.0,
+    vocab_size: Annotated[int, typer.Option(help="Vocabulary size of the tokenizer to train.")] = 4096,
+    seq_len: Annotated[
+        int, typer.Option(help="Input tokens per row; a row holds one more token, the last target.")
+    ] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of the order of rows and of which documents are held out.")] = 42,
+    val_fraction: Annotated[float, typer.Option(help="Fraction of documents held out as split val.")] = 0.0,
     val: Annotated[
         list[str] | None,
-        typer.Option(help="A file or folder that is held out as split val; may be given several times."),
+        typer.Option(help="A file or folder held out as split val. Repeat for several."),
     ] = None,
-    val_last: Annotated[
-        float, typer.Option(help="Share at the end of each document that is held out as split val.")
-    ] = 0.0,
+    val_last: Annotated[float, typer.Option(help="Fraction at the end of each document held out as split val.")] = 0.0,
     filters: Annotated[
         list[str] | None,
-        typer.Option("--filter", help="Keep documents by a filter: length,min_characters=200 or my_lab.x:filter."),
+        typer.Option(
+            "--filter", help="Filter of documents: length,min_characters=200 or my_lab.x:filter. Repeat for several."
+        ),
     ] = None,
     deduplicate: Annotated[
-        bool, typer.Option("--deduplicate", help="Of documents with exactly the same text keep the first.")
+        bool, typer.Option("--deduplicate", help="Keep only the first of documents with identical text.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes (default: as many as there are processors); changes no row.")
+        int | None,
+        typer.Option(min=1, help="Number of processes (default: one per core). The rows are the same for any number."),
     ] = None,
 ) -> None:
-    """Turn text into shuffled rows of token ids, ready to train on. Started again after an interruption, it continues."""
+    """Tokenize text into shuffled rows of token ids for training. Continues after an interruption."""
     from picolm.data.prepare import prepare
     from picolm.terminal import phases, prepared
 
@@ -77,14 +80,14 @@ def merge_data(
     out: Out,
     weights: Annotated[
         str | None,
-        typer.Option(help="Shares of the training rows, in the order of the folders: 0.7,0.3. Default: all rows."),
+        typer.Option(help="Shares of the training rows, in the order of the folders: 0.7,0.3 (default: all rows)."),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option(help="Training rows of the result (default: as many as can be had).")
+        int | None, typer.Option(help="Number of training rows of the result (default: as many as possible).")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of which rows are taken, and of their order.")] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of which rows are taken and of their order.")] = 42,
 ) -> None:
-    """Mix prepared folders by weights, each row with its source; no row is taken twice, all held-out rows are kept."""
+    """Mix prepared folders by weights. No row is taken twice; all held-out rows are kept. See also the source `mix:`."""
     from picolm.data.merge import merge
     from picolm.terminal import phases, prepared
 
@@ -96,12 +99,12 @@ def merge_data(
 @data.command("inspect")
 def inspect_data(
     folder: Folder,
-    tokens: Annotated[int, typer.Option(help="Of the most frequent tokens, show so many.")] = 20,
+    tokens: Annotated[int, typer.Option(help="Number of most frequent tokens to show.")] = 20,
     rows: Annotated[int, typer.Option(help="Random rows of each split to show as text.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of the random rows.")] = 0,
-    characters: Annotated[int, typer.Option(help="Of the text of a row, show so many.")] = 400,
+    seed: Annotated[int, typer.Option(help="Seed of the random rows.")] = 0,
+    characters: Annotated[int, typer.Option(help="Characters to show of each row.")] = 400,
 ) -> None:
-    """What prepared rows hold: sources, frequent tokens, rows that are on both sides of the split, random rows as text."""
+    """Show what prepared rows hold: sources, frequent tokens, rows that are in both splits, random rows as text."""
     from picolm.data.inspection import inspect
 
     found = inspect(folder, tokens=tokens, rows=rows, seed=seed)
@@ -114,7 +117,7 @@ def inspect_data(
 
 @data.command("verify")
 def verify_data(folder: Folder) -> None:
-    """Compare a prepared folder with its manifest: digests, numbers of rows, range of token ids."""
+    """Check a prepared folder against its manifest: digests, numbers of rows, range of token ids."""
     from picolm.data.inspection import prepared_manifest, verify
 
     if problems := verify(folder):

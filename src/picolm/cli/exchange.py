@@ -1,4 +1,4 @@
-"""Commands that move runs and data between here and the Hub: `push`, `pull`, `data push`."""
+"""Commands that upload to and download from the Hugging Face Hub: `push`, `pull`, `data push`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +17,24 @@ Steps = Annotated[
 ]
 Only = Annotated[
     list[str] | None,
-    typer.Option(help="Only this part of each step: weights, optimizer or dynamics; may be given again."),
+    typer.Option(help="Only this part of each step: weights, optimizer or dynamics. Repeat for several."),
 ]
-Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one, if it has to be made.")]
+Private = Annotated[bool, typer.Option("--private", help="Create the repository as private, if it does not exist.")]
 
 
 @app.command()
 def push(
     run: RunArgument,
     repo_id: Annotated[
-        str | None, typer.Option("--repo-id", "--repo_id", help="OWNER/NAME (default: where the run was sent before).")
+        str | None,
+        typer.Option("--repo-id", "--repo_id", help="OWNER/NAME (default: the repository of the last push)."),
     ] = None,
-    branch: Annotated[str | None, typer.Option(help="The branch to send to (default: the name of the run).")] = None,
+    branch: Annotated[str | None, typer.Option(help="The branch (default: the name of the run).")] = None,
     steps: Steps = None,
     only: Only = None,
     private: Private = False,
 ) -> None:
-    """Send a run to the Hugging Face Hub; what is there is not sent again, so this goes on where it stopped."""
+    """Upload a run to the Hugging Face Hub. Continues where an earlier push stopped."""
     from picolm.exchange.push import Sender, destination
     from picolm.exchange.push import push as send
     from picolm.store import Run
@@ -61,7 +62,7 @@ def pull(
     steps: Steps = None,
     only: Only = None,
 ) -> None:
-    """Bring a run from the Hugging Face Hub, ours or one of pico-train, and verify it; goes on where it stopped."""
+    """Download a run from the Hugging Face Hub, of Pico or pico-train, and verify it. Continues where it stopped."""
     from picolm.exchange.pull import pull as fetch
     from picolm.store.hub import HubRun, open_hub
     from picolm.terminal import phases
@@ -83,10 +84,10 @@ def pull(
 def push_data(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `pico data prepare` made.")],
     repo_id: Annotated[str, typer.Option("--repo-id", "--repo_id", help="OWNER/NAME of the data set.")],
-    branch: Annotated[str, typer.Option(help="The branch to send to.")] = "main",
+    branch: Annotated[str, typer.Option(help="The branch.")] = "main",
     private: Private = False,
 ) -> None:
-    """Send prepared rows to the Hugging Face Hub, with their manifest and a card."""
+    """Upload prepared rows to the Hugging Face Hub, with their manifest and a card."""
     from picolm.exchange.rows import push_rows
     from picolm.terminal import phases
 
@@ -103,7 +104,7 @@ def push_data(
 
 
 def _chosen(steps: str | None, there: Sequence[int]) -> list[int] | None:
-    """The steps that are asked for: of a range, those that there are."""
+    """Return the steps that were asked for; of a range, those that exist."""
     from picolm.train.history import parse_steps
 
     if steps is None:

@@ -16,18 +16,19 @@ Runs = Annotated[list[str] | None, typer.Argument(metavar="[RUN]…", help="Runs
 def report(
     runs: Runs = None,
     analysis: Annotated[
-        list[str] | None, typer.Option("--analysis", "-a", help="The folder of an analysis; may be given again.")
+        list[str] | None, typer.Option("--analysis", "-a", help="The folder of an analysis. Repeat for several.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("report.html"),
     figures: Annotated[
-        Path | None, typer.Option(help="Write each figure as SVG, PDF and PNG to this folder too (extra `figures`).")
+        Path | None,
+        typer.Option(help="Also write each figure as SVG, PDF and PNG to this folder (needs the extra `figures`)."),
     ] = None,
     section: Annotated[
         list[str] | None, typer.Option("--section", help="A section of your own, my_lab.module:function.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Draw what training and analysis left behind: one HTML file that opens anywhere, without a network."""
+    """Write one HTML file with the plots and tables of runs and analyses. It opens without a network."""
     from picolm.logs import configure_logging
     from picolm.report.assembly import write
 
@@ -39,5 +40,5 @@ def report(
 
 
 def say_where(path: Path) -> None:
-    """Where the report is and how big it is."""
+    """Print where the report is and how large it is."""
     say(f"The report: {path} ({path.stat().st_size / 1e6:.1f} MB). It opens in any browser, offline.")

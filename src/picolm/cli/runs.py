@@ -1,4 +1,4 @@
-"""Commands that look at a run: `list`, `verify`, `generate`."""
+"""Commands that read a run: `list`, `verify`, `generate`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +51,7 @@ def list_run(
 
 @app.command()
 def verify(run: RunArgument) -> None:
-    """Recompute every digest of a run and say what does not hold."""
+    """Recompute every digest of a run and print what differs."""
     from picolm.store import Run, listing
 
     opened = Run.open(run)
@@ -71,18 +71,20 @@ def verify(run: RunArgument) -> None:
 @app.command()
 def generate(
     run: RunArgument,
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     step: Annotated[int | None, typer.Option(help="Which checkpoint (default: the latest).")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest tokens.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens to generate.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many most likely tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens that hold this probability.")
+        float | None, typer.Option(help="Sample from the most likely tokens that together hold this probability.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Let a checkpoint write on from a prompt."""
+    """Generate text from a checkpoint."""
     from picolm.train.sample import sample
 
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}

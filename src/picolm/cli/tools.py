@@ -1,4 +1,4 @@
-"""Commands for other people's tools: `export`, `import`, `renew`, `evaluate`."""
+"""Commands for other tools and evaluations: `export`, `import`, `renew`, `evaluate`."""
 
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,14 @@ from picolm.errors import PicoError
 @app.command()
 def export(
     run: RunArgument,
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    out: Annotated[Path, typer.Option(help="The folder to create.")],
     step: Annotated[int | None, typer.Option(help="Which checkpoint (default: the latest).")] = None,
     format_name: Annotated[
         str, typer.Option("--format", help="llama (transformers), gguf (llama.cpp) or torch (a plain state dict).")
     ] = "llama",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write the model of a checkpoint in the files of other tools."""
+    """Convert the model of a checkpoint to the format of another tool."""
     from picolm.formats import export as write
     from picolm.store import Run
 
@@ -35,13 +35,13 @@ def import_(
     place: Annotated[
         str, typer.Argument(metavar="DIR|OWNER/NAME", help="A LlamaForCausalLM, or what `--format torch` wrote.")
     ],
-    out: Annotated[Path, typer.Option(help="The run to make.")],
+    out: Annotated[Path, typer.Option(help="The run to create.")],
     step: Annotated[
         int | None, typer.Option(help="The step it is stored as (default: the one it was exported from, else 0).")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Make a run of a model that another tool wrote, to analyze, evaluate and generate with."""
+    """Convert a model of another tool to a run with one step, for analysis, evaluation and generation."""
     from picolm.formats.importing import import_model
 
     run, stored = import_model(place, out, step)
@@ -56,7 +56,7 @@ def renew(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Replace the modelling code inside checkpoints by that of this version of picolm, so that newer transformers run them."""
+    """Update the modelling code inside checkpoints to this version of Pico, for newer versions of transformers."""
     from picolm.formats.renewal import renew_steps
     from picolm.terminal import phases
     from picolm.train.history import own_run, parse_steps
@@ -79,8 +79,10 @@ def evaluate(
     steps: Annotated[
         str | None, typer.Option(help="5,9,20 or 100:200 or 100:200:10 (default: all with weights).")
     ] = None,
-    metrics: Annotated[str | None, typer.Option(help="Evaluations, by comma (default: those of the run).")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, by comma.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Evaluations, separated by commas (default: those of the run).")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="A folder with YAML files of your own tasks.")] = None,
     pairs: Annotated[Path | None, typer.Option(help="Minimal pairs: a jsonl file, or a folder of them.")] = None,
     trust_remote_code: TrustRemoteCode = False,

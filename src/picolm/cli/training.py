@@ -17,10 +17,10 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and exit.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     code_folder: Annotated[
-        list[Path] | None, typer.Option(help="Where modules of your own are found too.", hidden=True)
+        list[Path] | None, typer.Option(help="A further folder to import your own modules from.", hidden=True)
     ] = None,
 ) -> None:
-    """Train a model as a YAML file says, or go on with the run of that name."""
+    """Train a model from a YAML file, or resume the run of that name."""
     config_path, words = config_and_overrides("train", config_path, arguments)
 
     from picolm.registry import find_code_in

@@ -133,10 +133,10 @@ def _prepare(files: list[TextFile], recipe: dict[str, Any], out: Path) -> None:
 
 def _held_out(sources: list[str | None]) -> list[bool]:
     """Return which documents are held out: of each source those that drew the smallest numbers, one at least and not all."""
-    lots = [derive(_SEED, "held out", number) for number in range(len(sources))]
+    keys = [derive(_SEED, "held out", number) for number in range(len(sources))]
     chosen = set[int]()
     for source in set(sources):
-        own = sorted((lot, number) for number, lot in enumerate(lots) if sources[number] == source)
+        own = sorted((key, number) for number, key in enumerate(keys) if sources[number] == source)
         chosen.update(number for _, number in own[: min(max(1, round(_VAL_FRACTION * len(own))), len(own) - 1)])
     return [number in chosen for number in range(len(sources))]
 

@@ -1,4 +1,4 @@
-"""GGUF, the file of llama.cpp: the one door to the package `gguf`.
+"""GGUF, the file format of llama.cpp; the only file that imports the package `gguf`.
 
 llama.cpp turns the pairs (x0, x1), (x2, x3), … as we do, so the rows of q and k stay where they are.
 """

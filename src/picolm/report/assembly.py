@@ -22,7 +22,7 @@ from picolm import __version__
 from picolm.errors import PicoError
 from picolm.report import sections  # noqa: F401  # registers what comes with Pico
 from picolm.report.export import export
-from picolm.report.look import rooms
+from picolm.report.look import themes
 from picolm.report.material import Material, gather
 from picolm.report.render import asset, render
 from picolm.report.section import SECTIONS, Drawing, Section, Sheet, described, html
@@ -90,7 +90,7 @@ def page(material: Material, chosen: Sequence[Section]) -> str:
         script=Markup(script),
         digests=[_digest(script), library_digest],
         plotly=library,
-        rooms=pack(rooms()),
+        themes=pack(themes()),
         command=material.command,
         version=__version__,
     )
@@ -117,7 +117,7 @@ def _numbered(section: Section, place: int) -> dict[str, Any]:
 def _item(item: Drawing | Sheet | Markup, name: str) -> dict[str, Any]:
     if isinstance(item, Drawing):
         figure = json.loads(item.figure.to_json())
-        figure["layout"].pop("template", None)  # the page has one for each room
+        figure["layout"].pop("template", None)  # the page has one for each theme
         for trace in figure["data"]:
             if trace.get("customdata") == trace.get("z", trace.get("y")):
                 del trace["customdata"]  # the same values again, for hovering: the page gives them back

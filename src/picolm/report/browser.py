@@ -36,10 +36,10 @@ def drive() -> Any:
     return chromium
 
 
-def view(chromium: Any, width: int, height: int, room: str = "light", scale: float = 1) -> None:
-    """Look through a window of this size, in CSS pixels, in a light or a dark room; scrolling takes no time."""
+def view(chromium: Any, width: int, height: int, theme: str = "light", scale: float = 1) -> None:
+    """Set the viewport, in CSS pixels, and the colour theme, light or dark; scrolling is not animated."""
     size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 500}
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = {"prefers-color-scheme": room, "prefers-reduced-motion": "reduce"}
+    features = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}
     media = [{"name": name, "value": value} for name, value in features.items()]
     chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})

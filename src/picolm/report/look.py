@@ -1,7 +1,7 @@
-"""How figures look, in a light and a dark room: colours that colour-blind readers tell apart, one template for each.
+"""How figures look, in a light and a dark theme: colours that colour-blind readers tell apart, one template for each.
 
 Depth is shown on the scale viridis, without the end that has no contrast with the background; magnitudes on cividis; kinds
-in the colours of Okabe and Ito (2008). A trace says what its colour means (`meta.colour`), so the page can change the room.
+in the colours of Okabe and Ito (2008). A trace says what its colour means (`meta.colour`), so the page can change the theme.
 """
 
 import html
@@ -14,7 +14,7 @@ from plotly.colors import sample_colorscale
 
 SHADES = 64  # of the scale of depth, in the page
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-ROOMS: dict[str, dict[str, Any]] = {
+THEMES: dict[str, dict[str, Any]] = {
     "light": {
         "ink": "#1d2433", "faint": "#5b6478", "grid": "#e4e8ef", "paper": "#ffffff", "depth": ("Viridis", 0.0, 0.86),
         "category": ["#0072b2", "#d55e00", "#009e73", "#a8518a", "#b07a00", "#3a93c9", "#1d2433"],
@@ -24,7 +24,7 @@ ROOMS: dict[str, dict[str, Any]] = {
         "category": ["#56b4e9", "#f0854a", "#2fc79a", "#e39ac6", "#e9b949", "#9fd3f2", "#e6eaf2"],
     },
 }  # fmt: skip
-COLOURS = len(ROOMS["light"]["category"])
+COLOURS = len(THEMES["light"]["category"])
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
@@ -33,20 +33,20 @@ def label(text: object) -> str:
     return html.escape(str(text), quote=False).replace("{", "&#123;").replace("\n", "<br>")
 
 
-def colour(meaning: dict[str, Any] | None, room: str = "light") -> str:
+def colour(meaning: dict[str, Any] | None, theme: str = "light") -> str:
     """The colour for `{"depth": 0 to 1}` or `{"category": index}`; ink for neither."""
-    look = ROOMS[room]
+    look = THEMES[theme]
     if meaning and "depth" in meaning:
-        return shades(room)[round(meaning["depth"] * (SHADES - 1))]
+        return shades(theme)[round(meaning["depth"] * (SHADES - 1))]
     if meaning and "category" in meaning:
         return look["category"][meaning["category"] % len(look["category"])]
     return look["faint"]
 
 
 @cache
-def shades(room: str) -> list[str]:
+def shades(theme: str) -> list[str]:
     """The scale of depth, first layer to last."""
-    name, low, high = ROOMS[room]["depth"]
+    name, low, high = THEMES[theme]["depth"]
     return sample_colorscale(name, [low + (high - low) * i / (SHADES - 1) for i in range(SHADES)])
 
 
@@ -67,9 +67,9 @@ def faded(shade: str, opacity: float) -> str:
     return f"rgba({red}, {green}, {blue}, {opacity})"
 
 
-def template(room: str = "light") -> go.layout.Template:
+def template(theme: str = "light") -> go.layout.Template:
     """The part of a layout that all figures share."""
-    look = ROOMS[room]
+    look = THEMES[theme]
     axis = {
         "gridcolor": look["grid"], "linecolor": look["grid"], "zeroline": False, "ticks": "", "automargin": True,
         "exponentformat": "power", "title": {"font": {"size": 12, "color": look["faint"]}, "standoff": 6},
@@ -91,14 +91,14 @@ def template(room: str = "light") -> go.layout.Template:
     return go.layout.Template(layout=layout)
 
 
-def rooms() -> dict[str, Any]:
-    """What the page needs to paint figures in either room."""
+def themes() -> dict[str, Any]:
+    """What the page needs to paint figures in either theme."""
     return {
         name: {
             "template": template(name).to_plotly_json(),
             "depth": shades(name),
-            "category": ROOMS[name]["category"],
-            "faint": ROOMS[name]["faint"],
+            "category": THEMES[name]["category"],
+            "faint": THEMES[name]["faint"],
         }
-        for name in ROOMS
+        for name in THEMES
     }

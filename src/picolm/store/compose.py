@@ -68,7 +68,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def make_directories(directory: Path, names: Collection[str]) -> None:
-    """Those of the files. Not `directory` itself: deleted under our hands, it must not come back half empty."""
+    """Create the parent directories of files, never `directory` itself: if it was deleted meanwhile, writing must fail."""
     for parent in sorted({parent for name in names for parent in PurePosixPath(name).parents[:-1]}):
         (directory / parent).mkdir(exist_ok=True)
 

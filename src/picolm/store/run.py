@@ -296,7 +296,7 @@ class Run(Records, Mapping[int, Checkpoint]):
             try:
                 yield
             except StoreError as error:
-                if isinstance(error.__cause__, FileNotFoundError):  # an older step, deleted under our hands
+                if isinstance(error.__cause__, FileNotFoundError):  # an older step, deleted meanwhile
                     raise error.__cause__ from None
                 raise
 

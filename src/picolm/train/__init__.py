@@ -15,7 +15,7 @@ def run_training(config: "TrainConfig") -> int:
     from picolm.provenance import refuse_untrusted
     from picolm.train.build import build
     from picolm.train.loop import train
-    from picolm.train.report import farewell
+    from picolm.train.report import log_summary
     from picolm.train.signals import StopSignal
 
     refuse_untrusted(config)
@@ -26,5 +26,5 @@ def run_training(config: "TrainConfig") -> int:
         if job.continued_from is None or job.continued_from < job.plan.last:
             job.progress.start(job.state.step, job.plan.last)
             train(job)
-        farewell(job)
+        log_summary(job)
         return 128 + stop.received if stop.received is not None else 0

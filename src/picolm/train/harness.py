@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model in memory: the one door to `lm_eval`, which is imported with this file.
+"""lm-evaluation-harness on a model in memory; the only file that imports `lm_eval`, when it is imported itself.
 
 `Adapter` answers the three questions that its tasks ask. Text becomes tokens as in training, rows are never cut in silence
 but where the harness prescribes it (from the left, to the context), and padding changes no number.

@@ -38,7 +38,7 @@ def train(job: Job) -> None:
     """Run `job` to its last step, or until it is asked to stop. Raises PicoError after too many skipped updates."""
     state, stopping = job.state, False
     for step in range(state.step, job.plan.last + 1):
-        stopping = job.stop.agreed(job.device) or hopeless(job)
+        stopping = job.stop.agreed(job.device) or too_many_skipped(job)
         if job.writer is not None:
             job.writer.check()
         due = job.plan.when_stopping(step) if stopping else job.plan.due(step)
@@ -66,7 +66,7 @@ def train(job: Job) -> None:
     if job.writer is not None:
         job.writer.wait()
     if stopping and job.stop.received is None:
-        raise PicoError(report.hopeless(job))
+        raise PicoError(report.skipped_too_many(job))
 
 
 def accumulate(
@@ -242,7 +242,7 @@ def evaluation(job: Job) -> dict[str, float]:
             return evaluate(job.config.evaluation.metrics or (), context)
 
 
-def hopeless(job: Job) -> bool:
-    """Whether too many updates in a row were skipped."""
+def too_many_skipped(job: Job) -> bool:
+    """Return whether too many updates in a row were skipped."""
     most = job.config.training.max_skipped_steps if job.most_skipped is None else job.most_skipped
     return job.state.skipped_in_a_row > 0 and job.state.skipped_in_a_row >= most

@@ -242,18 +242,18 @@ def skipped(job: Job, number: int, gradient: Any) -> None:
         logger.log(number, {"skipped": True, "rows": rows})
 
 
-def hopeless(job: Job) -> str:
+def skipped_too_many(job: Job) -> str:
     """Return the message of a run that ends because too many updates were skipped, with commands that continue it."""
     step = job.state.step
     told = f"{job.state.skipped_in_a_row} updates in a row had a non-finite loss or gradient; stopped at step {step}"
     if job.run is None:
         return told
     path = Path(job.run.path)
-    onward = f"pico train {shlex.quote(str(path / CONFIG))}"
+    resume = f"pico train {shlex.quote(str(path / CONFIG))}"
     found = last_finite(job.run, step)
     return (
         f"{told}, which is saved in {path}. metrics.jsonl names the rows of their batches.{_fork(job, path, found)}\n"
-        f"To continue from step {step}, without these batches:\n  {onward}\n"
+        f"To continue from step {step}, without these batches:\n  {resume}\n"
         "A longer training.optimization.lr_warmup_steps or training.fabric.precision=32-true may help too"
     )
 
@@ -279,8 +279,8 @@ def _ranges(rows: list[int]) -> str:
     )
 
 
-def farewell(job: Job) -> None:
-    """Say in a few lines what was made, where, and how to go on."""
+def log_summary(job: Job) -> None:
+    """Log what was trained, where it is, and the next commands."""
     job.progress.__exit__(None, None, None)
     if job.writer is None or job.run is None:
         return

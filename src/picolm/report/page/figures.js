@@ -149,7 +149,7 @@ function layoutOf(figure, width, look, above) {
 }
 
 function draw(figure, width = figure.plot.clientWidth) {
-  const look = rooms[theme()];
+  const look = themes[theme()];
   show(figure);
   for (const trace of figure.spec.data) paint(trace, look);
   const layout = layoutOf(figure, width, look, 0);
@@ -160,7 +160,7 @@ function draw(figure, width = figure.plot.clientWidth) {
 }
 
 async function saveImage(figure, format) {
-  const width = Math.max(720, figure.plot.clientWidth), look = rooms.light;
+  const width = Math.max(720, figure.plot.clientWidth), look = themes.light;
   const data = figure.spec.data.map((trace) => ({ ...trace }));
   for (const trace of data) paint(trace, look);
   const layout = layoutOf(figure, width, look, 40);

@@ -2,7 +2,7 @@
 // The page's own script. Data lie in inert script elements, compressed; figures are drawn when they come into view.
 // Text of runs is only ever set as textContent, or given to Plotly escaped (see look.py).
 
-let rooms, ready;
+let themes, ready;
 
 const make = (tag, properties = {}, ...children) => {
   const node = Object.assign(document.createElement(tag), properties);
@@ -41,12 +41,12 @@ function offerSteps(node) {
   place.append(numbers);
 }
 
-let room; // the reader's, while the page is on paper, which is light
+let chosen; // the reader's, while the page is on paper, which is light
 
 function onPaper(begin) {
-  if (begin) room ??= theme();
-  document.documentElement.dataset.theme = begin ? "light" : (room ?? theme());
-  if (!begin) room = undefined;
+  if (begin) chosen ??= theme();
+  document.documentElement.dataset.theme = begin ? "light" : (chosen ?? theme());
+  if (!begin) chosen = undefined;
   for (const figure of figures.values()) if (begin || figure.drawn) draw(figure, begin ? PAPER : undefined);
 }
 
@@ -57,7 +57,7 @@ async function start() {
   document.getElementById("theme").onclick = () => setTheme(theme() === "dark" ? "light" : "dark");
   document.getElementById("print").onclick = () => print();
   document.querySelectorAll(".texts").forEach(offerSteps);
-  rooms = JSON.parse(await unpack(document.getElementById("rooms")));
+  themes = JSON.parse(await unpack(document.getElementById("themes")));
   document.head.append(make("script", { textContent: await unpack(document.getElementById("plotly")) }));
   const seen = new IntersectionObserver(watch, { rootMargin: "400px" });
   const nodes = [...document.querySelectorAll(".drawing")];
