@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from json import JSONDecodeError
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -195,11 +196,27 @@ def persist(
             return call()
         except PicoError:
             raise
-        except Exception as error:  # also an answer that the client cannot read, as a KeyError or a TypeError
+        except Exception as error:
+            if not _is_of_request(error):
+                raise
             if attempt == attempts or not _may_pass(error):
                 raise failure(_explanation(error, name, endpoint, verb)) from error
             time.sleep(max(_FIRST_WAIT_S * 2 ** (attempt - 1), asked_wait_s(error)))
     raise AssertionError("unreachable")
+
+
+def _is_of_request(error: Exception) -> bool:
+    """Return whether the network, the disk, the server or the client of the Hub failed, rather than our own code.
+
+    hf_xet, which moves large files, raises RuntimeError for what the network does; an answer that huggingface_hub cannot read
+    may end there in any exception.
+    """
+    from huggingface_hub import errors
+
+    if isinstance(error, OSError | RuntimeError | ValueError | errors.HTTPError | errors.EntryNotFoundError):
+        return True
+    innermost = list(walk_tb(error.__traceback__))[-1][0]
+    return str(innermost.f_globals.get("__name__")).startswith(("huggingface_hub", "httpx"))
 
 
 @cache

@@ -75,7 +75,8 @@ def test_longer_rows_are_cut_and_any_length_is_taken_on_request(write_shards: Wr
 
 def test_shorter_rows_are_refused_with_both_lengths(write_shards: Write) -> None:
     with pytest.raises(
-        DataError, match=r"train-00000-of-00001.parquet: rows of 9 tokens .* max_seq_len \+ 1 = 17; .* to 8"
+        DataError,
+        match=r"train-00000-of-00001.parquet: rows of 9 tokens, and a row of training takes 17; lower model.max_seq_len by 8, .*",
     ):
         open_source(str(write_shards([20])), row_length=17)
 
@@ -186,7 +187,10 @@ def test_shards_of_unequal_length_are_refused_when_they_are_read(write_shards: W
     shutil.copy(
         write_shards([5], folder="short", length=4) / "train-00000-of-00001.parquet", folder / "train-9.parquet"
     )
-    with pytest.raises(DataError, match=r"train-9.parquet: rows of 4 tokens are shorter than .* = 9"):
+    with pytest.raises(
+        DataError,
+        match=r"train-9.parquet: rows of 4 tokens, and a row of training takes 9; lower model.max_seq_len by 5",
+    ):
         open_source(str(folder), row_length=9)
     with pytest.raises(DataError, match=r"train-9.parquet: rows of 4 tokens"):
         open_source(str(folder)).rows(np.array([7]))
