@@ -1,6 +1,7 @@
-"""The card of a run: a README.md that says what it is, how it went, and how to read its steps. Its text is `card.md`.
+"""The model card of a run: a README.md that says what the run is, how it went, and how to read its steps.
 
-What cannot be known of a run, its licence and language, is not made up: put it into the first lines on the Hub, and it stays.
+Its template is `card.md`. Licence and language of a run cannot be known, so they are left out: add them to the front
+matter on the Hub, and later cards keep them.
 """
 
 import json
@@ -43,7 +44,11 @@ pico pull {place}                                  # or have the run here, verif
 def model_card(
     run: Run, repository: str, branch: str, commits: Mapping[int, str], differences: Mapping[str, Any]
 ) -> str:
-    """Return the card of a run. commits: of the steps that are there. differences: its keys that are not as by default."""
+    """Return the model card of a run.
+
+    commits: the commit of each step on the Hub. differences: the keys of its configuration that differ from their
+    defaults.
+    """
     from jinja2 import Environment, StrictUndefined
 
     try:
@@ -86,19 +91,19 @@ def model_card(
 
 
 def kept_by_hand(text: str, place: str) -> bool:
-    """Return whether a card was written by somebody, or for another place, and is not to be replaced."""
+    """Return whether a card was written by hand or for another place, and so must not be replaced."""
     return bool(text.strip()) and _mark(place) not in text and _FRONT.sub("", text).strip() != ""
 
 
 def with_front_matter(text: str, before: str) -> str:
-    """Return a card with what somebody added to the first lines of the one before (license, language, …)."""
+    """Return a card with what others added to the front matter of the card before it (license, language, …)."""
     kept, own = _front(before), _front(text)
     body = _FRONT.sub("", text, count=1)
     return f"---\n{yaml.safe_dump({**kept, **own}, sort_keys=False, allow_unicode=True)}---\n{body}"
 
 
 def _mark(place: str) -> str:
-    named = place.replace(">", "%3E").replace("\n", "%0A")  # nothing that ends a comment
+    named = place.replace(">", "%3E").replace("\n", "%0A")  # nothing that would end the comment
     return f"<!-- written by pico for {named}; without this line it is left as it is -->"
 
 

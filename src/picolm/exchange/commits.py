@@ -1,4 +1,4 @@
-"""Writing to a repository on the Hub: a repository and a branch where there are none, and one commit after another."""
+"""Write to a repository on the Hub: create the repository and the branch where there are none, and make commits."""
 
 import warnings
 from collections.abc import Collection, Mapping
@@ -14,17 +14,17 @@ _PRECONDITION_FAILED = 412
 
 
 def prepare_repository(repository: str, branch: str, kind: str, private: bool, failure: type[PicoError]) -> None:
-    """Make a repository (kind: model or dataset) and a branch of it, unless they are there. Raises `failure`."""
+    """Create a repository (kind: model or dataset) and a branch of it, unless they exist. Raises `failure`."""
     from huggingface_hub import HfApi
 
     if is_offline():
         raise failure(f"{repository}: offline mode (HF_HUB_OFFLINE) is on, nothing is sent; switch it off")
     api = HfApi()
-    visible = private or None  # what exists keeps its visibility; a new one is what the account says
+    visible = private or None  # an existing repository keeps its visibility; None: as the account says
 
     def create() -> None:
         api.create_repo(repository, repo_type=kind, private=visible, exist_ok=True)
-        if branch != "main":  # it starts from the first commit: what another run left on main is not part of this one
+        if branch != "main":  # start from the first commit: files of another run on main are not part of this run
             first = api.list_repo_commits(repository, repo_type=kind)[-1].commit_id
             api.create_branch(repository, branch=branch, revision=first, repo_type=kind, exist_ok=True)
 
@@ -43,11 +43,11 @@ def commit(
     delete: Collection[str] = (),
     parent: str | None = None,
 ) -> str:
-    """Make a commit; return its id, or that of the newest one where nothing would change. Raises `failure`.
+    """Make a commit; return its id, or the id of the newest commit when nothing would change. Raises `failure`.
 
-    huggingface_hub sends no file that is there with the same content. parent: the commit that it must follow; `has_moved`
-    tells of the error whether it does not. Large files go one by one, in the calling thread: a pool of threads would be
-    waited for when the process ends, however long they take.
+    huggingface_hub does not upload a file that is there with the same content. parent: the commit that it must follow;
+    `has_moved` of the error returns whether another commit came first. Large files are uploaded one by one in the
+    calling thread: at exit, Python would wait for a pool of threads, however long they take.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -71,5 +71,8 @@ def commit(
 
 
 def has_moved(error: PicoError) -> bool:
-    """Return whether a commit was refused because another one came before it: someone else's, or ours whose answer was lost."""
+    """Return whether a commit was refused because another one came before it.
+
+    That one may be someone else's, or our own whose response was lost.
+    """
     return status_of(error.__cause__) == _PRECONDITION_FAILED

@@ -1,9 +1,9 @@
-"""What a run keeps for its uploads, in its folder `.hub`:
+"""The upload queue of a run, in its folder `.hub`:
 
-outbox.json     the branch that it is sent to
-step_N/         hard links to the files of a step that waits, so that `checkpointing.keep` may delete the step meanwhile
+outbox.json     the branch that the run is uploaded to
+step_N/         hard links to the files of a queued step, so that `checkpointing.keep` may delete the step meanwhile
 
-What was sent already is asked of the Hub, so losing this folder costs a look at each step of the run.
+Which steps were uploaded is asked of the Hub, so losing this folder only costs a check of each step of the run.
 """
 
 import json
@@ -29,11 +29,11 @@ _FILE = "outbox.json"
 
 
 class Damaged(StoreError):
-    """A step that cannot be sent, now or later, because it is not what was written."""
+    """The error for a step that can never be uploaded, because its files are not those that were written."""
 
 
 class Outbox:
-    """The uploads of a run. Raises StoreError where something in its folder is a link or no regular file."""
+    """The upload queue of a run. Raises StoreError when its folder is a link, or its file is not a regular file."""
 
     def __init__(self, run: Run):
         self.run, self.path = run, inside(run.path, FOLDER)
@@ -47,13 +47,13 @@ class Outbox:
 
     @property
     def held(self) -> list[int]:
-        """Return the steps that wait under a second name, ascending."""
+        """Return the steps in the queue that have hard links, ascending."""
         found = (step_of(path.name) for path in self.path.glob("step_*"))
         return sorted(step for step in found if step is not None)
 
     @contextmanager
     def sending(self) -> Iterator[None]:
-        """Hold this while sending. Raises StoreError when another process does."""
+        """Hold the lock of the queue while uploading. Raises StoreError when another process holds it."""
         with ExitStack() as stack:
             with disk_errors("what waits for the Hub", self.path):
                 self.path.mkdir(exist_ok=True)
@@ -68,7 +68,7 @@ class Outbox:
             yield
 
     def remember(self, place: str) -> None:
-        """Write down where the run is sent to, for the next `pico push`."""
+        """Record where the run is uploaded to, for the next `pico push`."""
         if place != self.place:
             with disk_errors("where the run is sent to", self.path):
                 self.path.mkdir(exist_ok=True)
@@ -76,7 +76,10 @@ class Outbox:
             self.place = place
 
     def hold(self, step: int) -> None:
-        """Give the files of a step a second name. Where space is short nothing is held: the run needs it more."""
+        """Hard-link the files of a step into the queue.
+
+        When disk space is short, all links are deleted instead: the run needs the space more.
+        """
         checkpoint = SealedCheckpoint(self.run.step_path(step))
         self.path.mkdir(exist_ok=True)
         if shutil.disk_usage(self.path).free < 2 * sum(record.bytes for record in checkpoint.files.values()):
@@ -92,16 +95,16 @@ class Outbox:
                 os.link(checkpoint.locate(name), aside / name)
             shutil.rmtree(target, ignore_errors=True)
             os.rename(aside, target)
-        except OSError as error:  # a file system without hard links: a copy would cost what the run may need
+        except OSError as error:  # no hard links on this file system; a copy would take space that the run may need
             shutil.rmtree(aside, ignore_errors=True)
             log.debug("Step %d waits for the Hub without a second name: %s", step, error)
 
     def release(self, step: int) -> None:
-        """Delete the second names of a step."""
+        """Delete the hard links of a step."""
         shutil.rmtree(self.path / step_directory(step), ignore_errors=True)
 
     def checkpoint(self, step: int) -> SealedCheckpoint | None:
-        """Return a step, from its second names or else from the run; None when it is gone. Raises Damaged."""
+        """Return a step, from its hard links or else from the run; None when it was deleted. Raises Damaged."""
         for path in (self.path / step_directory(step), self.run.step_path(step)):
             if os.path.lexists(path / MANIFEST):
                 try:

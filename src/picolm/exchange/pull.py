@@ -1,10 +1,10 @@
-"""Downloading a run, step by step; what was interrupted continues where it stopped.
+"""Download a run, step by step. An interrupted download continues where it stopped.
 
 RUN/.pull/step_N/    a step that is being downloaded; its files stay for the next attempt
 
-A step gets its name when all that was asked for of it is there, with the digests that it was sent with. Runs of ours become the
-run that was sent, byte for byte; runs of pico-train become what pico-train leaves on a disk. Nothing that is downloaded is
-executed, and no name that a server gives leads out of the folder.
+A step gets its name when all requested files are there, with the digests they were uploaded with. A run in Pico's
+format becomes the uploaded run, byte for byte; a run of pico-train gets the layout that pico-train writes to disk.
+Nothing that is downloaded is executed, and no name from a server can lead out of the folder.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ _NOT_A_MODEL = {"README.md", ".gitattributes", ".gitignore", CONFIG, RUN, ENVIRO
 
 
 class RemoteFile(NamedTuple):
-    """A file on the Hub: the commit to take it from, its bytes, and its sha-256 or else the id of its git object."""
+    """A file on the Hub: the commit to take it from, its size, and its sha-256 or else the id of its git object."""
 
     commit: str
     bytes: int
@@ -55,7 +55,7 @@ class RemoteFile(NamedTuple):
     oid: str = ""
 
     def is_at(self, path: Path) -> bool:
-        """Return whether the file with these bytes and this digest is at `path`."""
+        """Return whether `path` is a file with this size and this digest."""
         try:
             if require_regular(path).st_size != self.bytes:
                 return False
@@ -74,17 +74,17 @@ def pull(
     only: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[int]:
-    """Download steps of a run (None: all) into `folder`; return those that were not there yet.
+    """Download steps of a run (None: all) into `folder`; return the steps of which anything was missing there.
 
-    only: parts of a step (weights, optimizer, dynamics); none means all. progress: called with the steps that are done, and
-    all of them. Raises StoreError, having kept what is whole.
+    only: parts of a step (weights, optimizer, dynamics); none means all. progress: called with the number of steps
+    done, and of all steps. Raises StoreError; complete steps are kept.
     """
     check_parts(only)
     wanted = source.steps if steps is None else sorted(set(steps))
     if absent := [step for step in wanted if step not in source]:
         source[absent[0]]  # raises Missing, before anything is written
     if folder.is_dir() and not any((folder / name).exists() for name in (".lock", RUN, CONFIG)):
-        # before a lock is left in it
+        # check before a lock file is created in it
         _refuse_other_content(folder, (Directories.checkpoints_dir, Directories.eval_results_dir))
     with disk_errors("the run", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def pull(
 
 
 class _Copy:
-    """A folder that becomes a copy of a run on the Hub. Raises StoreError where it holds something else."""
+    """A folder that becomes a copy of a run on the Hub. Raises StoreError when it holds something else."""
 
     directories: Directories
 
@@ -118,19 +118,19 @@ class _Copy:
         raise NotImplementedError
 
     def read(self, name: str, commit: str | None = None) -> bytes:
-        """Return a file of the branch; empty when there is none."""
+        """Return the content of a file of the branch; empty when there is none."""
         path = self.branch.find(name, commit or self.source.head)
         return read_bytes(path) if path is not None else b""
 
     def copy(self, name: str, target: Path, commit: str | None = None) -> None:
-        """Write a small file of the branch to `target`, unless it is there or the branch has none."""
+        """Write a small file of the branch to `target`, unless `target` exists or the branch has no such file."""
         refuse_links(target, self.folder)
         if not target.exists() and (data := self.read(name, commit)):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(target, data)
 
     def add_records(self) -> None:
-        """Download the evaluations that are not here, and the metrics where they continue those that are."""
+        """Download the evaluations that are missing here, and the metrics when they continue those here."""
         there = self.branch.entries(self.source.head)
         for name in there:
             if name.startswith(f"{_RESULTS}/step_") and name.count("/") == 1:
@@ -144,11 +144,14 @@ class _Copy:
                     _sync(aside)
 
     def stage(self, step: int, files: Mapping[str, RemoteFile]) -> Path:
-        """Return a folder aside that holds the files: those that are here already linked, the others downloaded."""
+        """Return a temporary folder that holds the files of a step.
+
+        Files that are here already are hard-linked, the others are downloaded.
+        """
         aside, here = inside(self.folder, f"{_ASIDE}/{step_directory(step)}"), self.checkpoints / step_directory(step)
         refuse_links(here, self.folder)
         aside.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside / ".cache", ignore_errors=True)  # what huggingface_hub notes of downloads, and torn files
+        shutil.rmtree(aside / ".cache", ignore_errors=True)  # records of huggingface_hub, and incomplete files
         for path in [path for path in aside.rglob("*") if path.is_symlink() or not path.is_dir()]:
             if path.is_symlink() or str(path.relative_to(aside)) not in files:
                 path.unlink()
@@ -177,7 +180,10 @@ class _Copy:
         _sync(path)
 
     def publish(self, step: int, aside: Path, known: Collection[str]) -> None:
-        """Give a staged step its name, in the place of what there was of it. known: names of its files; others stay there."""
+        """Rename a staged step to its final name, replacing what is there of it.
+
+        known: names of the files of the step; other files that are there are kept.
+        """
         place = self.checkpoints / step_directory(step)
         self.checkpoints.mkdir(exist_ok=True)
         for folder in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
@@ -191,7 +197,7 @@ class _Copy:
 
 
 class _CopyOfOurs(_Copy):
-    """A run of ours: the same manifests, so the same digests."""
+    """A copy of a run in Pico's format: the same manifests, so the same digests."""
 
     def __init__(self, source: HubRun, folder: Path):
         super().__init__(source, folder)
@@ -222,14 +228,14 @@ class _CopyOfOurs(_Copy):
         return True
 
     def _present(self, step: int) -> Manifest | None:
-        """Return the manifest of what is here of a step; None where nothing of use is."""
+        """Return the manifest of the step that is here; None when there is none, or a damaged one."""
         try:
             return SealedCheckpoint(self.run.step_path(step)).manifest
         except StoreError:
             return None
 
     def _begin(self) -> None:
-        """Write what makes the folder this run, unless it is."""
+        """Write the files that make the folder this run. Raises StoreError when it is another run."""
         about = self.read(RUN)
         if os.path.lexists(self.folder / RUN):
             if identity(about) != identity(read_bytes(inside(self.folder, RUN))):
@@ -248,7 +254,7 @@ class _CopyOfOurs(_Copy):
 
 
 class _CopyOfPublished(_Copy):
-    """A run of pico-train, laid out as pico-train does on a disk."""
+    """A copy of a run of pico-train, in the layout that pico-train writes to disk."""
 
     def __init__(self, source: HubRun, folder: Path):
         super().__init__(source, folder)
@@ -275,7 +281,10 @@ class _CopyOfPublished(_Copy):
         return True
 
     def _parts(self, step: int) -> dict[str, dict[str, RemoteFile]]:
-        """Return the files of a step by what they are. A commit shows all files of its branch, those of other artefacts too."""
+        """Return the files of a step by part.
+
+        A commit shows all files of its branch, including those of other artefacts.
+        """
         dynamics = self.directories.learning_dynamics_dir
 
         def files(title: str, belongs: Callable[[str], bool]) -> dict[str, RemoteFile]:
@@ -301,14 +310,14 @@ class _CopyOfPublished(_Copy):
 
 
 def _refuse_other_content(folder: Path, expected: Collection[str] = (CONFIG, ENVIRONMENT)) -> None:
-    """Raise StoreError where a folder that is no copy yet holds anything that an interrupted pull does not leave."""
+    """Raise StoreError when a new folder holds anything that an interrupted pull does not leave."""
     others = {path.name for path in folder.iterdir()} - {".lock", _ASIDE, *expected}
     if others:
         raise StoreError(f"{folder} is not empty (it holds {min(others)}); choose another --out")
 
 
 def _continues(longer: Path, here: Path) -> bool:
-    """Return whether `longer` begins with all of `here` and holds more; true where there is no `here`."""
+    """Return whether `longer` begins with all of `here` and holds more; true when there is no `here`."""
     if not os.path.lexists(here):
         return True
     with open_regular(here) as one, open_regular(longer) as other:

@@ -1,8 +1,8 @@
-"""Sending a run: a branch of a repository, each step a chain of commits, the last of which says that the step is whole.
+"""Upload a run: a branch of a repository; each step is a chain of commits, and the last one says that it is complete.
 
-A step is one commit for each artefact, with the titles of published runs. Each commit names the one it follows, so two senders
-cannot mix their steps. What is known of a step is asked of the Hub: what is there already is not sent again, and what a lost
-answer or a kill left half done is continued.
+A step is one commit per artefact, with the titles of published runs. Each commit names the one it follows, so two
+senders cannot mix their steps. The state of a step is asked of the Hub: what is there is not uploaded again, and a step
+left incomplete by a lost response or a kill is continued.
 """
 
 import logging
@@ -39,7 +39,10 @@ Files = dict[str, Path | bytes]
 
 
 def destination(run: Run, repository: str | None, branch: str | None) -> tuple[str, str]:
-    """Return repository and branch to send a run to: as asked, else where it was sent before, else as it is configured."""
+    """Return the repository and branch to upload a run to. Raises PicoError.
+
+    Those given are used, else those of the last upload, else those in the configuration of the run.
+    """
     if type(run) is not Run:
         raise PicoError(f"{run.path}: only runs of picolm are sent; this one was written by another tool")
     before = Outbox(run).place.removeprefix("hub:").partition("@")
@@ -58,11 +61,11 @@ def push(
     only: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[int], list[int]]:
-    """Send steps (None: all, and those that wait) in order; return those that were sent, and those that are damaged.
+    """Upload steps (None: all, and those in the queue) in order; return the uploaded steps, and the damaged ones.
 
-    only: parts of a step (weights, optimizer, dynamics); none means all. What is on the Hub is not sent again, so this
-    continues what was interrupted. progress: called with the steps that are done, and all of them. Raises StoreError,
-    having sent what came before.
+    only: parts of a step (weights, optimizer, dynamics); none means all. What is on the Hub is not uploaded again, so
+    this continues an interrupted push. progress: called with the number of steps done, and of all steps. Raises
+    StoreError; steps before the failure stay uploaded.
     """
     check_parts(only)
     outbox = Outbox(sender.run)
@@ -83,7 +86,7 @@ def push(
                 damaged.append(step)
         newest = max(sender.there, default=None)
         if sent and newest is not None and newest != sent[-1] and (last := outbox.checkpoint(newest)):
-            sender.renew(last)  # older steps were sent late: a branch shows its newest commit
+            sender.renew(last)  # older steps were uploaded late: a branch shows the files of its newest commit
         if sent:
             sender.send_card()
         progress(len(wanted), len(wanted))
@@ -103,10 +106,10 @@ def _wanted(outbox: Outbox, steps: Sequence[int] | None) -> dict[int, SealedChec
 
 
 class Sender:
-    """Sends steps of a run to a branch, by default the one of its name. Everything raises StoreError.
+    """An uploader of single steps of a run to a branch, by default the one with its name. Methods raise StoreError.
 
-    private: only for a repository that there is not yet. collection: the slug of one that the repository is added to.
-    there: the whole steps of ours on the branch, as it was last looked at.
+    private: for a repository that does not exist yet. collection: the slug of a collection to add the repository to.
+    there: the complete steps in Pico's format on the branch, when it was last read.
     """
 
     def __init__(
@@ -117,7 +120,7 @@ class Sender:
         self.there: dict[int, Whole] = {}
 
     def open(self) -> None:
-        """Make the branch unless it is there, look at what it holds, and send what describes the run."""
+        """Create the branch unless it exists, read what it holds, and upload the files that describe the run."""
         prepare_repository(self.branch.repository, self.branch.name, "model", self._private, StoreError)
         self._refuse_another_run(self._look())
         about: Files = {}
@@ -129,7 +132,7 @@ class Sender:
             self._add_to_collection(self._collection)
 
     def send(self, checkpoint: SealedCheckpoint, only: Collection[str] = ()) -> bool:
-        """Send a step, or parts of it, beside those that are there; return whether there was anything to send."""
+        """Upload a step, or parts of it in addition to those there; return whether there was anything to upload."""
         whole = self.there.get(checkpoint.step)
         if whole is not None and whole.digest == checkpoint.manifest.digest:
             return False
@@ -149,7 +152,7 @@ class Sender:
         raise AssertionError("unreachable")
 
     def renew(self, checkpoint: SealedCheckpoint) -> None:
-        """Make a step that is there the newest commit of the branch again, if its files are all here."""
+        """Make an uploaded step the newest commit of the branch again, if all its files are here."""
         commits = self._look()
         present = self._manifest(self.there[checkpoint.step].commit)
         if (
@@ -160,7 +163,10 @@ class Sender:
             self._send_step(checkpoint, present, commits)
 
     def send_card(self) -> None:
-        """Describe the run on its branch, and on the first page of the repository where nobody else did."""
+        """Write the model card to the branch, and to the main branch of the repository.
+
+        A card that was written by hand, or for another branch, is kept.
+        """
         steps = {step: whole.commit for step, whole in self.there.items()}
         changed = {key: value for key, (value, _) in differences(self.run.config).items()}
         text = model_card(self.run, self.branch.repository, self.branch.name, steps, changed)
@@ -177,11 +183,14 @@ class Sender:
         return commits
 
     def _missing(self, checkpoint: SealedCheckpoint, only: Collection[str]) -> Manifest | None:
-        """Return what the step on the Hub is to hold; None when it holds that already, or more."""
+        """Return the manifest that the step should have on the Hub; None when it has all of that.
+
+        Raises StoreError when the step here lacks files of the step there.
+        """
         manifest, whole = chosen(checkpoint, only), self.there.get(checkpoint.step)
         present = self._manifest(whole.commit) if whole is not None else None
         if present is None or origin(present) != origin(manifest):
-            return manifest  # another state of that number, trained again: the newest counts
+            return manifest  # another state with that number, trained again: the newest counts
         together = united(present, manifest)
         if together.files == present.files:
             return None
@@ -211,7 +220,7 @@ class Sender:
         self.there[step] = Whole(head, manifest.digest)
 
     def _artefacts(self, checkpoint: SealedCheckpoint, manifest: Manifest) -> list[tuple[str, Files]]:
-        """Return the files of a step by the titles of their commits, in the order in which they are sent."""
+        """Return the files of a step by the titles of their commits, in the order of uploading."""
         parts: dict[str, Files] = {hub.MODEL: {}}
         for name in manifest.files:
             parts.setdefault(_artefact(name, manifest), {})[name] = checkpoint.locate(name)
@@ -230,7 +239,7 @@ class Sender:
         if os.path.lexists(self.run.path / METRICS):
             copy = inside(self.run.path, f"{FOLDER}/{METRICS}")
             with disk_errors("a copy of the metrics", self.run.path), written_aside(copy) as aside:
-                Journal(inside(self.run.path, METRICS)).copy_whole_lines(aside)  # they grow while they are sent
+                Journal(inside(self.run.path, METRICS)).copy_whole_lines(aside)  # they grow while they are uploaded
             files[METRICS] = copy
         steps = set(self.run.step_directories())
         for path in inside(self.run.path, self.run.directories.eval_results_dir).glob("step_*.json"):
@@ -243,7 +252,7 @@ class Sender:
         return Manifest.from_bytes(read_bytes(path), f"{self.branch.place}: {MANIFEST}") if path else None
 
     def _refuse_another_run(self, commits: list[Commit]) -> None:
-        """Raise StoreError for a branch that holds another run: steps of two would be taken for one."""
+        """Raise StoreError for a branch that holds another run: the steps of both would seem to be one run."""
         path, here = self.branch.find(layout.RUN, commits[0].sha), self.run.path / layout.RUN
         if path is not None:
             created, name = identity(read_bytes(path))
@@ -274,7 +283,7 @@ class Sender:
 
 
 def _artefact(name: str, manifest: Manifest) -> str:
-    """Return the title that a file of a step is sent under."""
+    """Return the title that a file of a step is uploaded under."""
     if name == OPTIMIZER or (name == STATE and OPTIMIZER in manifest.files):
         return hub.FABRIC
     folder, _, file = name.rpartition("/")

@@ -1,7 +1,7 @@
-"""Prepared rows, sent to the Hub as a data set: shards, tokenizer, manifest, and a card that says what they are.
+"""Upload prepared rows to the Hub as a data set: shards, tokenizer, manifest, and a card that describes them.
 
-Shards go first and the manifest last, so a data set that is half there is not taken for a whole one; what is there with the
-same content is not sent again.
+Shards are uploaded first and the manifest last, so an incomplete data set cannot be taken for a complete one. Files
+that are there with the same content are not uploaded again.
 """
 
 import hashlib
@@ -28,9 +28,10 @@ def push_rows(
     private: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
-    """Send a folder of `pico data prepare`. Raises DataError where it holds none, or other bytes than its manifest says.
+    """Upload a folder made by `pico data prepare`, and return its manifest.
 
-    progress: called with the shards that are done, and all of them.
+    progress: called with the number of shards done, and of all shards. Raises DataError when the folder has no
+    manifest, or a shard with other bytes than the manifest says.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -53,7 +54,10 @@ def push_rows(
 
 
 def data_card(manifest: Manifest, repository: str) -> str:
-    """What the rows are and how to train on them. Licence and language are for those to say who know them."""
+    """Return the data card: what the rows are and how to train on them.
+
+    Licence and language are left out: only the owner of the texts knows them.
+    """
     splits = [{"split": split, "path": f"{split}-*.parquet"} for split in manifest.splits]
     front = {"tags": ["pico", "pretokenized"], "configs": [{"config_name": "default", "data_files": splits}]}
     rows = "".join(

@@ -1,7 +1,7 @@
-"""Sending the steps of a training as they are saved: what `checkpointing.save_to_hf` asks for.
+"""Upload the steps of a training run as they are saved (`checkpointing.save_to_hf`).
 
-One thread sends, for as long as it takes. The training never waits for it but for a bounded time at its end, and nothing that
-happens to it ends the training.
+One thread uploads, for as long as it takes. Training waits for it only at its end, for a bounded time, and no failure
+of an upload ends the training.
 """
 
 import logging
@@ -27,10 +27,10 @@ _GLANCE_S = 0.2
 def start_uploads(
     config: TrainConfig, run: Run, last: int | None, stack: ExitStack, impatient: Callable[[], bool]
 ) -> Callable[[int], None]:
-    """Start to send the steps of a run. Returns the function to call with each step that is saved.
+    """Start the uploader. Return a callback to invoke with each saved step.
 
-    last: the step that this training continues from; newer ones will be made again. Uploading ends with `stack`, after a
-    bounded wait, which is short if `impatient()`.
+    last: the step that this training resumes from, None for a new run; newer steps will be made again. Uploading ends
+    with `stack`, after a bounded wait, which is short if `impatient()`.
     """
     place = config.checkpointing.hf_checkpoint
     saved = [step for step in run.steps if last is not None and step <= last]
@@ -40,7 +40,10 @@ def start_uploads(
 
 
 class Uploader:
-    """A thread that sends the steps of a run in order: `steps`, those that wait since an earlier start, and what `add` adds."""
+    """A thread that uploads steps of a run in order.
+
+    These are `steps`, the steps queued by an earlier start, and those passed to `add`.
+    """
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class Uploader:
             self._outbox.remember(sender.branch.place)
         except PicoError as error:
             log.warning("%s", error)
-        # A daemon: Python would wait for the threads of a pool when the process ends, however long an upload takes.
+        # A daemon thread: at exit, Python would wait for the threads of a pool, however long an upload takes.
         self._thread = threading.Thread(target=self._work, name="hub-uploader", daemon=True)
         self._thread.start()
 
@@ -69,7 +72,7 @@ class Uploader:
         return sorted(self._waiting.copy())
 
     def add(self, step: int) -> None:
-        """Queue a saved step. Never waits and never raises: the training is worth more than its copy."""
+        """Queue a committed step. Never blocks or raises: upload problems must not stop training."""
         try:
             self._outbox.hold(step)
         except Exception as error:
@@ -78,7 +81,7 @@ class Uploader:
         self._changed.set()
 
     def close(self) -> None:
-        """Wait for a bounded time for what is left; say what was not sent and how to send it."""
+        """Wait for the queue, for a bounded time; then log what was not uploaded and how to upload it."""
         self._closing.set()
         self._changed.set()
         if left := self.waiting:
@@ -99,7 +102,7 @@ class Uploader:
             log.info("Every step is on the Hub: %s", self._sender.branch.place)
 
     def _work(self) -> None:
-        """Send until the training has ended and nothing waits; after a failure begin again, after a growing wait."""
+        """Upload until training has ended and the queue is empty; after a failure, retry after a growing wait."""
         wait_s = self._first_wait_s
         while not self._given_up.is_set():
             sent = self._sent
@@ -107,7 +110,7 @@ class Uploader:
                 with self._outbox.sending():
                     self._send_all()
                 return
-            except Exception as error:  # whatever it is, it must not end the training
+            except Exception as error:  # no error of any kind may end the training
                 self._report(error)
                 wait_s = self._first_wait_s if self._sent > sent else min(2 * wait_s, _LONGEST_WAIT_S)
                 pause = self._given_up if self._closing.is_set() else self._closing
@@ -146,7 +149,7 @@ class Uploader:
         self._outbox.release(step)
 
     def _report(self, error: Exception) -> None:
-        """Say that something goes wrong: once, until a step is sent again."""
+        """Log that uploading fails: once, until a step is uploaded again."""
         if not self._problem:
             log.warning(
                 "Steps cannot be sent to the Hub now; they are kept and tried again beside the training: %s", error

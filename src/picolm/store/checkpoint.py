@@ -1,4 +1,4 @@
-"""One step as a mapping from address to tensor, whoever wrote it: what the rest of the package reads."""
+"""One step as a mapping from address to tensor, in any format: the interface that the rest of the package reads."""
 
 import hashlib
 from abc import abstractmethod
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
 
 class Missing(StoreError, KeyError):
-    """A step, tensor, file or table that was asked for and is not there. The message names what is."""
+    """The error for a step, tensor, file or table that does not exist. Its message names those that do."""
 
     __str__ = Exception.__str__  # a KeyError would print its message in quotes
 
 
 class Checkpoint(Mapping[Address, "Tensor"]):
-    """The state at one step. `checkpoint[address]` reads a tensor, and checks it, when it is asked for.
+    """The state at one step. `checkpoint[address]` reads one tensor, and checks it, only when it is accessed.
 
-    path: where it is, for people; a directory when it is on this machine. step: the number of updates before it.
+    path: where it is stored, for messages; a directory when it is on this machine. step: the number of updates before
+    it.
     """
 
     path: Path
@@ -34,16 +35,16 @@ class Checkpoint(Mapping[Address, "Tensor"]):
     @property
     @abstractmethod
     def meta(self) -> Mapping[str, Any]:
-        """What was recorded beside the tensors: `step`; `capture` (the positions of the activations); counters, …"""
+        """Values recorded beside the tensors: `step`; `capture` (token positions of the activations); counters, …"""
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """What is known of its origin and is no part of its state: `replayed`, `thinned`, `renewed`, …"""
+        """Provenance that is not part of the state: `replayed`, `thinned`, `renewed`, …"""
         return {}
 
     @property
     def dropped(self) -> set[str]:
-        """Names of the files that were deleted since it was written, see `Run.thin`."""
+        """Names of the files that were deleted after the step was written, see `Run.thin`."""
         return {
             name for key in ("thinned", "renewed") for entry in self.about.get(key, []) for name in entry["without"]
         }
@@ -51,63 +52,64 @@ class Checkpoint(Mapping[Address, "Tensor"]):
     @property
     @abstractmethod
     def files(self) -> Collection[str]:
-        """Names of the files of the step, relative to it."""
+        """Names of the files of the step, relative to its directory."""
 
     @abstractmethod
     def __getitem__(self, address: Address) -> "Tensor":
-        """The tensor, on the CPU, as stored. Raises Missing, or StoreError when its file is damaged."""
+        """Return the tensor, on the CPU, as stored. Raises Missing, or StoreError when its file is damaged."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """The content of a file of the step. Raises Missing, or StoreError."""
+        """Return the content of a file of the step. Raises Missing, or StoreError when it cannot be read."""
 
     @abstractmethod
     def rows(self, split: str) -> "pa.Table":
-        """The rows that the activations and gradients of `split` belong to, in their order; columns as stored.
+        """Return the rows that the activations and gradients of `split` were computed from, in order, as stored.
 
         Raises Missing when the step does not keep them.
         """
 
     @abstractmethod
     def digest(self, address: Address) -> str:
-        """Hexadecimal identity of a tensor's content, without reading the tensor. Raises Missing."""
+        """Return a hexadecimal digest that identifies the content of a tensor, without reading it. Raises Missing."""
 
     def shape(self, address: Address) -> tuple[int, ...]:
-        """The shape of a tensor, where the format allows without reading it. Raises Missing."""
+        """Return the shape of a tensor, without reading the tensor where the format allows. Raises Missing."""
         return tuple(self[address].shape)
 
     @abstractmethod
     def location(self, address: Address) -> str:
-        """The file that holds a tensor, for people. Raises Missing."""
+        """Return the file that holds a tensor, for messages. Raises Missing."""
 
     @abstractmethod
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes stored, by kind: weights, optimizer, activations, gradients, data, tokenizer, other."""
+        """Return the bytes stored, by kind: weights, optimizer, activations, gradients, data, tokenizer, other."""
 
     @property
     @abstractmethod
     def minimum_bytes(self) -> int:
-        """Elements x element size of every tensor; 0 when that is not known without reading them."""
+        """Elements x element size, summed over all tensors; 0 when that is not known without reading them."""
 
     @abstractmethod
     def verify(self) -> list[str]:
-        """What is wrong with it, one sentence each, having read everything; empty: all is well."""
+        """Read everything and return what is wrong with the step, one sentence each; empty when all is well."""
 
     def fetch(self, addresses: Collection[Address], rows: Collection[str] = ()) -> None:
-        """Bring the files close that hold `addresses` (their parts may be shell patterns) and the rows of the splits `rows`.
+        """Download the files that hold `addresses` (parts may be shell patterns) and the rows of the splits `rows`.
 
-        Nothing to do on disk; what the step does not have is passed over. Raises StoreError.
+        Does nothing on disk, and ignores what the step does not have. Raises StoreError.
         """
 
     def select(self, *, kind: str = "*", split: str = "*", module: str = "*") -> list[Address]:
-        """The addresses whose parts match shell patterns, layers in order; empty when none does."""
+        """Return the addresses whose parts match the shell patterns, layers in order; empty when none matches."""
         patterns = (kind, split, module)
         return [address for address in self if all(map(fnmatchcase, address, patterns))]
 
     def rows_digest(self, split: str) -> str | None:
-        """sha-256 of the token ids of `rows(split)`, in order, as little-endian int64; None where they are not stored.
+        """Return the sha-256 of the token ids of `rows(split)`, in order, as little-endian int64; None when not stored.
 
-        The same for the same rows in any format, so it tells whether two captures belong to the same inputs.
+        It is the same for the same rows in any format, so it tells whether two captures were computed from the same
+        inputs.
         """
         try:
             return digest_of_rows(self.rows(split), str(self.path))
@@ -125,7 +127,10 @@ class Checkpoint(Mapping[Address, "Tensor"]):
 
 
 def absence(where: str, address: Address, there: list[Address]) -> Missing:
-    """`… has no …; did you mean …`, then the modules with its kind and split, or else the kinds that are there."""
+    """Return the error `… has no …; did you mean …` for an address.
+
+    It lists the modules with its kind and split, or else the kinds that exist.
+    """
     nearest = did_you_mean(str(address), [str(other) for other in there if other.module])
     modules = [other.module for other in there if other[:2] == address[:2]]
     if modules:
@@ -136,7 +141,10 @@ def absence(where: str, address: Address, there: list[Address]) -> Missing:
 
 
 def digest_of_rows(table: "pa.Table", where: str) -> str | None:
-    """sha-256 of the column `input_ids` as little-endian int64, row after row; None without such a column."""
+    """Return the sha-256 of the column `input_ids` as little-endian int64, row after row; None without such a column.
+
+    Raises StoreError when the column holds anything but lists of token ids.
+    """
     import pyarrow as pa
 
     if "input_ids" not in table.column_names:

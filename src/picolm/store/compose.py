@@ -1,4 +1,4 @@
-"""The content of a step, written file by file into a directory that nobody reads yet."""
+"""Write the files of a step into a directory that no reader sees yet."""
 
 import io
 import math
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Content:
-    """What `Run.commit` is given, see there."""
+    """The arguments of `Run.commit`, see there."""
 
     step: int
     tensors: Mapping[Address, "Tensor"]
@@ -34,12 +34,12 @@ class Content:
 
     @property
     def bytes(self) -> int:
-        """What its tensors and texts take, before anything is written: for the message of a full disk."""
+        """Bytes of its tensors and texts, known before anything is written; for the message about a full disk."""
         return sum(map(_tensor_bytes, self.tensors.values())) + sum(map(len, self.texts.values()))
 
 
 def write_step(directory: Path, content: Content, dynamics: str, parent: Mapping[str, Any] | None) -> Manifest:
-    """Write every file and then the manifest; all of it is on the disk when this returns.
+    """Write every file and then the manifest, and return the manifest. All of it is on disk when this returns.
 
     Raises StoreError for content that cannot be stored, OSError when the disk fails.
     """
@@ -58,9 +58,12 @@ def write_step(directory: Path, content: Content, dynamics: str, parent: Mapping
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """The last file of a step, and the end of its writing: the names of all of them become durable."""
+    """Write the manifest, the last file of a step, and flush the names of all its files to disk.
+
+    Raises StoreError when the size of a file has changed since it was written.
+    """
     for name, record in manifest.files.items():
-        if (directory / name).stat().st_size != record.bytes:  # somebody else was at work in this directory
+        if (directory / name).stat().st_size != record.bytes:  # another process wrote to this directory
             raise StoreError(f"{directory / name}: changed while the step was being written")
     write_bytes(directory / MANIFEST, manifest.to_bytes())
     for path in {directory, *((directory / name).parent for name in manifest.files)}:
@@ -68,7 +71,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def make_directories(directory: Path, names: Collection[str]) -> None:
-    """Create the parent directories of files, never `directory` itself: if it was deleted meanwhile, writing must fail."""
+    """Create the parent directories of `names`, never `directory` itself.
+
+    If `directory` was deleted meanwhile, writing must fail.
+    """
     for parent in sorted({parent for name in names for parent in PurePosixPath(name).parents[:-1]}):
         (directory / parent).mkdir(exist_ok=True)
 
@@ -88,7 +94,7 @@ def _write_tensor_files(
 
 
 def _by_file(content: Content, dynamics: str) -> dict[str, dict[str, Address]]:
-    """Which address each key of each file stands for."""
+    """Return the address for each key of each file. Raises StoreError for two addresses with the same key."""
     files: dict[str, dict[str, Address]] = {}
     for address, tensor in content.tensors.items():
         if dtype_name(tensor) not in DTYPES:
@@ -123,7 +129,7 @@ def _parquet(columns: Mapping[str, Any]) -> bytes:
 
 
 def _column(values: Any) -> Any:
-    """An arrow array of a list, a one-dimensional array, or the rows of a two-dimensional one (tokens_RT)."""
+    """Return an arrow array of a list, a one-dimensional array, or the rows of a two-dimensional one (tokens_RT)."""
     import numpy as np
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""Files that can be proven: written once, digested on the way, forced to the disk; and JSON for every reader."""
+"""Files with digests: written once, hashed while writing, flushed to disk; and JSON that every reader accepts."""
 
 import errno
 import hashlib
@@ -23,14 +23,14 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says about a file."""
+    """Size and sha-256 of a file, as in a manifest."""
 
     bytes: int
     sha256: str
 
 
 class DigestingFile:
-    """A new file whose sha-256 is known with its last byte. Once closed it is on the disk, not in a cache."""
+    """A new file that is hashed (sha-256) while it is written. Closing it flushes it to disk, unless writing failed."""
 
     def __init__(self, path: Path):
         self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 (closed by __exit__)
@@ -63,14 +63,14 @@ def write_bytes(path: Path, data: bytes) -> FileRecord:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the content of a small file; a reader sees the old content or the new, whole."""
+    """Replace the content of a small file atomically: a reader sees either the old or the new content."""
     with written_aside(path) as aside:
         write_bytes(aside, data)
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give the name of a new file to write; at the end it replaces `path`. Nothing is left of it where writing fails."""
+    """Yield a temporary path to write; at the end it replaces `path`. Nothing of it remains when writing fails."""
     aside = path.with_name(f".{path.name[:100]}.partial-{uuid.uuid4().hex[:8]}")
     try:
         yield aside
@@ -81,7 +81,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable, which a file's own fsync does not. Does nothing on Windows."""
+    """Flush the names in a directory to disk, which a file's own fsync does not do. Does nothing on Windows."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -92,7 +92,7 @@ def sync_directory(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name; on a file system without hard links, copy it and force the copy to the disk."""
+    """Hard-link a file; on a file system without hard links, copy it and flush the copy to disk."""
     try:
         os.link(source, target)
     except OSError:
@@ -109,18 +109,20 @@ def digest_file(path: Path) -> FileRecord:
 
 
 def dump_json(value: object, indent: int | None = None) -> str:
-    """JSON for any reader. NaN and infinities, which JSON has not, are written as "NaN", "Infinity", "-Infinity".
+    """Return a value as JSON for any reader.
 
-    Numbers keep every digit; numpy and torch values become numbers and lists; keys become text.
+    NaN and infinities, which JSON does not have, are written as "NaN", "Infinity", "-Infinity". Numbers keep every
+    digit; numpy and torch values become numbers and lists; keys become text. Raises StoreError for a text equal to one
+    of those three.
     """
     separators = (",", ":") if indent is None else None
     return json.dumps(_plain(value), ensure_ascii=False, indent=indent, separators=separators, allow_nan=False)
 
 
 def load_json(text: str | bytes, name: str, form: Any = dict[str, Any]) -> Any:
-    """Return what `dump_json` was given, as far as `form` allows it. Raises FileError with each key that is not as it says.
+    """Return the value that was given to `dump_json`, checked against `form`.
 
-    name: the file, for messages.
+    Raises FileError that lists each key that does not fit. name: the file, for messages.
     """
     value = _restored(parse_json(text, name))
     check_form(value, form, name)
@@ -151,7 +153,7 @@ def _restored(value: Any) -> Any:
 
 @contextmanager
 def disk_errors(what: str, path: Path, needed_bytes: int = 0) -> Iterator[None]:
-    """Turn an OSError met while writing `what` under `path` into a StoreError that says what to do."""
+    """Turn an OSError raised while writing `what` under `path` into a StoreError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -176,7 +178,7 @@ def _free(path: Path) -> str:
 
 
 def size(count: int) -> str:
-    """`12.3 MB` (powers of 1000)."""
+    """Return a number of bytes as text: `12.3 MB` (powers of 1000)."""
     if count < 1000:
         return f"{count} B"
     power = min(int(math.log10(count) / 3), 4)

@@ -1,6 +1,6 @@
-"""Folders that a command makes: filled under another name and then renamed, so that they are there whole or not at all.
+"""Folders made by commands: filled under a temporary name, then renamed, so that they are complete or not there at all.
 
-Nothing is deleted here but what the same call has made.
+Only what the same call has made is deleted.
 """
 
 import logging
@@ -20,12 +20,12 @@ log = logging.getLogger("picolm")
 
 @contextmanager
 def new_folder(out: Path, what: str) -> Iterator[Path]:
-    """Give an empty folder beside `out` to fill; at the end of the block it becomes `out`.
+    """Yield an empty folder beside `out` to fill; at the end of the block it is renamed to `out`.
 
-    what: is written, for messages. Raises StoreError where `out` holds something, or cannot be written; then, and where the
-    block raises, the folder is deleted and `out` is as it was.
+    what: the thing that is written, for messages. Raises StoreError when `out` is not empty or cannot be written. In
+    that case, and when the block raises, the new folder is deleted and `out` stays as it was.
     """
-    out = Path(os.path.realpath(out))  # an empty folder behind a link is one that the user made
+    out = Path(os.path.realpath(out))  # a link to an empty folder: the user made that folder
     with disk_errors(what, out):
         refuse_content(out)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,10 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
 
 
 def refuse_content(out: Path) -> None:
-    """Raise StoreError unless `out` does not exist or is an empty folder. Raises OSError for a name that cannot be one."""
+    """Raise StoreError unless `out` does not exist or is an empty folder.
+
+    Raises OSError for a name that the file system does not allow.
+    """
     try:
         os.lstat(out)
     except FileNotFoundError:
@@ -59,13 +62,16 @@ def refuse_content(out: Path) -> None:
 
 
 def others_in(folder: Path, known: Collection[str]) -> list[str]:
-    """Return the names, relative to `folder`, of the files in it that are not `known`: somebody else put them there."""
+    """Return the names, relative to `folder`, of the files in it that are not `known`: others put them there."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     return [name for path in found if (name := path.relative_to(folder).as_posix()) not in known]
 
 
 def move_others(old: Path, new: Path, known: Collection[str]) -> None:
-    """Move what somebody else put into a folder that is going to be deleted into the one that takes its place."""
+    """Move the files that are not `known` from a folder that is going to be deleted to its replacement `new`.
+
+    A file whose name exists in `new` is not moved.
+    """
     for name in others_in(old, known):
         target = new / name
         if not os.path.lexists(target):

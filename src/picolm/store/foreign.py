@@ -1,7 +1,7 @@
-"""Files that others wrote: pickled tensors, read without running the code that a pickle may hold, safetensors, Arrow.
+"""Read files that other tools wrote: pickled tensors (without running code in the pickle), safetensors, Arrow.
 
-`torch.save` writes zip archives. Their names and shapes are read first, through a memory map; before the first tensor is handed
-out, the whole file is held against its checksums (torch itself does not look at them).
+`torch.save` writes zip archives. Their names and shapes are read first, through a memory map. Before the first tensor
+is returned, the whole file is compared with its checksums (torch itself does not check them).
 """
 
 import pickle
@@ -23,10 +23,10 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 class PickledTensors:
-    """A mapping from key to tensor as `torch.save` wrote it. Raises StoreError for anything else, or a damaged file."""
+    """The tensors of a `torch.save` file, by key. Raises StoreError for any other content, and for a damaged file."""
 
     def __init__(self, path: Path, name: str = ""):
-        """name: what the file is called in messages; its path by default."""
+        """Open the file. name: its name in messages; its path by default."""
         self.path, self.name = path, name or str(path)
         self._is_zip = _is_zip(path)  # torch up to 1.5 wrote another format, which has no checksums
         self._tensors = _load(path, self._is_zip, self.name)
@@ -37,7 +37,7 @@ class PickledTensors:
         return list(self._tensors)
 
     def __getitem__(self, key: str) -> "Tensor":
-        """The tensor, in memory of its own. Raises StoreError when the file is not as it was written."""
+        """Return the tensor, in its own memory. Raises StoreError when a checksum of the file is wrong."""
         self.check()
         return self._tensors[key].detach().clone()
 
@@ -45,17 +45,17 @@ class PickledTensors:
         return tuple(self._tensors[key].shape)
 
     def check(self) -> None:
-        """Raises StoreError when a checksum does not hold. Reads the file once."""
+        """Raise StoreError when a checksum of the file is wrong. Reads the file once."""
         if not self._checked:
             _check(self.path, self.name)
             self._checked = True
 
 
 class SafeTensors:
-    """The tensors of a safetensors file by key."""
+    """The tensors of a safetensors file, by key."""
 
     def __init__(self, path: Path, name: str = ""):
-        """name: what the file is called in messages; its path by default."""
+        """Open the file. name: its name in messages; its path by default."""
         self.path, self.name = path, name or str(path)
         self._places = _header(path)
 
@@ -73,7 +73,7 @@ class SafeTensors:
         return tuple(self._places[key].shape)
 
     def check(self) -> None:
-        """The format has no checksums; that its header fits its size was seen when it was opened."""
+        """Do nothing: the format has no checksums, and the header was compared with the file size on opening."""
 
 
 def _header(path: Path) -> dict[str, TensorPlace]:
@@ -84,7 +84,7 @@ def _header(path: Path) -> dict[str, TensorPlace]:
 
 
 def read_arrow(path: Path | None, where: str) -> "pa.Table":
-    """A table in Arrow's stream format. Raises StoreError when it is damaged or ends too early."""
+    """Return a table in Arrow's stream format. Raises StoreError when it is missing, damaged or cut."""
     import pyarrow as pa
 
     if path is None:
@@ -96,7 +96,7 @@ def read_arrow(path: Path | None, where: str) -> "pa.Table":
         table.validate(full=True)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise StoreError(f"{where}: damaged, or not an Arrow stream ({str(error).splitlines()[0]})") from error
-    if not data.endswith(_END_OF_STREAM):  # a reader takes a file that was cut between two batches for a whole one
+    if not data.endswith(_END_OF_STREAM):  # pyarrow accepts a file that was cut between two batches
         raise StoreError(f"{where}: ends too early; fetch or copy it again")
     return table
 
@@ -115,7 +115,7 @@ def _load(path: Path, is_zip: bool, name: str) -> Mapping[str, "Tensor"]:
     if wrong is None or wrong:
         found = type(content).__name__ if wrong is None else f"{wrong[0]!r}"
         raise StoreError(f"{name}: holds {found}, where a mapping from names to tensors was expected")
-    for key, tensor in content.items():  # strides of 0 make a few bytes a tensor of any size
+    for key, tensor in content.items():  # with strides of 0, a few bytes make a tensor of any size
         if tensor.numel() * tensor.element_size() > size:
             raise StoreError(f"{name}: {key!r} has shape {list(tensor.shape)}, more than the file holds")
     return content
@@ -146,7 +146,7 @@ def _check(path: Path, name: str) -> None:
 
 
 def _refusal(message: str) -> str:
-    """What the restricted unpickler objected to, in our words: its own advice is to run the code."""
+    """Return what the restricted unpickler refused, in our words: torch's own message advises to run the code."""
     objection = next((line for line in message.splitlines() if "nsupported" in line or "not allowed" in line), "")
     if "GLOBAL" in objection or "class" in objection or "REDUCE" in objection:
         return f"holds code, not only tensors ({objection.strip()[:120]}); it is not loaded, because that would run the code"

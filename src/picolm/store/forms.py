@@ -1,6 +1,6 @@
-"""The forms of the JSON files of a run: what each key holds. Keys that are not named here may hold anything.
+"""Schemas of the JSON files of a run: what each key holds. Other keys may hold anything, except in a manifest.
 
-A file of any released version has these forms: a key that an older version did not write is optional.
+Files of every released version match these schemas: a key that an older version did not write is optional.
 """
 
 from typing import Annotated, Any
@@ -33,7 +33,7 @@ class DataFacts(_Form):
 
 
 class Start(_Form):
-    """One start of a training. changed: key -> [value before, value from here on]."""
+    """One start of the training process. changed: key -> [old value, new value]."""
 
     step: Step
     time: str | None = None
@@ -87,7 +87,7 @@ class MeterState(_Form):
 
 
 class TrainerState(_Form):
-    """`trainer_state.json`; a step that says that it is `resumable` has the form `ResumableState`."""
+    """`trainer_state.json`. A step in which `resumable` is true has the schema `ResumableState`."""
 
     step: Step | None = None
     resumable: bool = False
@@ -116,7 +116,7 @@ class Thinned(_Form):
 
 
 class About(_Form):
-    """What a manifest says of the origin of its step."""
+    """The provenance of a step, in its manifest."""
 
     thinned: list[Thinned] = []
 
@@ -160,7 +160,7 @@ class ManifestForm(BaseModel):
 
 
 class Queue(_Form):
-    """`.hub/outbox.json`. steps: an earlier version kept those that wait here."""
+    """`.hub/outbox.json`. steps: the queued steps, where an earlier version wrote the file; empty now."""
 
     place: str
     steps: list[Step] = []
@@ -175,7 +175,7 @@ class Holder(_Form):
 
 
 class LogLine(_Form):
-    """A line of `metrics.jsonl`. What Pico logs under a name with a slash, or one of these names, is a number."""
+    """A line of `metrics.jsonl`. Values under a name with a slash, or a name in `_NUMBERS`, are numbers."""
 
     step: Step
     weights_digest: str | None = None

@@ -5,12 +5,13 @@
     Saving Evaluation Results -- Step N                eval_results/step_N.json
     Saving Training Config -- Step 0                   training_config.yaml
 
-The files of step N are those of these commits, where the newest of one title counts. A step of ours ends with a commit that
-holds all of it, its manifest.json too, and whose message says so (`whole_body`): a step that is being sent is not seen before.
-A commit that holds a manifest.json and says nothing is a step of ours as well.
+The files of step N are those of the commits with its number; of commits with the same title, the newest counts. A step
+in Pico's own format ends with a commit that holds all of it, including its manifest.json, and whose message says so
+(`whole_body`): a step is not visible while it is being uploaded. A commit that holds a manifest.json, on a branch
+without such messages, is a step in Pico's format as well.
 
-The list of commits is kept in the cache folder, and only what is new is asked for. A file is fetched when it is read, or ahead
-of that by `prefetch`, into the Hub's own cache, and never again.
+The list of commits is kept in the cache folder, and only new commits are requested. A file is downloaded into the Hub's
+own cache, only once: when it is read, or earlier by `prefetch`.
 """
 
 import re
@@ -38,7 +39,7 @@ from picolm.store.sealed import SealedCheckpoint
 from picolm.trusted import TEXT_BYTES, read_bytes
 
 _PLACE = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@(.+))?")
-_NUMBER = "(0|[1-9][0-9]{0,17})"  # a longer one is no step: commits are titled by anybody
+_NUMBER = "(0|[1-9][0-9]{0,17})"  # a longer number is not a step: anybody can choose a title
 _TITLE = re.compile(rf"Saving (.+) -- Step {_NUMBER}")
 _WHOLE = re.compile(
     rf"(?<![0-9])Step {_NUMBER} is whole with this commit; its manifest has the digest ([0-9a-f]{{64}})"
@@ -52,19 +53,19 @@ _THREADS = 8
 
 
 class Whole(NamedTuple):
-    """A step of ours: the commit that holds all of it, and the digest of its manifest."""
+    """A complete step in Pico's format: the commit that holds all of it, and the digest of its manifest."""
 
     commit: str
     digest: str
 
 
 def whole_body(step: int, digest: str) -> str:
-    """What the last commit of a step says below its title."""
+    """Return the text below the title in the message of a step's last commit."""
     return f"Step {step} is whole with this commit; its manifest has the digest {digest}."
 
 
 def whole_steps(commits: Iterable[Commit]) -> dict[int, Whole]:
-    """The steps of ours among commits, from the newest back."""
+    """Return the complete steps in Pico's format among commits, newest first; the newest commit of a step counts."""
     found: dict[int, Whole] = {}
     for commit in commits:
         if match := _WHOLE.search(commit.body):
@@ -73,12 +74,12 @@ def whole_steps(commits: Iterable[Commit]) -> dict[int, Whole]:
 
 
 class HubRun(Run):
-    """A run on a branch of a repository; it is read and never written."""
+    """A run on a branch of a repository; read-only."""
 
     def __init__(self, branch: Branch, commits: list[Commit]):
         super().__init__(Path(branch.place), Directories())
         self.branch, self._history = branch, commits
-        self._titled: dict[int, dict[str, str]] = {}  # step -> {what it holds: commit}, from the newest commit back
+        self._titled: dict[int, dict[str, str]] = {}  # step -> {what it holds: newest such commit}
         for commit in commits:
             if match := _TITLE.fullmatch(commit.title.strip()):
                 self._titled.setdefault(int(match[2]), {}).setdefault(match[1], commit.sha)
@@ -88,18 +89,18 @@ class HubRun(Run):
 
     @property
     def name(self) -> str:
-        """The name of the branch, which is that of the run; of the repository for its main branch."""
+        """The name of the branch, which is that of the run; for the main branch, the name of the repository."""
         return self.branch.name if self.branch.name != "main" else self.branch.repository.split("/")[1]
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration as it was written; empty where it was not kept."""
+        """The configuration as written; empty when it was not uploaded."""
         path = self.branch.find(CONFIG, self._titled.get(0, {}).get(CONFIGURATION, self.head))
         return parse_config(read_bytes(path), str(self.path / CONFIG)) if path else {}
 
     @property
     def steps(self) -> list[int]:
-        """The steps of which there is something to read, ascending."""
+        """The steps that have anything to read, ascending."""
         return sorted(step for step in {*self._titled, *self.whole} if step in self)
 
     def step_directories(self) -> list[int]:
@@ -135,17 +136,17 @@ class HubRun(Run):
         return load_json(read_bytes(path), str(self.path / name)) if path else None
 
     def read_metrics(self, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """As for any run; none for runs of pico-train, which keep none there."""
+        """Yield the logged lines, as for any run; none for runs of pico-train, which upload none."""
         path = self.branch.find(METRICS, self.head, None) if self.whole else None
         return Journal(path).entries(keys) if path else iter(())
 
     @property
     def head(self) -> str:
-        """The newest commit."""
+        """The id of the newest commit."""
         return self._history[0].sha
 
     def commit_of(self, kind: str, step: int) -> str | None:
-        """The newest commit of a title, None when there is none."""
+        """Return the newest commit with this kind and step in its title, None when there is none."""
         return self._titled.get(step, {}).get(kind)
 
     def prefetch(
@@ -156,10 +157,10 @@ class HubRun(Run):
         rows: Collection[str] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Fetch them in parallel. Raises StoreError for the first that cannot be had; what was fetched until then, stays."""
+        """Download in parallel, see `Run.prefetch`. Raises the first StoreError; what was downloaded is kept."""
         wanted = [step for step in steps if step in self]
         if wanted:
-            self[wanted[0]]  # what is the same for all steps is asked for once, not by each thread
+            self[wanted[0]]  # what is the same for all steps is requested once, not in each thread
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="hub") as pool:
             running = [pool.submit(lambda step: self[step].fetch(addresses, rows), step) for step in wanted]
             try:
@@ -182,7 +183,7 @@ class HubRun(Run):
 
     @cached_property
     def is_ours(self) -> bool:
-        """Whether its steps are in our layout; one of them tells."""
+        """Whether its steps are in Pico's format; the newest step decides."""
         return bool(self.whole) or self.branch.find(MANIFEST, self._newest(self.steps[-1])) is not None
 
     @cached_property
@@ -190,14 +191,14 @@ class HubRun(Run):
         return RowOrder(self.config, str(self.path))
 
     def _newest(self, step: int) -> str:
-        """The newest of the commits that make a step."""
+        """Return the newest of the commits that make up a step."""
         if step in self.whole:
             return self.whole[step].commit
         return next(commit for title, commit in self._titled[step].items() if title in _PARTS)
 
 
 class HubFiles:
-    """The files of a step in the commits that hold them. known: the files whose content was seen in some step of the run."""
+    """The files of a step, in the commits that hold them. known: files that were opened in some step of the run."""
 
     def __init__(self, branch: Branch, titled: Mapping[str, str], where: Path, dynamics: str, known: Collection[str]):
         self.where = where
@@ -205,7 +206,7 @@ class HubFiles:
         self._identities: dict[str, str | None] = {}
 
     def has(self, name: str) -> bool:
-        """Taken for granted where another step of the run has it."""
+        """Return whether the step has a file; assumed, without a request, when another step of the run has it."""
         return self._commit(name) is not None and (name in self._known or self._identity(name) is not None)
 
     def find(self, name: str) -> Path | None:
@@ -235,13 +236,16 @@ class HubFiles:
         return self._identities.get(name)
 
     def _commit(self, name: str) -> str | None:
-        """The commit that a file is part of. A commit shows all files of the branch, those of other steps too."""
+        """Return the commit that a file belongs to, None when there is none.
+
+        A commit shows all files of the branch, including those of other steps.
+        """
         split = next((split for split in SPLITS if name.startswith(f"{self._dynamics}/{split}_")), None)
         return self._titled.get(CAPTURES[split] if split else MODEL)
 
 
 class HubCheckpoint(SealedCheckpoint):
-    """A step of ours in a commit."""
+    """A step in Pico's format, in a commit."""
 
     def __init__(self, branch: Branch, commit: str, where: Path, step: int):
         self._branch, self.commit = branch, commit
@@ -263,7 +267,7 @@ class HubCheckpoint(SealedCheckpoint):
 
 
 def open_hub(place: str) -> Run | None:
-    """The run that `hub:OWNER/REPOSITORY@BRANCH` names. Raises StoreError when there is none."""
+    """Return the run at `hub:OWNER/REPOSITORY@BRANCH`, None for any other place. Raises StoreError without a run."""
     if not place.startswith("hub:"):
         return None
     match = _PLACE.fullmatch(place)
@@ -273,7 +277,7 @@ def open_hub(place: str) -> Run | None:
 
 
 def open_branch(branch: Branch) -> Run:
-    """The run on a branch. Raises StoreError when its commits hold none."""
+    """Return the run on a branch. Raises StoreError when its commits hold none."""
     commits = branch.commits()
     run = HubRun(branch, commits)
     if not run.steps:

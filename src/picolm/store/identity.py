@@ -1,4 +1,4 @@
-"""One digest for all weights of a step, made of the digests of its tensors: a manifest tells it without reading a weight."""
+"""One digest for all weights of a step, from the digests of its tensors: with a manifest, no weight is read."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def weights_digest(tensors: Mapping[Address, "Tensor"]) -> str:
-    """sha-256 over name and sha-256 of each tensor, in the order of the names."""
+    """Return the sha-256 over the name and sha-256 of each tensor, sorted by name."""
     return _joint({address: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for address, tensor in tensors.items()})
 
 
 def stored_weights_digest(checkpoint: Checkpoint) -> str | None:
-    """`weights_digest` of the weights in a checkpoint, from its records; None where it holds none."""
+    """Return `weights_digest` of the weights in a checkpoint, from its records; None when it holds none."""
     addresses = checkpoint.select(kind="weights")
     return _joint({address: checkpoint.digest(address) for address in addresses}) if addresses else None
 

@@ -1,4 +1,4 @@
-"""A file of JSON lines that is appended to while others read it, and that survives a writer killed in mid-line."""
+"""An append-only file of JSON lines: it can be read while it grows, and survives a writer killed in mid-line."""
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -14,14 +14,14 @@ _BLOCK_BYTES = 1 << 16
 
 
 class Journal:
-    """`metrics.jsonl`. A last line without an end is one that was being written, and is not read."""
+    """The file `metrics.jsonl`. A last line without a newline is still being written, and is not read."""
 
     def __init__(self, path: Path):
         self.path = path
         self._mended = False
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add one line. NaN and infinities are written as text, see `dump_json`."""
+        """Append one line. NaN and infinities are written as text, see `dump_json`."""
         line = dump_json(entry).encode() + b"\n"
         with disk_errors("a line of metrics", self.path, len(line)):
             self._mend()
@@ -31,10 +31,10 @@ class Journal:
             self._mended = True
 
     def entries(self, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Yield every whole line, read one by one; none where there is no file.
+        """Yield every complete line, read one by one; nothing when there is no file.
 
-        keys: only lines that hold one of these, and only these values and the step. Raises StoreError, with the number of the
-        line, for one that is damaged.
+        keys: only lines that hold one of these keys, reduced to these keys and the step. Raises StoreError, with the
+        number of the line, for a damaged one.
         """
         marks = [f'"{key}"'.encode() for key in keys or ()]
         for number, line in enumerate(self._lines(), 1):
@@ -48,7 +48,7 @@ class Journal:
                 yield {"step": entry["step"], **{key: entry[key] for key in keys if key in entry}}
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> int:
-        """Rewrite the file with the wanted entries only, where there are others; return how many were dropped."""
+        """Rewrite the file with only the entries that `wanted` accepts, unless all are; return the number dropped."""
         dropped = sum(not wanted(entry) for entry in self.entries(("step",)))
         if dropped:
             with disk_errors("the metrics", self.path, 0), written_aside(self.path) as aside, open(aside, "xb") as file:
@@ -60,7 +60,7 @@ class Journal:
         return dropped
 
     def sync(self) -> None:
-        """Force what was appended to the disk: a checkpoint must not be younger than the lines before it."""
+        """Flush appended lines to disk: a checkpoint must not be newer than the lines before it."""
         try:
             with open_regular(self.path) as file:
                 os.fsync(file.fileno())
@@ -68,7 +68,7 @@ class Journal:
             pass
 
     def copy_whole_lines(self, target: Path) -> None:
-        """Write the lines that ended to a new file."""
+        """Copy the complete lines to a new file."""
         with open(target, "xb") as file:
             for line in self._lines():
                 file.write(line + b"\n")
@@ -87,7 +87,7 @@ class Journal:
             return
 
     def _mend(self) -> None:
-        """Cut off a torn line, at the start and after a failure, or the next line would be glued to it."""
+        """Cut off an incomplete last line, at the start and after a failure: the next line would be joined to it."""
         if self._mended or not os.path.lexists(self.path):
             return
         with open_regular(self.path) as file:
@@ -98,7 +98,7 @@ class Journal:
 
 
 def _end_of_lines(file: BinaryIO, size: int) -> int:
-    """Return the position behind the last newline, looking from the end."""
+    """Return the position after the last newline, searching from the end."""
     end = size
     while end:
         start = max(0, end - _BLOCK_BYTES)

@@ -1,4 +1,4 @@
-"""Which file and which key of a step hold a tensor, and what the directories of a run are called."""
+"""The file and the key in a step that hold a tensor, and the names of the directories of a run."""
 
 import re
 from collections.abc import Collection
@@ -35,7 +35,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Directories:
-    """What the directories inside of a run are called; the configuration may rename them."""
+    """Names of the directories in a run; the configuration may change them."""
 
     checkpoints_dir: str = "checkpoints"
     learning_dynamics_dir: str = "learning_dynamics"
@@ -55,13 +55,13 @@ def step_directory(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step that a directory is named for; None for any other name."""
+    """Return the step number in the name of a directory; None for any other name."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def check_name(name: str, where: str) -> str:
-    """Refuse a name that could lead out of the directory it is relative to."""
+    """Return `name`. Raises StoreError when it could lead out of the directory it is relative to."""
     if not isinstance(name, str):
         raise StoreError(f"{where}: {name!r} is no name")
     parts = PurePosixPath(name).parts
@@ -72,17 +72,17 @@ def check_name(name: str, where: str) -> str:
 
 
 def inside(root: Path, name: str) -> Path:
-    """Return `root/name`. Raises StoreError for a name that leads out of `root`, or where a part of it below `root` is a link."""
+    """Return `root/name`. Raises StoreError when it leads out of `root`, or a part of it below `root` is a link."""
     path = root / check_name(name, str(root))
     refuse_links(path, root)
     return path
 
 
 def place(address: Address, prefix: str, parameters: Collection[str], dynamics: str) -> tuple[str, str]:
-    """The file of a step and the key in it for a tensor.
+    """Return the file of a step that holds a tensor, and the key in it. Raises StoreError for an impossible address.
 
-    prefix: what stands before a parameter's name in `model.safetensors`.
-    parameters: full names of parameters, for those that are called neither `.weight` nor `.bias`.
+    prefix: put before a parameter's name in `model.safetensors`.
+    parameters: full names of parameters, needed for those that end in neither `.weight` nor `.bias`.
     """
     kind, split, module = address
     if kind == "weights" and not split:
@@ -97,7 +97,7 @@ def place(address: Address, prefix: str, parameters: Collection[str], dynamics: 
 
 
 def parameter_name(module: str, parameters: Collection[str]) -> str:
-    """The name of the parameter that an address stands for: `x.weight` unless `x` itself is one."""
+    """Return the name of the parameter at an address: `x.weight` unless `x` itself is a parameter."""
     return module if module in parameters or module.endswith(".bias") else module + ".weight"
 
 
@@ -108,7 +108,10 @@ def table_file(split: str, dynamics: str) -> str:
 
 
 def kind_of_file(name: str, tensor_kind: str | None) -> str:
-    """What a file of a step is counted as. tensor_kind: the address kind of the tensors in it, None when it has none."""
+    """Return the kind that a file of a step is counted as.
+
+    tensor_kind: the address kind of the tensors in it, None when it has none.
+    """
     if name == OPTIMIZER:
         return "optimizer"
     if tensor_kind is not None:

@@ -1,14 +1,14 @@
-"""Runs that pico-train wrote, read as ours are: the same addresses, lazily, and without running what their pickles hold.
+"""Runs of pico-train, read like runs of Pico: same addresses, lazily, and without executing code in their pickles.
 
     runs/NAME/training_config.yaml
     runs/NAME/checkpoints/step_N/    model.safetensors (or pytorch_model.bin), config.json, tokenizer files
         fabric_state/                the state of its training; not read
-        learning_dynamics/           {train,val}_{activations,weights,gradients}.pt, {train,val}_data/ (an Arrow data set)
+        learning_dynamics/           {train,val}_{activations,weights,gradients}.pt, {train,val}_data/ (Arrow data set)
 
-Where the files of a step lie is behind `StepFiles`, so that a copy of such a run on the Hub is read by the same code.
+`StepFiles` hides where the files of a step are, so the same code reads a copy of such a run on the Hub.
 
-Names of tensors may carry the prefix of a wrapper (`_forward_module.`, `pico_decoder.`); their identity starts at the module
-of the model. Weights come from the file of the model, and from those that were captured where a step has no such file.
+Names of tensors may have the prefix of a wrapper (`_forward_module.`, `pico_decoder.`); an address starts at the module
+of the model. Weights are read from the model file, or from the captured weights when a step has no model file.
 """
 
 import hashlib
@@ -45,29 +45,29 @@ _MODULE = re.compile(r"(?:^|\.)((?:layers\.\d+(?=\.|$)|embedding_proj|output_nor
 
 
 class StepFiles(Protocol):
-    """The files of one step, by their names relative to it. where: the step, for people."""
+    """The files of one step, by their names relative to it. where: the step, for messages."""
 
     where: Path
 
     def has(self, name: str) -> bool:
-        """Whether the step has a file, as far as that is known without fetching it."""
+        """Return whether the step has a file, as far as that is known without downloading it."""
         ...
 
     def find(self, name: str) -> Path | None:
-        """The path of a file on this machine, fetched if need be; None when the step has no such file."""
+        """Return the path of a file on this machine, downloaded if needed; None when the step has no such file."""
         ...
 
     def identity(self, name: str) -> str:
-        """A digest of the content of a file that the step has."""
+        """Return a digest of the content of a file that the step has."""
         ...
 
     def sizes(self) -> dict[str, int]:
-        """Every file of the step, and its bytes."""
+        """Return the size in bytes of every file of the step, by name."""
         ...
 
 
 class LocalFiles:
-    """A step in a directory."""
+    """The files of a step in a directory."""
 
     def __init__(self, where: Path):
         self.where = where
@@ -76,7 +76,7 @@ class LocalFiles:
         return os.path.lexists(self.where / name)
 
     def find(self, name: str) -> Path | None:
-        """Raises StoreError where the file is a link, a folder, a pipe or a device."""
+        """Return the path of a file, None without one. Raises StoreError for a link, a folder, a pipe or a device."""
         if not self.has(name):
             return None
         require_regular(inside(self.where, name))
@@ -96,10 +96,10 @@ class LocalFiles:
 
 
 class LegacyCheckpoint(Checkpoint):
-    """A step as pico-train leaves it. dynamics: the folder of what was captured.
+    """A step in the format of pico-train. dynamics: the folder of the captures.
 
-    known: {file: {module: key}} as found in other steps of the run, used and added to where looking into a file means to fetch
-    it; None looks into each file.
+    known: {file: {module: key}} as found in other steps of the run. It is used, and extended, where opening a file
+    would download it. None: open each file.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class LegacyCheckpoint(Checkpoint):
 
     @property
     def minimum_bytes(self) -> int:
-        return 0  # would take reading every file
+        return 0  # would need reading every file
 
     def bytes_by_kind(self) -> dict[str, int]:
         kinds: dict[str, int] = {}
@@ -132,11 +132,11 @@ class LegacyCheckpoint(Checkpoint):
         return kinds
 
     def file_of(self, kind: str, split: str) -> str | None:
-        """The name of the file that holds the tensors of a kind and split, None when the step has none."""
+        """Return the file that holds the tensors of a kind and split, None when the step has none."""
         return next((name for name in self._candidates(kind, split) if self._files.has(name)), None)
 
     def select(self, *, kind: str = "*", split: str = "*", module: str = "*") -> list[Address]:
-        """As for any checkpoint; looks only into files that can hold what is asked for."""
+        """Return the matching addresses, as for any checkpoint; opens only files that can hold them."""
         pairs = [pair for pair in _PAIRS if fnmatchcase(pair[0], kind) and fnmatchcase(pair[1], split)]
         return [Address(*pair, name) for pair in pairs for name in self._modules(*pair) if fnmatchcase(name, module)]
 
@@ -164,7 +164,7 @@ class LegacyCheckpoint(Checkpoint):
         return tensors.shape(keys[address.module])
 
     def digest(self, address: Address) -> str:
-        """Of the digest of the file, the key in it, and for activations of the order in which their rows are taken."""
+        """Return a digest of the file's digest, the key in it and, for activations, the order of the rows."""
         address = Address(*address)
         file = self._holding(address)
         if file not in self._identities:
@@ -191,7 +191,7 @@ class LegacyCheckpoint(Checkpoint):
         return pa.concat_tables([read_arrow(path, str(self.path / name)) for name, path in paths])
 
     def row_files(self, split: str) -> list[str]:
-        """The Arrow files of the rows of a split, in their order; none when the step does not keep them."""
+        """Return the Arrow files with the rows of a split, in order; none when the step does not keep them."""
         folder = f"{self._dynamics}/{split}_data"
         try:
             data = self.read(f"{folder}/state.json")
@@ -210,7 +210,10 @@ class LegacyCheckpoint(Checkpoint):
                 self._files.find(name)
 
     def verify(self) -> list[str]:
-        """Which of the files that are read are damaged. pico-train keeps no digests: only what breaks a format is found."""
+        """Return what is wrong with the files that Pico reads, one sentence each.
+
+        pico-train keeps no digests: only damage that breaks a format, or a checksum of a zip archive, is found.
+        """
         problems = []
         for check in [self._check_tensors(*pair) for pair in _PAIRS] + [self._check_rows(split) for split in SPLITS]:
             try:
@@ -228,7 +231,7 @@ class LegacyCheckpoint(Checkpoint):
         return lambda: self.rows(split)
 
     def _candidates(self, kind: str, split: str) -> list[str]:
-        """The files that may hold a kind and split; the first that is there does."""
+        """Return the files that may hold a kind and split; the first one that exists is used."""
         if (kind, split) == ("weights", ""):
             return [*MODEL_FILES, *(f"{self._dynamics}/{other}_weights.pt" for other in SPLITS)]
         return [f"{self._dynamics}/{split}_{kind}.pt"] if (kind, split) in _PAIRS else []
@@ -240,7 +243,7 @@ class LegacyCheckpoint(Checkpoint):
         return file
 
     def _modules(self, kind: str, split: str) -> Mapping[str, str]:
-        """The key in its file of each module that has a tensor of this kind and split."""
+        """Return the key in the file for each module that has a tensor of this kind and split."""
         file = self.file_of(kind, split)
         if file is None:
             return {}
@@ -249,12 +252,12 @@ class LegacyCheckpoint(Checkpoint):
         return self._open(file)[1]
 
     def _open(self, file: str) -> tuple[PickledTensors | SafeTensors, dict[str, str]]:
-        """A file, opened once, and the key of each module in it."""
+        """Return a file, opened once, and the key of each module in it."""
         if file not in self._opened:
             path = self._files.find(file)
             if path is None:
                 raise Missing(f"{self.path} has no file {file!r}")
-            name = str(self.path / file)  # in the cache of the Hub, a path says nothing
+            name = str(self.path / file)  # a path in the cache of the Hub does not name the step
             tensors = SafeTensors(path, name) if file.endswith(".safetensors") else PickledTensors(path, name)
             self._opened[file] = tensors, _by_module(tensors.keys, name)
         if self._known is not None:
@@ -262,12 +265,12 @@ class LegacyCheckpoint(Checkpoint):
         return self._opened[file]
 
     def _missing(self, address: Address) -> Missing:
-        """Looks only into the file that could hold it."""
+        """Return the error for an address that is absent; opens only the file that could hold it."""
         there = [Address(*pair, name) for pair in [address[:2]] for name in self._modules(*pair)]
         return absence(str(self.path), address, there or [Address(*pair, "") for pair in _PAIRS if self.file_of(*pair)])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}}  # files stay here when a step travels to another process
+        return {**self.__dict__, "_opened": {}}  # open files are not sent to another process
 
     def _kind(self, name: str) -> str:
         if name.startswith(STATE):
@@ -279,7 +282,10 @@ class LegacyCheckpoint(Checkpoint):
 
 
 def _by_module(keys: list[str], where: str) -> dict[str, str]:
-    """The key of each module, layers in order; the name of a wrapper before it and `.weight` behind it are left off."""
+    """Return the key of each module, layers in order; a wrapper's prefix and the suffix `.weight` are removed.
+
+    Raises StoreError when two keys give the same module.
+    """
     modules: dict[str, str] = {}
     for key in sorted(keys, key=natural):
         match = _MODULE.search(key)
@@ -291,6 +297,9 @@ def _by_module(keys: list[str], where: str) -> dict[str, str]:
 
 
 def capture_meta(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The positions of the activations, as our own steps record them: the configuration names one, counted from either end."""
+    """Return the token positions of the activations, in the form of Pico's own steps.
+
+    The configuration names one position, counted from either end.
+    """
     positions = [lookup(config, "checkpointing.learning_dynamics.sequence_idx", -1)]
     return {"capture": {"positions": positions, "val_positions": positions}}

@@ -1,4 +1,4 @@
-"""A run of pico-train on disk: where its steps are, and what its directories are called."""
+"""A run of pico-train on disk: its steps, and the names of its directories."""
 
 import os
 from contextlib import AbstractContextManager
@@ -18,7 +18,7 @@ from picolm.trusted import read_bytes
 
 
 class LegacyRun(Run):
-    """A run that pico-train wrote, on disk; it is read and never written."""
+    """A run that pico-train wrote, on disk; read-only."""
 
     def __init__(self, path: Path, directories: Directories):
         super().__init__(path, directories)
@@ -26,12 +26,12 @@ class LegacyRun(Run):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration as it was written; empty where it was not kept."""
+        """The configuration as written; empty when there is none."""
         return super().config if os.path.lexists(self.path / CONFIG) else {}
 
     @property
     def steps(self) -> list[int]:
-        """The steps of which there is something to read, ascending."""
+        """The steps that have anything to read, ascending."""
         return [step for step in self.step_directories() if _is_step(self.step_path(step), self.directories)]
 
     def __getitem__(self, step: int) -> Checkpoint:
@@ -51,7 +51,7 @@ class LegacyRun(Run):
 
 
 def open_legacy(place: str) -> Run | None:
-    """A run of pico-train, from its directory, its checkpoints, or one step."""
+    """Return the pico-train run at `place` (its directory, its checkpoints, or one step); None without one."""
     path = Path(place).absolute()
     run = _run_at(path)
     if run is not None or not path.exists():
@@ -71,14 +71,14 @@ def _run_at(path: Path) -> LegacyRun | None:
 
 
 def configured_directories(config: Path) -> Directories:
-    """What the directories of the run are called, so far as its configuration renames them."""
+    """Return the names of the run's directories from its configuration; defaults when that cannot be read."""
     try:
         section = lookup(parse_config(read_bytes(config), str(config)), "checkpointing", {})
         names = {field.name: lookup(section, field.name, field.default) for field in fields(Directories)}
         names["eval_results_dir"] = lookup(section, "evaluation.eval_results_dir", names["eval_results_dir"])
         return Directories(**names)
     except StoreError:
-        return Directories()  # opening the run says what is wrong with it
+        return Directories()  # opening the run reports what is wrong with it
 
 
 def _is_step(path: Path, directories: Directories) -> bool:

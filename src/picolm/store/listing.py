@@ -1,4 +1,4 @@
-"""What a run holds and what that costs, next to what it has to cost; and whether it still is what was written."""
+"""What a run holds, how many bytes it takes compared with the minimum, and whether its digests are still correct."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -20,10 +20,10 @@ SMALL = {"data", "tokenizer", "other"}
 
 @dataclass(frozen=True)
 class StepContents:
-    """One step on disk.
+    """The sizes of one step on disk.
 
     bytes: by kind, see `Checkpoint.bytes_by_kind`; empty when the step is damaged.
-    minimum_bytes: elements x element size of every tensor the step holds, which no format can undercut.
+    minimum_bytes: elements x element size, summed over all tensors of the step; no format can need less.
     problem: why its manifest cannot be read, empty when it can.
     """
 
@@ -38,18 +38,21 @@ class StepContents:
 
     @property
     def overhead(self) -> float | None:
-        """What is stored beyond the minimum and the tokenizer, in parts of the minimum. None without tensors."""
+        """Bytes stored beyond the minimum and the tokenizer, as a fraction of the minimum. None without tensors."""
         beyond = self.total_bytes - self.bytes.get("tokenizer", 0) - self.minimum_bytes
         return beyond / self.minimum_bytes if self.minimum_bytes else None
 
 
 def contents(run: Run) -> list[StepContents]:
-    """Every step there is a directory for, ascending. Reads manifests only."""
+    """Return the sizes of every step that has a directory, ascending. Reads manifests only."""
     return [_contents(run, step) for step in run.step_directories()]
 
 
 def damaged(run: Run) -> dict[int, str]:
-    """Steps there is a directory for and that cannot be opened, with the reason; not those that were deleted meanwhile."""
+    """Return the steps that have a directory but cannot be opened, with the reason.
+
+    Steps that were deleted meanwhile are left out.
+    """
     whole = set(run.steps)
     found = {step: _contents(run, step).problem for step in run.step_directories() if step not in whole}
     there = set(run.step_directories())
@@ -61,13 +64,16 @@ def damaged(run: Run) -> dict[int, str]:
 
 
 def verify(run: Run) -> Iterator[tuple[int, list[str]]]:
-    """Step by step, what is wrong with it; recomputes every digest, at the speed of the disk or of sha-256."""
+    """Yield each step and what is wrong with it. Recomputes every digest, at the speed of the disk or of sha-256."""
     for step in run.step_directories():
         yield step, run.problems(step)
 
 
 def loss_line(run: Run) -> str:
-    """The logged training loss in one line: `loss  8.34 █▅▃▂▁ 5.21  (steps 0 to 60, nats per token)`; empty without any."""
+    """Return the logged training loss as one line, empty when none is logged.
+
+    Example: `loss  8.34 █▅▃▂▁ 5.21  (steps 0 to 60, nats per token)`.
+    """
     losses = {entry["step"]: entry["train/loss"] for entry in run.read_metrics(("train/loss",))}
     if not losses:
         return ""
@@ -78,7 +84,7 @@ def loss_line(run: Run) -> str:
 
 
 def runs_in(folder: Path) -> list[Run]:
-    """The runs that lie in a folder, by name; none where it is no folder. Other folders in it are passed over."""
+    """Return the runs in a folder, by name; none when it is not a folder. Other folders in it are ignored."""
     found = []
     for place in sorted(folder.iterdir()) if folder.is_dir() else ():
         if place.is_dir() and not place.name.startswith("."):
@@ -88,7 +94,7 @@ def runs_in(folder: Path) -> list[Run]:
 
 
 def runs_table(runs: list[Run]) -> "Table":
-    """For a terminal: a row for each run, with its checkpoints, the last of them, and its last logged loss."""
+    """Return a table for a terminal: a row for each run, with its checkpoints, last step and last logged loss."""
     from rich import box
     from rich.table import Table
 
@@ -103,7 +109,10 @@ def runs_table(runs: list[Run]) -> "Table":
 
 
 def table(steps: list[StepContents], title: str = "", width: int | None = None) -> "Table":
-    """For a terminal: a row for each step, a column for each kind that occurs; fewer where not all fit into `width`."""
+    """Return a table for a terminal: a row for each step, a column for each kind that occurs.
+
+    It has fewer columns when they do not all fit into `width` characters.
+    """
     kinds = [kind for kind in _kinds(steps) if any(kind in entry.bytes for entry in steps)]
     large = [kind for kind in kinds if kind not in SMALL]
     for chosen, minimum in ((kinds, True), (large, False), ([], True)):
@@ -131,7 +140,7 @@ def _table(steps: list[StepContents], title: str, kinds: list[str], minimum: boo
 
 
 def _width(shown: "Table") -> int:
-    """Characters of its longest line."""
+    """Return the number of characters in its longest line."""
     unbounded = screen(width=10_000)
     return unbounded.measure(shown).maximum
 
@@ -145,6 +154,6 @@ def _contents(run: Run, step: int) -> StepContents:
 
 
 def _kinds(steps: list[StepContents]) -> list[str]:
-    """The known kinds first, in their order, then what else was captured."""
+    """Return the known kinds, in their order, then the other kinds that were captured."""
     found = {kind for entry in steps for kind in entry.bytes}
     return [*KINDS, *sorted(found - set(KINDS))]

@@ -1,4 +1,4 @@
-"""One writer per run: an advisory lock (filelock) that ends with its holder, however the holder ends."""
+"""One writer per run: an advisory lock (filelock) that is released when its holder ends, even if it crashes."""
 
 import json
 import logging
@@ -22,9 +22,9 @@ _UNSUPPORTED = "the file system of %s has no locks (%s); nothing stops a second 
 
 
 class RunLock:
-    """The lock of the directory of a run, or of an analysis. The object that holds it may enter again.
+    """The lock of the directory of a run, or of an analysis. The object that holds it may acquire it again.
 
-    what, key: what is being written, and the key of the configuration that names its directory; for messages.
+    what, key: what is written, and the key of the configuration that names its directory; for messages.
     """
 
     def __init__(self, path: Path, what: str = "run", key: str = "run_name"):
@@ -50,7 +50,7 @@ class RunLock:
     def _acquire(self) -> None:
         if not self._lock.is_locked:
             with disk_errors("the lock", self.path.parent):
-                os.close(open_to_append(self.path))  # no link, and the parent folder is not made again
+                os.close(open_to_append(self.path))  # refuses a link, and does not create the parent folder again
         try:
             self._lock.acquire()
         except Timeout:
@@ -62,7 +62,7 @@ class RunLock:
             self._is_unsupported = True
 
     def _write_holder(self, descriptor: int) -> None:
-        """Write who holds the lock into its file, for those who are refused."""
+        """Write the holder of the lock into its file, for the error message of others."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
         try:

@@ -1,4 +1,4 @@
-"""What a step holds and the digests that prove it, in one file whose own bytes are proven too."""
+"""The manifest of a step: what it holds, a digest of every file and tensor, and a digest of the manifest itself."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """Where a tensor is stored and what it is. sha256 is that of its elements in row-major order."""
+    """Where a tensor is stored, its shape and its type. sha256 is the digest of its elements in row-major order."""
 
     file: str
     key: str
@@ -40,9 +40,9 @@ class TensorRecord:
 class Manifest:
     """The content of a step.
 
-    created: UTC, ISO 8601; it tells people when, nothing depends on it.
+    created: UTC, ISO 8601; for information, nothing depends on it.
     parent: step and manifest digest of the checkpoint before this one, None for the first.
-    about: what else is to be known about its origin (replayed, forked from …).
+    about: further provenance (replayed, forked from …).
     """
 
     step: int
@@ -54,7 +54,7 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """sha-256 of everything below except itself."""
+        """sha-256 of the canonical JSON of the manifest without this digest."""
         return hashlib.sha256(_canonical(self._content())).hexdigest()
 
     def to_bytes(self) -> bytes:
@@ -62,7 +62,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Manifest":
-        """Raises StoreError unless `data` is, byte for byte, what `to_bytes` writes."""
+        """Return the manifest in `data`. Raises StoreError unless `data` is, byte for byte, what `to_bytes` writes."""
         damaged = f"{where}: damaged"
         content = parse_json(data, damaged, dict[str, Any])
         found = content.get("format"), content.get("version")
@@ -75,7 +75,7 @@ class Manifest:
         try:
             manifest = cls._parsed(content, where)
             intact = manifest.to_bytes() == data
-        except ValueError as error:  # an address, or text that is no Unicode
+        except ValueError as error:  # a malformed address, or text that is not Unicode
             raise StoreError(f"{where}: damaged ({error})") from error
         if not intact:
             raise StoreError(f"{where}: damaged: its content does not match its own digest")
@@ -114,5 +114,5 @@ def _canonical(content: Mapping[str, Any]) -> bytes:
 
 def natural(text: str) -> list[tuple[bool, int, str]]:
     """Return a sort key that puts layers.2 before layers.10. Numbers may have any length."""
-    parts = re.split(r"([0-9]+)", text)  # numbers have odd places
+    parts = re.split(r"([0-9]+)", text)  # numbers are at the odd indices
     return [(i % 2 == 1, len(part.lstrip("0")) if i % 2 else 0, part) for i, part in enumerate(parts)]

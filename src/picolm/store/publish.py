@@ -1,4 +1,4 @@
-"""How a directory that was written aside becomes a step: by renaming, so that it is there whole or not at all."""
+"""Turn a temporary directory into a step by renaming it, so that the step is complete or not there at all."""
 
 import ctypes
 import dataclasses
@@ -27,7 +27,7 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 @contextmanager
 def set_aside(checkpoints: Path, step: int) -> Iterator[Path]:
-    """A new directory that readers do not see; it is gone at the end unless it was published."""
+    """Create and yield a directory that readers do not see; at the end it is deleted unless it was published."""
     partial = _name_aside(checkpoints, step)
     partial.mkdir()
     try:
@@ -37,9 +37,9 @@ def set_aside(checkpoints: Path, step: int) -> Iterator[Path]:
 
 
 def discard(checkpoints: Path, step: int) -> None:
-    """Delete a step: for readers it is gone at once; what an interruption leaves of it, `sweep` removes.
+    """Delete a step: readers stop seeing it at once. `sweep` removes what an interrupted deletion leaves.
 
-    Raises StoreError where its folder holds other files: they are not ours to delete.
+    Raises StoreError when its folder holds other files: they are not ours to delete.
     """
     target = checkpoints / step_directory(step)
     if others := others_in(target, {*_names_of(target), MANIFEST}):
@@ -55,9 +55,10 @@ def _name_aside(checkpoints: Path, step: int) -> Path:
 
 
 def write_thinned(partial: Path, checkpoint: SealedCheckpoint, drop: Collection[str]) -> Manifest:
-    """The step again without the files of some kinds. What stays is linked, not copied; its digests stay as they are.
+    """Write the step again without the files of some kinds, and return its manifest.
 
-    With the weights goes what is there for them alone: tokenizer, configuration and modelling code.
+    Other files are linked, not copied; their digests stay as they are. Dropping the weights also drops the files that
+    only they need: tokenizer, configuration and modelling code.
     """
     kinds, old = checkpoint.files_by_kind(), checkpoint.manifest
     dropped = {name for kind in drop for name in kinds.get(kind, [])}
@@ -77,10 +78,10 @@ def write_thinned(partial: Path, checkpoint: SealedCheckpoint, drop: Collection[
 def write_renewed(
     partial: Path, checkpoint: SealedCheckpoint, texts: Mapping[str, bytes], gone: Collection[str]
 ) -> Manifest:
-    """Write the step again with other content in some text files, and without those of `gone`; link all others.
+    """Write the step again with new `texts` and without the files in `gone`; link all others. Return its manifest.
 
-    The manifest records under `renewed` the digest it had, the files that changed, and what had been thinned before: from
-    now on the step is another than the one it was (`selection.origin`).
+    The manifest records under `renewed` its old digest, the files that changed, and what had been thinned before. From
+    now on the step counts as a different one (`selection.origin`).
     """
     old = checkpoint.manifest
     kept = {name: record for name, record in old.files.items() if name not in texts and name not in gone}
@@ -97,9 +98,9 @@ def write_renewed(
 
 
 def publish(partial: Path, target: Path, manifest: Manifest, replace: bool) -> None:
-    """Give `partial` its name. A step that has it stays when it is whole and the same, and makes way when damaged.
+    """Rename `partial` to `target`. An existing step is kept when it is complete and the same, replaced when damaged.
 
-    Raises StoreError when it is whole and different and `replace` is false.
+    Raises StoreError when it is complete and different, and `replace` is false.
     """
     if not os.path.lexists(target):
         os.rename(partial, target)
@@ -117,10 +118,10 @@ def publish(partial: Path, target: Path, manifest: Manifest, replace: bool) -> N
 
 
 def exchange(partial: Path, target: Path, known: Collection[str]) -> None:
-    """Put `partial` in the place of `target`: at once where the system can, so that readers miss the step at no moment.
+    """Replace `target` by `partial`: atomically where the system can, so that readers find the step at any moment.
 
-    known: names of the files of the step, before and after; what else lies there stays. Where the system cannot, it takes two
-    renames; after a crash between them `sweep` puts the old step back.
+    known: names of the files of the step, before and after; other files in `target` are kept. Where the system cannot,
+    it takes two renames; after a crash between them `sweep` restores the old step.
     """
     if _swap(partial, target):
         move_others(partial, target, {*known, MANIFEST})
@@ -139,7 +140,7 @@ def exchange(partial: Path, target: Path, known: Collection[str]) -> None:
 
 
 def _swap(one: Path, other: Path) -> bool:
-    """Exchange two names in one operation (Linux: renameat2). False where the system or the file system cannot."""
+    """Exchange two names in one operation (Linux: renameat2). Return False when the system or file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except AttributeError:
@@ -148,7 +149,10 @@ def _swap(one: Path, other: Path) -> bool:
 
 
 def sweep(checkpoints: Path) -> None:
-    """Remove what a crashed writer left. Only for who holds the lock: nobody else's partial directory can be alive."""
+    """Remove what a crashed writer left.
+
+    Call it only with the lock held: then no other process can be writing a temporary directory here.
+    """
     for leftover in filter(_is_leftover, checkpoints.glob(".step_*")):
         target = leftover.with_name(leftover.name[1:].removesuffix(_REPLACED))
         if leftover.name.endswith(_REPLACED) and not target.exists():
@@ -162,13 +166,13 @@ def sweep(checkpoints: Path) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether a writer of a run gives such names."""
+    """Return whether it is a directory with a name that a writer of a run uses for temporary directories."""
     number = re.sub(rf"({re.escape(_PARTIAL)}[0-9a-f]{{8}}|{re.escape(_REPLACED)})$", "", path.name[1:])
     return number != path.name[1:] and step_of(number) is not None and path.is_dir() and not path.is_symlink()
 
 
 def _names_of(target: Path) -> Collection[str]:
-    """Return the names of the files of a step that may be damaged."""
+    """Return the names of the files of a step, which may be damaged."""
     try:
         return SealedCheckpoint(target).files
     except StoreError:
@@ -177,7 +181,7 @@ def _names_of(target: Path) -> Collection[str]:
 
 
 def point_latest(checkpoints: Path, step: int) -> None:
-    """Let the link `latest` name the step, without a moment in which there is no link."""
+    """Make the link `latest` name the step, atomically. A failure is logged as a warning."""
     link = checkpoints / LATEST
     try:
         if os.path.lexists(link) and not link.is_symlink():
@@ -189,7 +193,7 @@ def point_latest(checkpoints: Path, step: int) -> None:
 
 
 def _whole(target: Path) -> SealedCheckpoint | None:
-    """The step that is there; None when it is damaged and of no use to anybody."""
+    """Return the step at `target`; None when it is damaged and may be replaced."""
     if target.is_symlink() or not target.is_dir():
         raise StoreError(f"{target}: not a directory of this run; move it out of the way")
     try:

@@ -21,7 +21,7 @@ VERSION = 1
 
 
 class Records:
-    """Read and replaced as a whole, each; only the metrics grow line by line."""
+    """The small files of a run. Each is read and replaced as a whole; only the metrics grow line by line."""
 
     def __init__(self, path: Path, directories: Directories):
         self.path = path
@@ -30,18 +30,18 @@ class Records:
 
     @property
     def name(self) -> str:
-        """The name of its folder as text, also where the locale has no such characters, or the name is no text."""
+        """The name of its folder as text, in any locale; bytes that are not UTF-8 are escaped."""
         return os.fsencode(self.path.resolve().name).decode("utf-8", "backslashreplace")
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration as it was written; the store knows no schema. Raises StoreError where it cannot be read."""
+        """The configuration as written, not checked against a schema. Raises StoreError when it cannot be read."""
         path = inside(self.path, CONFIG)
         return parse_config(read_bytes(path), str(path))
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Versions, hardware, data and starts, see `forms.Environment`. Raises StoreError where it cannot be read."""
+        """Versions, hardware, data and starts, see `forms.Environment`. Raises StoreError when it cannot be read."""
         return _read_json(inside(self.path, ENVIRONMENT), Environment)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -53,7 +53,7 @@ class Records:
         self._write_json(inside(self.path, ENVIRONMENT), environment)
 
     def append_metrics(self, entry: Mapping[str, Any]) -> None:
-        """Add one line; NaN and infinities are kept, see `files.dump_json`."""
+        """Append one line; NaN and infinities are kept, see `files.dump_json`."""
         self._metrics.append(entry)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -61,26 +61,27 @@ class Records:
         return list(self.read_metrics())
 
     def read_metrics(self, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Yield every logged line, read as it is asked for; a last line that is still being written is left out.
+        """Yield every logged line, read one by one; a last line that is still being written is left out.
 
-        keys: only lines that hold one of these, and of them only these and `step`: far less work where lines are long.
+        keys: only lines that hold one of these keys, reduced to these keys and `step`; far less work when lines are
+        long.
         """
         return self._metrics.entries(keys)
 
     def truncate_metrics(self, after_step: int) -> int:
-        """Drop the lines whose `step` lies beyond `after_step` (they will be made again); return how many."""
+        """Drop the lines whose `step` is greater than `after_step` (they will be logged again); return how many."""
         return self._metrics.keep(lambda entry: entry["step"] <= after_step)
 
     def write_evaluation(self, step: int, results: Mapping[str, Any]) -> None:
         self._write_json(self._evaluation_path(step), results)
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
-        """What `write_evaluation` was given for the step; None when there was none."""
+        """Return what `write_evaluation` stored for the step; None when there is nothing."""
         path = self._evaluation_path(step)
         return _read_json(path, dict[str, Any]) if os.path.lexists(path) else None
 
     def evaluated_steps(self) -> list[int]:
-        """The steps that have results, ascending; also those whose checkpoint is gone."""
+        """Return the steps that have results, ascending; including those whose checkpoint was deleted."""
         folder = self.path / self.directories.eval_results_dir
         steps = (step_of(path.stem) for path in folder.glob("step_*.json")) if folder.is_dir() else ()
         return sorted(step for step in steps if step is not None)
@@ -95,9 +96,9 @@ class Records:
             write_atomically(path, data)
 
     def refuse_replacing(self, config: Mapping[str, Any]) -> None:
-        """Raise StoreError where a new run with this configuration would replace a file of the user.
+        """Raise StoreError when a new run with this configuration would replace a file of the user.
 
-        A process that was killed while it made this very run leaves the same configuration.
+        The same configuration is accepted: a process that was killed while it created this run leaves it.
         """
         path = inside(self.path, CONFIG)
         ours = os.path.lexists(path) and read_bytes(path) == dump(config).encode()
@@ -109,20 +110,20 @@ class Records:
                 )
 
     def _sign(self, name: str | None = None) -> None:
-        """Write `run.json`, which makes the directory a run: its format and what its directories are called."""
+        """Write `run.json`, which makes the directory a run: its format and the names of its directories."""
         created = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"format": FORMAT, "version": VERSION, "run_name": name or self.name, "created": created}
         self._write_json(self.path / RUN, {**about, "directories": asdict(self.directories)})
 
 
 def identity(about: bytes) -> tuple[object, object]:
-    """What tells the run of one `run.json` from any other: when it was made, and its name then. Raises StoreError."""
+    """Return what identifies the run of a `run.json`: its time of creation, and its name then. Raises StoreError."""
     content = load_json(about or b"{}", RUN)
     return content.get("created"), content.get("run_name")
 
 
 def read_directories(path: Path) -> Directories:
-    """What `run.json` at `path` says. Raises StoreError when it is damaged or of another version."""
+    """Return the directory names in the `run.json` at `path`. Raises StoreError when damaged or of another version."""
     about = _read_json(path, RunFile)
     if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
         found = f"format {about.get('format')!r} version {about.get('version')!r}"

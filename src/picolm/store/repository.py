@@ -1,4 +1,4 @@
-"""A branch of a repository on the Hugging Face Hub: its commits, and files as they were at one of them."""
+"""A branch of a repository on the Hugging Face Hub: its commits, and the files at each of them."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from picolm.trusted import TEXT_BYTES, parse_json, read_bytes
 
 
 class Commit(NamedTuple):
-    """One commit: its id, the first line of its message, and what follows that."""
+    """One commit: its id, the first line of its message, and the rest of the message."""
 
     sha: str
     title: str
@@ -24,7 +24,7 @@ class Commit(NamedTuple):
 
 @dataclass(frozen=True)
 class _CommitAnswer:
-    """A commit in an answer of the Hub."""
+    """A commit in a response of the Hub."""
 
     id: str
     title: str
@@ -36,7 +36,10 @@ class _CommitAnswer:
 
 @dataclass(frozen=True)
 class Branch:
-    """A branch of a model repository. endpoint None: the Hub of the environment. Everything raises StoreError."""
+    """A branch of a model repository. endpoint: None for the Hub of the environment.
+
+    All methods raise StoreError when they fail.
+    """
 
     repository: str
     name: str = "main"
@@ -45,11 +48,11 @@ class Branch:
 
     @property
     def place(self) -> str:
-        """`hub:OWNER/REPOSITORY@BRANCH`, as it is given to `Run.open`."""
+        """`hub:OWNER/REPOSITORY@BRANCH`, as `Run.open` takes it."""
         return f"hub:{self.repository}@{self.name}"
 
     def commits(self) -> list[Commit]:
-        """All commits from the newest back. Asks for those since the last time only; in offline mode for none."""
+        """Return all commits, newest first. Requests only those that are new since the last time; offline, none."""
         from huggingface_hub.errors import RevisionNotFoundError
 
         known = self._saved()
@@ -82,9 +85,9 @@ class Branch:
         return commits
 
     def find(self, file: str, commit: str, most_bytes: int | None = TEXT_BYTES) -> Path | None:
-        """Return the path of a file as of a commit, fetched unless it is in the Hub's cache; None when the commit has none.
+        """Return the path of a file at a commit, downloaded unless it is in the Hub's cache; None when there is none.
 
-        most_bytes: the size of the file, or the most that such a file may have; None where nothing is known.
+        most_bytes: the size of the file, or the largest size such a file may have; None when nothing is known.
         """
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -103,7 +106,10 @@ class Branch:
             raise
 
     def identity(self, file: str, commit: str) -> str | None:
-        """Return what the Hub knows a file by (the sha-256 of a large one), without fetching it; None when there is none."""
+        """Return the Hub's id of a file (the sha-256 of a large one), without downloading it; None when there is none.
+
+        For a cached file without such an id, it is the sha-256 of the content.
+        """
         there = self._cached(file, commit)
         if isinstance(there, str):
             path = Path(there)
@@ -113,13 +119,16 @@ class Branch:
         return (entry.sha256 or entry.oid) if entry is not None else None
 
     def entries(self, commit: str) -> dict[str, TreeEntry]:
-        """Return every file as of a commit."""
+        """Return every file at a commit, by name."""
         if commit not in self._trees:
             self._trees[commit] = file_list(self.repository, commit, "model", StoreError, self.endpoint, self.place)
         return self._trees[commit]
 
     def download(self, file: str, commit: str, folder: Path, file_bytes: int) -> Path:
-        """Put a file as of a commit into a folder: from the Hub's cache where it is there, else fetched past the cache."""
+        """Download a file at a commit into a folder, bypassing the Hub's cache, and return its path.
+
+        A file that is in the cache already is copied from there.
+        """
         there = self._cached(file, commit)
         if isinstance(there, str):
             target = folder / file
@@ -130,7 +139,7 @@ class Branch:
         return fetch(self.repository, file, commit, StoreError, self.endpoint, name, file_bytes, local_dir=folder)
 
     def names(self) -> list[str]:
-        """The branches of the repository."""
+        """Return the names of the branches of the repository."""
         from huggingface_hub import HfApi
 
         refs = persist(
@@ -139,7 +148,10 @@ class Branch:
         return [branch.name for branch in refs.branches]
 
     def _cached(self, file: str, commit: str) -> Any:
-        """The path of a file in the Hub's cache, another object when it is known that there is none, None when not known."""
+        """Look a file up in the Hub's cache.
+
+        Return its path; another object when it is known not to exist; None when nothing is known.
+        """
         from huggingface_hub import try_to_load_from_cache
 
         return try_to_load_from_cache(self.repository, file, revision=commit)
@@ -153,7 +165,7 @@ class Branch:
         try:
             return parse_json(read_bytes(self._list_path), str(self._list_path), list[Commit])
         except FileError:
-            return []  # it can be asked for again
+            return []  # it can be requested again
 
     def _save(self, commits: list[Commit]) -> None:
         with disk_errors("the list of commits", self._list_path):

@@ -1,8 +1,8 @@
-"""What of older steps stays on disk: `keep` says so by part, and nothing goes before the step after it is whole.
+"""Which parts of older checkpoints stay on disk: one rule in `keep` per part, applied once the next step is complete.
 
-A part is `weights`, `optimizer` or `dynamics` (captures and the rows behind them). A rule is `all`, `last N` (the newest N
-steps that hold the part) or `every N` (the steps divisible by N, and the newest). The newest step that training can go on
-from keeps its weights and its optimizer state whatever the rules say.
+A part is `weights`, `optimizer` or `dynamics` (captures and the rows behind them). A rule is `all`, `last N` (the
+newest N steps that hold the part) or `every N` (the steps divisible by N, and the newest). The newest step that
+training can resume from keeps its weights and its optimizer state, whatever the rules say.
 """
 
 import logging
@@ -22,9 +22,10 @@ _NOT_DYNAMICS = {*RESUMING, "tokenizer", "other"}
 def surplus(
     held: Mapping[int, Collection[str]], keep: Mapping[str, str], resumable: Collection[int]
 ) -> dict[int, set[str]]:
-    """The parts that go, by step, of those that are `held`; steps of which nothing goes are left out.
+    """Return the parts to delete, by step; steps with nothing to delete are left out.
 
-    keep: rules by part; a part without one is kept. resumable: the steps that training can go on from.
+    held: the parts of each step. keep: rules by part; a part without one is kept. resumable: steps that training can
+    resume from.
     """
     needed = max(resumable, default=None)
     going: dict[int, set[str]] = {}
@@ -37,7 +38,7 @@ def surplus(
 
 
 def _kept(holding: list[int], rule: str) -> set[int]:
-    """Those of the steps that a rule keeps. holding: ascending."""
+    """Return the steps that a rule keeps. holding: the steps that hold the part, ascending."""
     word, _, count = rule.partition(" ")
     if word == "last":
         return set(holding[-int(count) :])
@@ -48,10 +49,10 @@ def _kept(holding: list[int], rule: str) -> set[int]:
 
 @dataclass
 class Retention:
-    """The rules of one run, applied to the steps up to one that was just written.
+    """The rules of one run. `apply` applies them to the steps up to the one that was just written.
 
-    resumable: whether training can go on from a checkpoint. A step with `replayed` in what its manifest says about it was
-    asked for by name, and is left alone.
+    resumable: whether training can resume from a checkpoint. A step with `replayed` in the `about` of its manifest was
+    requested by the user, and is never deleted.
     """
 
     run: Run
@@ -60,9 +61,9 @@ class Retention:
     _held: dict[int, tuple[set[str], bool]] = field(default_factory=dict)  # parts, and whether it is resumable
 
     def apply(self, newest: int) -> None:
-        """Delete what steps up to `newest`, which is whole, need not keep. What cannot be deleted is told, and stays.
+        """Delete what the steps up to `newest`, which is complete, need not keep. Failures are logged as warnings.
 
-        Newer steps are left of an earlier start and will be written again: they count for nothing here.
+        Newer steps were left by an earlier start and will be written again, so they are ignored here.
         """
         if all(rule == "all" for rule in self.keep.values()):
             return
@@ -75,7 +76,7 @@ class Retention:
             self._drop(step, parts)
 
     def _look(self, step: int) -> tuple[set[str], bool] | None:
-        """What a step holds; None when it is damaged, or not under these rules."""
+        """Return the parts that a step holds and whether it is resumable; None when it is damaged or exempt."""
         if step not in self._held:
             try:
                 checkpoint = self.run[step]
@@ -98,11 +99,11 @@ class Retention:
                 kinds = self.run[step].bytes_by_kind()
                 self.run.thin(step, {kind for kind in kinds if part_of(kind) in parts})
         except Missing:
-            pass  # it is gone
+            pass  # already deleted
         except StoreError as error:
             log.warning("Step %d keeps its %s: %s", step, " and ".join(sorted(parts)), error)
 
 
 def part_of(kind: str) -> str:
-    """The part that a kind of `Checkpoint.bytes_by_kind` belongs to; empty for what every step keeps."""
+    """Return the part that a kind of `Checkpoint.bytes_by_kind` belongs to; empty for what every step keeps."""
     return kind if kind in RESUMING else "" if kind in _NOT_DYNAMICS else "dynamics"

@@ -1,8 +1,8 @@
-"""In which order the rows of captured activations lie in the files of a run of pico-train.
+"""The order of the rows of captured activations in the files of a pico-train run.
 
-pico-train gathers the activations of each sub-batch with a transpose that is meant for several devices. On one device it mixes
-rows and columns: the stored block S [b, H] holds the true block A [b, H] as A = S.reshape(H, b).T, so nothing is lost. On
-several devices the rows are right. It therefore takes the configuration of a run to read its activations.
+pico-train gathers the activations of each sub-batch with a transpose that is meant for several devices. On one device
+it mixes rows and columns: the stored block S [b, H] holds the true block A [b, H] as A = S.reshape(H, b).T, so nothing
+is lost. On several devices the rows are correct. So the configuration of a run is needed to read its activations.
 
 Shapes: N rows, H width of an activation, b rows of a sub-batch.
 """
@@ -21,7 +21,7 @@ log = logging.getLogger("picolm")
 
 
 class RowOrder:
-    """What the configuration says about it; where: the run, for messages. Raises StoreError when it says nonsense."""
+    """The row order that a configuration implies. where: the run, for messages. Raises StoreError for wrong values."""
 
     def __init__(self, config: Mapping[str, Any], where: str):
         self.where = where
@@ -35,7 +35,7 @@ class RowOrder:
 
     @property
     def tag(self) -> str:
-        """Names the order. Raises StoreError where it cannot be known."""
+        """A name for the order. Raises StoreError when the order cannot be known."""
         if not self._known:
             raise StoreError(
                 f"{self.where}: without {CONFIG} it is not known on how many devices the run was trained, and so not in "
@@ -45,7 +45,7 @@ class RowOrder:
         return "in order" if self._sub_batch is None else f"mixed by {self._sub_batch}"
 
     def restore(self, stored_NH: "Tensor") -> "Tensor":
-        """The rows as they were, in their order; says so the first time that something is put in order."""
+        """Return the rows [N, H] in their true order; log a warning the first time that they are reordered."""
         import torch
 
         if self.tag == "in order" or self._sub_batch is None:
@@ -69,7 +69,7 @@ class RowOrder:
 
 
 def lookup(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The value of a dotted key of a configuration; `default` where it or a section above it is left out."""
+    """Return the value of a dotted key of a configuration; `default` when it or a section above it is missing."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

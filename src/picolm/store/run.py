@@ -1,7 +1,7 @@
 """A run on disk: a mapping from step to checkpoint, and the only way to add one.
 
-A step is written under another name beside the others, forced to the disk and renamed when nothing is missing, so a
-reader sees whole steps only, at any moment, and a crash costs the step that was being written.
+A step is written under a temporary name beside the others, flushed to disk with fsync, and renamed once it is complete.
+So a reader sees only complete steps at any moment, and a crash costs at most the step that was being written.
 """
 
 import os
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 
 class Run(Records, Mapping[int, Checkpoint]):
-    """The steps of a run by number; whole ones only. Made by `Run.create` and `Run.open`.
+    """The complete checkpoints of a run, by step. Made by `Run.create` and `Run.open`.
 
-    Runs of other formats are subclasses: they read the same, and refuse to be written when their lock is taken.
+    Runs of other formats are subclasses: they are read in the same way, and taking their lock raises StoreError.
     """
 
     def __init__(self, path: Path, directories: Directories):
@@ -46,7 +46,7 @@ class Run(Records, Mapping[int, Checkpoint]):
         self.checkpoints_path = inside(path, directories.checkpoints_dir)
         self._lock = RunLock(inside(path, ".lock"))
         self._commits = threading.Lock()
-        self._seen: dict[int, tuple[int, ...]] = {}  # manifests found whole: step -> inode, size, times of change
+        self._seen: dict[int, tuple[int, ...]] = {}  # complete manifests: step -> inode, size, change times
 
     @staticmethod
     def create(
@@ -56,9 +56,10 @@ class Run(Records, Mapping[int, Checkpoint]):
         directories: Directories | None = None,
         name: str | None = None,
     ) -> "Run":
-        """Start a run in a directory that holds none yet. name: of the run, where it is not that of the directory.
+        """Create a run in a directory that holds none yet, and return it.
 
-        Raises StoreError when there is a run, when a file would be replaced, or when the directory cannot be written.
+        name: of the run; that of the directory by default. Raises StoreError when there is a run already, when a file
+        would be replaced, or when the directory cannot be written.
         """
         path = Path(path)
         with disk_errors("a new run", path):
@@ -72,12 +73,12 @@ class Run(Records, Mapping[int, Checkpoint]):
             sweep(run.checkpoints_path)
             run.write_config(config)
             run.write_environment(environment)
-            run._sign(name)  # last: before it, the directory is no run
+            run._sign(name)  # last: until then the directory is not a run
         return run
 
     @staticmethod
     def open(place: str | Path) -> "Run":
-        """The run at `place`: its directory, its `checkpoints` or one of its steps; of any format that is known.
+        """Open the run at `place`, in any known format: its directory, its `checkpoints`, one of its steps, or `hub:…`.
 
         Raises StoreError that says what was expected when there is no run.
         """
@@ -98,11 +99,11 @@ class Run(Records, Mapping[int, Checkpoint]):
 
     @property
     def steps(self) -> list[int]:
-        """The steps that are there, ascending: those whose manifest is whole. `problems` tells of their other files."""
+        """The steps that have a complete manifest, ascending. Their other files are not checked: see `problems`."""
         return [step for step in self.step_directories() if self._is_whole(step)]
 
     def step_directories(self) -> list[int]:
-        """The steps there is a directory for, ascending, damaged ones too."""
+        """Return the steps that have a directory, ascending, including damaged ones."""
         try:
             found = [step_of(entry.name) for entry in self.checkpoints_path.iterdir()]
         except FileNotFoundError:
@@ -115,7 +116,7 @@ class Run(Records, Mapping[int, Checkpoint]):
         return self.checkpoints_path / step_directory(step)
 
     def __getitem__(self, step: int) -> Checkpoint:
-        """Raises Missing, naming the steps there are, or StoreError when the step is damaged."""
+        """Return the checkpoint of a step. Raises Missing, naming the steps that exist; StoreError when damaged."""
         return self._sealed(step)
 
     def _sealed(self, step: int) -> SealedCheckpoint:
@@ -137,9 +138,9 @@ class Run(Records, Mapping[int, Checkpoint]):
         rows: Collection[str] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Bring close what is going to be read, as `Checkpoint.fetch` says. Nothing to do on disk.
+        """Download what is going to be read, see `Checkpoint.fetch`. Does nothing for a run on disk.
 
-        progress: called with the number of steps that are there and of all that are fetched.
+        progress: called with the number of steps done so far, and the number of all steps.
         """
 
     def __iter__(self) -> Iterator[int]:
@@ -158,15 +159,15 @@ class Run(Records, Mapping[int, Checkpoint]):
         return f"Run({str(self.path)!r}, {len(self)} steps)"
 
     def __reduce__(self) -> tuple[Callable[[Path], "Run"], tuple[Path]]:
-        return Run.open, (self.path,)  # a worker process opens it anew, without the lock
+        return Run.open, (self.path,)  # a worker process opens the run itself, without the lock
 
     def latest(self) -> Checkpoint | None:
-        """The newest step that is there and can be opened, None before the first. Reads no more manifests than it takes."""
+        """Return the newest step that can be opened, None without one. Reads no more manifests than necessary."""
         for step in reversed(self.step_directories()):
             try:
                 if step in self:
                     return self[step]
-            except StoreError:  # deleted, or damaged, since it was looked at
+            except StoreError:  # deleted or damaged since it was checked
                 if step in self:
                     raise
         return None
@@ -174,7 +175,10 @@ class Run(Records, Mapping[int, Checkpoint]):
     def latest_whole(
         self, verify: bool = True, accept: Callable[[Checkpoint], bool] = lambda checkpoint: True
     ) -> tuple[Checkpoint | None, list[str]]:
-        """The newest step whose digests hold and that `accept` takes, and what was found wrong with newer ones."""
+        """Return the newest step that `accept` takes and whose digests are correct, and the problems of newer steps.
+
+        The step is None when there is none. verify: False skips the digests.
+        """
         problems: list[str] = []
         for step in reversed(self.step_directories()):
             try:
@@ -190,7 +194,10 @@ class Run(Records, Mapping[int, Checkpoint]):
         return None, problems
 
     def problems(self, step: int) -> list[str]:
-        """What is wrong with a step, every digest recomputed; empty when all is well, or its writer has deleted it."""
+        """Recompute every digest of a step; return what is wrong with it, one sentence each.
+
+        The list is empty when all is well, or when the writer of the run deleted the step meanwhile.
+        """
         there = self.step_path(step).exists()
         try:
             checkpoint = self._sealed(step)
@@ -213,20 +220,20 @@ class Run(Records, Mapping[int, Checkpoint]):
         about: Mapping[str, Any] | None = None,
         replace: bool = False,
     ) -> Checkpoint:
-        """Add a step: whole and on the disk when this returns, absent when it raises.
+        """Add a step and return it: complete and on disk when this returns, not there at all when this raises.
 
-        tensors: any kinds. Weights go to `model.safetensors`, what has no split to `optimizer.safetensors`, the rest to
-            one file per split and kind.
-        meta: JSON values, kept in `trainer_state.json`. Leave wall-clock times to `about`, so that equal states give
-            equal files.
-        texts: further files by name. tables: the rows behind the captured tensors by split, as columns
+        tensors: of any kinds. Weights go to `model.safetensors`, tensors without a split to `optimizer.safetensors`,
+            all others to one file per split and kind.
+        meta: JSON values, kept in `trainer_state.json`. Put wall-clock times into `about` instead, so that equal states
+            give equal files.
+        texts: further files, by name. tables: by split, the rows behind the captured tensors, as columns
             (`input_ids`: R x T).
-        weight_prefix: stands before the names of the weights in their file (`pico_decoder.`).
-        parameters: full names of the model's parameters, for those called neither `.weight` nor `.bias`.
-        about: goes into the manifest (replayed, forked from …).
+        weight_prefix: put before the names of the weights in their file (`pico_decoder.`).
+        parameters: full names of the model's parameters, needed for those that end in neither `.weight` nor `.bias`.
+        about: extra provenance written to the manifest (replayed, forked from …).
 
-        A step that exists with the same files is kept, one that is damaged makes way; a whole and different one raises
-        StoreError unless `replace`. Raises StoreError when the disk is full or may not be written.
+        An existing step with the same files is kept, and a damaged one is replaced; a complete one with other content
+        raises StoreError unless `replace`. Raises StoreError when the disk is full or cannot be written.
         """
         names = frozenset(parameters)
         content = Content(step, tensors, meta, texts or {}, tables or {}, weight_prefix, names, about or {})
@@ -240,9 +247,10 @@ class Run(Records, Mapping[int, Checkpoint]):
             return SealedCheckpoint(self.step_path(step))
 
     def thin(self, step: int, drop: Collection[str]) -> Checkpoint:
-        """Delete what a step need not keep: kinds of `Checkpoint.files_by_kind` (`optimizer`, `activations`, …).
+        """Delete the files of some kinds from a step, and return it. drop: kinds of `files_by_kind` (`optimizer`, …).
 
-        The step stays whole and verifiable; its manifest records what was there. Nothing else of it is read or copied.
+        The step stays complete and verifiable; its manifest records what was deleted. Its other files are not read, and
+        not copied where the file system has hard links. Raises StoreError for the kind `other`.
         """
         if "other" in drop:
             raise StoreError(f"step {step}: the kind 'other' cannot be dropped; a step is nothing without its metadata")
@@ -255,10 +263,10 @@ class Run(Records, Mapping[int, Checkpoint]):
         return self[step]
 
     def renew(self, step: int, texts: Mapping[str, str]) -> list[str]:
-        """Replace the modelling code of a step (its `*.py` files) by `texts`. Return the names of the files that changed.
+        """Replace the modelling code of a step (its `*.py` files) by `texts`. Return the names of the changed files.
 
-        Tensors and all other files stay as they are; the manifest records what was replaced. Where nothing differs, nothing
-        is written. Raises StoreError for a step that is damaged or has no modelling code.
+        Tensors and all other files stay as they are; the manifest records what was replaced. Nothing is written when
+        nothing differs. Raises StoreError for a step that is damaged or has no modelling code.
         """
         with self._changing(f"step {step}, renewed,"):
             checkpoint = self._sealed(step)
@@ -277,7 +285,7 @@ class Run(Records, Mapping[int, Checkpoint]):
         return sorted({*changed, *gone})
 
     def remove(self, step: int) -> None:
-        """Delete a step as a whole. Raises Missing when there is none."""
+        """Delete a step. Raises Missing when it does not exist."""
         with self._changing(f"the deletion of step {step}"):
             if step not in self.step_directories():
                 raise self._no_step(step)
@@ -286,12 +294,12 @@ class Run(Records, Mapping[int, Checkpoint]):
                 point_latest(self.checkpoints_path, left[-1])
 
     def lock(self) -> AbstractContextManager[None]:
-        """Hold this while writing the run. Raises StoreError, naming the holder, when another process does."""
+        """Return a context that holds the lock of the run. Raises StoreError, on entry, when another process has it."""
         return self._lock.held()
 
     @contextmanager
     def _changing(self, what: str, needed_bytes: int = 0) -> Iterator[None]:
-        """Be the only one who changes the run; what the disk refuses, or has lost meanwhile, is a StoreError about `what`."""
+        """Lock the run for a change. A failing disk, or a file deleted meanwhile, raises a StoreError about `what`."""
         with self.lock(), self._commits, disk_errors(what, self.path, needed_bytes):
             try:
                 yield
@@ -301,7 +309,10 @@ class Run(Records, Mapping[int, Checkpoint]):
                 raise
 
     def _is_whole(self, step: int) -> bool:
-        """Whether its manifest is; read again only when the file is another one than last time, or was written to."""
+        """Return whether the manifest of a step is complete.
+
+        The manifest is read again only when it was replaced or written to since the last time.
+        """
         try:
             state = (self.step_path(step) / MANIFEST).stat()
             identity = (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
@@ -316,13 +327,13 @@ class Run(Records, Mapping[int, Checkpoint]):
         return Missing(f"{self.path} has no step {step} (there are: {_short(self.step_directories())})")
 
     def _parent(self, step: int) -> dict[str, Any] | None:
-        """Step and digest of the newest checkpoint before `step`."""
+        """Return step and manifest digest of the newest checkpoint before `step`, None for the first."""
         earlier = [other for other in self.steps if other < step]
         return {"step": earlier[-1], "digest": self._sealed(earlier[-1]).manifest.digest} if earlier else None
 
 
 def open_ours(place: str) -> Run | None:
-    """A run of this format, from its directory, its checkpoints, or one step."""
+    """Return the run of this format at `place` (its directory, its checkpoints, or one step); None without one."""
     path = Path(place).absolute()
     run = _run_at(path)
     if run is not None:
@@ -342,7 +353,7 @@ def _run_at(path: Path) -> Run | None:
     return None
 
 
-OPENERS: list[Callable[[str], Run | None]] = [open_ours]  # other formats append theirs; the first to recognise wins
+OPENERS: list[Callable[[str], Run | None]] = [open_ours]  # other formats append theirs; the first run returned wins
 
 
 def _short(steps: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""A step of ours: whole, and sealed by a manifest with a digest of every tensor and file in it."""
+"""A step in Pico's own format: complete, with a manifest that holds a digest of every tensor and file."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class SealedCheckpoint(Checkpoint):
-    """A step with a manifest. Raises StoreError when the directory holds none, or one that is damaged."""
+    """A step with a manifest. Raises StoreError when its directory has no manifest, or a damaged one."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -33,12 +33,12 @@ class SealedCheckpoint(Checkpoint):
         self._headers: dict[str, dict[str, TensorPlace]] = {}
 
     def locate(self, name: str) -> Path:
-        """The path of a file of the step on this machine."""
+        """Return the path of a file of the step on this machine."""
         return inside(self.path, name)
 
     @property
     def files(self) -> Mapping[str, FileRecord]:
-        """Size and digest of each file by its name inside of the step, without the manifest."""
+        """Size and digest of each file, by its name in the step; without the manifest."""
         return self.manifest.files
 
     @property
@@ -47,7 +47,7 @@ class SealedCheckpoint(Checkpoint):
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What the trainer recorded beside the tensors: counters, random states, position in the schedule."""
+        """Values that the trainer recorded beside the tensors: counters, random states, position in the schedule."""
         where = str(self.path / STATE)
         meta: dict[str, Any] = load_json(self.read(STATE), where, TrainerState)
         if meta.get("resumable"):
@@ -55,7 +55,7 @@ class SealedCheckpoint(Checkpoint):
         return meta
 
     def record(self, address: Address) -> TensorRecord:
-        """Shape, element type and digest of a tensor, without reading it. Raises Missing."""
+        """Return shape, element type and digest of a tensor, without reading it. Raises Missing."""
         if address in self.manifest.tensors:
             return self.manifest.tensors[address]
         raise self._missing(Address(*address))
@@ -64,15 +64,17 @@ class SealedCheckpoint(Checkpoint):
         return tuple(self.record(address).shape)
 
     def digest(self, address: Address) -> str:
-        """The sha-256 of its elements in row-major order, as recorded."""
+        """Return the recorded sha-256 of the tensor's elements in row-major order."""
         return self.record(address).sha256
 
     def location(self, address: Address) -> str:
         return str(self.path / self.record(address).file)
 
     def files_by_kind(self) -> dict[str, list[str]]:
-        """Names of the files by what they hold: `weights`, `optimizer`, `activations`, `gradients`, `data` (the rows
-        behind the captures), `tokenizer`, and `other` (code and metadata, the manifest too).
+        """Return the names of the files by what they hold.
+
+        Kinds: `weights`, `optimizer`, `activations`, `gradients`, `data` (the rows behind the captures), `tokenizer`,
+        and `other` (code and metadata, including the manifest).
         """
         kinds = {record.file: address.kind for address, record in self.manifest.tensors.items()}
         files: dict[str, list[str]] = {"other": [MANIFEST]}
@@ -81,7 +83,7 @@ class SealedCheckpoint(Checkpoint):
         return files
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes on disk, by the kinds of `files_by_kind`."""
+        """Return the bytes on disk, by the kinds of `files_by_kind`."""
         sizes = {name: record.bytes for name, record in self.files.items()}
         sizes[MANIFEST] = len(self.manifest.to_bytes())
         return {kind: sum(sizes[name] for name in names) for kind, names in self.files_by_kind().items()}
@@ -97,7 +99,7 @@ class SealedCheckpoint(Checkpoint):
             if record.file not in self._headers:
                 self._headers[record.file] = read_header(path)
             tensor = read_tensor(path, self._place(record))
-        except FileMissing:  # thinned or removed by the writer of the run since the manifest was read
+        except FileMissing:  # the writer of the run thinned or removed the step meanwhile
             raise Missing(f"{self.path / record.file}: there is no such file any more; {address} was in it") from None
         except OSError as error:
             raise StoreError(f"{path}: cannot be read ({error.strerror}); {address} was in it") from error
@@ -141,11 +143,14 @@ class SealedCheckpoint(Checkpoint):
         return table
 
     def rows_file(self, split: str) -> str | None:
-        """The file that holds the rows of a split, None when the step does not keep them."""
+        """Return the file that holds the rows of a split, None when the step does not keep them."""
         return next((name for name in self.files if ("/" + name).endswith(f"/{split}_data.parquet")), None)
 
     def verify(self) -> list[str]:
-        """Recompute every digest; one sentence per file that is damaged, missing or unknown; empty: all is well."""
+        """Recompute every digest.
+
+        Return one sentence per file that is damaged, missing or not in the manifest; empty when all is well.
+        """
         try:
             if self._manifest_bytes() != self.manifest.to_bytes():
                 return [f"{self.path / MANIFEST}: changed since it was opened"]
@@ -153,7 +158,7 @@ class SealedCheckpoint(Checkpoint):
             return [problem for problem in damaged if problem] + self._unknown() + self._misplaced(damaged)
         except StoreError as error:
             return [str(error)]
-        except OSError as error:  # replaced by its writer between the digests and the headers
+        except OSError as error:  # its writer replaced the step between the digests and the headers
             return [f"{error.filename}: cannot be read ({error.strerror})"]
 
     def _place(self, record: TensorRecord) -> TensorPlace:
@@ -165,14 +170,17 @@ class SealedCheckpoint(Checkpoint):
         return place
 
     def _unknown(self) -> list[str]:
-        """Files and links on disk that the manifest does not name, and directories that hold none of its files."""
+        """Return a problem for each file or link on disk that the manifest does not name.
+
+        Also for each directory that holds none of its files.
+        """
         expected = {MANIFEST, *self.files}
         expected |= {str(parent) for name in self.files for parent in Path(name).parents}
         found = (str(path.relative_to(self.path)) for path in sorted(self.path.rglob("*")))
         return [f"{self.path / name}: not in the manifest" for name in found if name not in expected]
 
     def _misplaced(self, damaged: list[str]) -> list[str]:
-        """Tensors whose record does not agree with the header of an otherwise intact file."""
+        """Return a problem for each otherwise intact file whose header does not agree with the manifest."""
         broken = {name for name, problem in zip(self.files, damaged) if problem}
         problems = []
         for name in sorted({record.file for record in self.manifest.tensors.values()} - broken):

@@ -1,7 +1,7 @@
-"""Some of a step, and a step put together again: manifests tell which files belong to one state.
+"""Select parts of a step, and merge them again: manifests tell which files belong to one state.
 
-A manifest that was thinned names the one it comes from, so parts of one step that were sent, fetched or kept at different
-times are known as such, and together they are the step again, with the digest that it had.
+A thinned manifest names the one it was made from. So parts of one step that were uploaded, downloaded or kept at
+different times can be recognised, and together they are the step again, with its original digest.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ PARTS = ("weights", "optimizer", "dynamics")
 
 
 def check_parts(only: Collection[str]) -> None:
-    """Raises StoreError for a word that is no part of a step."""
+    """Raise StoreError for a word that is not a part of a step."""
     for part in only:
         if part not in PARTS:
             raise StoreError(f"--only {part}: no part of a step; there are {', '.join(PARTS)}")
@@ -31,9 +31,10 @@ def origin(manifest: Manifest) -> str:
 
 
 def chosen(checkpoint: SealedCheckpoint, only: Collection[str]) -> Manifest:
-    """The step without the parts that are not named; all of it where none is. Its record of counters always stays.
+    """Return the manifest of the step with only the parts in `only`; the whole manifest when `only` is empty.
 
-    With the weights go tokenizer, configuration and modelling code, as when a step is thinned.
+    `trainer_state.json` always stays. The weights include tokenizer, configuration and modelling code, as when a step
+    is thinned.
     """
     if not only:
         return checkpoint.manifest
@@ -43,7 +44,7 @@ def chosen(checkpoint: SealedCheckpoint, only: Collection[str]) -> Manifest:
 
 
 def united(one: Manifest, other: Manifest) -> Manifest:
-    """A step with the files of both. Raises StoreError when they are not parts of the same."""
+    """Return the manifest with the files of both. Raises StoreError when they are not parts of the same step."""
     if origin(one) != origin(other):
         raise StoreError(
             f"step {one.step}: two different states have this number ({origin(one)[:8]}, {origin(other)[:8]})"

@@ -1,9 +1,9 @@
-"""Tensors in safetensors files, with a digest for each tensor and one for the file, made while writing.
+"""Tensors in safetensors files, with a digest of each tensor and one of the file, computed while writing.
 
-Written here rather than by the library: its writer leaves the file to be read again for a digest, and reports a full
-disk as text. Headers are read by the library, without torch. Reading takes the bytes of one tensor only, into memory of its
-own: a file that is cut or deleted later cannot take the process down, as the memory map of the library would. The tests hold
-both directions against the library.
+Files are not written by the safetensors library: a digest would need reading the file again, and it reports a full disk
+only as text. The library reads headers, without torch. A tensor is read as its bytes only, into its own memory: if a
+file is cut or deleted later, the process does not crash, as it could with the library's memory map. The tests compare
+both directions with the library.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from picolm.trusted import open_regular, require_regular
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Element type as torch calls it -> (as safetensors calls it, bytes of one element).
+# Element type: name in torch -> (name in safetensors, bytes of one element).
 DTYPES = {
     "float64": ("F64", 8),
     "float32": ("F32", 4),
@@ -45,7 +45,7 @@ def dtype_name(tensor: "Tensor") -> str:
 
 
 def tensor_bytes(tensor: "Tensor") -> memoryview:
-    """The elements in row-major order. Copies only what is not contiguous or not in main memory."""
+    """Return the elements in row-major order. Copies only a tensor that is not contiguous or not in main memory."""
     import torch
 
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -54,8 +54,8 @@ def tensor_bytes(tensor: "Tensor") -> memoryview:
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> tuple[FileRecord, dict[str, str]]:
     """Write a safetensors file; return its record and the sha-256 of each tensor's bytes by key.
 
-    The same tensors give the same bytes, whatever their order here: widest elements first (so that each tensor is
-    aligned), then by name.
+    The same tensors give the same bytes, in whatever order they are passed: sorted by element size, largest first (so
+    that each tensor is aligned), then by name.
     """
     keys = sorted(tensors, key=lambda key: (-DTYPES[dtype_name(tensors[key])][1], key))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -79,7 +79,7 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> tuple[FileReco
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor lies in its file: bytes [start, stop)."""
+    """Where a tensor is in its file: bytes [start, stop)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -88,9 +88,10 @@ class TensorPlace:
 
 
 def read_header(path: Path) -> dict[str, TensorPlace]:
-    """Return the tensors of a safetensors file by key. Raises StoreError for a file that is damaged, cut, or no such file.
+    """Return the places of the tensors in a safetensors file, by key.
 
-    The library reads and checks the header. The format allows no holes: each tensor begins where the one before it ends.
+    The library reads and checks the header. The format allows no gaps: each tensor begins where the one before it ends.
+    Raises FileMissing, and StoreError for a file that is damaged, cut, or of another format.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -111,7 +112,7 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
 
 
 def read_tensor(path: Path, place: TensorPlace) -> "Tensor":
-    """One tensor on the CPU; reads only its bytes."""
+    """Return one tensor on the CPU; reads only its bytes. Raises StoreError when the file was cut."""
     import torch
 
     raw = torch.empty(place.stop - place.start, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Saving beside the training: a snapshot is taken at once, one thread writes it, at most one is under way."""
+"""Background saving: a snapshot is taken at once, and one thread writes it. At most one step is being written."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,9 +15,10 @@ from picolm.store.run import Run
 
 
 class BackgroundWriter:
-    """Commits steps to a run from a thread of its own. Use as a context manager, or call `close`.
+    """A writer that commits steps to a run from its own thread. Use it as a context manager, or call `close`.
 
-    retention: what is done about older steps once a new one is whole. written: told of each, before that is done.
+    retention: rules applied to older steps once a new one is complete. written: callback, called with each committed
+    step before the rules are applied.
     snapshot_s, waiting_s, writing_s: seconds spent so far copying tensors, waiting for the previous step to be written
     (both hold up the training), and writing (which does not).
     """
@@ -31,9 +32,10 @@ class BackgroundWriter:
         self._under_way: Future[Checkpoint] | None = None
 
     def submit(self, step: int, tensors: Mapping[Address, Tensor], **arguments: Any) -> None:
-        """Store the tensors as they are now; takes what `Run.commit` takes. Raises what the previous step met.
+        """Copy the tensors as they are now and start to commit them; takes the arguments of `Run.commit`.
 
-        One snapshot exists at a time: it costs as much main memory as the tensors.
+        Waits for the previous step first, and raises its error. One snapshot exists at a time: it costs as much main
+        memory as the tensors.
         """
         self.wait()
         start = time.perf_counter()
@@ -42,12 +44,12 @@ class BackgroundWriter:
         self._under_way = self._thread.submit(self._commit, step, snapshot, arguments)
 
     def check(self) -> None:
-        """Raise the error of the step that was being written, if it is over and met one. Does not wait."""
+        """Raise the error of the step that was being written, if it has ended with one. Does not wait."""
         if self._under_way is not None and self._under_way.done():
             self.wait()
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises what it met, once."""
+        """Wait until nothing is being written. Raises the error of that step, once."""
         start = time.perf_counter()
         under_way, self._under_way = self._under_way, None
         try:

@@ -1,4 +1,5 @@
 """A suite: a matrix of runs over one base configuration, trained, analyzed and compared with one command.
 
-What is done is read from the store, so a suite may be interrupted, extended by sizes or seeds, and given again at any time.
+Progress is read from the store, so a suite may be interrupted, extended by sizes or seeds, and started again at any
+time.
 """

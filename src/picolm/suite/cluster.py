@@ -1,7 +1,7 @@
 """Train members as jobs of a SLURM cluster, through submitit: one job per member, with its own nodes and devices.
 
-A job that runs out of time saves its state and is queued again. The numbers of jobs are kept beside the suite, so giving the
-command again waits for what is queued instead of queueing it twice.
+A job that runs out of time saves its state and is queued again. The job ids are stored beside the suite, so a repeated
+command waits for jobs that are queued instead of queueing them twice.
 """
 
 import json
@@ -27,21 +27,21 @@ log = logging.getLogger("picolm")
 
 JOBS = "jobs.json"
 POLL_S = 5.0
-LATE_S = 10  # a file system that machines share may show a result late
-# Before torch is loaded: as many threads as the job has cores for a process, and none that spins in the way of others.
+LATE_S = 10  # seconds: a shared file system may show a result late
+# Set before torch is loaded: as many threads as a process has cores, and idle threads that stop spinning early.
 SETUP = [
     "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
     "export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}",
-    "export PYTHONSAFEPATH=1",  # `python -m` finds no modules in the folder that the job was queued from
+    "export PYTHONSAFEPATH=1",  # `python -m` must not import from the folder that the job was queued from
 ]
 
 
 class Training:
-    """What a job does, on each of its processes. submitit pickles it, calls it, and asks it for what to queue again.
+    """The work of a job, on each of its processes. submitit pickles it, calls it, and asks it what to queue again.
 
-    Shortly before the time is up SLURM sends SIGUSR2, which submitit answers by queueing the job again; here the run saves its
-    state first. After SIGTERM (somebody cancelled the job, or SLURM needs its nodes) it saves as well, and what becomes of
-    the job is SLURM's to decide.
+    Shortly before the time limit SLURM sends SIGUSR2, and submitit answers by queueing the job again; here the run
+    saves its state first. After SIGTERM (somebody cancelled the job, or SLURM needs its nodes) it saves as well, and
+    SLURM decides what becomes of the job.
     """
 
     code = CodePolicy()  # for jobs that an earlier version queued
@@ -62,7 +62,7 @@ class Training:
         def end_in_time(number: int, frame: FrameType | None) -> None:
             nonlocal time_is_up
             time_is_up = True
-            if signal.getsignal(signal.SIGTERM) == before:  # no training listens yet: there is nothing to save
+            if signal.getsignal(signal.SIGTERM) == before:  # training has not started: there is nothing to save
                 queue_again(number, frame)
             else:
                 signal.raise_signal(signal.SIGTERM)  # the training finishes its step, saves, and returns
@@ -71,7 +71,7 @@ class Training:
         code = run_training(load(self.file, schema_for))
         if code == 128 + signal.SIGTERM:
             if time_is_up:
-                queue_again(signal.SIGUSR2, None)  # the first process leaves with that
+                queue_again(signal.SIGUSR2, None)  # this ends the first process
             sys.exit(code)
         if code:
             raise PicoError(f"training ended early, with exit code {code}; its steps so far are kept")
@@ -84,12 +84,12 @@ class Training:
 def train_on_cluster(config: SuiteConfig, members: list[Member], files: Mapping[str, Path]) -> list[Failure]:
     """Queue the members that are not queued yet, wait for all of them, and return those that failed.
 
-    files: the configuration of each by name, under a path that the nodes see too.
+    files: the configuration of each member, by name, under a path that the nodes can read too.
     """
-    logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns where there is no sacct, which nothing here asks
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns when there is no sacct, which is not used here
     jobs, failures = _jobs(config, members, files), list[Failure]()
     while jobs:
-        # A result is no end, as a job may be queued again after it: it has ended when it left the queue.
+        # A result is not the end, as a job may be queued again after it: a job has ended when it has left the queue.
         waiting = queued([job.job_id for job in jobs.values()])
         for name in [name for name, job in jobs.items() if job.job_id not in waiting]:
             failure = _outcome(name, jobs.pop(name))
@@ -124,7 +124,10 @@ def _jobs(config: SuiteConfig, members: list[Member], files: Mapping[str, Path])
 
 
 def _submit(config: SuiteConfig, member: Member, file: Path, folder: Path) -> Any:
-    """Queue a job. Raises PicoError without sbatch, for parameters that submitit does not have, and what sbatch refuses."""
+    """Queue a job, and return it.
+
+    Raises PicoError without sbatch, for parameters that submitit does not have, and for what sbatch refuses.
+    """
     fabric = member.config.training.fabric
     parameters: dict[str, Any] = {"name": member.name, "nodes": fabric.num_nodes, "tasks_per_node": fabric.num_devices}
     if fabric.accelerator in ("cuda", "gpu"):
@@ -139,7 +142,10 @@ def _submit(config: SuiteConfig, member: Member, file: Path, folder: Path) -> An
 
 
 def _outcome(name: str, job: Any) -> Failure | None:
-    """Return how a job failed, by what its processes left: each of them a result, or the traceback of an error."""
+    """Return how a job failed, None when it did not.
+
+    Each of its processes leaves a result, or the traceback of an error.
+    """
     processes = [job.task(number) for number in range(job.num_tasks)]
     results = [process.paths.result_pickle for process in processes]
     latest = time.monotonic() + LATE_S

@@ -1,4 +1,4 @@
-"""`pico suite`, from its file to its report: what is missing is trained, then all of it is analyzed."""
+"""`pico suite`, from its file to its report: train what is missing, then analyze all of it."""
 
 import logging
 from collections import Counter
@@ -34,9 +34,9 @@ def run_suite(
     dry_run: bool = False,
     report: bool = True,
 ) -> int:
-    """Train what is missing of a suite, analyze all, write the report. Returns the exit code.
+    """Train what is missing of a suite, analyze all, write the report. Return the exit code.
 
-    jobs: members that are trained at the same time on this machine. Raises PicoError for a suite that cannot be run.
+    jobs: number of members to train at the same time on this machine. Raises PicoError for a suite that cannot be run.
     """
     if executor not in EXECUTORS:
         raise PicoError(f"unknown executor {executor!r} (there are: {', '.join(EXECUTORS)})")
@@ -63,7 +63,7 @@ def run_suite(
 
 
 def _preview(members: list[Member], found: list[Standing]) -> None:
-    """Print a line per member with what it takes, the sums, and what differs between members."""
+    """Print a line per member with its size and costs, the sums, and what differs between members."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("run", no_wrap=True)
     for heading in ("state", "parameters", "tokens", "FLOP", "disk"):
@@ -83,7 +83,7 @@ def _preview(members: list[Member], found: list[Standing]) -> None:
 
 
 def _tell_standings(suite: Suite, found: list[Standing]) -> None:
-    """Log how far the suite is, and which finished runs were saved in another way."""
+    """Log the progress of the suite, and which finished runs were saved with other settings."""
     states = Counter(standing.state for standing in found)
     counted = ", ".join(f"{count} {state}" for state, count in states.items())
     log.info("%s: %d runs: %s.", suite.config.suite_name, len(found), counted)
@@ -94,9 +94,10 @@ def _tell_standings(suite: Suite, found: list[Standing]) -> None:
 
 
 def _train(suite: Suite, found: list[Standing], executor: str, jobs: int) -> tuple[list[Failure], int | None]:
-    """Train the members that are not finished. Returns those that failed, and the signal that asked to stop, or None.
+    """Train the members that are not finished. Return those that failed, and the signal that asked to stop, or None.
 
-    Members that another process trains are left to it; a job of the cluster that is running is known by its number instead.
+    Members that another process is training are left to it, and returned as failed. With SLURM, a running job is found
+    by its id instead.
     """
     others = [s.member for s in found if s.state == "running" and executor != "slurm"]
     elsewhere = [Failure(member.name, "another process is training it; wait for it to end") for member in others]
@@ -113,7 +114,7 @@ def _train(suite: Suite, found: list[Standing], executor: str, jobs: int) -> tup
 
 
 def _written(suite: Suite, members: list[Member]) -> dict[str, Path]:
-    """Write the configuration of each member as a file that `pico train` reads. Returns the files by name."""
+    """Write the configuration of each member to a file for `pico train`. Return the files by name."""
     folder = suite.config.folder / "configs"
     refuse_links(folder, suite.config.folder)
     folder.mkdir(exist_ok=True)
@@ -125,7 +126,7 @@ def _written(suite: Suite, members: list[Member]) -> dict[str, Path]:
 
 
 def _conclude(suite: Suite, members: list[Member], jobs: int, report: bool) -> None:
-    """Analyze the members that are finished, and write the report."""
+    """Analyze the finished members, and write the report."""
     log.info("Analyzing %d runs.", len(members))
     outcome, changed = analyze_members(suite, members, workers=jobs)
     if outcome is not None:

@@ -1,4 +1,7 @@
-"""What a suite ends with: one analysis of all members, tables that compare them with intervals over seeds, and a report."""
+"""The results of a suite: one analysis of all members, tables that compare them, and a report.
+
+The tables have confidence intervals over seeds.
+"""
 
 import logging
 import math
@@ -32,9 +35,10 @@ SECTION = "picolm.suite.comparison:section"
 
 
 def analyze_members(suite: Suite, members: list[Member], workers: int = 1) -> tuple[Outcome | None, bool]:
-    """Analyze the runs of `members`, and write the tables into the folder of the suite; what is known is not computed again.
+    """Analyze the runs of `members`, and write the tables to the folder of the suite.
 
-    Returns the outcome, None without an analysis, and whether any table is another one than before.
+    Known values are not computed again. Return the outcome (None without an analysis), and whether any table or value
+    is new.
     """
     folder = suite.config.folder
     described = describe(members)
@@ -48,14 +52,17 @@ def analyze_members(suite: Suite, members: list[Member], workers: int = 1) -> tu
 
 
 def planned(values: "pd.DataFrame", members: list[Member]) -> "pd.DataFrame":
-    """The rows of steps that were to be saved: a run that was interrupted has one more, which others have not."""
+    """Return the rows of planned steps: an interrupted run has one more step, which the others do not have."""
     steps = {member.name: set(Plan(member.config).saved_steps()) for member in members}
     kept = [step in steps.get(run, ()) for run, step in zip(values["run"], values["step"])]
     return values[kept]
 
 
 def describe(members: list[Member]) -> "pd.DataFrame":
-    """One row per member: its place on each axis, its group (all axes but the seed), parameters, tokens, and final losses."""
+    """Return one row per member.
+
+    Columns: its label on each axis, its group (all axes but the seed), parameters, tokens, and final losses.
+    """
     import pandas as pd
 
     rows = []
@@ -73,7 +80,10 @@ def describe(members: list[Member]) -> "pd.DataFrame":
 
 
 def compare(members: "pd.DataFrame", values: "pd.DataFrame") -> "pd.DataFrame":
-    """A row per group and figure, with the mean over runs and its 95 % interval (Student's t): final losses, then the metrics."""
+    """Return a row per group and figure, with the mean over runs and its 95 % confidence interval (Student's t).
+
+    Final losses come first, then the metrics.
+    """
     import pandas as pd
 
     losses = []
@@ -88,7 +98,7 @@ def compare(members: "pd.DataFrame", values: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def write_report(suite: Suite, members: list[Member]) -> Path:
-    """The report of all members, with the comparison of the suite first."""
+    """Write the report of all members, with the comparison of the suite first, and return its path."""
     from picolm.report.assembly import save
 
     folder = suite.config.folder
@@ -102,7 +112,7 @@ def write_report(suite: Suite, members: list[Member]) -> Path:
 
 
 def section(material: Material) -> Section | None:
-    """The part of a report that compares the groups of a suite: found beside the analysis."""
+    """Return the section of a report that compares the groups of a suite; None without tables beside an analysis."""
     for analysis in material.analyses:
         folder = Path(analysis.place).parent
         if (folder / COMPARED).is_file() and (folder / MEMBERS).is_file():
@@ -119,7 +129,10 @@ def section(material: Material) -> Section | None:
 
 
 def side_by_side(compared: "pd.DataFrame") -> "pd.DataFrame":
-    """A row per figure and what it is of, a column per group: `0.694 ± 0.040`; how many runs have it where not all do."""
+    """Return a row per figure and its subject, and a column per group: `0.694 ± 0.040`.
+
+    A cell also gives the number of runs with a value when some have none.
+    """
     import pandas as pd
 
     what = ["metric", "options", "component", "kind", "split"]
@@ -149,7 +162,7 @@ def _last(run: Run, name: str) -> Any:
 
 
 def _write(frame: "pd.DataFrame", path: Path) -> bool:
-    """Write a table, unless it stands there already."""
+    """Write a table, unless the file has this content already; return whether it was written."""
     data = csv_text(frame).encode()
     if os.path.lexists(path) and read_bytes(path) == data:
         return False

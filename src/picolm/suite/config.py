@@ -1,7 +1,7 @@
-"""The configuration of a suite, and its members: one base training configuration, and a matrix of what differs from it.
+"""The configuration of a suite, and its members: a base training configuration, and a matrix of differences from it.
 
-A suite compares models, so what is not meant to differ must not: the data, their order and the settings of the optimizer are
-held equal over all members unless they are an axis of the matrix by their own name.
+A suite compares models, so only the intended keys may differ: the data, their order and the settings of the optimizer
+must be equal in all members unless they are an axis of the matrix themselves.
 """
 
 import json
@@ -32,9 +32,9 @@ from picolm.schema import (
 )
 from picolm.train.config import TrainConfig, schema_for
 
-SEED = "seed"  # the axis that is called so draws other initial weights, and nothing else
+SEED = "seed"  # this axis changes the initial weights, and nothing else
 AXIS_KEYS = {SEED: "training.seeds.init"}
-# A step gives the same result, beyond rounding, with any number of micro-batches.
+# A step gives the same result, up to rounding, with any number of micro-batches.
 FREE = ("training.optimization.gradient_accumulation_steps",)
 
 Group = Mapping[str, Any]
@@ -42,34 +42,35 @@ Values = Annotated[tuple[Any, ...], Field(min_length=1)]
 
 
 class SuiteConfig(Section):
-    """A whole suite. Files are named relative to the file of the suite."""
+    """The configuration of a suite. `base` and `analysis` are paths relative to its file."""
 
     suite_name: Place
-    """Name of the suite, of its folder, and the beginning of the names of its runs."""
+    """Name of the suite and of its folder. By default, the names of its runs begin with it."""
     base: Place
-    """The training configuration that all members have in common."""
+    """Training configuration that all members share."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Keys that differ from the base in all members."""
     matrix: dict[str, dict[str, dict[str, Any]] | Values] = Field(default_factory=dict)
-    """What differs between members: an axis is a key with a list of values (`seed` for the initial weights), or a name with
-    named groups of keys. Every combination is a member."""
+    """Differences between members. An axis is a key with a list of values (`seed` for the initial weights), or a name
+    with named groups of keys. Every combination is a member."""
     run_name: Place | None = None
-    """Names of the runs, with each axis in braces, for example `mine-{size}-{seed}` (default: suite_name and all axes)."""
+    """Name of each run, with axes in braces, for example `mine-{size}-{seed}` (default: suite_name and all axes)."""
     same: tuple[str, ...] = (
         "data", "training.seeds.data", "training.optimization", "training.max_steps", "model.vocab_size",
         "model.max_seq_len",
     )  # fmt: skip
     """Keys, with all below them, that must be equal in all members unless they are an axis themselves."""
     analysis: Place | None = None
-    """The analysis of all members; null for none."""
+    """Analysis configuration for all members; null for no analysis."""
     output_dir: Place = "suites"
-    """Folder of all suites: configurations, logs, tables and the report."""
+    """Folder of all suites, for configurations, logs, tables and reports. Runs are stored elsewhere."""
     slurm: dict[str, Any] = Field(default_factory=dict)
-    """Parameters of submitit for each job, such as slurm_partition and timeout_min; nodes and tasks are those of the members."""
+    """Parameters of submitit for each job, such as slurm_partition and timeout_min. By default, nodes and tasks are
+    those of the member."""
 
     @property
     def folder(self) -> Path:
-        """Where everything but the runs goes."""
+        """The folder of everything but the runs."""
         return Path(self.output_dir).expanduser() / self.suite_name
 
     def problems(self) -> Iterator[Rule]:
@@ -91,7 +92,7 @@ class SuiteConfig(Section):
 
 
 class Member(NamedTuple):
-    """One run of a suite. labels: where it stands on each axis."""
+    """One run of a suite. labels: its value on each axis, as text."""
 
     name: str
     labels: dict[str, str]
@@ -104,7 +105,7 @@ class Member(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A key of a member that differs from the base. place: the line of the suite's file that says so."""
+    """A key of a member that differs from the base. place: the line in the suite's file that sets it."""
 
     key: str
     value: Any
@@ -112,7 +113,7 @@ class Setting(NamedTuple):
 
 
 class Suite(NamedTuple):
-    """A suite whose every member has been checked."""
+    """A suite; all its members have been checked."""
 
     config: SuiteConfig
     members: list[Member]
@@ -120,7 +121,10 @@ class Suite(NamedTuple):
 
 
 def load_suite(file: str | Path, overrides: Iterable[str] = ()) -> Suite:
-    """Return the suite in `file` with `key=value` overrides. Raises ConfigError with its problems and those of all members."""
+    """Return the suite in `file`, with `key=value` overrides.
+
+    Raises ConfigError with its problems and those of all members.
+    """
     document = read_document(Path(file))
     for override in overrides:
         document.override(override)
@@ -144,12 +148,12 @@ def load_suite(file: str | Path, overrides: Iterable[str] = ()) -> Suite:
 
 
 def label(value: Any) -> str:
-    """Return a value of an axis as it stands in names and tables."""
+    """Return the text for a value of an axis in names and tables."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _settings(document: Document, values: Mapping[str, Any], path: KeyPath, prefix: str = "") -> Iterator[Setting]:
-    """Yield the keys in `values`, which stand at `path` of the suite's file, nested or with dots."""
+    """Yield the settings in `values`, which is at `path` in the suite's file; its keys are nested or have dots."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _settings(document, value, (*path, key), f"{prefix}{key}.")
@@ -167,19 +171,22 @@ def _chosen(document: Document, config: SuiteConfig, chosen: Iterable[Any]) -> I
 
 
 def _member(document: Document, config: SuiteConfig, labels: dict[str, str], settings: Iterable[Setting]) -> Member:
-    """Return the base with `settings`. Raises ConfigError with the line of the suite's file for what it sets wrongly."""
+    """Return the member: the base with `settings`.
+
+    Raises ConfigError that names the line in the suite's file for a wrong setting.
+    """
     name = _run_name(config, labels)
     own = read_document(Path(document.name).parent / config.base, document.within)
     for key, value, place in (*settings, Setting("checkpointing.run_name", name, document.place_of(("run_name",)))):
         own.assign(tuple(key.split(".")), value, place)
     member = resolve(own, schema_for)
-    refuse_untrusted(member)  # what is written for `pico train` is taken for the user's own
+    refuse_untrusted(member)  # `pico train` trusts the file that is written for it
     return Member(name, labels, member)
 
 
 def _run_name(config: SuiteConfig, labels: Mapping[str, str]) -> str:
     name = config.run_name
-    if name is None:  # `lr0.1` of the axis training.optimization.lr; groups have names of their own
+    if name is None:  # `lr0.1` for the axis training.optimization.lr; a group has a name already
         short = {axis: "" if isinstance(config.matrix[axis], Mapping) else axis.rsplit(".", 1)[-1] for axis in labels}
         return re.sub(r"[/\0\s]+", "_", "-".join([config.suite_name, *(short[a] + text for a, text in labels.items())]))
     for axis, text in labels.items():
@@ -188,7 +195,10 @@ def _run_name(config: SuiteConfig, labels: Mapping[str, str]) -> str:
 
 
 def _analysis(config: SuiteConfig, beside: Path, problems: list[Problem]) -> AnalysisConfig | None:
-    """Return the analysis, whose table goes into the folder of the suite; adds to `problems`."""
+    """Return the analysis, with its table in the folder of the suite, None without one.
+
+    Its errors are added to `problems`.
+    """
     if config.analysis is None:
         return None
     folder = f"monitoring.output_dir={json.dumps(str(config.folder))}"
@@ -202,7 +212,7 @@ def _analysis(config: SuiteConfig, beside: Path, problems: list[Problem]) -> Ana
 def _clashes(
     config: SuiteConfig, members: list[Member], document: Document, places: Mapping[str, str]
 ) -> Iterator[Problem]:
-    """Yield names that are not unique, and what differs between members though it must not."""
+    """Yield a problem for names that are not unique, and for keys that differ between members but must not."""
     names = [member.name for member in members]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         braces = "-".join([config.suite_name, *(f"{{{axis}}}" for axis in config.matrix)])
@@ -218,7 +228,7 @@ def _clashes(
 
 
 def differing(members: Iterable[Member]) -> dict[str, list[Any]]:
-    """Return the dotted keys that are not the same in all members, with their values; names of runs are left out."""
+    """Return the dotted keys that are not equal in all members, with their values; without the names of runs."""
     flat = [flatten(plain(member.config)) for member in members]
     found = {}
     for key in dict.fromkeys(key for each in flat for key in each if key != "checkpointing.run_name"):

@@ -1,10 +1,10 @@
-"""When a layer has become what it ends as, when a matrix has lost rank, and how both differ between groups of runs.
+"""When a layer has settled, when a matrix has lost rank, and how both differ between groups of runs.
 
-Pure functions of the long table of an analysis. Steps are those that were saved, so a figure is exact to the distance between
-them. What can be said of a curve depends on the kind of its metric: a similarity with the last step rises until it is settled, a
-distance from it falls, and of a quantity neither is said. A value that is missing stays missing: no curve ends early, and no
-mean is over what happens to be there. Intervals are Student's t over runs (seeds): with three of them they are wide, as three
-runs deserve.
+Pure functions of the long table of an analysis. Only saved steps are known, so a figure is exact up to the distance
+between them. The kind of a metric decides which figures its curve has: a similarity with the last step rises until it
+has settled, a distance from it falls, and for a quantity neither is known. A missing value stays missing: no curve is
+shortened, and no mean leaves missing values out. Confidence intervals are Student's t over runs (seeds); with three
+runs they are wide, as they should be.
 """
 
 import math
@@ -23,16 +23,19 @@ ONE_MATRIX = ["run", "metric", "metric_kind", "options", "component", "kind", "s
 
 
 def settled_step(steps: Sequence[float], values: Sequence[float], level: float) -> float:
-    """The first step from which on the value never falls below `level`, or is missing; NaN where it ends below or missing."""
+    """Return the first step from which on the value is never below `level` and never missing.
+
+    NaN when the last value is below `level` or missing.
+    """
     below = [place for place, value in enumerate(values) if not value >= level]
     first = below[-1] + 1 if below else 0
     return float(steps[first]) if first < len(steps) else math.nan
 
 
 def fallen_step(steps: Sequence[float], values: Sequence[float], share: float) -> float:
-    """The first step at which the value is at most `share` of what it was at first.
+    """Return the first step at which the value is at most `share` of the first value.
 
-    NaN where it never is, where a value before it is missing, and where the first value is not positive.
+    NaN when there is none, when a value before it is missing, and when the first value is not positive.
     """
     for step, value in zip(steps, values):
         if math.isnan(value) or not values[0] > 0:
@@ -43,16 +46,20 @@ def fallen_step(steps: Sequence[float], values: Sequence[float], share: float) -
 
 
 def mean_over_training(steps: Sequence[float], values: Sequence[float]) -> float:
-    """The mean of a curve over the steps of training (trapezoids): no threshold, late steps count as much as early ones."""
+    """Return the mean of a curve over the steps of training (trapezoidal rule); NaN for fewer than two steps.
+
+    It has no threshold, and late steps count as much as early ones.
+    """
     if len(steps) < 2:
         return math.nan
     return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
 
 
 def curves(table: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per matrix of a run: `steps` and `values`, heads averaged, and `end`, the last step of its run.
+    """Return one row per matrix of a run: `steps`, `values` (averaged over heads), and `end`, the run's last step.
 
-    Comparisons with other layers, runs and steps stay out. A step at which a head has no value has none.
+    Comparisons with other layers, other runs, and steps other than the last are left out. The value is NaN at a step
+    where a head has none.
     """
     table = completed(table)
     same_run = table["against_run"].isna() | (table["against_run"] == "") | (table["against_run"] == table["run"])
@@ -73,12 +80,12 @@ def _mean(values: "pd.Series") -> float:
 
 
 def figures(table: "pd.DataFrame", settled: float = 0.9, fallen: float = 0.95) -> "pd.DataFrame":
-    """One row per matrix of a run and figure: value.
+    """Return one row per matrix of a run and figure, with the `value`.
 
-    Similarities with the last step: the share of training after which they stay at or above `settled`. Distances from it: that
-    after which they stay at or below 1 - `settled` of their first value. Quantities: the first value, the last, and the share of
-    training after which they are at most `fallen` of the first. All: the mean over training. NaN where the value at the last step
-    of the run is missing, since training did not end where the curve does.
+    Similarities with the last step: the share of training after which they stay at or above `settled`. Distances from
+    it: the share after which they stay at or below 1 - `settled` of their first value. Quantities: the first value, the
+    last value, and the share of training after which they are at most `fallen` of the first. All: the mean over
+    training. NaN when the value at the last step of the run is missing, since the curve then ends before training does.
     """
     import pandas as pd
 
@@ -121,7 +128,10 @@ def _quantity(steps: Sequence[float], values: Sequence[float], share: float, end
 
 
 def by_run(table: "pd.DataFrame", groups: Mapping[str, str], layers: bool = False) -> "pd.DataFrame":
-    """What `figures` gives, a value per run: the mean over its layers, NaN where one has none, or with `layers` each layer."""
+    """Return the `figures` of each run: the mean over its layers, or with `layers` each layer.
+
+    The mean is NaN when a layer has no value.
+    """
     apart = ("run", "module") if layers else ("run", "module", "layer")
     keys = ["group", *(name for name in ONE_MATRIX if name not in apart), "figure", "run"]
     rows = table.assign(group=table["run"].map(groups))
@@ -129,9 +139,9 @@ def by_run(table: "pd.DataFrame", groups: Mapping[str, str], layers: bool = Fals
 
 
 def by_group(table: "pd.DataFrame", groups: Mapping[str, str], layers: bool = False) -> "pd.DataFrame":
-    """Mean and interval over the runs of each group of what `by_run` gives.
+    """Return the mean and confidence interval of `by_run` over the runs of each group.
 
-    n: runs that have the figure in every layer, `of` how many there are.
+    n: number of runs that have the figure in every layer. of: number of all runs.
     """
     import pandas as pd
 

@@ -1,7 +1,7 @@
-"""Train members on this machine, each in a process of its own, so that one that fails does not stop the others.
+"""Train members on this machine, each in its own process, so that one that fails does not stop the others.
 
-By subprocess and not by submitit's local executor: that one hides GPUs which were not asked for, ends every job after a time
-limit, and after Ctrl-C kills within a second what is still saving.
+It uses subprocess instead of submitit's local executor, which hides GPUs that were not requested, ends every job after
+a time limit, and after Ctrl-C kills within a second a process that is still saving.
 """
 
 import logging
@@ -24,7 +24,7 @@ POLL_S = 0.1
 
 
 class Failure(NamedTuple):
-    """A member that was not trained to its end, and why."""
+    """A member whose training did not finish, and why."""
 
     name: str
     reason: str
@@ -39,10 +39,10 @@ class Process(NamedTuple):
 
 
 def train_locally(files: dict[str, Path], logs: Path, jobs: int) -> tuple[list[Failure], int | None]:
-    """Train members, `jobs` at a time. Returns those that failed, and the first signal that asked to stop, or None.
+    """Train members, `jobs` at a time. Return those that failed, and the first signal that asked to stop, or None.
 
-    files: the configuration of each by name, as `pico train` reads it. logs: the folder for the output of each process.
-    Ctrl-C and SIGTERM are passed on to every process, which saves and ends.
+    files: the configuration of each member, by name, as `pico train` reads it. logs: the folder for the output of each
+    process. Ctrl-C and SIGTERM are passed on to every process, which saves and ends.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting, processes, failures = list(files.items()), list[Process](), list[Failure]()
@@ -67,7 +67,7 @@ def train_locally(files: dict[str, Path], logs: Path, jobs: int) -> tuple[list[F
 
 @contextmanager
 def _recorded_signals() -> Iterator[list[int]]:
-    """Give a list to which the numbers of the signals that ask to stop are added."""
+    """Yield a list that collects the numbers of the signals that ask to stop."""
     received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
@@ -84,7 +84,7 @@ def _start(name: str, file: Path, logs: Path, jobs: int) -> Process:
     # Processes that run at the same time share the cores.
     share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
     with open(open_to_append(output, logs.parent, os.O_WRONLY | os.O_TRUNC), "wb") as stream:
-        # A session of its own: Ctrl-C reaches it once, from us, and not a second time from the terminal.
+        # Its own session: Ctrl-C reaches it once, from this process, and not also from the terminal.
         running = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=share | os.environ, start_new_session=True
         )  # fmt: skip
@@ -93,7 +93,7 @@ def _start(name: str, file: Path, logs: Path, jobs: int) -> Process:
 
 
 def options_for(policy: CodePolicy) -> Iterator[str]:
-    """Yield the options of `pico train` that give it the policy of this process about code of the user's own."""
+    """Yield the options of `pico train` that pass on this process's policy about the user's own code."""
     if policy.trusted:
         yield "--trust-remote-code"
     for folder in policy.folders:

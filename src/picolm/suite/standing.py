@@ -1,4 +1,4 @@
-"""What is done of a suite: read from its runs, never remembered elsewhere, so it can be interrupted, moved and extended."""
+"""The progress of a suite, read from its runs and stored nowhere else: it can be interrupted, moved and extended."""
 
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from picolm.train.resume import changes
 
 State = Literal["new", "interrupted", "running", "finished"]
 
-# What is computed; the rest says where, how often something is saved, and what is watched.
+# Keys that change the results; others say where to run, how often to save, and what to log.
 DECISIVE = ("model.", "data.", "training.")
 ELSEWHERE = (
     "training.fabric.accelerator", "training.fabric.num_", "training.fabric.strategy", "training.deterministic",
@@ -22,10 +22,10 @@ ELSEWHERE = (
 
 
 class Standing(NamedTuple):
-    """How far a member is.
+    """The progress of a member.
 
-    step: the last one that was logged or saved. saved_otherwise: keys of `checkpointing` with which a finished run was made,
-    and that differ now.
+    step: the last step that was logged or saved. saved_otherwise: keys of `checkpointing` that a finished run was made
+    with and that differ now.
     """
 
     member: Member
@@ -35,7 +35,7 @@ class Standing(NamedTuple):
 
 
 def standings(members: list[Member]) -> list[Standing]:
-    """Return how far each member is. Raises PicoError that lists every folder which holds another experiment."""
+    """Return the progress of each member. Raises PicoError that lists every folder with another experiment."""
     found, clashes = [], []
     for member in members:
         try:
@@ -48,7 +48,10 @@ def standings(members: list[Member]) -> list[Standing]:
 
 
 def standing(member: Member) -> Standing:
-    """Return how far a member is. Raises PicoError where its folder holds a run with other settings, or a damaged one."""
+    """Return the progress of a member.
+
+    Raises PicoError when its folder holds a run with other settings, or a damaged one.
+    """
     if not (member.path / "run.json").exists():
         return Standing(member, "new")
     run = Run.open(member.path)
@@ -65,7 +68,10 @@ def standing(member: Member) -> Standing:
 
 
 def _require_same(member: Member, changed: dict[str, tuple[object, object]]) -> None:
-    """Raise PicoError where a changed key makes another experiment; a precision that is left open makes none."""
+    """Raise PicoError when a changed key makes this another experiment.
+
+    A change of precision does not count when the member leaves it open (`auto`).
+    """
     is_open = {"training.fabric.precision"} if member.config.training.fabric.precision == "auto" else set()
     lines = [
         f"  {key}: {old!r} in the run, {new!r} in the suite"
@@ -81,7 +87,7 @@ def _require_same(member: Member, changed: dict[str, tuple[object, object]]) -> 
 
 
 def _is_written(run: Run) -> bool:
-    """Return whether another process writes the run at this moment."""
+    """Return whether another process is writing the run at this moment."""
     try:
         with run.lock():
             return False

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def run_training(config: "TrainConfig") -> int:
-    """Train as `config` says, in the calling process; returns the exit code: 0, or 128 + signal when asked to stop.
+    """Train a model from `config` in the calling process. Returns the exit code: 0, or 128 + signal after a signal.
 
     Raises UntrustedCode, before anything is written, if `config` comes from a run and names code that is not trusted.
     """

@@ -1,4 +1,4 @@
-"""Evaluations of checkpoints that are there already, by the same functions as during training."""
+"""Evaluate existing checkpoints, with the same functions as during training."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,11 +22,13 @@ def evaluate_steps(
     overrides: Sequence[str],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """(step, results) of each step; results are added to what eval_results/ holds for it, and replace those of one name.
+    """Evaluate checkpoints of a run. Yields (step, results) and adds the results to the file of the step in
+    eval_results/, where they replace results of the same name.
 
-    steps: None for all that hold weights. overrides: `evaluation.…=value`; other keys would describe another run.
-    Computed in the precision of the run, so that the curve of a run goes on in the numbers it began with; on the CPU, or on CUDA
-    where there is one. Raises PicoError.
+    steps: None for all checkpoints with weights. overrides: `key=value` for the keys of evaluation, data.dataset and
+    data.tokenizer; other keys would describe another run. progress: callback, called with (steps done, steps in total).
+    Computes on CUDA if available, else on the CPU, in the precision of the run, so that results continue the curve
+    recorded during training. Raises PicoError for other overrides and if there is nothing to evaluate.
     """
     strangers = [word for word in overrides if not word.startswith(("evaluation.", "data.dataset.", "data.tokenizer."))]
     if strangers:
@@ -37,7 +39,7 @@ def evaluate_steps(
     if not config.evaluation.metrics:
         raise PicoError("nothing to evaluate: name evaluations with --metrics, --tasks or --pairs")
     for name in config.evaluation.metrics:
-        EVALUATIONS.get(name)  # before the model is read
+        EVALUATIONS.get(name)  # unknown names fail here, before the model is loaded
     chosen = steps if steps is not None else [step for step in run.steps if run[step].select(kind="weights")]
     rows = _rows(config, run, chosen)
     for done, step in enumerate(chosen):
@@ -72,7 +74,7 @@ def _rows(config: TrainConfig, run: Run, steps: Sequence[int]) -> Rows | None:
 def _evaluation(run: Run, step: int, config: TrainConfig, rows: Rows | None) -> Evaluation:
     device = _device()
     model = load_model(run, step).to(device)
-    if next(model.parameters()).dtype != torch.float64:  # such weights, also imported ones, are not rounded
+    if next(model.parameters()).dtype != torch.float64:  # float64 weights, for example imported ones, are never rounded
         model = model.to(dtype=weight_dtype(config.training.fabric.precision))
     file = run.step_path(step) / "tokenizer.json"
     text = Text(file if file.exists() else None, config.model.vocab_size)

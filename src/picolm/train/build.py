@@ -1,4 +1,4 @@
-"""From a configuration to everything the loop needs: device, data, model, optimizers, run, and the state to go on from."""
+"""Build everything the training loop needs from a configuration: device, data, model, optimizers, run and state."""
 
 import logging
 import os
@@ -47,16 +47,20 @@ log = logging.getLogger("picolm")
 PUBLISHED_TOKENIZER = "allenai/OLMo-7B-0724-hf"
 PUBLISHED_VALIDATION = "pico-lm/pretokenized-paloma-tinsy"
 UPLOADERS: Registry[Callable[..., Callable[[int], None]]] = Registry("uploader")
-HUB = "picolm.exchange.uploader:start_uploads"  # named and not imported: it lies above this room
+HUB = "picolm.exchange.uploader:start_uploads"  # a name, because train must not import exchange, a higher package
 
 
 def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
-    """A job of a run of its own: new, or brought to where it goes on from. What has to be closed is put on `stack`."""
+    """Build the job of a new run, or of an existing run with its latest state restored. Returns the job.
+
+    Resources that must be closed are added to `stack`. Raises PicoError if the configuration cannot work on this
+    machine, with these data or in this run folder.
+    """
     devices.choose_threads(config.training.fabric)
     job = equip(config, stop, stack)
     config, first = job.config, job.fabric.is_global_zero
     environment = _environment(config, job.fabric, job.batches, job.text)
-    with job.fabric.rank_zero_first():  # one process makes the folder, the others find it
+    with job.fabric.rank_zero_first():  # the first process creates the folder, the others open it
         job.run = open_run(config, environment, stack, writes=first)
     if first:
         configure_logging(config.monitoring.logging.log_level, log_folder(config, job.run) / "train.log", job.run.path)
@@ -66,7 +70,7 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     if parent is not None:
         job.about = {FORKED: parent}
         if job.continued_from == parent["step"]:
-            job.continued_from = None  # saved again: now with what its own first batch does to it
+            job.continued_from = None  # save this step again, now with the captures of the fork's own first batch
     if first:
         uploads = lambda step: None  # noqa: E731
         if config.checkpointing.save_to_hf:
@@ -80,7 +84,7 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
 
 
 def _tell_of_optimizers(job: Job) -> None:
-    """Say which parameters no optimizer has, which rates are not those that were given, and what of the schedule cannot work."""
+    """Warn about problems of the schedule, parameters without an optimizer, and learning rates that are not used."""
     for remark in schedule_remarks(job.config.training.optimization, job.config.training.max_steps):
         log.warning("%s", remark)
     names = left_out(job.state.model, job.state.optimizers)
@@ -99,24 +103,27 @@ def _shortened(names: list[str], most: int = 8) -> str:
 
 
 def equip(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
-    """A job at step 0 that keeps nothing: device, data, model, optimizers. Raises PicoError for whatever cannot work."""
+    """Build a job at step 0 that has no run and writes nothing: device, data, model, optimizers. Returns the job.
+
+    Resources that must be closed are added to `stack`. Raises PicoError if the configuration cannot work.
+    """
     config = _resolved(config)
     devices.tune_allocator()
     devices.set_determinism(config.training.deterministic)
     configure_logging(config.monitoring.logging.log_level)
     fabric = _fabric(config)
     stack.enter_context(Together(fabric, config.training.fabric.timeout_s))
-    if not fabric.is_global_zero:  # what all processes would say, the first one says
+    if not fabric.is_global_zero:  # only the first process prints messages
         configure_logging("ERROR")
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as this process lives
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # stays open until the process exits
     config = _same_name(config, fabric, stack)
-    with fabric.rank_zero_first():  # one process prepares or fetches, the others find it done
+    with fabric.rank_zero_first():  # the first process prepares or downloads the data, the others reuse the result
         batches = open_batches(config, fabric.global_rank, fabric.world_size)
         source = batches.source
         text = Text(tokenizer_file(config, source), config.model.vocab_size)
         captured, evaluated = captured_rows(config, source), evaluated_rows(config, source)
     model = _model(config, fabric)
-    wrapped = _setup(config, fabric, model)  # before the optimizers: sharding puts other parameters in place of these
+    wrapped = _setup(config, fabric, model)  # before the optimizers, because sharding replaces the parameters
     state = State(model, build_optimizers(model, model.parameter_roles(), config.training.optimization))
     return Job(
         config=config,
@@ -138,14 +145,17 @@ def equip(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:
-    """Return `config` with its defaults that depend on the machine filled in."""
+    """Return `config` with the `auto` values of its fabric section resolved for this machine.
+
+    Raises PicoError if the machine lacks the devices.
+    """
     fabric = devices.resolve(config.training.fabric)
     devices.check_available(fabric)
     return config.model_copy(update={"training": config.training.model_copy(update={"fabric": fabric})})
 
 
 def _same_name(config: TrainConfig, fabric: Fabric, stack: ExitStack) -> TrainConfig:
-    """Return `config` with a run name; the first process chooses it where there is none, for clocks differ."""
+    """Return `config` with a run name. If it has none, the first process chooses it for all, because clocks differ."""
     name = config.checkpointing.run_name
     if name is None and fabric.is_global_zero:
         name = _new_name(Path(config.checkpointing.runs_dir).expanduser(), stack)
@@ -155,7 +165,10 @@ def _same_name(config: TrainConfig, fabric: Fabric, stack: ExitStack) -> TrainCo
 
 
 def _new_name(runs: Path, stack: ExitStack) -> str:
-    """Return the time as the name of a run whose folder this process alone has made; it goes again if nothing is put there."""
+    """Create a run folder named after the current time, which no other process has created. Returns the name.
+
+    The folder is removed on exit if it is still empty. Raises PicoError if all names for this second are taken.
+    """
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     with disk_errors("a new run", runs):
         runs.mkdir(parents=True, exist_ok=True)
@@ -174,19 +187,19 @@ def _remove_empty(folder: Path) -> None:
 
 def _fabric(config: TrainConfig) -> Fabric:
     chosen = config.training.fabric
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # each process would say that it starts
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # hides the start message of each process
     strategy = make_strategy(chosen)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"The `srun` command is available")  # a cluster can be used without it
+            warnings.filterwarnings("ignore", r"The `srun` command is available")  # srun is not required on a cluster
             fabric = Fabric(
                 accelerator=chosen.accelerator,
                 devices=chosen.num_devices,
                 num_nodes=chosen.num_nodes,
-                precision=chosen.precision,  # type: ignore[arg-type]  # the same words, checked by the schema
+                precision=chosen.precision,  # type: ignore[arg-type]  # the same values, checked by the schema
                 strategy=strategy,
             )
-    except Exception as error:  # a strategy that there is not, a package for the accelerator that is not installed
+    except Exception as error:  # for example an unknown strategy, or a missing package for the accelerator
         raise PicoError(f"training.fabric: {error}") from error
     fabric.launch()
     return fabric
@@ -204,7 +217,7 @@ def _open(config: TrainConfig, name: str, split: str, row_length: int | None) ->
 
 
 def open_batches(config: TrainConfig, rank: int = 0, world: int = 1) -> Batches:
-    """The training rows of one process, by step."""
+    """Open the training data. Returns the batches of process `rank` of `world`, by step."""
     return Batches(
         _open(config, config.data.dataset.name, "train", row_length(config)),
         rows_per_step=config.data.dataloader.batch_size,
@@ -220,7 +233,10 @@ def open_batches(config: TrainConfig, rank: int = 0, world: int = 1) -> Batches:
 
 
 def tokenizer_file(config: TrainConfig, source: Source) -> Path | None:
-    """The tokenizer.json of the data or of the configuration; None, said once, where `auto` finds none."""
+    """Return the tokenizer.json of the data or of the configuration; None, with a warning, if `auto` finds none.
+
+    Raises PicoError if a configured tokenizer cannot be found or is not the one the data were prepared with.
+    """
     from picolm.data.tokenizer import check_same, find_tokenizer
 
     name = config.data.tokenizer.name
@@ -238,7 +254,7 @@ def tokenizer_file(config: TrainConfig, source: Source) -> Path | None:
 
 
 def captured_rows(config: TrainConfig, source: Source) -> Rows | None:
-    """The rows of the `val` captures."""
+    """Return the held-out rows of the `val` captures; None if there are none."""
     dynamics = config.checkpointing.learning_dynamics
     if dynamics.eval_data is None:
         return None
@@ -247,7 +263,7 @@ def captured_rows(config: TrainConfig, source: Source) -> Rows | None:
 
 
 def evaluated_rows(config: TrainConfig, source: Source) -> Rows | None:
-    """The rows that `paloma` evaluates on; None where it is not asked for."""
+    """Return the held-out rows that `paloma` evaluates; None if it is not configured or there are no such rows."""
     paloma = config.evaluation.paloma
     if "paloma" not in (config.evaluation.metrics or ()):
         return None
@@ -256,15 +272,17 @@ def evaluated_rows(config: TrainConfig, source: Source) -> Rows | None:
 
 
 def _held_out(config: TrainConfig, name: str, split: str, source: Source) -> Source | None:
-    """The rows called `name`; for `auto` those held out of the training data, else the published validation set if that is
-    what the training data come with, else none, said once. Raises DataError where they are damaged, or of another tokenizer.
+    """Return the held-out rows called `name`. `auto` means the `val` split of the training data, or the published
+    validation set if the training data are the published ones; None, with a warning, if there is no such split.
+
+    Raises DataError if the rows are damaged or come from another tokenizer.
     """
     from picolm.data.splits import NoSplit
     from picolm.data.tokenizer import check_same
 
     own = config.data.dataset.name
     place = name if name != "auto" else PUBLISHED_VALIDATION if own == "pico-lm/pretokenized-dolma" else own
-    # Where rows have a length of their own, held-out ones may be shorter than training rows.
+    # If the rows have a fixed length of their own, held-out rows may be shorter than training rows.
     length = None if has_own_length(place) else row_length(config)
     try:
         held_out = _open(config, place, split if name != "auto" else "val", length)
@@ -301,14 +319,14 @@ def _model(config: TrainConfig, fabric: Fabric) -> Any:
 
 
 def _setup(config: TrainConfig, fabric: Fabric, model: Any) -> Any:
-    """The model as Fabric wraps it, with a `compiled_loss` beside its `loss` where one is wanted.
+    """Wrap the model with Fabric; add `compiled_loss` if compilation is wanted. Returns the wrapped model.
 
-    The optimizers stay bare: nothing here needs Fabric's own bookkeeping of them.
+    The optimizers are not wrapped, because nothing here needs Fabric's handling of them.
     """
     methods = ["loss", "score", "generate"]
     if devices.want_compile(config.training, fabric.device):
         compiled = torch.compile(type(model).loss, dynamic=False)  # all micro-batches of a run have one shape
-        model.compiled_loss = MethodType(compiled, model)  # Fabric takes methods only
+        model.compiled_loss = MethodType(compiled, model)  # Fabric accepts only methods
         methods.append("compiled_loss")
     wrapped = fabric.setup_module(model)
     for name in methods:
@@ -317,7 +335,10 @@ def _setup(config: TrainConfig, fabric: Fabric, model: Any) -> Any:
 
 
 def make_taps(config: TrainConfig, model: torch.nn.Module) -> Taps:
-    """What the configuration asks to capture, resolved against `model`. Raises PicoError for a suffix that matches nothing."""
+    """Return the taps for the captures of the configuration, with the modules looked up in `model`.
+
+    Raises PicoError for a suffix that matches no module.
+    """
     dynamics, anatomy = config.checkpointing.learning_dynamics, anatomy_of(model)
     return Taps(
         modules=find_modules(model, list(map(anatomy.module, dynamics.layer_suffixes)), dynamics.layers),
@@ -331,7 +352,7 @@ def make_taps(config: TrainConfig, model: torch.nn.Module) -> Taps:
 
 
 def _environment(config: TrainConfig, fabric: Fabric, batches: Batches, text: Text) -> dict[str, Any]:
-    """Versions, hardware, code revision and data of this start."""
+    """Return the content of environment.json for this start: versions, hardware, seeds, data and tokenizer."""
     import hashlib
     import platform
 

@@ -1,8 +1,8 @@
 """The training configuration: every key, its default, and what it means.
 
-Keys and meanings are those of the published Pico configurations, with new ones beside them. The docstring under a field is
-its help, its documentation and the last part of its error message. The `model` section belongs to the architecture:
-`schema_for` looks up which one the file asks for.
+The published Pico configurations stay valid: their keys keep their meaning, and new keys are added. The docstring under
+a field is used in `--help`, in the documentation and at the end of error messages. The `model` section depends on the
+architecture: `schema_for` finds its schema.
 """
 
 import json
@@ -30,30 +30,31 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Cadence = Literal["all", "last"] | PositiveInt
 Retained = Literal["all"] | Annotated[str, Field(pattern=r"^(last|every) [1-9]\d*$")]
 
-LONGEST_NAME = 255  # bytes of a name in a folder, on all common file systems
+LONGEST_NAME = 255  # bytes in the name of a file or folder, on all common file systems
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME on the Hub
 
 
 class Dataset(Section):
     name: Annotated[Place, NamesCode("data source", is_code=is_own_source)] = "pico-lm/pretokenized-dolma"
-    """Where the rows come from: a Hub data set, a folder of token shards, `embedded:NAME`, `datatrove:FOLDER`, or a mixture by
-    weights, `mix:rows/books*0.7,rows/web*0.3`."""
+    """Source of the rows: a Hub data set, a folder of token shards, `embedded:NAME`, `datatrove:FOLDER`, or a weighted
+    mixture such as `mix:rows/books*0.7,rows/web*0.3`."""
     shuffle: bool = False
-    """Permute the first pass too (prepared and published data are shuffled on disk; later passes always are)."""
+    """Shuffle the first pass too; later passes are always shuffled. Not needed for prepared and published data, which
+    are shuffled on disk."""
     cache_dir: Place | None = None
-    """Where fetched and generated shards are kept (default: $PICO_CACHE or ~/.cache/pico)."""
+    """Folder for downloaded and generated shards (default: $PICO_CACHE or ~/.cache/pico)."""
 
 
 class Dataloader(Section):
     batch_size: PositiveInt = 1024
-    """Sequences in one step, over all devices and accumulation steps together."""
+    """Sequences per step, summed over all devices and micro-batches."""
 
 
 class Tokenizer(Section):
     name: Place = "auto"
-    """A Hub name, a folder or a tokenizer.json; `auto`: the one that came with the data, else allenai/OLMo-7B-0724-hf."""
+    """A Hub name, a folder or a tokenizer.json; `auto`: the tokenizer of the data, else allenai/OLMo-7B-0724-hf."""
     vocab_size: PositiveInt = 50304
-    """Entries of the tokenizer; embedded corpora train theirs with this size."""
+    """Number of tokens in the tokenizer; for an embedded corpus, a tokenizer of this size is trained."""
 
 
 class Data(Section):
@@ -64,57 +65,58 @@ class Data(Section):
 
 class Fabric(Section):
     num_nodes: PositiveInt = 1
-    """Machines that take part."""
+    """Number of machines."""
     num_devices: PositiveInt = 1
-    """Devices (processes) on each machine."""
+    """Number of devices on each machine, with one process per device."""
     precision: Literal["auto", "bf16-mixed", "32-true", "bf16-true", "64-true", "32", "64"] = "auto"
-    """Lightning Fabric's precision; `auto`: bf16-mixed where the device computes bfloat16 natively, else 32-true.
-    float16 is not offered: its loss scaling would end up in the captured gradients."""
+    """Precision, as named by Lightning Fabric; `auto`: bf16-mixed if the device computes bfloat16 natively, else
+    32-true. float16 is not supported, because its loss scaling would change the captured gradients."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps", "tpu"] = "auto"
-    """Where to compute; `auto`: CUDA where there is one, else MPS, else CPU."""
+    """Type of device; `auto`: CUDA if available, else MPS, else CPU."""
     strategy: Annotated[str, NamesCode("strategy")] = "auto"
-    """How the model is spread over processes: auto (ddp where there are several), ddp, fsdp2 (also called model_parallel),
-    or my_lab.module:attribute."""
+    """How the model is distributed over processes: auto (ddp if there are several), ddp, fsdp2 (also called
+    model_parallel), or my_lab.module:attribute."""
     timeout_s: PositiveFloat = 60.0
-    """Seconds within which all processes end when one of them fails or is lost."""
+    """Time in seconds within which all processes exit after one of them fails or stops responding."""
 
 
 class Optimization(Section):
     optimizer: Annotated[str, NamesCode("optimizer")] = "adamw"
-    """adamw, muon (matrices of the blocks; AdamW for the rest), sgd, or my_lab.module:attribute."""
+    """adamw, muon (for the matrices of the blocks, with AdamW for the rest), sgd, or my_lab.module:attribute."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
     lr_scheduler: Annotated[str, NamesCode("schedule")] = "linear_with_warmup"
-    """linear_with_warmup, cosine, wsd, constant, or my_lab.module:attribute; all start with the warm-up."""
+    """linear_with_warmup, cosine, wsd (warm-up, stable, decay), constant, or my_lab.module:attribute; all begin with a
+    linear warm-up."""
     lr_warmup_steps: NonNegativeInt = 2500
-    """Updates over which the learning rate rises linearly; the first update already has lr / lr_warmup_steps."""
+    """Number of updates in which the learning rate rises linearly to lr, from lr / lr_warmup_steps."""
     lr_min_ratio: Fraction = 0.0
-    """The schedule ends at this fraction of lr."""
+    """Final learning rate of the schedule, as a fraction of lr (no effect on `constant`)."""
     lr_decay_steps: PositiveInt | None = None
-    """Length of the final decay of `wsd` (default: a tenth of max_steps)."""
+    """Number of updates in the final decay of `wsd` (default: a tenth of max_steps); other schedules ignore it."""
     gradient_accumulation_steps: PositiveInt = 128
-    """Micro-batches per step and device; the result of a step does not depend on it beyond rounding."""
+    """Micro-batches per step on each device; the result of a step does not depend on it, except for rounding."""
     weight_decay: NonNegativeFloat = 0.01
-    """Decoupled weight decay."""
+    """Weight decay, decoupled from the gradient (as in AdamW)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of the first and second moment of AdamW."""
+    """Decay rates of the first and second moments of AdamW."""
     eps: PositiveFloat = 1e-8
-    """Added to the denominator of AdamW."""
+    """Constant added to the denominator of AdamW."""
     momentum: Fraction | None = None
-    """Momentum of sgd (default 0) and of muon (default 0.95)."""
+    """Momentum of sgd (default: 0) and of muon (default: 0.95)."""
     grad_clip_norm: PositiveFloat | None = 1.0
-    """Gradients are scaled down to this global norm; null leaves them as they are."""
+    """Largest global norm of the gradients: larger gradients are scaled down to it; null: no clipping."""
     decay_norms_and_embeddings: bool = False
-    """Whether weight decay also acts on norms and embeddings (the published models did)."""
+    """Apply weight decay to norms and embeddings too (as the published models did)."""
 
 
 class Seeds(Section):
     init: NonNegativeInt = 42
-    """Draws the initial weights."""
+    """Seed of the initial weights."""
     data: NonNegativeInt = 42
-    """Permutes the rows."""
+    """Seed of the order of the rows."""
     noise: NonNegativeInt = 42
-    """Everything random inside a step (random capture positions, noise of the model)."""
+    """Seed of everything random inside a step (random capture positions, noise of the model)."""
 
 
 class Training(Section):
@@ -122,96 +124,98 @@ class Training(Section):
     """Updates in all."""
     seeds: Seeds = Seeds()
     deterministic: bool = True
-    """Only algorithms that give the same bits every time (on CUDA some operations become slower)."""
+    """Use only algorithms that give the same bits every time (on CUDA some operations become slower)."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile the loss; `auto` does so on CUDA."""
+    """Compile the loss with torch.compile; `auto`: only on CUDA."""
     max_skipped_steps: NonNegativeInt = 10
-    """Updates skipped in a row for a non-finite loss or gradient before the run stops."""
+    """Stop the run after this many updates in a row were skipped because the loss or the gradient was not finite."""
     fabric: Fabric = Fabric()
     optimization: Optimization = Optimization()
 
 
 class LearningDynamics(Section):
     layer_suffixes: tuple[str, ...] = CAPTURED
-    """Which modules to record: roles (attention.value, mlp.output, …) or ends of their names, in whole words."""
+    """Modules to record: roles (attention.value, mlp.output, …) or the last parts of module names, as whole words."""
     sequence_idx: int = -1
-    """The position whose activations are kept (the published key; `positions` says more)."""
+    """Position in the sequence whose activations are recorded (the published key; `positions` overrides it)."""
     positions: Literal["last", "all"] | Annotated[str, Field(pattern=r"^random:[1-9]\d*$")] | tuple[int, ...] | None = (
         None
     )
-    """Positions whose activations are kept: last, all, a list, or random:k (k of them, drawn anew each step)."""
+    """Positions whose activations are recorded: last, all, a list, or random:k (k positions, drawn again at each step);
+    default: sequence_idx."""
     batch_size: PositiveInt = 8
-    """Sequences per forward pass over the evaluation rows."""
+    """Sequences per forward pass over the rows of the `val` split."""
     eval_data: Annotated[Place | None, NamesCode("data source", is_code=is_own_source)] = "auto"
-    """The fixed rows of the `val` split; `auto`: the held-out part of the data; null: no `val` split."""
+    """Source of the fixed rows of the `val` split; `auto`: the held-out rows of the data; null: no `val` split."""
     what: tuple[Literal["activations", "gradients"], ...] = ("activations", "gradients")
-    """What is recorded."""
+    """What to record: activations, gradients or both."""
     layers: Literal["all"] | tuple[NonNegativeInt, ...] = "all"
-    """Blocks that are recorded; modules outside of the blocks are not restricted by it."""
+    """Blocks to record, counted from 0, or all; modules outside of the blocks are not affected."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Element type of activations on disk; `auto` keeps what was computed. Gradients are kept as they are."""
+    """Data type of activations on disk; `auto`: the type in which they were computed. Gradients are not converted."""
     max_rows: PositiveInt | None = 1024
-    """Rows of a batch whose activations are kept; null keeps all."""
+    """Largest number of rows of a batch whose activations are recorded; null: all rows."""
 
 
 class HubCheckpoint(Section):
     repo_id: str = ""
-    """owner/name on the Hub."""
+    """Repository on the Hub, as owner/name."""
     collection_slug: str | None = None
-    """A collection the repository is added to."""
+    """Collection on the Hub to add the repository to; null: none."""
 
 
 class AutoResume(Section):
     auto_resume: bool = True
-    """Continue from the latest whole checkpoint of the run of this name."""
+    """Resume from the latest complete checkpoint if a run of this name exists; false: refuse to start instead."""
 
 
 class Keep(Section):
-    """What of older checkpoints stays; the newest one that training can go on from always does."""
+    """Which parts of older checkpoints stay on disk; the newest one that training can resume from is always kept."""
 
     weights: Retained = "all"
     """Checkpoints whose weights stay on disk: all, `last N`, or `every N` (steps divisible by N, and the newest)."""
     optimizer: Retained = "all"
-    """Checkpoints whose optimizer state stays on disk: all, `last N` or `every N`; only these can be continued from."""
+    """Checkpoints whose optimizer state stays on disk: all, `last N` or `every N`; only these can be resumed from."""
     dynamics: Retained = "all"
     """Checkpoints whose activations and gradients stay on disk: all, `last N` or `every N`."""
 
 
 class EvaluationResults(Section):
     eval_results_dir: Place = "eval_results"
-    """Folder of the evaluation results inside the run."""
+    """Folder for evaluation results, inside the run folder."""
 
 
 class Checkpointing(Section):
     run_name: Place | None = None
-    """Name of the run and of its folder (default: the time of the start)."""
+    """Name of the run and of its folder (default: the start time)."""
     runs_dir: Place = "runs"
-    """Folder of all runs."""
+    """Folder that holds all runs."""
     checkpoints_dir: Place = "checkpoints"
-    """Folder of the checkpoints inside the run."""
+    """Folder for checkpoints, inside the run folder."""
     logs_dir: Place = "logs"
-    """Folder of the logs inside the run."""
+    """Folder for logs, inside the run folder."""
     fabric_checkpoint_dir: str = "fabric_state"
-    """Accepted as published; our optimizer state is optimizer.safetensors, beside the weights."""
+    """Accepted but ignored, so that published configurations stay valid; Pico stores the optimizer state in
+    optimizer.safetensors, next to the weights."""
     fabric_checkpoint_filename: str = "checkpoint.pt"
-    """Accepted as published; nothing is pickled here."""
+    """Accepted but ignored, so that published configurations stay valid; Pico pickles nothing."""
     learning_dynamics_dir: Place = "learning_dynamics"
-    """Folder of the captures inside a checkpoint."""
+    """Folder for captures, inside each checkpoint."""
     save_every_n_steps: PositiveInt = 1000
     """Steps between checkpoints; step 0 and the last step are always saved."""
     save_schedule: Literal["every", "log"] = "every"
-    """`log` also saves steps 1, 2, 4, … 512."""
+    """When to save: every (every save_every_n_steps), or log (also at steps 1, 2, 4, … 512)."""
     save_weights: Cadence = "all"
-    """Which checkpoints hold the weights: all, last (the final one), or those divisible by k."""
+    """Which checkpoints hold the weights: all, last (the final one), or a number k (steps divisible by k)."""
     save_optimizer: Cadence = "all"
-    """Which checkpoints hold the optimizer state; training can only be continued from these."""
+    """Which checkpoints hold the optimizer state: all, last or k; training can resume only from these."""
     save_learning_dynamics: Cadence = "all"
-    """Which checkpoints hold activations and gradients."""
+    """Which checkpoints hold activations and gradients: all, last or k."""
     keep: Keep = Keep()
     save_in_background: bool = True
-    """Write checkpoints while training goes on; false waits for the disk."""
+    """Write checkpoints in the background while training continues; false: wait for the disk."""
     save_to_hf: bool | None = False
-    """Push checkpoints to the Hub."""
+    """Upload checkpoints to the Hub."""
     hf_checkpoint: HubCheckpoint = HubCheckpoint()
     training: AutoResume = AutoResume()
     evaluation: EvaluationResults = EvaluationResults()
@@ -220,44 +224,44 @@ class Checkpointing(Section):
 
 class Logging(Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Least level that is shown and written to logs/."""
+    """Lowest level of messages to show and to write to logs/."""
     log_every_n_steps: PositiveInt = 100
     """Steps between lines of metrics.jsonl."""
     digest_every_n_steps: NonNegativeInt | None = None
-    """Steps between digests of the weights in metrics.jsonl, which `pico replay --verify` compares (default: at each logged
-    step; 0: never)."""
+    """Steps between digests of the weights in metrics.jsonl, for `pico replay --verify` to compare (default: the value
+    of log_every_n_steps; 0: none)."""
 
 
 class Wandb(Section):
     project: str = ""
-    """Weights & Biases project."""
+    """Project on Weights & Biases; trackio uses it too (default: pico)."""
     entity: str = ""
-    """Weights & Biases entity."""
+    """Entity (user or team) on Weights & Biases."""
 
 
 class PicoReport(Section):
     lab_hash: str = ""
-    """Accepted as published; nothing is sent."""
+    """Accepted but ignored, so that published configurations stay valid; nothing is sent."""
     auto_commit: bool = True
-    """Accepted as published; nothing is committed."""
+    """Accepted but ignored, so that published configurations stay valid; nothing is committed."""
 
 
 class Monitoring(Section):
     logging: Logging = Logging()
     save_to_wandb: bool = False
-    """Log to Weights & Biases too (extra `wandb`; WANDB_MODE=offline writes files to send later)."""
+    """Log to Weights & Biases too (needs the extra `wandb`; WANDB_MODE=offline writes files to upload later)."""
     wandb: Wandb = Wandb()
     save_to_tensorboard: bool = False
-    """Log to TensorBoard files in logs/ too (extra `tensorboard`)."""
+    """Log to TensorBoard files in logs/ too (needs the extra `tensorboard`)."""
     save_to_trackio: bool = False
-    """Log to trackio too, on this machine and without an account (extra `trackio`; `trackio show` opens its pages)."""
+    """Log to trackio too, on this machine, without an account (needs the extra `trackio`; to view: `trackio show`)."""
     save_to_picolabs: bool = False
-    """Accepted as published; nothing is sent to Pico Labs."""
+    """Accepted but ignored, so that published configurations stay valid; nothing is sent to Pico Labs."""
     pico_report: PicoReport = PicoReport()
 
 
 class TrainConfig(Section):
-    """A whole training configuration; every section and key may be left out."""
+    """A complete training configuration; every section and every key is optional."""
 
     data: Data = Data()
     model: Annotated[DecoderConfig, NamesCode("model", below="model_type")] = DecoderConfig()
@@ -274,7 +278,10 @@ class TrainConfig(Section):
 
 
 def schema_for(raw: Mapping[str, Any]) -> type[TrainConfig]:
-    """The schema whose `model` section is the configuration of the architecture that `raw` asks for."""
+    """Return the training schema with the `model` section of the architecture that `raw` names in `model.model_type`.
+
+    Raises NoSchema if the architecture cannot be used, and UntrustedCode if it is code that is not trusted.
+    """
     section = raw.get("model")
     name = section.get("model_type") if isinstance(section, Mapping) else None
     if not isinstance(name, str) or name == "pico_decoder" or (name not in MODELS and ":" not in name):
@@ -292,14 +299,15 @@ def schema_for(raw: Mapping[str, Any]) -> type[TrainConfig]:
 
 
 def row_length(config: TrainConfig, length: int | None = None) -> int:
-    """Return the tokens of a row in which the model predicts `length` (default: model.max_seq_len) of them."""
+    """Return the number of tokens of a row of which the model predicts `length` (default: model.max_seq_len)."""
     return int(find_model(config.model.model_type).row_length(length or config.model.max_seq_len))
 
 
 def stored_config(raw: Mapping[str, Any], where: str) -> TrainConfig:
-    """Return the typed configuration of a run, which imports the code of its model and no other.
+    """Return the stored configuration of a run as a TrainConfig. Imports the code of its model and no other code.
 
-    Raises PicoError if it is none, and UntrustedCode if its model is code that is not trusted. where: the run.
+    raw: the stored configuration. where: the run, for messages. Raises PicoError if `raw` is not a valid configuration,
+    and UntrustedCode if its model is code that is not trusted.
     """
     try:
         schema = schema_for(mark_untrusted(raw, where))
@@ -314,10 +322,10 @@ def stored_config(raw: Mapping[str, Any], where: str) -> TrainConfig:
 
 
 def completed(stored: Mapping[str, Any], schema: type[TrainConfig]) -> dict[str, Any]:
-    """Return the dotted keys of a stored configuration, with the default of each key of `schema` that it lacks.
+    """Return the dotted keys and values of a stored configuration, with the defaults of `schema` for missing keys.
 
-    A run is stored with all keys that there were: one that it lacks was added later, and its default is what was done
-    without it.
+    A run stores every key of its version. A missing key was therefore added later, and its default describes what the
+    earlier version did.
     """
     flat, known = with_roles(flatten(stored)), _defaults(schema)
     emptied = {key for key, value in flat.items() if not value and any(name.startswith(f"{key}.") for name in known)}
@@ -325,7 +333,7 @@ def completed(stored: Mapping[str, Any], schema: type[TrainConfig]) -> dict[str,
 
 
 def differences(config: Mapping[str, Any], schema: type[TrainConfig] = TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the keys of a configuration whose values are not the defaults of `schema`: (value, default)."""
+    """Return {dotted key: (value, default)} for the keys of a configuration that are not at the default of `schema`."""
     defaults = flatten(plain(schema()))
     return {
         key: (value, defaults.get(key))
@@ -335,7 +343,7 @@ def differences(config: Mapping[str, Any], schema: type[TrainConfig] = TrainConf
 
 
 def with_roles(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return dotted keys in which the modules that earlier versions captured by default are called by their roles."""
+    """Return `flat`; if its layer_suffixes are the former default module names, they are replaced by their roles."""
     key = "checkpointing.learning_dynamics.layer_suffixes"
     before = [PARTS[role].module for role in CAPTURED]
     return flat | {key: list(CAPTURED)} if flat.get(key) == before else flat
@@ -420,7 +428,7 @@ def _name_rules(config: TrainConfig) -> Iterator[Rule]:
     ]
     for key, registry, name in named:
         if isinstance(name, Untrusted) and names_code(name):
-            continue  # resolved where it is needed
+            continue  # resolved later, by the code that needs it
         try:
             registry.get(name)
         except PicoError as error:

@@ -1,4 +1,4 @@
-"""The machine under the training: which device and precision, whether it is deterministic, and how fast it could be."""
+"""The machine: device, precision, threads, deterministic algorithms, and the peak speed of matrix products."""
 
 import ctypes
 import functools
@@ -21,37 +21,37 @@ log = logging.getLogger("picolm")
 
 
 def tune_allocator() -> bool:
-    """Let glibc keep freed memory instead of returning it after each large tensor; True where it took effect.
+    """Make glibc keep freed memory instead of returning it to the system. Returns whether this took effect.
 
-    With the defaults, every large tensor is mapped and unmapped again, and page faults take up to half of a CPU step. What
-    the user set by MALLOC_* variables, or another allocator, stays.
+    With the defaults, every large tensor is mapped and unmapped again, and page faults take up to half of a step on a
+    CPU. Does nothing if the user has set MALLOC_* variables, or on another system or C library.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl has none
+    except (OSError, AttributeError):  # musl has no mallopt
         return False
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
     return all((mallopt(trim_threshold, 2**31 - 1), mallopt(top_pad, 2**26), mallopt(mmap_max, 0)))
 
 
 def set_determinism(deterministic: bool) -> None:
-    """Only algorithms that give the same bits each time.
+    """Use only algorithms that give the same bits each time, or, if `deterministic` is false, any.
 
-    CPU kernels are deterministic for one number of threads. On CUDA: deterministic kernels, a fixed cuBLAS workspace and no
-    algorithm search of cuDNN; an operation without a deterministic kernel warns and goes on.
+    CPU kernels are deterministic for a fixed number of threads. On CUDA this selects deterministic kernels, a fixed
+    cuBLAS workspace and no algorithm search in cuDNN; an operation without a deterministic kernel runs with a warning.
     """
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over every buffer, and no kernel here reads one
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # would fill every new buffer; no kernel here reads one
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def choose_threads(fabric: Fabric) -> None:
-    """Compute with as many threads as this process may use CPUs, but for what the user set."""
-    launched = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ  # then each process has its own share already
+    """Limit the number of threads to the CPUs that this process may use, unless the user has set a number."""
+    launched = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ  # each process already has its own CPUs
     usable, default = usable_cpus(), torch.get_num_threads()
     threads = threads_for(usable, 1 if launched else fabric.num_devices, default)
     if threads == default:
@@ -66,7 +66,7 @@ def choose_threads(fabric: Fabric) -> None:
 
 
 def resolve(fabric: Fabric) -> Fabric:
-    """`fabric` with `auto` replaced by what this machine has."""
+    """Return `fabric` with `auto` for accelerator and precision replaced by the best choice on this machine."""
     accelerator = fabric.accelerator
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -77,7 +77,7 @@ def resolve(fabric: Fabric) -> Fabric:
 
 
 def check_available(fabric: Fabric) -> None:
-    """Raise PicoError where this machine does not have the accelerator, or the devices, that `fabric` asks for."""
+    """Raise PicoError if this machine does not have the accelerator, or the number of devices, that `fabric` names."""
     name = "cuda" if fabric.accelerator == "gpu" and not torch.backends.mps.is_available() else fabric.accelerator
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name not in counts:
@@ -104,7 +104,10 @@ def _native_bfloat16(accelerator: str) -> bool:
 
 @functools.cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured FLOP/s of a large matrix product: what a model's speed is compared with. Takes about 0.1 s on a CPU, once."""
+    """Measure a large matrix product. Returns its FLOP/s, to compare the speed of models with; cached.
+
+    Takes about 0.1 s on a CPU.
+    """
     size = 1024 if device.type == "cpu" else 8192
     x, y = (torch.randn(size, size, dtype=torch.float32).to(device, dtype) for _ in range(2))
     seconds = [_timed_product(x, y) for _ in range(6)]
@@ -120,7 +123,7 @@ def _timed_product(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given (a CPU always has)."""
+    """Wait until the device has finished all queued work (on a CPU there is none)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -128,18 +131,18 @@ def synchronize(device: torch.device) -> None:
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The element type in which `precision` multiplies matrices."""
+    """Return the data type in which `precision` multiplies matrices."""
     named = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
     return next((dtype for prefix, dtype in named.items() if precision.startswith(prefix)), torch.float32)
 
 
 def weight_dtype(precision: str) -> torch.dtype:
-    """The element type in which `precision` keeps weights, gradients and moments."""
+    """Return the data type in which `precision` stores weights, gradients and optimizer moments."""
     return torch.float32 if precision.endswith("-mixed") else compute_dtype(precision)
 
 
 def hardware() -> dict[str, object]:
-    """What the run's environment.json says of the machine."""
+    """Return the description of this machine for environment.json: platform, CPU, number of threads, GPUs."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -149,11 +152,11 @@ def hardware() -> dict[str, object]:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions that decide what is computed."""
+    """Return the versions of the packages that affect the results, by name."""
     names = ("picolm", "torch", "lightning-fabric", "tokenizers", "safetensors", "pyarrow", "numpy")
     return {name: importlib.metadata.version(name) for name in names}
 
 
 def want_compile(training: Training, device: torch.device) -> bool:
-    """Whether to compile: as configured; `auto` only where compiling pays within a short run."""
+    """Return whether to compile the loss. `auto` means on CUDA only, where compiling saves time even in a short run."""
     return device.type == "cuda" if training.compile == "auto" else training.compile

@@ -1,8 +1,8 @@
-"""Evaluations: functions of the live model, in memory, at their own cadence.
+"""Evaluations of the model in memory, during training or afterwards.
 
-An evaluation takes the model (which scores text itself) and its rows, and returns named numbers. The name `paloma` is that of
-the published configurations: perplexity over rows that may say which source they are from. What follows from a bound of the
-likelihood has `_bound` behind its name.
+An evaluation is a function that takes the model (which scores text itself) and its rows, and returns named numbers.
+`paloma` is the name used by the published configurations: perplexity over rows that may be labelled with their source.
+A result that is computed from a bound of the likelihood has the suffix `_bound`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ log = logging.getLogger("picolm")
 
 
 class Rows(NamedTuple):
-    """Rows of token ids on which something is measured, the same at every step.
+    """R rows of token ids to measure on, the same at every step.
 
-    tokens_RS: as long as the model needs them; labels: the source of each row, where there is one.
+    tokens_RS: int64, cut to the length that the model needs. labels: the source of each row, or None. numbers: the row
+    numbers in the data source.
     """
 
     tokens_RS: Tensor
@@ -44,13 +45,13 @@ class Rows(NamedTuple):
 
     @classmethod
     def take(cls, source: Source, numbers: np.ndarray, length: int | None = None) -> Rows:
-        """The rows of these numbers, cut to `length` tokens."""
+        """Return the rows with these numbers, cut to `length` tokens."""
         tokens_RS = torch.as_tensor(np.asarray(source.rows(numbers))[:, :length], dtype=torch.long)
         return cls(tokens_RS, source.labels(numbers), numbers)
 
     @classmethod
     def sample(cls, source: Source, max_rows: int | None, length: int) -> Rows:
-        """At most `max_rows` rows of a data source, taken from its labels in turn so that each is represented."""
+        """Return at most `max_rows` rows of a data source, taken from its labels in turn, so that none is missing."""
         numbers = np.arange(len(source))
         labels = source.labels(numbers) if max_rows is not None and max_rows < len(source) else None
         if labels is not None:
@@ -63,10 +64,10 @@ class Rows(NamedTuple):
         return cls.take(source, numbers[:max_rows], length)
 
     def micro_batches(self, size: int, rank: int, world: int) -> Iterator[tuple[list[int], Tensor]]:
-        """(places, tokens) of the rows of one process, `size` at a time; as many times on every process.
+        """Yield (row indices, tokens) of micro-batches of `size` rows for one process, equally many on every process.
 
-        A process whose rows are used up runs along on a row that has no place, since a sharded model, or one that averages
-        its gradients, computes on all processes together: what comes of rows beyond the places does not count.
+        A process that has no rows left yields one padding row with an empty list of indices, because a sharded model,
+        or one that averages gradients, has to compute on all processes together. The padding row is not counted.
         """
         total = len(self.tokens_RS)
         mine = list(range(rank, total, world))
@@ -76,9 +77,10 @@ class Rows(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation may use. token_bytes_V: bytes of text behind each token, None where the tokenizer does not tell.
+    """The inputs of an evaluation.
 
-    text: the tokenizer of the run. settings: the evaluation section of its configuration.
+    token_bytes_V: the number of bytes of text of each token, None without a tokenizer. text: the tokenizer of the run.
+    settings: the evaluation section of its configuration.
     """
 
     model: Any
@@ -93,11 +95,11 @@ class Evaluation(NamedTuple):
 
     @property
     def draws(self) -> int:
-        """Random draws that a bound of a likelihood is averaged over."""
+        """Number of random draws over which a bound of a likelihood is averaged."""
         return 1 if self.settings is None else int(self.settings.draws)
 
     def named(self, name: str) -> str:
-        """Return the name of a result that follows from the likelihood of text: a bound is called a bound."""
+        """Return `name`, with the suffix `_bound` if the likelihood of the model is a bound."""
         return f"{name}_bound" if self.model.likelihood == "bound" else name
 
 
@@ -105,9 +107,10 @@ EVALUATIONS: Registry[Callable[[Evaluation], dict[str, float]]] = Registry("eval
 
 
 def evaluate(names: tuple[str, ...], evaluation: Evaluation) -> dict[str, float]:
-    """Return the results of all evaluations in `names`, the model in evaluation mode meanwhile.
+    """Run the evaluations in `names` with the model in evaluation mode. Returns all results by name.
 
-    An evaluation that has no value (the model computes NaN, or has no likelihood) is NaN under its name, and the log says why.
+    An evaluation without a value (the model computes NaN, or has no likelihood) gives NaN under its name and a warning.
+    Raises PicoError if two evaluations return a result of the same name.
     """
     results: dict[str, float] = {}
     was_training = evaluation.model.training
@@ -133,7 +136,10 @@ def evaluate(names: tuple[str, ...], evaluation: Evaluation) -> dict[str, float]
 
 @EVALUATIONS.add("paloma")
 def paloma(evaluation: Evaluation) -> dict[str, float]:
-    """Perplexity exp(nats per token) over all tokens and by source; bits per byte = nats / (ln 2 x bytes of the targets)."""
+    """Return perplexity, over all tokens and by source, and bits per byte.
+
+    Perplexity is exp(nats per token); bits per byte are nats / (ln 2 x bytes of the targets).
+    """
     if evaluation.rows is None:
         return {}
     pieces = pieces_of(evaluation.model, evaluation.rows.tokens_RS)
@@ -161,26 +167,26 @@ _LIKE_A_UNIT = re.compile(rf"(?:.*/)?(?:{'|'.join(UNITS)})(?: \(source\))*")
 
 
 def source_name(label: str) -> str:
-    """A source as the names of results have it: one that ends as the name of a unit does is told apart from the unit."""
+    """Return a source label for result names, with ` (source)` added if it could be mistaken for the name of a unit."""
     return f"{label} (source)" if _LIKE_A_UNIT.fullmatch(label) else label
 
 
 def _scores(name: str, nats: float, tokens: float, text_bytes: float, variance: float) -> dict[str, float]:
-    """Return perplexity, nats per token, their standard error where they are estimated, and bits per byte where known."""
+    """Return perplexity and nats per token, with the standard error if they are estimates and bits per byte if known."""
     if not tokens:
         return {f"{name}/nats_per_token": math.nan}
     per_token = nats / tokens
     scores = {name: math.inf if per_token > 700 else math.exp(per_token), f"{name}/nats_per_token": per_token}
     if variance:
         scores[f"{name}/standard_error"] = math.sqrt(variance) / tokens
-    if text_bytes:  # below 0: some tokens stand for text that is not known
+    if text_bytes:  # below 0: the text of some tokens is unknown
         scores[f"{name}/bits_per_byte"] = nats / (math.log(2) * text_bytes) if text_bytes > 0 else math.nan
     return scores
 
 
 @EVALUATIONS.add("minimal_pairs")
 def minimal_pairs(evaluation: Evaluation) -> dict[str, float]:
-    """The share of sentence pairs of which the acceptable one is likelier, in all and by phenomenon."""
+    """Return the share of sentence pairs whose acceptable sentence is more likely, overall and by phenomenon."""
     from picolm.train.minimal_pairs import accuracy
 
     return accuracy(evaluation)
@@ -188,7 +194,7 @@ def minimal_pairs(evaluation: Evaluation) -> dict[str, float]:
 
 @EVALUATIONS.add("lm_eval")
 def lm_eval(evaluation: Evaluation) -> dict[str, float]:
-    """Tasks of lm-evaluation-harness: `lm_eval/TASK/METRIC`."""
+    """Run tasks of lm-evaluation-harness. Returns `lm_eval/TASK/METRIC`; raises PicoError if it is not installed."""
     try:
         from picolm.train.harness import run_tasks
     except ImportError as error:

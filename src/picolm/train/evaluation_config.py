@@ -1,4 +1,4 @@
-"""The `evaluation` section of a training configuration: what is measured on the live model, and on what."""
+"""The `evaluation` section of a training configuration: which evaluations to run during training, and on which data."""
 
 from typing import Annotated
 
@@ -11,49 +11,50 @@ from picolm.schema import Place, Section
 
 class Paloma(Section):
     dataset_name: Annotated[Place, NamesCode("data source", is_code=is_own_source)] = "auto"
-    """Rows to evaluate on; `auto`: the held-out part of the data, else pico-lm/pretokenized-paloma-tinsy."""
+    """Source of the rows to evaluate; `auto`: the held-out rows of the data, or pico-lm/pretokenized-paloma-tinsy for
+    pico-lm/pretokenized-dolma."""
     dataset_split: str = "val"
-    """Split of that data set."""
+    """Split of this data set (not used with `auto`)."""
     max_length: PositiveInt | None = None
-    """Tokens of a row that are used (default: model.max_seq_len)."""
+    """Number of tokens of each row to evaluate (default: model.max_seq_len)."""
     batch_size: PositiveInt = 16
     """Rows per forward pass."""
     max_rows: PositiveInt | None = None
-    """Use only the first rows, spread over the sources."""
+    """Evaluate at most this many rows, the first ones of each source in equal numbers; null: all rows."""
 
 
 class MinimalPairs(Section):
     path: Place = ""
-    """A .jsonl file of sentence pairs as BLiMP's (sentence_good, sentence_bad), or a folder of them."""
+    """A .jsonl file of sentence pairs in the format of BLiMP (sentence_good, sentence_bad), or a folder of them."""
     group_by: str = "UID"
-    """The field that names the phenomenon of a pair; linguistics_term makes BLiMP's twelve groups of its 67."""
+    """Field that names the phenomenon of a pair; UID gives the 67 groups of BLiMP, linguistics_term gives 12."""
     batch_size: PositiveInt = 64
     """Sentences per forward pass."""
 
 
 class Harness(Section):
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness, by name."""
+    """Names of tasks of lm-evaluation-harness."""
     include_path: Annotated[
         Place | None, NamesCode("folder of tasks, whose files may name functions", is_code=bool)
     ] = None
-    """A folder with the YAML files of your own tasks."""
+    """Folder with YAML files of your own tasks."""
     limit: PositiveInt | None = None
-    """Use only so many documents of each task (for a quick look: the figures are then of that part)."""
+    """Largest number of documents to use of each task, for a quick look (the results then describe only this part)."""
     num_fewshot: NonNegativeInt | None = None
-    """Worked examples before each question (default: what the task says)."""
+    """Number of solved examples before each question (default: set by the task)."""
     batch_size: PositiveInt = 16
     """Rows per forward pass."""
 
 
 class Evaluation(Section):
     metrics: Annotated[tuple[str, ...] | None, NamesCode("evaluation")] = ("paloma",)
-    """Evaluations to run: paloma (perplexity by source), minimal_pairs, lm_eval (extra `lm_eval`), or
-    my_lab.module:attribute; null or empty for none."""
+    """Evaluations to run: paloma (perplexity by source), minimal_pairs, lm_eval (needs the extra `lm_eval`), or
+    my_lab.module:attribute; null or empty: none."""
     every_n_steps: PositiveInt | None = None
     """Steps between evaluations (default: at each checkpoint)."""
     draws: PositiveInt = 8
-    """Random draws that a bound of a likelihood is averaged over; a model whose likelihood is exact needs none."""
+    """Number of random draws over which a bound of a likelihood is averaged; no effect if the likelihood is exact."""
     paloma: Paloma = Paloma()
     minimal_pairs: MinimalPairs = MinimalPairs()
     lm_eval: Harness = Harness()

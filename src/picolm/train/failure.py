@@ -1,12 +1,12 @@
-"""When one process of several fails, all of them end, within a bounded time, and the first error is the one that is shown.
+"""End all processes within a bounded time when one of them fails, and show the first error.
 
-A collective operation waits for every process, so a failure anywhere would leave the others waiting, for half an hour by
-default. Here a process that fails shows its error, puts it into a store that all can reach, and leaves. A thread of each process
-asks the store whether somebody failed, and tells it that its own process lives. The others usually fail in turn, their
-connection broken: they find the first error in the store and add nothing to it. Those that hang are ended.
+A collective operation waits for every process, so after a failure the others would wait, for half an hour by default.
+Here a failing process shows its error, writes it to a shared store and exits. In each process a thread polls the store
+for failures and writes a heartbeat. The other processes usually fail too, because their connection breaks: they find
+the first error in the store and report nothing of their own. Processes that hang are made to exit.
 
-The time-out of the strategy cannot do this: one that is short enough to end a run that hangs also ends a healthy one, whose first
-process saves or evaluates for longer while the others wait, and what it reports is the broken connection, not its cause.
+The timeout of the strategy cannot do this. If it is short enough to end a run that hangs, it also ends a healthy run
+whose first process saves or evaluates while the others wait, and it reports the broken connection instead of the cause.
 """
 
 import json
@@ -34,12 +34,12 @@ from picolm.errors import PicoError
 log = logging.getLogger("picolm")
 
 PERIOD_S = 0.5
-FIRST_WORD_S = 3.0  # a broken connection is nobody's own error: so long the one that broke it has to say why
+FIRST_WORD_S = 3.0  # after a lost connection, how long to wait for the process that caused it to report its error
 FAILURE = "failure"
 
 
 class Failure(NamedTuple):
-    """What ended a run: which process, and its message."""
+    """The cause of the end of a run: the rank of the process that failed, and its message."""
 
     rank: int
     message: str
@@ -49,10 +49,10 @@ GONE = Failure(0, "the first process is gone")
 
 
 class Together:
-    """A `with` block that ends on all processes when it fails on one; nothing to do where there is only one process.
+    """A `with` block that ends on all processes when it fails on one. Does nothing if there is only one process.
 
-    Raises PicoError on the first process when another one failed. Other processes that fail leave without returning.
-    limit_s: half of it may pass until a process that vanished is missed, half until those that hang are ended.
+    Raises PicoError on the first process if another process failed; after a failure, the other processes exit here.
+    limit_s: half of it is the longest time until a lost process is noticed, half until hanging processes must exit.
     """
 
     def __init__(self, fabric: Fabric, limit_s: float):
@@ -92,8 +92,8 @@ class Together:
             raise PicoError(first.message) from None
 
     def _leave(self) -> None:
-        """The ordinary end. The others stay until the first process has written everything: torchrun and srun take the first
-        exit code that is not 0, that of a stop too, for a reason to kill what still runs.
+        """Leave the block without an error. The other processes wait until the first process has written everything,
+        because torchrun and srun kill all processes at the first exit code that is not 0, even that of a stop.
         """
         self._over.set()
         try:
@@ -114,7 +114,11 @@ class Together:
             time.sleep(PERIOD_S / 10)
 
     def _claim(self, error: BaseException) -> Failure:
-        """What was said first: this error, unless another process, or the first one with the same error, has said it."""
+        """Report this error to the store. Returns the first failure there, which may be that of another process.
+
+        Waits a moment first: after a lost connection for its cause, else on other ranks for an error of the first
+        process.
+        """
         broken = lost_connection(error)
         until = time.monotonic() + (FIRST_WORD_S if broken else PERIOD_S if self.rank > 0 else 0.0)
         try:
@@ -127,7 +131,7 @@ class Together:
             return self._heard_of
 
     def _show(self, error: BaseException, first: Failure) -> None:
-        """Say what happened here; the command line does so for the first process."""
+        """Print the error of this process; for the first process, the command line prints it."""
         if self.rank == 0:
             return
         known = isinstance(error, PicoError) or lost_connection(error)
@@ -138,7 +142,7 @@ class Together:
         return Failure(*json.loads(self.store.get(FAILURE))) if self.store.check([FAILURE]) else None
 
     def _say(self, failure: Failure) -> Failure:
-        """Put a failure into the store unless there is one; returns the one that is there."""
+        """Write a failure to the store unless it holds one already. Returns the failure in the store."""
         return Failure(*json.loads(self.store.compare_set(FAILURE, "", json.dumps(failure))))
 
     def _watch(self) -> None:
@@ -157,7 +161,7 @@ class Together:
                 return
 
     def _miss_children(self) -> None:
-        """Say so where a process that was started from here has died without a word."""
+        """Report a failure if a child process has exited with an error without leaving the block."""
         for rank, child in self._children:
             code = child.poll()
             if code and not self.store.check([f"left {rank}"]):
@@ -165,7 +169,7 @@ class Together:
                 self._say(Failure(rank, how + (" (out of memory?)" if code == -signal.SIGKILL else "")))
 
     def _miss_others(self) -> None:
-        """Say so where a process, or its machine, has been silent for too long."""
+        """Report a failure if a process has sent no heartbeat for `half_s` seconds."""
         now = time.monotonic()
         for rank, (beats, since) in self._heard.items():
             new = self.store.add(f"alive {rank}", 0)
@@ -175,7 +179,7 @@ class Together:
                 self._say(Failure(rank, f"has given no sign of life for {self.half_s:.0f} s"))
 
     def _end(self, failure: Failure) -> None:
-        """Give this process time to find its connection broken; then end it where it hangs."""
+        """Wait `half_s` seconds for this process to end by itself, on its broken connection; then exit."""
         if self._over.wait(self.half_s):
             return
         if self.rank == 0:
@@ -184,7 +188,7 @@ class Together:
         _exit_now(1)
 
     def _end_children(self, patience_s: float, only: int | None = None) -> None:
-        """Wait for the processes that were started from here, or for one of them; then kill what is left."""
+        """Wait up to `patience_s` seconds for all child processes, or for rank `only`; then kill what still runs."""
         until = time.monotonic() + patience_s
         for child in [child for rank, child in self._children if only in (rank, None)]:
             while child.poll() is None and time.monotonic() < until:
@@ -195,7 +199,7 @@ class Together:
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Whether an error only says that another process is gone."""
+    """Return whether an error only says that the connection to another process was lost."""
     words = ("gloo", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -212,8 +216,8 @@ def _line(error: BaseException) -> str:
 
 
 def _take_children(fabric: Fabric) -> Sequence[tuple[int, Popen[Any]]]:
-    """(rank, process) of those that this one has started, taken out of the sight of Fabric's own observer: that would kill
-    this process too, perhaps with a save under way and before the error is shown.
+    """Return (rank, process) of the child processes, removed from the list that Fabric's own observer watches: the
+    observer would kill this process too, perhaps during a save and before the error is shown.
     """
     processes: list[Popen[Any]] = getattr(fabric.strategy.launcher, "procs", [])
     children = [(fabric.global_rank + place, child) for place, child in enumerate(processes, 1)]
@@ -222,7 +226,7 @@ def _take_children(fabric: Fabric) -> Sequence[tuple[int, Popen[Any]]]:
 
 
 def _open_store(fabric: Fabric, limit_s: float) -> TCPStore:
-    """A store of its own: that of the process group waits where this one must not."""
+    """Open and return a separate store, because calls to the store of the process group can block."""
     environment: Any = fabric.strategy
     host, timeout = environment.cluster_environment.main_address, timedelta(seconds=limit_s)
     mine = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if fabric.is_global_zero else None

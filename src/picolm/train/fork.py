@@ -1,4 +1,4 @@
-"""Runs that begin with a step of another run: a fork goes on with something changed, a collection holds steps made again."""
+"""Runs made from steps of another run: a fork continues from a step with changes, a collection holds replayed steps."""
 
 import json
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from picolm.train.plan import Due
 from picolm.train.replay import UNUSED, replay
 from picolm.train.resume import FORKED, changes, directories
 
-COLLECTED = "replay_of"  # in the environment of a collection: the run that its steps belong to
-SHAPED = ("model.", "training.optimization.optimizer")  # the state of the parent would not fit another one
-# Where data is sent: a fork starts with the defaults, because the parent may be somebody else's run.
+COLLECTED = "replay_of"  # key in environment.json of a collection: the run that its steps belong to
+SHAPED = ("model.", "training.optimization.optimizer")  # keys a fork cannot change: the state would no longer fit
+# Keys that send data elsewhere. A fork starts with their defaults, because the parent may be somebody else's run.
 SENDING = (
     "checkpointing.save_to_hf",
     "checkpointing.hf_checkpoint.repo_id",
@@ -30,11 +30,12 @@ SENDING = (
 
 
 def fork(run: Run, step: int, name: str, overrides: Sequence[str]) -> TrainConfig:
-    """Make a run called `name`, beside `run`, whose first checkpoint is the state of `step`; returns its configuration.
+    """Create a run `name` next to `run`, with the state at `step` as first checkpoint. Returns its configuration.
 
-    overrides: `key=value`; anything but the model and the kind of optimizer may differ from there on. The keys in `SENDING`
-    are not inherited: they have their defaults unless an override sets them.
-    Raises PicoError for those, for a name that is taken, and for a step that was never trained.
+    overrides: `key=value` pairs; everything except the model and the kind of optimizer may change. The keys in
+    `SENDING` are not inherited: they have their defaults unless an override sets them.
+    Raises PicoError if an override changes the model or the optimizer, for a name that is taken, and for a step that
+    was never trained.
     """
     check_trained(run, step)
     defaults = flatten(plain(TrainConfig()))
@@ -53,7 +54,7 @@ def fork(run: Run, step: int, name: str, overrides: Sequence[str]) -> TrainConfi
         raise PicoError(f"training.max_steps is {config.training.max_steps}: there is nothing to do after step {step}")
     parent = {"run": run.name, "path": place_of(run), "step": step, "changed": changed}
     path = Path(config.checkpointing.runs_dir).expanduser() / name
-    with new_folder(path, "the fork") as partial:  # without its first step it is of no use
+    with new_folder(path, "the fork") as partial:  # kept only if its first step is complete
         made = Run.create(partial, plain(config), {"starts": [], FORKED: parent}, directories(config), name)
         verdict = replay(run, [step], kinds=Due(weights=True, optimizer=True), destination=made, about={FORKED: parent})
         if verdict.stopped is not None:
@@ -64,13 +65,16 @@ def fork(run: Run, step: int, name: str, overrides: Sequence[str]) -> TrainConfi
 
 
 def not_inherited(made: Run) -> list[str]:
-    """Return the keys of `SENDING` that the parent of a fork had set and that the fork has not."""
+    """Return the keys of `SENDING` that the parent of a fork had set and the fork did not inherit."""
     defaults, changed = flatten(plain(TrainConfig())), made.environment[FORKED]["changed"]
     return [key for key in SENDING if key in changed and changed[key][1] == defaults[key]]
 
 
 def collection(run: Run, out: Path, step: int, overrides: Sequence[str]) -> Run:
-    """The run at `out` that holds steps of `run` made again; created where there is none. Raises PicoError for another run."""
+    """Open the collection at `out`, the run that holds replayed steps of `run`; create it if there is none. Returns it.
+
+    Raises PicoError if `out` holds another run.
+    """
     config = same_elsewhere(run, step, overrides)
     refuse_untrusted(config, but=UNUSED)
     if not (out / "run.json").exists():

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on a model in memory; the only file that imports `lm_eval`, when it is imported itself.
+"""lm-evaluation-harness adapter: run its tasks on a model in memory. Only this file imports `lm_eval`.
 
-`Adapter` answers the three questions that its tasks ask. Text becomes tokens as in training, rows are never cut in silence
-but where the harness prescribes it (from the left, to the context), and padding changes no number.
+`Adapter` implements the three request types of the harness. Text is encoded as in training. Rows are cut only where the
+harness prescribes it (from the left, to the context length), and padding changes no result.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ from picolm.registry import did_you_mean, require_trust
 from picolm.train.evaluate import Evaluation
 from picolm.train.scoring import Language, score
 
-NEW_TOKENS = 256  # that are written where a task does not say how many
+NEW_TOKENS = 256  # to generate if a task does not set a number
 
 
 class Adapter(TemplateLM):
-    """Our model as lm_eval sees one. All processes of a job ask the same; each computes its share, and all get all."""
+    """A Pico model with the interface of lm_eval. All processes send the same requests; each computes its share of the
+    log-likelihoods, and every process gets all results.
+    """
 
     def __init__(self, evaluation: Evaluation):
         super().__init__()
         self.evaluation, self.language = evaluation, Language.of(evaluation, "lm_eval")
         self.context = evaluation.model.config.max_seq_len
-        self.most_scored = evaluation.model.row_length(self.context) - 1  # of a row, whose first token is given
+        self.most_scored = evaluation.model.row_length(self.context) - 1  # in one row; its first token is only read
 
     @property
     def eot_token_id(self) -> int:
-        """What a text begins with: the end of the one before it, as in training."""
+        """The end-of-text token, which precedes every text, as in training."""
         return self.language.end
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
@@ -48,7 +50,7 @@ class Adapter(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **unused: Any
     ) -> list[tuple[float, bool]]:
-        """The ln p of the second list of tokens given the first, and whether it is what would be generated greedily."""
+        """Return, for each request, ln p of the second token list given the first, and whether it is the greedy answer."""
         pieces = [self._piece(before, after) for _, before, after in requests]
         scores = score(pieces, self.evaluation).finite()
         return [(-nats, likeliest or not piece.scored) for nats, likeliest, piece in
@@ -60,9 +62,9 @@ class Adapter(TemplateLM):
         return Piece(torch.tensor([*before, *after][-(self.most_scored + 1) :]), len(after))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The ln p of whole texts. A long one is cut into rows that overlap by one token, as in training.
+        """Return ln p of each complete text. A long text is cut into rows that overlap by one token, as in training.
 
-        What is left for the last row is scored with all of the context before it, as the harness prescribes.
+        The tokens of the last row are scored with a full context before them, as the harness prescribes.
         """
         windows = [list(self._windows(request.args[0])) for request in requests]
         nats_W = score([piece for pieces in windows for piece in pieces], self.evaluation).finite().nats
@@ -75,7 +77,10 @@ class Adapter(TemplateLM):
         ]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes, up to the first of the texts that end an answer."""
+        """Return the greedily generated text for each request, up to the first of its stop texts.
+
+        Raises PicoError if a task wants random sampling.
+        """
         return [self._answer(*request.args) for request in requests]
 
     def _answer(self, prompt: str, options: dict[str, Any]) -> str:
@@ -93,12 +98,12 @@ class Adapter(TemplateLM):
 
 
 def run_tasks(evaluation: Evaluation) -> dict[str, float]:
-    """The numbers of all tasks, `lm_eval/TASK/METRIC`. Raises PicoError for a task that there is not."""
+    """Run the configured tasks. Returns all results as `lm_eval/TASK/METRIC`. Raises PicoError for an unknown task."""
     settings = evaluation.settings.lm_eval
     if settings.include_path is not None:
-        require_trust(settings.include_path)  # `!function` in a file of tasks names code that lies beside it
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default
-    with contextlib.redirect_stderr(io.StringIO()):  # and draws a bar for every task
+        require_trust(settings.include_path)  # `!function` in a task file runs code from the same folder
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs a warning for every default
+    with contextlib.redirect_stderr(io.StringIO()):  # and shows a progress bar for every task
         found = simple_evaluate(
             Adapter(evaluation._replace(batch_size=settings.batch_size)),
             tasks=list(settings.tasks),
@@ -107,7 +112,7 @@ def run_tasks(evaluation: Evaluation) -> dict[str, float]:
             task_manager=tasks_in(settings.include_path, tuple(settings.tasks)),
             bootstrap_iters=0,
             log_samples=False,
-            random_seed=None,  # the seeds of the run are its own
+            random_seed=None,  # do not set the global seeds
             numpy_random_seed=None,
             torch_random_seed=None,
         )
@@ -116,7 +121,7 @@ def run_tasks(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _numbers(found: dict[str, Any], family: str) -> Any:
-    """(name, value) of every number of every task and group; `acc,none` is acc, another filter shows in the name."""
+    """Yield (name, value) for every number of every task and group; `acc,none` becomes `acc`, `acc,X` becomes `acc@X`."""
     for part in ("results", "groups"):
         for task, results in found.get(part, {}).items():
             for key, value in results.items():
@@ -128,7 +133,9 @@ def _numbers(found: dict[str, Any], family: str) -> Any:
 
 @lru_cache(maxsize=4)
 def tasks_in(include_path: str | None, wanted: tuple[str, ...]) -> TaskManager:
-    """The descriptions of tasks: those of one's own folder if they are all there, else also those of the harness (seconds)."""
+    """Return a TaskManager that knows the tasks in `wanted`: from `include_path` alone if it has them all, which saves
+    the seconds that indexing the tasks of the harness takes. Raises PicoError for an unknown task.
+    """
     if include_path is not None:
         own = TaskManager(include_path=include_path, include_defaults=False)
         if set(wanted) <= set(own.all_tasks):

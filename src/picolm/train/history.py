@@ -1,4 +1,4 @@
-"""What a run says of its own past: the configuration in force at a step, the digests it recorded, where to start again."""
+"""The history of a run: its configuration at each step, its recorded digests, and the checkpoints to replay from."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from picolm.train import devices
 from picolm.train.config import TrainConfig, schema_for
 from picolm.train.resume import changes, resumable
 
-# Keys that say where and on what to compute, or what to watch, and not what is computed.
+# Keys that set where to compute or what to record, and do not change the result of training.
 ELSEWHERE = (
     "training.fabric.",
     "training.deterministic",
@@ -28,7 +28,7 @@ ELSEWHERE = (
 
 
 class Segment(NamedTuple):
-    """Steps first … last of a run that were trained with one configuration."""
+    """A range of steps of a run, first to last, that were trained with one configuration."""
 
     config: TrainConfig
     first: int
@@ -36,7 +36,7 @@ class Segment(NamedTuple):
 
 
 def own_run(place: str) -> Run:
-    """The run at `place`, which must be one of ours: others do not keep what it takes to make a step again."""
+    """Return the run at `place`. Raises PicoError if another tool wrote it: such runs lack what a replay needs."""
     run = Run.open(place)
     if type(run) is not Run:
         raise PicoError(f"{place}: only runs of picolm can be trained on exactly; this one was written by another tool")
@@ -44,19 +44,19 @@ def own_run(place: str) -> Run:
 
 
 def last_step(run: Run) -> int:
-    """The furthest step of which a checkpoint or a line of metrics tells."""
+    """Return the last step that has a checkpoint or a line of metrics; 0 if there is none."""
     return max([*run.steps, *(entry["step"] for entry in run.read_metrics(("step",))), 0])
 
 
 def check_trained(run: Run, step: int) -> None:
-    """Raise PicoError for a step that the run never came to."""
+    """Raise PicoError for a step that the run never reached."""
     last = last_step(run)
     if not 0 <= step <= last:
         raise PicoError(f"{run.path} has been trained up to step {last}; there is no step {step} to make again")
 
 
 def check_same_data(run: Run, fingerprint: str, config: TrainConfig) -> None:
-    """Raise PicoError where the data are not those that the run was trained on."""
+    """Raise PicoError if the data are not those that the run was trained on, or if the run does not record its data."""
     before = (run.environment.get("data") or {}).get("fingerprint")
     if before is None:
         raise PicoError(
@@ -70,7 +70,10 @@ def check_same_data(run: Run, fingerprint: str, config: TrainConfig) -> None:
 
 
 def origin(run: Run, step: int) -> Checkpoint:
-    """The nearest whole checkpoint up to `step` from which training can go on. Raises PicoError where there is none."""
+    """Return the newest complete checkpoint at or before `step` that training can resume from.
+
+    Raises PicoError if there is none.
+    """
     found, problems = run.latest_whole(accept=lambda checkpoint: checkpoint.step <= step and resumable(checkpoint))
     if found is None:
         damaged = "".join(f"\n  {problem}" for problem in problems)
@@ -79,17 +82,17 @@ def origin(run: Run, step: int) -> Checkpoint:
 
 
 def stored_with(run: Run, overrides: Sequence[str], recorded: Sequence[str] = ()) -> TrainConfig:
-    """Return the configuration of a run as it is stored, with `key=value` pairs: recorded by the run, then typed by the user.
+    """Return the stored configuration of a run, changed by two lists of `key=value` pairs, `overrides` last.
 
-    Only names of code that the user typed are trusted.
+    `recorded` comes from the run, `overrides` from the user. Names of code are trusted only in `overrides`.
     """
     return load(run.path / CONFIG, schema_for, overrides, within=run.path, recorded=recorded)
 
 
 def config_at(run: Run, step: int, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The configuration with which the update from `step` was made, with `key=value` overrides.
+    """Return the configuration that was used for the update from `step`, with `key=value` overrides.
 
-    Each start of a run notes which keys it changed, so the changes of later starts are taken back.
+    Each start of a run records the keys that it changed; the changes of later starts are undone.
     """
     starts = run.environment.get("starts") or []
     undone: dict[str, Any] = {}
@@ -99,7 +102,7 @@ def config_at(run: Run, step: int, overrides: Sequence[str] = ()) -> TrainConfig
 
 
 def same_elsewhere(run: Run, step: int, overrides: Sequence[str]) -> TrainConfig:
-    """`config_at`, with overrides that change where to compute and what to watch. Raises PicoError for any other."""
+    """Return `config_at`, with overrides only for where to compute and what to record. Raises PicoError for other keys."""
     config = config_at(run, step, overrides)
     changed = changes(plain(config_at(run, step)), plain(config)) if overrides else {}
     refused = [key for key in changed if not key.startswith(ELSEWHERE)]
@@ -111,7 +114,7 @@ def same_elsewhere(run: Run, step: int, overrides: Sequence[str]) -> TrainConfig
 
 
 def segments(run: Run, first: int, last: int, overrides: Sequence[str] = ()) -> Iterator[Segment]:
-    """The stretches of steps from `first` to `last`, each under one configuration; where one ends the next begins."""
+    """Yield the segments from `first` to `last`, each with one configuration. Neighbours share the step between them."""
     starts = run.environment.get("starts") or []
     turns = sorted({start["step"] for start in starts if first < start["step"] < last})
     changed = [step for step in turns if _deciding(starts, step) != _deciding(starts, step - 1)]
@@ -120,19 +123,22 @@ def segments(run: Run, first: int, last: int, overrides: Sequence[str] = ()) -> 
 
 
 def recorded_digests(run: Run) -> dict[int, str]:
-    """The digest of the weights at each step where one was logged or where they are stored."""
+    """Return the digest of the weights by step, for all steps where it was logged or the weights are stored."""
     logged = {entry["step"]: entry["weights_digest"] for entry in run.read_metrics(("weights_digest",))}
     stored = {step: stored_weights_digest(run[step]) for step in run}
     return dict(sorted((logged | {step: digest for step, digest in stored.items() if digest}).items()))
 
 
 def _deciding(starts: Sequence[dict[str, Any]], step: int) -> int:
-    """Which start made the update from `step`: the last one, in time, that began no later."""
+    """Return the index of the start that made the update from `step`: the latest one at or before it; -1 if none."""
     return max((i for i, start in enumerate(starts) if start["step"] <= step), default=-1)
 
 
 def parse_steps(text: str) -> list[int]:
-    """`7`, `5,9,20`, `100:200` (both ends included) or `100:200:10`. Raises PicoError for anything else."""
+    """Return the steps named by `7`, `5,9,20`, `100:200` (both ends included) or `100:200:10`.
+
+    Raises PicoError for anything else.
+    """
     try:
         if ":" in text:
             first, last, *every = map(int, text.split(":"))
@@ -148,7 +154,7 @@ def parse_steps(text: str) -> list[int]:
 
 
 def relative_difference(weights: dict[Any, Any], checkpoint: Checkpoint) -> float:
-    """norm(W - W stored) / norm(W stored) over all weights together, in float64."""
+    """Return norm(W - W_stored) / norm(W_stored) over all weights together, computed in float64."""
     change = size = 0.0
     for address, tensor in weights.items():
         stored = checkpoint[address].double()
@@ -158,7 +164,7 @@ def relative_difference(weights: dict[Any, Any], checkpoint: Checkpoint) -> floa
 
 
 def circumstances(run: Run) -> str:
-    """What differs between where the run was trained and here, in one line: why bits may differ."""
+    """Return one line with the packages and hardware that differ from those of the run: why bits may differ."""
     then: dict[str, Any] = run.environment
     now: dict[str, dict[str, Any]] = {"packages": devices.package_versions(), "hardware": devices.hardware()}
     told = [
@@ -171,5 +177,5 @@ def circumstances(run: Run) -> str:
 
 
 def place_of(run: Run) -> str:
-    """The absolute path of a run, for the records of others that come from it."""
+    """Return the absolute path of a run, for the records of runs made from it."""
     return str(Path(run.path).resolve())

@@ -1,4 +1,4 @@
-"""What the model saw at a step: the rows of its batch as text and, on demand, the loss of each token before and after."""
+"""Show what the model saw at a step: the rows of the batch as text and, optionally, each token's loss before and after."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +22,16 @@ from picolm.train.replay import replay
 from picolm.train.scoring import token_nats
 from picolm.train.text import Text
 
-ROWS_AT_ONCE = 8  # in a forward pass
+ROWS_AT_ONCE = 8  # rows per forward pass
 
 
 @dataclass
 class Batch:
-    """The batch of a step. read: tokens at the start of a row that nothing predicts. before_RT, after_RT: nats of each other
-    token with the weights of step n and of n + 1 (their sum, where the likelihood of the model is a bound).
+    """The batch of R rows of a step.
+
+    where: the place of each row in the data, as text. read: the number of tokens at the start of a row that are not
+    predicted. before_RT, after_RT: the loss in nats of each of the T other tokens, before and after the update of the
+    step. If the likelihood of the model is a bound, only the sum over a row is a loss.
     """
 
     step: int
@@ -40,7 +43,9 @@ class Batch:
     after_RT: Tensor | None = None
 
     def columns(self) -> dict[str, Any]:
-        """One entry per predicted token: row, source, position, token, and its losses where they were asked for."""
+        """Return the columns of a table with one line per predicted token: row, source, position, token, text, and the
+        losses if they were computed.
+        """
         tokens_RT = self.rows.tokens_RS[:, self.read :]
         rows, length = tokens_RT.shape
         labels = self.rows.labels or [""] * rows
@@ -55,7 +60,7 @@ class Batch:
         return columns | {name: nats.flatten().numpy() for name, nats in losses.items() if nats is not None}
 
     def write(self, path: Path) -> None:
-        """`columns` as .csv or .parquet."""
+        """Write `columns` to a .csv or .parquet file. Raises PicoError for another suffix."""
         import pandas as pd
 
         table = pd.DataFrame(self.columns())
@@ -70,9 +75,9 @@ class Batch:
 def batch_at(
     run: Run, step: int, overrides: Sequence[str] = (), *, rows: int | None = None, loss: bool = False
 ) -> Batch:
-    """The batch of `step`, its first `rows` rows; with `loss`, the step is made again to measure each token's.
+    """Return the batch of `step`, or its first `rows` rows. loss: replay the step to compute the loss of each token.
 
-    Raises PicoError for a step that was never trained, and where the data are not those of the run.
+    Raises PicoError for a step that was never trained, and if the data are not those of the run.
     """
     check_trained(run, step)
     config = same_elsewhere(run, step, overrides)
@@ -92,7 +97,7 @@ def batch_at(
 
 
 def _measure(run: Run, batch: Batch, overrides: Sequence[str]) -> None:
-    """Fill in the losses, as evaluation computes them; the last step of a run has no update after it."""
+    """Set the losses of `batch`, computed as in an evaluation; `after_RT` stays None at the last step of the run."""
     measured: dict[int, Tensor] = {}
 
     def watch(job: Job, at: int) -> None:

@@ -1,4 +1,4 @@
-"""Everything the loop needs, in one place. `build` makes it from a configuration; `loop` runs it."""
+"""Everything the training loop needs, in one object. `build` creates it from a configuration; `loop` trains it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,15 +27,15 @@ from picolm.train.text import Text
 
 @dataclass
 class Job:
-    """One training run, ready to go on from `state.step`.
+    """One training run, ready to train from `state.step`.
 
-    model: what Fabric returned, around the bare model in `state`. texts: files that go into each checkpoint with weights.
-    compiled: whether the model has a `compiled_loss` beside its `loss`, to train with.
-    run, writer: None where nothing is kept, and on all processes but the first (no writer).
-    about: what the manifests of its checkpoints say besides (replayed from, forked from).
-    watchers: called with (job, step) when the gradient of a step is there and its weights are not yet updated.
-    most_skipped: updates that may be skipped in a row before the run stops; None: as many as the configuration says.
-    continued_from: the step whose checkpoint this run went on from; that one is on disk already.
+    model: the Fabric wrapper of the model in `state`. texts: files that are written into each checkpoint with weights.
+    compiled: whether the model has a `compiled_loss`, which training then uses instead of `loss`.
+    run, writer: None if nothing is saved; `writer` is also None on all processes except the first.
+    about: extra provenance written to each manifest (replayed, forked_from).
+    watchers: callbacks, called with (job, step) after the gradients of a step are computed, before the update.
+    most_skipped: how many updates in a row may be skipped before the run stops; None: the number in the configuration.
+    continued_from: the step whose checkpoint the run resumed from, which is on disk already; None for a new start.
     """
 
     config: TrainConfig
@@ -68,7 +68,7 @@ class Job:
         self._said: set[str] = set()
 
     def say_once(self, text: str) -> None:
-        """Log a remark on the metrics the first time, where metrics are logged."""
+        """Log a message once, on processes that log metrics; further calls with the same text do nothing."""
         if self.loggers and text not in self._said:
             self._said.add(text)
             self.progress.say(text)
@@ -79,12 +79,12 @@ class Job:
 
     @property
     def tokens_per_step(self) -> int:
-        """Targets in the rows of one step, over all processes; a model may predict fewer."""
+        """Number of target tokens in the rows of one step, over all processes; a model may predict fewer."""
         return self.config.data.dataloader.batch_size * self.config.model.max_seq_len
 
     @property
     def tokens_read(self) -> int:
-        """Tokens at the start of a row that are only read: row_length(n) of them predict n."""
+        """Number of tokens at the start of a row that are read but not predicted: row_length(0)."""
         return int(self.state.model.row_length(0))
 
     def learning_rate(self, step: int) -> float:
@@ -92,7 +92,7 @@ class Job:
         return learning_rate(step, self.config.training.optimization, self.config.training.max_steps)
 
     def group_rates(self, step: int) -> dict[str, float]:
-        """Return the rate of each parameter group in the update from `step` to `step + 1`, by its name."""
+        """Return the learning rate of each parameter group in the update from `step` to `step + 1`, by group name."""
         chosen, total = self.config.training.optimization, self.config.training.max_steps
         rates = dict.fromkeys(self._own.names, self.learning_rate(step))
         if self.state.own_rates:
@@ -101,14 +101,14 @@ class Job:
         return rates
 
     def set_rates(self, step: int) -> None:
-        """Give each parameter group its rate of the update from `step` to `step + 1`."""
+        """Set the learning rate of each parameter group for the update from `step` to `step + 1`."""
         self._own.set(self.group_rates(step).values())
 
     @property
     def rates_differ(self) -> bool:
-        """Whether some parameter group has another peak than `training.optimization.lr`."""
+        """Whether some parameter group has another peak learning rate than `training.optimization.lr`."""
         return any(peak != self.config.training.optimization.lr for peak in self._own.peaks)
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that the parameters hold now."""
+        """Return the current gradients of all parameters that have one."""
         return [parameter.grad for parameter in self.state.model.parameters() if parameter.grad is not None]

@@ -1,6 +1,6 @@
-"""Where the numbers of a run go. metrics.jsonl is always written; others are added by configuration.
+"""Loggers of the metrics of a run. metrics.jsonl is always written; the configuration adds others.
 
-A logger takes (step, metrics) and never stops a run: what lies outside of this machine may be out of reach.
+A logger takes (step, metrics). Loggers of external services never stop a run, because the service may be unreachable.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("picolm")
 
-_TRACKIO_SERVERS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # with these it would log to another machine
+_TRACKIO_SERVERS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # if set, trackio would log to another machine
 
 
 class Logger(Protocol):
-    """Takes the metrics of logged steps, in order."""
+    """A destination of metrics, which receives the logged steps in ascending order."""
 
     def log(self, step: int, metrics: dict[str, Any]) -> None: ...
 
@@ -41,7 +41,7 @@ LOGGERS: Registry[Callable[[TrainConfig, Run], Logger]] = Registry("logger")
 
 
 def build_loggers(config: TrainConfig, run: Run) -> list[Logger]:
-    """The loggers that the configuration asks for. Raises PicoError where their package is not installed."""
+    """Return the loggers of the configuration. Raises PicoError if the package of one is not installed."""
     monitoring = config.monitoring
     wanted = {
         "jsonl": True,
@@ -54,7 +54,7 @@ def build_loggers(config: TrainConfig, run: Run) -> list[Logger]:
 
 @LOGGERS.add("jsonl")
 class JsonLines:
-    """One line per logged step in metrics.jsonl."""
+    """A logger that appends one line per logged step to metrics.jsonl."""
 
     def __init__(self, config: TrainConfig, run: Run):
         self.run = run
@@ -68,7 +68,7 @@ class JsonLines:
 
 @LOGGERS.add("tensorboard")
 class TensorBoard:
-    """TensorBoard event files in the run's log folder."""
+    """A logger that writes TensorBoard event files to the log folder of the run."""
 
     def __init__(self, config: TrainConfig, run: Run):
         try:
@@ -77,7 +77,7 @@ class TensorBoard:
             raise PicoError("monitoring.save_to_tensorboard needs: pip install 'picolm[tensorboard]'") from error
         logged = max(
             (entry["step"] for entry in run.read_metrics(("step",))), default=-1
-        )  # a continued run makes later ones again
+        )  # events of later steps are purged: a resumed run logs them again
         folder = log_folder(config, run) / "tensorboard"
         refuse_links(folder, run.path)
         self.writer = SummaryWriter(str(folder), purge_step=logged + 1)
@@ -93,7 +93,7 @@ class TensorBoard:
 
 @LOGGERS.add("wandb")
 class WeightsAndBiases:
-    """Weights & Biases; without an account or a connection it writes an offline run, to be sent with `wandb sync`."""
+    """Weights & Biases adapter. Without account or connection it writes an offline run, to upload with `wandb sync`."""
 
     def __init__(self, config: TrainConfig, run: Run):
         chosen, name = config.monitoring.wandb, str(config.checkpointing.run_name)
@@ -108,9 +108,9 @@ class WeightsAndBiases:
 
 @LOGGERS.add("trackio")
 class Trackio:
-    """The calls of Weights & Biases on a database of this machine: `trackio show` opens it. Nothing is sent anywhere.
+    """trackio adapter: log to a database on this machine, which `trackio show` opens. Nothing is sent anywhere.
 
-    The database is in $TRACKIO_DIR, by default beside the Hub's cache; monitoring.wandb.project names the project.
+    The database is in $TRACKIO_DIR, by default next to the Hub's cache; monitoring.wandb.project names the project.
     """
 
     def __init__(self, config: TrainConfig, run: Run):
@@ -125,14 +125,14 @@ class Trackio:
                 project=config.monitoring.wandb.project or "pico",
                 name=str(config.checkpointing.run_name),
                 config=plain(config),
-                resume="allow" if begun.exists() else "never",  # another run of the same name is another run
+                resume="allow" if begun.exists() else "never",  # a new run never joins an old one of the same name
                 embed=False,
                 auto_log_gpu=False,
                 auto_log_cpu=False,
             )
         os.environ.update(elsewhere)
         os.close(open_to_append(begun))
-        self.finish = trackio.finish  # the session's own method would be called, and speak, again at exit
+        self.finish = trackio.finish  # session.finish would be called again at exit and print again
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         try:
@@ -151,7 +151,7 @@ class Trackio:
 
 
 def log_folder(config: TrainConfig, run: Run) -> Path:
-    """Return the run's folder for logs, made where it is missing. Raises StoreError where it is a link."""
+    """Return the log folder of the run; create it if it is missing. Raises StoreError if it is a link."""
     folder = inside(run.path, run.directories.logs_dir)
     with disk_errors("the logs", folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The loop: forward, backward, capture, save, update. Step n is the state after n updates, and what batch n does to it."""
+"""The training loop: forward, backward, capture, save, update. Step n means the state after n updates and its batch n."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from picolm.train.strategies import keeps_shards, reshard
 
 
 class Gradient(NamedTuple):
-    """What forward and backward of one step left behind, before clipping."""
+    """The loss and gradient of one step, before clipping. finite: whether both the loss and the norm are finite."""
 
     loss: float
     norm: float
@@ -35,7 +35,7 @@ class Gradient(NamedTuple):
 
 
 def train(job: Job) -> None:
-    """Run `job` to its last step, or until it is asked to stop. Raises PicoError after too many skipped updates."""
+    """Train `job` up to its last step, or until a stop is requested. Raises PicoError after too many skipped updates."""
     state, stopping = job.state, False
     for step in range(state.step, job.plan.last + 1):
         stopping = job.stop.agreed(job.device) or too_many_skipped(job)
@@ -72,13 +72,13 @@ def train(job: Job) -> None:
 def accumulate(
     job: Job, step: int, micro_batches: Sequence[Tensor], order: Order, tokens: int, due: Due | None = None
 ) -> Tensor:
-    """Run forward and backward over every micro-batch; returns the mean loss in nats per predicted token.
+    """Run forward and backward on every micro-batch. Returns the mean loss in nats per predicted token.
 
-    The mean is over the tokens that the model says it predicted, in all micro-batches of all processes; the gradients that
-    the parameters hold afterwards are those of that mean. Where no token was predicted the loss is NaN.
-    order: the places of the rows of each micro-batch in the global batch; one without places does not count. tokens: the
-    targets in all rows, by which gradients are divided until the predicted ones are counted. due: of the step whose batch
-    this is; None for rows that are captured and not trained on.
+    The mean is over all tokens that the model reports as predicted, in all micro-batches of all processes. Afterwards
+    the parameters hold the gradients of this mean. The loss is NaN if no token was predicted.
+    order: for each micro-batch, the indices of its rows in the global batch; one without indices is not counted.
+    tokens: the number of targets in all rows; gradients are divided by it first and rescaled once the predicted tokens
+    are counted. due: what is due at this step; None for held-out rows, which are captured but not trained on.
     """
     world, nats, split = job.fabric.world_size, torch.zeros((), device=job.device), "train" if due else "val"
     predicted = 0.0
@@ -100,7 +100,7 @@ def accumulate(
         predicted += counts * float(loss.tokens)
         if measured:
             own = math.sqrt(sum(map(float, squares))) if last else norm(job.gradients())
-            # From its share of the whole mean to the mean of this micro-batch, which has none where nothing is predicted.
+            # Rescale from a share of the global mean to the mean of this micro-batch; NaN if it predicted no token.
             own *= tokens / (world * float(loss.tokens)) if loss.tokens else math.nan
             job.stopwatch.small = small_batch(job, len(tokens_BS), own)
     total: Any = job.fabric.all_reduce(nats, reduce_op="sum")
@@ -114,7 +114,10 @@ def accumulate(
 
 @contextmanager
 def own_gradients(job: Job, enabled: bool) -> Iterator[list[Tensor]]:
-    """Collect the squared norms of this process's own gradients in the block, before DDP averages them over processes."""
+    """Collect the squared norms of this process's gradients inside the block, before DDP averages over processes.
+
+    Yields the list that they are appended to, one scalar tensor per parameter.
+    """
     squares: list[Tensor] = []
     hooks = [
         parameter.register_hook(lambda gradient: squares.append(gradient.detach().float().square().sum()))
@@ -129,9 +132,10 @@ def own_gradients(job: Job, enabled: bool) -> Iterator[list[Tensor]]:
 
 
 def small_batch(job: Job, rows: int, own: float) -> tuple[int, float]:
-    """Return the rows of one micro-batch and the norm of its gradient, the root mean square over the processes.
+    """Return the number of rows of one micro-batch and its gradient norm, as the root mean square over processes.
 
-    A sharded model has averaged its gradient over all processes by then; other gradients are each process's own.
+    A sharded model has already averaged its gradient over all processes, so the rows of all processes count. Otherwise
+    `own` is the norm of this process's gradient.
     """
     if job.fabric.world_size == 1 or keeps_shards(job.fabric):
         return rows * job.fabric.world_size, own
@@ -142,22 +146,25 @@ def small_batch(job: Job, rows: int, own: float) -> tuple[int, float]:
 def forward(
     job: Job, step: int, places: Sequence[int] | np.ndarray, tokens_BS: Tensor, split: str, *, compiled: bool
 ) -> Loss:
-    """The loss of one micro-batch in the precision of the run; what is random in it is a function of step and row."""
+    """Return the loss of one micro-batch, computed in the precision of the run. Its randomness depends only on the
+    seed, the split, the step and the row.
+    """
     seed, rows = job.config.training.seeds.noise, places if len(places) else [-1]
     seeds = [derive(seed, f"{split} row", step, int(row)) for row in rows]
-    torch.manual_seed(seeds[0])  # for a model that draws from the global generator: no state to carry along
+    torch.manual_seed(seeds[0])  # for models that use the global generator, so that its state need not be saved
     noise = Noise(seeds, job.device)
     loss = job.model.compiled_loss if compiled else job.model.loss
-    with job.fabric.autocast():  # on one device Fabric does so in `forward` only, not in other methods
+    with job.fabric.autocast():  # on one device Fabric applies autocast to `forward` only, not to other methods
         return loss(tokens_BS.to(job.device, non_blocking=True), noise)
 
 
 @contextmanager
 def watch(job: Job, step: int, due: Due, micro_batches: Sequence[Tensor]) -> Iterator[dict[Address, Tensor]]:
-    """Capture the training batch where it is due; gradients are read when backward is done, before they are clipped.
+    """Capture the training batch if a capture is due. Yields a dict that holds the captured tensors after the block.
 
-    Hooks inside of a compiled loss would cut it into other pieces, which round differently: the run would no longer end with
-    the same bytes. There, the activations are those of a second, plain forward pass of the same weights.
+    Gradients are read after backward, before clipping. Hooks inside a compiled loss would split its graph differently
+    and change its rounding, so the run would no longer end with the same bytes. With a compiled loss, the activations
+    therefore come from a second forward pass of the same weights that is not compiled.
     """
     if not due.dynamics:
         yield {}
@@ -181,7 +188,9 @@ def watch(job: Job, step: int, due: Due, micro_batches: Sequence[Tensor]) -> Ite
 
 
 def held_out(job: Job, step: int) -> dict[Address, Tensor]:
-    """The same captures on the fixed evaluation rows; the gradients of the training batch stay as they are."""
+    """Return the same captures on the fixed held-out rows; empty if there are none. The gradients of the training batch
+    are put back afterwards.
+    """
     if job.captured_rows is None:
         return {}
     rank, world = job.fabric.global_rank, job.fabric.world_size
@@ -197,14 +206,20 @@ def held_out(job: Job, step: int) -> dict[Address, Tensor]:
 
 
 def measure(job: Job, loss: Tensor) -> Gradient:
-    """Loss, gradient norm and clip coefficient as numbers: the one point of a step that waits for the device."""
+    """Return the loss, gradient norm and clip coefficient as numbers.
+
+    Normally this is the only place in a step that waits for the device.
+    """
     total, value, limit = norm(job.gradients()), loss.item(), job.config.training.optimization.grad_clip_norm
     coefficient = 1.0 if limit is None else min(1.0, limit / (total + 1e-6))
     return Gradient(value, total, coefficient, math.isfinite(value) and math.isfinite(total))
 
 
 def update(job: Job, step: int, gradient: Gradient, due: Due) -> UpdateSize | None:
-    """The update from `step` to `step + 1`; one with a non-finite loss or gradient is skipped and counted."""
+    """Update the parameters from `step` to `step + 1`. Returns an UpdateSize if logging is due, else None.
+
+    If the loss or the gradient is not finite, the update is skipped and counted.
+    """
     state = job.state
     sizes = UpdateSize(state.model) if due.log else None
     with job.stopwatch.time("update"):
@@ -214,7 +229,7 @@ def update(job: Job, step: int, gradient: Gradient, due: Due) -> UpdateSize | No
             job.set_rates(step)
             for optimizer in state.optimizers:
                 optimizer.step()
-        state.model.zero_grad()  # also of parameters that no optimizer has
+        state.model.zero_grad()  # also parameters that belong to no optimizer
     state.skipped_updates += not gradient.finite
     state.skipped_in_a_row = 0 if gradient.finite else state.skipped_in_a_row + 1
     state.step = step + 1
@@ -224,7 +239,7 @@ def update(job: Job, step: int, gradient: Gradient, due: Due) -> UpdateSize | No
 
 
 def evaluation(job: Job) -> dict[str, float]:
-    """The configured evaluations, on the live model."""
+    """Run the configured evaluations on the model in training. Returns their results by name."""
     with job.stopwatch.time("evaluation"):
         size = job.config.evaluation.paloma.batch_size
         context = Evaluation(

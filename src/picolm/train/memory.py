@@ -1,4 +1,4 @@
-"""Whether a model fits into memory, found out before any of it is allocated: a typing error may ask for terabytes."""
+"""Check that a model fits into memory before any of it is allocated: a typing error may ask for terabytes."""
 
 import dataclasses
 import math
@@ -12,15 +12,15 @@ import torch
 from picolm.errors import PicoError
 from picolm.models import MODELS
 
-COUNTED = 64  # blocks that are built to be counted; more are calculated from two and three
-BLOCK_BYTES = 20_000  # of Python objects, at least, for each block
+COUNTED = 64  # up to this many blocks are built for counting; larger counts are extrapolated from two and three blocks
+BLOCK_BYTES = 20_000  # lower bound of the Python objects of one block
 
 
 def parameter_count(config: Any) -> float | None:
-    """Return the number of parameters of a model, without allocating them; inf where they cannot be counted in 63 bits.
+    """Return the number of parameters of a model, without allocating them; inf if it does not fit in 63 bits.
 
-    Where there are many blocks, the model is taken to grow by as much with each as from the second to the third. None for
-    a model that cannot be built without values.
+    For more than COUNTED blocks, the count is extrapolated linearly from models of two and three blocks. None if the
+    model cannot be built on the meta device.
     """
     layers = getattr(config, "n_layers", 0)
     if not isinstance(layers, int) or layers <= COUNTED or not dataclasses.is_dataclass(config):
@@ -33,12 +33,12 @@ def _count(config: Any) -> float | None:
     try:
         with torch.device("meta"):
             return float(sum(p.numel() for p in MODELS.get(config.model_type)(config).parameters()))
-    except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # sizes that torch does not take
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # sizes that torch does not accept
         return math.inf if any(word in str(error).lower() for word in ("overflow", "too large", "long")) else None
 
 
 def require_memory(config: Any) -> None:
-    """Raise PicoError where the weights of a model alone are more than the memory of this machine."""
+    """Raise PicoError if the weights of a model alone need more than the memory of this machine."""
     count, memory = parameter_count(config), memory_bytes()
     if count is None or memory is None:
         return
@@ -52,14 +52,14 @@ def require_memory(config: Any) -> None:
 
 
 def require_blocks(config: Any) -> None:
-    """Raise PicoError where the blocks of a model are too many to be built, even without values."""
+    """Raise PicoError if a model has too many blocks to be built, even on the meta device."""
     memory, blocks = memory_bytes(), getattr(config, "n_layers", 0)
     if parameter_count(config) == math.inf or (memory is not None and BLOCK_BYTES * blocks > memory):
         raise PicoError(f"model: it is too large to be built; make {', '.join(_large(config))} smaller")
 
 
 def memory_bytes(root: Path = Path("/")) -> float | None:
-    """Return the memory of this machine, or of its cgroup where that is less; None where the system does not tell."""
+    """Return the memory of this machine in bytes, or the limit of its cgroup if that is less; None if it is unknown."""
     found = []
     with suppress(ValueError, OSError, AttributeError):
         found.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
@@ -70,7 +70,7 @@ def memory_bytes(root: Path = Path("/")) -> float | None:
 
 
 def _large(config: Any) -> list[str]:
-    """The largest numbers of a configuration, as `key=value`."""
+    """Return the six largest integers of a configuration that affect its size, as `key=value`."""
     numbers = {key: value for key, value in vars(config).items() if type(value) is int}
     shaping = {key: value for key, value in numbers.items() if key not in ("batch_size", "max_seq_len")}
     return [f"{key}={value}" for key, value in sorted(shaping.items(), key=lambda pair: -pair[1])[:6]]

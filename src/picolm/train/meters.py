@@ -1,4 +1,4 @@
-"""What is measured while training: loss spikes, the gradient noise scale, sizes of updates, and where the time goes."""
+"""Measurements during training: loss spikes, the gradient noise scale, sizes of updates, and time by phase."""
 
 import math
 import statistics
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from picolm.address import Address
 from picolm.capture.gather import on_every_process
 
-WINDOW = 128  # steps over which a loss spike is judged
-DECAY = 0.95  # of the weights in the averages of the noise scale, per logged step
-SAMPLES = 128  # of the noise scale that are kept: the weight of older ones is 0.95^128 = 0.0014
-NEIGHBOURS = 10  # samples before and after one that say whether it is an outlier
-OUTLIER = 5.0  # robust standard deviations (1.4826 median absolute deviations) from their median
+WINDOW = 128  # number of recent steps that a loss is compared with to detect a spike
+DECAY = 0.95  # decay of the weights in the averages of the noise scale, per logged step
+SAMPLES = 128  # samples of the noise scale to keep: older ones would have weights below 0.95^128 = 0.0014
+NEIGHBOURS = 10  # samples before and after a sample that decide whether it is an outlier
+OUTLIER = 5.0  # limit in robust standard deviations (1.4826 median absolute deviations) from the median
 
 
 class Meters:
-    """The measurements that have a memory; `meta` and `restore` carry it through a checkpoint."""
+    """The measurements that keep a history; `meta` and `restore` save it in a checkpoint and load it."""
 
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=WINDOW)
@@ -31,7 +31,7 @@ class Meters:
         self.signals: deque[float] = deque(maxlen=SAMPLES)  # G2, the squared norm of the true gradient
 
     def meta(self) -> dict[str, Any]:
-        """Return the memory as JSON values."""
+        """Return the history as JSON values."""
         return {
             "losses": list(self.losses),
             "spikes": self.spikes,
@@ -40,13 +40,13 @@ class Meters:
         }
 
     def restore(self, meta: Mapping[str, Any]) -> None:
-        """Take over what `meta` returned. Checkpoints of earlier versions hold no samples: the averages begin anew."""
+        """Load what `meta` returned. Checkpoints of earlier versions hold no noise samples; their averages start again."""
         self.losses, self.spikes = deque(meta["losses"], maxlen=WINDOW), meta["spikes"]
         self.noises = deque(meta.get("noises", ()), maxlen=SAMPLES)
         self.signals = deque(meta.get("signals", ()), maxlen=SAMPLES)
 
     def observe_loss(self, loss: float) -> bool:
-        """Take note of the loss of a step; True when it is a spike: above mean + 6 standard deviations of the window."""
+        """Record a loss. Returns whether it is a spike: above mean + 6 standard deviations of the last WINDOW losses."""
         spike = False
         if len(self.losses) == WINDOW:
             mean = sum(self.losses) / WINDOW
@@ -58,11 +58,11 @@ class Meters:
         return spike
 
     def observe_noise(self, small_rows: int, small_norm: float, large_rows: int, large_norm: float) -> None:
-        """Take note of the gradient norms of one micro-batch and of the whole batch, in sequences.
+        """Record the gradient norms of one micro-batch and of the complete batch, with their numbers of sequences.
 
-        McCandlish et al. 2018, appendix A.1: unbiased estimates of G2 and S, averaged separately before they are divided.
+        McCandlish et al. 2018, appendix A.1: unbiased estimates of G2 and S, averaged separately before the division.
         """
-        small, large = small_norm * small_norm, large_norm * large_norm  # infinite, where ** would raise
+        small, large = small_norm * small_norm, large_norm * large_norm  # gives inf, where ** would raise an error
         signal = (large_rows * large - small_rows * small) / (large_rows - small_rows)
         noise = (small - large) / (1 / small_rows - 1 / large_rows)
         if math.isfinite(signal) and math.isfinite(noise):
@@ -76,20 +76,20 @@ class Meters:
 
     @property
     def signal(self) -> float | None:
-        """The average of G2; None before the first sample. It may be below 0 where the noise hides the signal."""
+        """The average of G2; None before the first sample. It may be below 0 if the noise hides the signal."""
         return recent_mean(self.signals)
 
     def noise_scale(self) -> float | None:
-        """The batch size, in sequences, at which noise and signal are equal; None where one of them is not above 0."""
+        """Return S / G2, the batch size in sequences at which noise and signal are equal; None unless both are above 0."""
         noise, signal = self.noise, self.signal
         return noise / signal if noise is not None and signal is not None and noise > 0 and signal > 0 else None
 
 
 def recent_mean(samples: Sequence[float]) -> float | None:
-    """Return the mean of samples weighted by DECAY^age, divided by the sum of the weights; None where there is none.
+    """Return the mean of the samples weighted by DECAY^age, divided by the sum of the weights; None without samples.
 
-    The division is the bias correction of Adam (Kingma and Ba 2015): the first sample has no special weight. Outliers count
-    as the bound that their neighbours set (the filter of Hampel 1974, with clipping).
+    The division is the bias correction of Adam (Kingma and Ba 2015): the first sample has no special weight. Outliers
+    are clipped to a bound given by their neighbours (the filter of Hampel 1974, with clipping).
     """
     values = clip_outliers(list(samples))
     weights = [DECAY**age for age in range(len(values) - 1, -1, -1)]
@@ -97,11 +97,14 @@ def recent_mean(samples: Sequence[float]) -> float | None:
 
 
 def clip_outliers(samples: Sequence[float]) -> list[float]:
-    """Return the samples, each within OUTLIER robust standard deviations of the median of its neighbours and itself."""
+    """Return the samples, each clipped to OUTLIER robust standard deviations around the median of its neighbourhood.
+
+    The neighbourhood is the sample itself and NEIGHBOURS samples on each side.
+    """
     clipped = []
     for place, sample in enumerate(samples):
         near = samples[max(0, place - NEIGHBOURS) : place + NEIGHBOURS + 1]
-        if len(near) > 4:  # of fewer, nobody can tell which is the outlier
+        if len(near) > 4:  # with fewer, outliers cannot be identified
             middle = statistics.median(near)
             bound = OUTLIER * 1.4826 * statistics.median([abs(other - middle) for other in near])
             sample = min(max(sample, middle - bound), middle + bound)
@@ -110,21 +113,21 @@ def clip_outliers(samples: Sequence[float]) -> list[float]:
 
 
 class Stopwatch:
-    """Seconds by phase since the last report."""
+    """A stopwatch that sums the seconds of each phase since the last report."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.started, self.cpu_started = time.perf_counter(), time.process_time()
         self.steps = 0
-        self.cpus = 0.0  # CPU seconds of this process per second, in the interval that was reported last
-        self.predicted = 0.0  # tokens of the latest step, over all processes
+        self.cpus = 0.0  # CPU seconds of this process per second, in the last reported interval
+        self.predicted = 0.0  # predicted tokens of the latest step, over all processes
         self.small: tuple[int, float] | None = None  # rows and gradient norm of one micro-batch of a logged step
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Add the duration of the block to `phase`, without the phases inside of it: together they are the time that passed.
+        """Add the duration of the block to `phase`, without phases timed inside it, so that no time counts twice.
 
-        On a GPU work is queued, so a phase also pays for what it waits for.
+        GPU work is queued, so a phase includes time spent waiting for the work of earlier phases.
         """
         start, before = time.perf_counter(), sum(self.seconds.values())
         try:
@@ -134,7 +137,7 @@ class Stopwatch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start - inside
 
     def report(self) -> tuple[float, int, dict[str, float]]:
-        """Return (seconds, steps, {phase: seconds per step}) since the last report, and begin anew; sets `cpus`."""
+        """Return (seconds, steps, {phase: seconds per step}) since the last report. Sets `cpus` and resets the rest."""
         elapsed, steps, phases = time.perf_counter() - self.started, self.steps, self.seconds
         cpu = time.process_time()
         self.cpus, self.cpu_started = (cpu - self.cpu_started) / elapsed, cpu
@@ -143,25 +146,30 @@ class Stopwatch:
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all entries of all tensors together, shards on other processes included: all of them call it."""
+    """Return the Euclidean norm of all entries of all tensors together.
+
+    Includes shards on other processes, so all processes must call it.
+    """
     return float(on_every_process(torch.nn.utils.get_total_norm(list(tensors))))
 
 
 def group_of(parameter_name: str) -> str:
-    """The tensor group of a parameter: `attention` of `layers.3.attention.query.weight`, its own name outside of the blocks."""
-    suffix = Address("", "", parameter_name).suffix  # inside of a block
+    """Return the tensor group of a parameter: `attention` for `layers.3.attention.query.weight`; outside of the blocks,
+    the first part of its name.
+    """
+    suffix = Address("", "", parameter_name).suffix  # the name inside its block
     return suffix.split(".")[0] if "." in suffix else parameter_name.split(".")[0]
 
 
 class UpdateSize:
-    """The size of a real update, by tensor group: norm(W after - W before) / norm(W before)."""
+    """The size of one update by tensor group: norm(W_after - W_before) / norm(W_before). Copies all parameters."""
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     def ratios(self) -> dict[str, float]:
-        """Ratio by group, for the update that happened since the construction."""
+        """Return the ratio by group, for the change of the parameters since construction."""
         groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for name, parameter in self.model.named_parameters():
             old = self.before[name]

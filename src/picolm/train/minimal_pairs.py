@@ -1,7 +1,7 @@
-"""Minimal pairs (Warstadt et al. 2020, BLiMP): does the model find the acceptable sentence likelier than the other one?
+"""Minimal pairs (Warstadt et al. 2020, BLiMP): is the acceptable sentence more likely than the unacceptable one?
 
-A sentence is scored by the sum of the log-probabilities of all its tokens, the first one given the end of a text. Files are
-those of BLiMP: one JSON object per line.
+The score of a sentence is the sum of the log-probabilities of all its tokens; the first token is predicted from the
+end-of-text token. Files have the format of BLiMP: one JSON object per line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Pair(NamedTuple):
-    """Two sentences that differ in one thing, and what that is called; place: file and line, for messages."""
+    """Two sentences that differ in one property. phenomenon: its name, or empty. place: file and line, for messages."""
 
     good: str
     bad: str
@@ -32,7 +32,11 @@ class Pair(NamedTuple):
 
 
 def accuracy(evaluation: Evaluation) -> dict[str, float]:
-    """The share of pairs whose acceptable sentence is likelier (equal is wrong): `minimal_pairs`, and by phenomenon."""
+    """Return the share of pairs whose acceptable sentence is more likely, overall and by phenomenon.
+
+    A tie counts as wrong. Raises DataError for unusable files and sentences that are too long, PicoError without a
+    tokenizer, and NotFinite if the model computes NaN.
+    """
     settings, language = evaluation.settings.minimal_pairs, Language.of(evaluation, "minimal_pairs")
     pairs = read_pairs(Path(settings.path).expanduser(), settings.group_by)
     pieces = [
@@ -50,7 +54,10 @@ def accuracy(evaluation: Evaluation) -> dict[str, float]:
 
 @lru_cache(maxsize=4)
 def read_pairs(path: Path, group_by: str) -> tuple[Pair, ...]:
-    """The pairs of a .jsonl file, or of all of a folder in the order of their names. Raises DataError, naming file and line."""
+    """Return the pairs of a .jsonl file, or of all .jsonl files of a folder, sorted by name.
+
+    Raises DataError, with file and line, for a file that cannot be read or a line that is not a pair.
+    """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     pairs = tuple(
         _pair(line, group_by, f"{file}:{number}")

@@ -1,7 +1,7 @@
-"""Optimizers, and schedules as functions of the step.
+"""Optimizers and learning rate schedules.
 
-An optimizer is a function from named parameters to the torch optimizers that update them; a schedule is a function from the
-step to a fraction of the peak learning rate. Which parameters are matrices, embeddings and norms is the model's to say.
+An optimizer is a function from named parameters to the torch optimizers that update them. A schedule is a function from
+the step to a fraction of the peak learning rate. The model states which parameters are matrices, embeddings and norms.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from picolm.registry import Registry
 if TYPE_CHECKING:
     from picolm.train.config import Optimization
 
-Shape = Callable[
-    [int, int, int, int], float
-]  # (step, warm-up steps, steps in all, decay steps) -> fraction of the peak
+Shape = Callable[[int, int, int, int], float]  # (step, warm-up steps, total steps, decay steps) -> fraction of the peak
 
 
 class Named(NamedTuple):
@@ -40,8 +38,8 @@ SCHEDULES: Registry[Shape] = Registry("schedule")
 def learning_rate(step: int, optimization: Optimization, max_steps: int, peak: float | None = None) -> float:
     """Return the learning rate of the update from `step` to `step + 1`: the factor of the schedule times `peak`.
 
-    The warm-up reaches the peak with its last update: lr (step + 1) / warm-up, so that the very first update moves.
-    peak: the own rate of a parameter group; by default `lr` of the configuration.
+    In the warm-up the rate is peak (step + 1) / warm-up steps: not 0 at the first update, the peak at the last one.
+    peak: the peak rate of a parameter group (default: `lr` of the configuration).
     """
     if peak is None:
         peak = optimization.lr
@@ -54,7 +52,7 @@ def learning_rate(step: int, optimization: Optimization, max_steps: int, peak: f
 
 
 def schedule_remarks(optimization: Optimization, max_steps: int) -> list[str]:
-    """Return what cannot work of the learning rate's schedule in a run of `max_steps`, and what to set."""
+    """Return warnings about a schedule that does not fit a run of `max_steps` steps, with the values to set instead."""
     key, warmup, decay = "training.optimization.", optimization.lr_warmup_steps, optimization.lr_decay_steps
     if max_steps and warmup >= max_steps:
         last = learning_rate(max_steps - 1, optimization, max_steps)
@@ -80,34 +78,41 @@ def schedule_remarks(optimization: Optimization, max_steps: int) -> list[str]:
 
 @SCHEDULES.add("linear_with_warmup")
 def linear_with_warmup(step: int, warmup: int, total: int, decay: int) -> float:
-    """A straight line from the end of the warm-up to 0 at the last step."""
+    """Return a fraction of the peak that falls linearly from 1 at the end of the warm-up to 0 at the last step."""
     return max(0.0, (total - step) / max(1, total - warmup))
 
 
 @SCHEDULES.add("cosine")
 def cosine(step: int, warmup: int, total: int, decay: int) -> float:
-    """Half a cosine from the end of the warm-up to 0 at the last step (Loshchilov and Hutter 2017)."""
+    """Return a fraction of the peak that falls from 1 after the warm-up to 0 at the last step, along half a cosine.
+
+    Loshchilov and Hutter 2017.
+    """
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
 @SCHEDULES.add("wsd")
 def wsd(step: int, warmup: int, total: int, decay: int) -> float:
-    """Warm-up, stable, decay: the peak until `decay` steps before the end, then a straight line to 0 (Hu et al. 2024)."""
+    """Return a fraction of the peak that is 1 until `decay` steps before the end and then falls linearly to 0.
+
+    Warm-up, stable, decay (Hu et al. 2024).
+    """
     return min(1.0, max(0.0, (total - step) / decay))
 
 
 @SCHEDULES.add("constant")
 def constant(step: int, warmup: int, total: int, decay: int) -> float:
-    """The peak learning rate after the warm-up."""
+    """Return 1: the learning rate stays at the peak after the warm-up."""
     return 1.0
 
 
 def build_optimizers(
     model: nn.Module, roles: dict[str, str], optimization: Optimization
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of the parameters of `model`; `roles` maps each parameter name to its role.
+    """Build the configured optimizers for the parameters of `model`. Returns a list of torch optimizers.
 
-    Raises PicoError where the function does not return a list of torch optimizers, or two of them have one parameter.
+    roles: the role of each parameter, by name. Raises PicoError if the optimizer function returns anything else, or
+    gives a parameter to two optimizers.
     """
     parameters = [Named(name, parameter, roles[name]) for name, parameter in model.named_parameters()]
     optimizers = OPTIMIZERS.get(optimization.optimizer)(parameters, optimization)
@@ -122,16 +127,16 @@ def build_optimizers(
 
 
 def left_out(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
-    """Return the names of the parameters that no optimizer has: they keep their values."""
+    """Return the names of the parameters that belong to no optimizer and so keep their values."""
     owned = {id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)}
     return [name for name, parameter in model.named_parameters() if id(parameter) not in owned]
 
 
 class OwnRates:
-    """The learning rate that each parameter group was given by its optimizer: the schedule multiplies it.
+    """The peak learning rates of the parameter groups, as set by the optimizers; the schedule multiplies them.
 
-    names: of the groups, by their `name` where each has one, else by their number. A group without an `lr` has `default`;
-    a group whose `lr` is None is left alone: its optimizer chooses the rate.
+    names: the `name` of each group if all groups have different names, else their numbers. A group without `lr` gets
+    `default`. Groups whose `lr` is None are not included: their optimizer chooses the rate.
     """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer], default: float):
@@ -143,9 +148,9 @@ class OwnRates:
         self.peaks = [float(group["lr"]) for group in self._groups]
 
     def set(self, rates: Iterable[float]) -> None:
-        """Give each group its rate of the next update."""
+        """Set the learning rates for the next update, one per group."""
         for group, rate in zip(self._groups, rates, strict=True):
-            if isinstance(group["lr"], Tensor):  # what a compiled or captured optimizer step reads
+            if isinstance(group["lr"], Tensor):  # in place, because a compiled or CUDA-graph step reads this tensor
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
@@ -161,7 +166,7 @@ def _type_names(value: Any) -> str:
 
 
 def decay_groups(parameters: Iterable[Named], optimization: Optimization) -> list[dict[str, Any]]:
-    """Two parameter groups: what weight decay acts on, and what it leaves alone."""
+    """Return up to two parameter groups: parameters with weight decay, and parameters without."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for named in parameters:
         groups[named.role == "matrix" or optimization.decay_norms_and_embeddings].append(named.parameter)
@@ -171,7 +176,7 @@ def decay_groups(parameters: Iterable[Named], optimization: Optimization) -> lis
 
 @OPTIMIZERS.add("adamw")
 def adamw(parameters: list[Named], optimization: Optimization) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019), in one fused pass over each tensor where the device has it."""
+    """Return AdamW (Loshchilov and Hutter 2019), with a fused kernel on the CPU and on CUDA."""
     fused = all(named.parameter.device.type in ("cpu", "cuda") for named in parameters)
     groups = decay_groups(parameters, optimization)
     return [torch.optim.AdamW(groups, lr=optimization.lr, betas=optimization.betas, eps=optimization.eps, fused=fused)]
@@ -179,14 +184,14 @@ def adamw(parameters: list[Named], optimization: Optimization) -> list[torch.opt
 
 @OPTIMIZERS.add("sgd")
 def sgd(parameters: list[Named], optimization: Optimization) -> list[torch.optim.Optimizer]:
-    """Stochastic gradient descent, with momentum where asked."""
+    """Return stochastic gradient descent, with momentum if it is configured."""
     groups = decay_groups(parameters, optimization)
     return [torch.optim.SGD(groups, lr=optimization.lr, momentum=optimization.momentum or 0.0)]
 
 
 @OPTIMIZERS.add("muon")
 def muon(parameters: list[Named], optimization: Optimization) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest."""
+    """Return Muon for the matrices of the blocks, and AdamW for all other parameters."""
     matrices = [named.parameter for named in parameters if named.role == "matrix"]
     rest = [named for named in parameters if named.role != "matrix"]
     momentum = 0.95 if optimization.momentum is None else optimization.momentum
@@ -195,10 +200,10 @@ def muon(parameters: list[Named], optimization: Optimization) -> list[torch.opti
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalized (Jordan et al. 2024).
+    """The Muon optimizer: Nesterov momentum with an orthogonalized update (Jordan et al. 2024), for matrices only.
 
-    It is scaled by 0.2 sqrt(max(m, n)), so that it has the size of an AdamW update and the same learning rate serves both
-    (Liu et al. 2025, "Muon is scalable for LLM training").
+    The update of an m x n matrix is scaled by 0.2 sqrt(max(m, n)). It then has the size of an AdamW update, so both can
+    use the same learning rate (Liu et al. 2025, "Muon is scalable for LLM training").
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float):
@@ -206,7 +211,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
+        """Update all parameters that have a gradient once. Returns the loss of `closure`, if one is given."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -220,16 +225,16 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         nesterov = gradient.lerp(buffer, group["momentum"])
-        # Of a sharded matrix every process computes the whole direction: the shards alone have other singular vectors.
+        # Every process computes the update of the complete matrix: single shards have other singular vectors.
         direction = laid_out_like(orthogonalize(on_every_process(nesterov)), parameter)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 
 
 def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest matrix with singular values about 1 (between 0.7 and 1.2), by a quintic Newton-Schulz iteration.
+    """Return `matrix` with singular values close to 1 (between 0.7 and 1.2), by a quintic Newton-Schulz iteration.
 
-    The coefficients are those of Jordan et al. 2024: they rise steeply at 0 rather than converge to 1 exactly.
+    The coefficients of Jordan et al. 2024 make small singular values grow fast, rather than converge to 1 exactly.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

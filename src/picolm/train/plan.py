@@ -6,7 +6,7 @@ from picolm.train.config import Cadence, TrainConfig
 
 
 class Due(NamedTuple):
-    """What is due at one step."""
+    """The actions that are due at one step. weights, optimizer, dynamics: the parts to save."""
 
     weights: bool = False
     optimizer: bool = False
@@ -17,12 +17,12 @@ class Due(NamedTuple):
 
     @property
     def checkpoint(self) -> bool:
-        """Whether anything of the step is kept."""
+        """Whether any part of the step is saved."""
         return self.weights or self.optimizer or self.dynamics
 
 
 class Schedule(Protocol):
-    """What the loop asks: where to end, and what is due at a step."""
+    """What the training loop needs to know: the last step, and what is due at each step."""
 
     last: int
 
@@ -32,7 +32,7 @@ class Schedule(Protocol):
 
 
 class Plan:
-    """The schedule of one configuration."""
+    """The schedule given by a configuration."""
 
     def __init__(self, config: TrainConfig):
         self.checkpointing, self.evaluation = config.checkpointing, config.evaluation
@@ -42,7 +42,7 @@ class Plan:
         self.digest_every = self.log_every if chosen is None else chosen
 
     def due(self, step: int) -> Due:
-        """What is due at `step`."""
+        """Return what is due at `step`."""
         chosen = self.checkpointing
         kept = self._saved(step)
         every = self.evaluation.every_n_steps
@@ -57,11 +57,11 @@ class Plan:
         )
 
     def when_stopping(self, step: int) -> Due:
-        """What is due when a run is interrupted at `step`: what it takes to continue, and what was due anyway."""
+        """Return what is due if the run is interrupted at `step`: everything due anyway, and what is needed to resume."""
         return self.due(step)._replace(weights=True, optimizer=True, log=True)
 
     def saved_steps(self) -> list[int]:
-        """The steps of which anything is kept, in order."""
+        """Return the steps of which any part is saved, in ascending order."""
         every = range(0, self.last + 1, self.checkpointing.save_every_n_steps)
         powers = [2**i for i in range(10)] if self.checkpointing.save_schedule == "log" else []
         steps = {*every, *(step for step in powers if step <= self.last), self.last}

@@ -1,4 +1,4 @@
-"""What a configuration would do, without doing it: for `pico train --dry-run`. Needs no data and none of its devices."""
+"""Describe the run of a configuration without training, for `pico train --dry-run`. Needs no data and no accelerator."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -26,7 +26,10 @@ from picolm.train.state import State
 
 
 class Estimate(NamedTuple):
-    """What a run will take. flops: of its steps; disk_bytes: what is kept in the end."""
+    """The estimated size of a run.
+
+    tokens: in all steps. flops: floating point operations of all steps. disk_bytes: on disk when the run has ended.
+    """
 
     parameters: int
     tokens: int
@@ -35,7 +38,10 @@ class Estimate(NamedTuple):
 
 
 def preview(config: TrainConfig) -> str:
-    """The resolved configuration, and the figures of the run it describes, as text."""
+    """Return the resolved configuration, the estimates of its run and warnings, as text.
+
+    Raises PicoError if the model is too large to be built.
+    """
     config, model, moments, captured = _imagined(config)
     figures = _sizes(config, model, moments) | _saving(config, model, moments, captured)
     width = max(map(len, figures))
@@ -44,7 +50,7 @@ def preview(config: TrainConfig) -> str:
 
 
 def estimate(config: TrainConfig) -> Estimate:
-    """The figures of the run that `config` describes, as numbers."""
+    """Return the estimates of the run of `config` as numbers. Raises PicoError if the model is too large to be built."""
     config, model, moments, captured = _imagined(config)
     length = config.model.max_seq_len
     tokens = config.data.dataloader.batch_size * length * config.training.max_steps
@@ -57,7 +63,7 @@ def estimate(config: TrainConfig) -> Estimate:
 
 
 def _imagined(config: TrainConfig) -> tuple[TrainConfig, Any, int, int]:
-    """The configuration with this machine's devices, the model, and the bytes of its moments and of one capture."""
+    """Return (configuration resolved for this machine, model without values, bytes of moments, bytes of one capture)."""
     fabric = devices.resolve(config.training.fabric)
     config = config.model_copy(update={"training": config.training.model_copy(update={"fabric": fabric})})
     require_blocks(config.model)
@@ -85,9 +91,10 @@ def _sizes(config: TrainConfig, model: Any, moments: int) -> dict[str, str]:
 
 
 def _memory(config: TrainConfig, model: Any, moments: int) -> str:
-    """In words: weights, gradients, moments, the snapshot that is being saved, and the activations of one micro-batch.
+    """Return the estimated memory per device, as text: weights, gradients, moments, the snapshot that is being saved,
+    and the activations of one micro-batch.
 
-    An estimate: per token and layer, a block keeps about 10 vectors of width d_model and 4 of its hidden width for backward.
+    Assumes that per token, each block keeps about 10 vectors of width d_model and 4 of its hidden width for backward.
     """
     weights = _bytes(config, model.parameters())
     optimization, fabric = config.training.optimization, config.training.fabric
@@ -103,12 +110,12 @@ def _memory(config: TrainConfig, model: Any, moments: int) -> str:
 
 
 def _bytes(config: TrainConfig, tensors: Iterable[Tensor]) -> int:
-    """What weights, gradients or moments take in the precision of the run."""
+    """Return the bytes of weights, gradients or moments in the precision of the run."""
     return devices.weight_dtype(config.training.fabric.precision).itemsize * sum(tensor.numel() for tensor in tensors)
 
 
 def _moments(config: TrainConfig, model: Any) -> int:
-    """Bytes of optimizer state: that which one update leaves."""
+    """Return the bytes of the optimizer state, measured after one update of the model without values."""
     optimizers = build_optimizers(model, model.parameter_roles(), config.training.optimization)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
@@ -128,7 +135,7 @@ def _saving(config: TrainConfig, model: Any, moments: int, captured: int) -> dic
 
 
 def _disk(config: TrainConfig, model: Any, moments: int, captured: int) -> dict[str, int]:
-    """Bytes by kind that are on disk when the run has ended."""
+    """Return the bytes on disk when the run has ended, by kind."""
     plan = Plan(config)
     kept = _kept(config, plan, plan.saved_steps())
     return {
@@ -139,10 +146,10 @@ def _disk(config: TrainConfig, model: Any, moments: int, captured: int) -> dict[
 
 
 def _kept(config: TrainConfig, plan: Plan, steps: list[int]) -> Counter[str]:
-    """Of how many steps each part is on disk in the end, when `checkpointing.keep` has been applied."""
+    """Return, for each part, the number of steps that still have it on disk at the end, after `checkpointing.keep`."""
     due = {step: plan.due(step) for step in steps}
     held = {step: {part for part in ("weights", "optimizer", "dynamics") if getattr(due[step], part)} for step in steps}
-    held.get(0, set()).discard("optimizer")  # before its first update an optimizer remembers nothing
+    held.get(0, set()).discard("optimizer")  # an optimizer has no state before its first update
     going = surplus(
         held, plain(config.checkpointing.keep), [step for step in steps if due[step].weights and due[step].optimizer]
     )
@@ -150,7 +157,7 @@ def _kept(config: TrainConfig, plan: Plan, steps: list[int]) -> Counter[str]:
 
 
 def _captured(config: TrainConfig, taps: Taps, outputs: list[tuple[int, torch.dtype]]) -> int:
-    """Bytes of the captures of one step; at most, where the held-out rows are not at hand to be counted."""
+    """Return the bytes of the captures of one step; usually an upper bound if the held-out rows cannot be counted."""
     positions = taps.positions_at(0, config.model.max_seq_len)
     count = config.model.max_seq_len if positions is None else len(positions)
     per_row = sum((taps.dtype or dtype).itemsize * count * width for width, dtype in outputs) * taps.activations
@@ -161,7 +168,7 @@ def _captured(config: TrainConfig, taps: Taps, outputs: list[tuple[int, torch.dt
 
 
 def _outputs(config: TrainConfig, model: nn.Module, taps: Taps) -> list[tuple[int, torch.dtype]]:
-    """Width and element type of what the watched modules return."""
+    """Return (width, data type) of the outputs of the captured modules."""
     seen: list[Tensor] = []
     hooks = [
         module.register_forward_hook(lambda *arguments: seen.append(arguments[-1])) for module in taps.modules.values()
@@ -176,7 +183,10 @@ def _outputs(config: TrainConfig, model: nn.Module, taps: Taps) -> list[tuple[in
 
 
 class AnyValue(TorchDispatchMode):
-    """Lets a model that asks for the value of a tensor go on: whichever branch it takes, what it returns has the same shape."""
+    """A dispatch mode that returns 0 for the value of any tensor, so that models that branch on values can run.
+
+    The outputs have the same shapes in every branch.
+    """
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -190,7 +200,7 @@ def _rows(config: TrainConfig, available: int) -> int:
 
 
 def _held_out_rows(config: TrainConfig) -> int:
-    """Rows of the `val` captures: counted where they are on disk, else as many as are wanted."""
+    """Return the number of rows of the `val` captures: counted if they are on disk, else max_rows or the batch size."""
     dynamics, own = config.checkpointing.learning_dynamics, config.data.dataset.name
     if dynamics.eval_data is None:
         return 0
@@ -213,7 +223,7 @@ def _remarks(config: TrainConfig) -> list[str]:
 
 
 def rounded_bytes(size: float) -> str:
-    """`12.3 MB`: three digits, in powers of 1000."""
+    """Return a size as text such as `12.3 MB`, with three digits, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -1,7 +1,7 @@
-"""How many CPUs this process may use, how many threads to compute with, and whether others slow it down.
+"""Count the CPUs that this process may use, choose the number of threads, and notice when other processes slow it down.
 
-A container or a batch system often gives a process fewer CPUs than the machine has: by its affinity, or by a quota of its
-control group (cgroup). Threads beyond that number wait for each other, and while they wait they use up the quota.
+A container or a batch system often gives a process fewer CPUs than the machine has: by its affinity, or by a quota of
+its control group (cgroup). Threads beyond that number wait for each other, and while they wait they use up the quota.
 """
 
 import math
@@ -13,13 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-SLOW = 3.0  # times the usual duration of a step
-LEAST_INTERVALS = 5  # logged intervals before there is a usual duration
+SLOW = 3.0  # a step is slow if it takes more than this many times the usual duration
+LEAST_INTERVALS = 5  # logged intervals needed to know the usual duration
 V1_CONTROLLERS = ("cpu,cpuacct", "cpu", "cpuacct,cpu")
 
 
 def usable_cpus(root: Path = Path("/")) -> float:
-    """Return the CPUs that this process may use: those of its affinity, or the quota of its cgroup where that is less."""
+    """Return the number of CPUs that this process may use: its affinity, or the quota of its cgroup if that is less."""
     return min([float(_affinity()), *_quotas(root)])
 
 
@@ -30,7 +30,7 @@ def _affinity() -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield the quota of each cgroup that this process is in, and of those above it, in CPUs; v2 and v1."""
+    """Yield the quotas, in CPUs, of the cgroups of this process and of all cgroups above them; for cgroup v1 and v2."""
     mount = root / "sys/fs/cgroup"
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", "", ""][:3]
@@ -44,7 +44,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _upwards(mount: Path, path: str) -> Iterator[Path]:
-    """Yield the folder of a cgroup and of those above it. In a container only the last, the mount itself, may exist."""
+    """Yield the folders of a cgroup and of all cgroups above it. In a container, only the last (the mount) may exist."""
     parts = [part for part in path.split("/") if part not in ("", "..", ".")]
     for end in range(len(parts), -1, -1):
         yield mount.joinpath(*parts[:end])
@@ -64,9 +64,9 @@ def _text(file: Path) -> str:
 
 
 def threads_for(usable: float, processes: int, default: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of threads of one of `processes`: `default`, or its share of the usable CPUs where that is less.
+    """Return the number of threads for each of `processes`: `default`, or its share of the usable CPUs if that is less.
 
-    What the user set by OMP_NUM_THREADS or MKL_NUM_THREADS, which `default` follows already, stays.
+    Always `default` if the user has set OMP_NUM_THREADS or MKL_NUM_THREADS, because `default` follows them already.
     """
     if any(environment.get(name) for name in SET_BY_USER):
         return default
@@ -74,17 +74,17 @@ def threads_for(usable: float, processes: int, default: int, environment: Mappin
 
 
 class Pace:
-    """Tells, from one logged interval to the next, whether steps are slow because others use the CPUs."""
+    """A monitor of the step times of logged intervals, which notices slow steps caused by other users of the CPUs."""
 
     def __init__(self) -> None:
         self._durations: deque[float] = deque(maxlen=20)
         self._shares: deque[float] = deque(maxlen=20)
 
     def observe(self, step_s: float, cpus: float, load: float | None, usable: float) -> str | None:
-        """Take note of an interval; returns what to say of it, None where there is nothing to say.
+        """Record an interval. Returns a warning if it was slow because the CPUs are shared, else None.
 
-        step_s: seconds of computing per step. cpus: CPU seconds of this process per second. load: processes that want to
-        run, on average over the last minute; None where it is not known.
+        step_s: computing time per step. cpus: CPU seconds of this process per second. load: average number of processes
+        that want to run, over the last minute; None if unknown. usable: number of CPUs that this process may use.
         """
         told = None
         if len(self._durations) >= LEAST_INTERVALS:
@@ -108,7 +108,7 @@ def _slow(times: float, cpus: float, share: float, load: float | None, usable: f
 
 
 def load_average() -> float | None:
-    """Return the load of the last minute; None where the system does not tell."""
+    """Return the average load of the last minute; None if the system does not report it."""
     try:
         return os.getloadavg()[0]
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""A progress bar where somebody watches, plain lines where nobody does."""
+"""Show the progress of training: a progress bar on a terminal, plain log lines elsewhere."""
 
 import logging
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ log = logging.getLogger("picolm")
 
 
 class Progress:
-    """Shows where a run is. `shown` is False on all processes but the first."""
+    """The progress display of a run. shown: whether this process prints anything; True only on the first process."""
 
     def __init__(self, tokens_per_step: int, shown: bool = True):
         self.tokens_per_step = tokens_per_step
@@ -25,13 +25,13 @@ class Progress:
         self.task: Any = None
 
     def start(self, first: int, last: int) -> None:
-        """Begin at step `first` of `last`."""
+        """Start the bar at step `first` of `last`."""
         if self.bar is not None:
             self.bar.start()
             self.task = self.bar.add_task("training", total=last, completed=first, loss="", lr="", speed="")
 
     def advance(self, step: int, loss: float, rate: float) -> None:
-        """Step `step` is done."""
+        """Move the bar to `step`, with its loss and learning rate."""
         if self.bar is None or self.task is None:
             return
         steps_per_s = self.bar.tasks[self.task].speed
@@ -39,7 +39,7 @@ class Progress:
         self.bar.update(self.task, completed=step, loss=f"loss {loss:.3f}", lr=f"lr {rate:.1e}", speed=speed)
 
     def line(self, step: int, last: int, metrics: Mapping[str, Any]) -> None:
-        """The metrics of a logged step, where there is no bar to show them."""
+        """Log one line with the metrics of a step, if there is no bar."""
         if self.bar is None:
             speed = metrics["tokens_per_s"]
             left = (last - step) * self.tokens_per_step / speed
@@ -49,7 +49,7 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
-        """One plain line, above the bar where there is one."""
+        """Log one plain line, above the bar if there is one."""
         if not self.shown:
             return
         log.info(text)

@@ -1,7 +1,7 @@
-"""Any step again: the same loop from the nearest checkpoint, with another plan of what is kept.
+"""Replay: recompute any step with the same training loop, from the nearest earlier checkpoint, and save what is wanted.
 
-Batches, learning rates and noise are functions of the step, so the state of step n is that of an earlier checkpoint after
-training on. On the same versions and hardware it has the same bits, which the digests that the run recorded can prove.
+Batches, learning rates and noise are functions of the step, so training from an earlier checkpoint leads to the same
+state at step n. With the same versions and hardware the bits are the same; the digests recorded by the run prove it.
 """
 
 import logging
@@ -33,27 +33,30 @@ from picolm.train.strategies import keeps_shards
 
 log = logging.getLogger("picolm")
 
-UNUSED = ("evaluation.metrics", "evaluation.lm_eval.")  # code that a replay does not need: it evaluates nothing
+UNUSED = ("evaluation.metrics", "evaluation.lm_eval.")  # keys whose code a replay never runs: it evaluates nothing
 
 
 class ReplayPlan:
-    """The cadence of the run, but only `kinds` of `steps` are kept, and it ends at `last`."""
+    """The schedule of a replay: keep `kinds` at each of `steps`, nothing else, and end at `last`. Logs as the run did."""
 
     def __init__(self, original: Schedule, last: int, steps: Collection[int], kinds: Due):
         self.original, self.last, self.steps, self.kinds = original, last, steps, kinds
 
     def due(self, step: int) -> Due:
-        """`log` stays as it was: the running averages that a checkpoint holds are updated at logged steps."""
+        """Return what is due at `step`. `log` is that of the run: averages in checkpoints are updated at logged steps."""
         kept = self.kinds if step in self.steps else Due()
         return kept._replace(log=self.original.due(step).log)
 
     def when_stopping(self, step: int) -> Due:
-        """A replay that is interrupted leaves nothing of the step it was at."""
+        """Return nothing due: an interrupted replay keeps nothing of its current step."""
         return Due()
 
 
 class Comparison(NamedTuple):
-    """One recorded step against the same step made again. difference: relative, of the weights, where they are stored."""
+    """A recorded step compared with its replay.
+
+    difference: relative difference of the weights if they are not identical and the run stores them, else None.
+    """
 
     step: int
     identical: bool
@@ -62,7 +65,9 @@ class Comparison(NamedTuple):
 
 @dataclass
 class Verdict:
-    """What came of a replay. first: the checkpoint it began with; stopped: the signal that ended it early, if one did."""
+    """The result of a replay. first: the step of the checkpoint it started from. last: its last step. stopped: the
+    number of the signal that ended it early, or None.
+    """
 
     first: int
     last: int
@@ -86,11 +91,12 @@ def replay(
     verify: bool = False,
     watchers: Sequence[Any] = (),
 ) -> Verdict:
-    """Make `steps` of `run` again, in one pass, and keep `kinds` of them in `destination`.
+    """Recompute `steps` (ascending) of `run` in one pass and write `kinds` of them to `destination`. Returns a verdict.
 
-    verify: compare the weights at every recorded step on the way, and go on to the first one at or after the last step.
-    watchers: called with (job, step) at each step, before its update. Raises PicoError for steps that were never trained,
-    other data than the run had, and a destination that holds one of the steps with other weights.
+    about: extra provenance for the manifests. overrides: `key=value` for where to compute and what to capture.
+    verify: compare the weights at every recorded step, up to the first recorded step at or after the last of `steps`.
+    watchers: callbacks that are called with (job, step) at each step, before its update. Raises PicoError for steps
+    that were never trained, for data other than those of the run, and if `destination` holds a step with other weights.
     """
     check_trained(run, steps[-1])
     begin = origin(run, steps[0])
@@ -110,10 +116,10 @@ def replay(
             check_sizes(config.model, begin)
             job = _equip(run, config, stop, stack, hands_on=len(stretches) > 1)
             job.state.restore(tensors, metas[first])
-            # The step at which the configuration changed was saved before it did.
+            # A step at which the configuration changed belongs to the segment before the change, as in the run.
             kept = [step for step in steps if first < step <= end or step == first == begin.step]
             job.plan = ReplayPlan(Plan(config), end, kept, kinds)
-            job.most_skipped = math.inf  # the run came past them
+            job.most_skipped = math.inf  # the run continued after these skipped updates
             job.about = {"replayed": {"run": run.name, "from_step": begin.step}, **(about or {})}
             job.watchers = [*watchers, _compare(run, recorded, verdict), _remember(end, metas)]
             if destination is not None and job.fabric.is_global_zero:
@@ -131,16 +137,22 @@ def replay(
 
 
 def _equip(run: Run, config: TrainConfig, stop: StopSignal, stack: ExitStack, hands_on: bool) -> Job:
-    """A job on the data of the run. hands_on: whether its state will be given to another one."""
+    """Build a job on the data of the run. Returns the job. hands_on: whether its final state is passed to another job.
+
+    Raises PicoError if the data are not those of the run, or if a sharded state would have to be passed on.
+    """
     job = equip(config, stop, stack)
-    if hands_on and keeps_shards(job.fabric):  # no process has the whole state
+    if hands_on and keeps_shards(job.fabric):  # no process has the complete state
         raise PicoError("the configuration changed on the way: give training.fabric.strategy=ddp, or one device")
     check_same_data(run, job.batches.fingerprint, job.config)
     return job
 
 
 def _remember(end: int, metas: dict[int, Mapping[str, Any]]) -> Any:
-    """Keep the counters of the step that a stretch ends with, before its loss is taken note of: the next stretch does that."""
+    """Return a watcher that stores the counters of step `end` in `metas`, before its loss is counted.
+
+    The next segment starts with this step and counts the loss.
+    """
 
     def remember(job: Job, step: int) -> None:
         if step == end:
@@ -150,10 +162,10 @@ def _remember(end: int, metas: dict[int, Mapping[str, Any]]) -> Any:
 
 
 class CarefulWriter(BackgroundWriter):
-    """Adds steps; one that is there already is only ever replaced by one that holds all of it, unchanged, and more."""
+    """A writer that replaces an existing step only by one that has all of its tensors, with the same weights."""
 
     def submit(self, step: int, tensors: Any, **arguments: Any) -> None:
-        """Raises PicoError where the step is there with other content."""
+        """Queue a step. Raises PicoError if the step exists with tensors that are not in `tensors`, or other weights."""
         if step in self.run:
             there = self.run[step]
             missing = [address for address in there if address not in tensors]
@@ -166,7 +178,7 @@ class CarefulWriter(BackgroundWriter):
 
 
 def _writer(destination: Run, stack: ExitStack) -> CarefulWriter:
-    stack.enter_context(destination.lock())  # refused at the start rather than after the training
+    stack.enter_context(destination.lock())  # locked first, so that a conflict shows before the training
     writer = CarefulWriter(destination)
     stack.enter_context(writer)
     return writer
@@ -188,7 +200,7 @@ def _compare(run: Run, recorded: Mapping[int, str], verdict: Verdict) -> Any:
 
 
 def _use_threads(run: Run) -> None:
-    """As many threads as the run had: sums on a CPU are split by threads, and another split rounds differently."""
+    """Use as many threads as the run: sums on a CPU are split by threads, and another split rounds differently."""
     threads = (run.environment.get("hardware") or {}).get("threads")
     if threads and threads != torch.get_num_threads():
         log.info("Computing with %d thread(s), as the run did.", threads)

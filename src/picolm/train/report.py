@@ -1,4 +1,4 @@
-"""What a step leaves behind: its line of metrics, its checkpoint, its evaluation, and words where something went wrong."""
+"""Write the results of a step: its metrics, its checkpoint, its evaluation, and messages if something went wrong."""
 
 import itertools
 import logging
@@ -27,12 +27,12 @@ from picolm.train.resume import last_finite
 
 log = logging.getLogger("picolm")
 
-SAFE_RATE = 1e-3  # a learning rate at which models of these sizes train with any of the optimizers
-MOST_TOKENS_COUNTED = 50_000_000  # for the unigram entropy that a run ends with: about a second
+SAFE_RATE = 1e-3  # a learning rate at which models of these sizes train with each of the optimizers
+MOST_TOKENS_COUNTED = 50_000_000  # largest corpus for which a run ends with the unigram entropy: about a second
 
 
 def state(job: Job, due: Due) -> dict[str, Any]:
-    """What is logged of the weights of a step: read before the update makes them those of the next."""
+    """Return the metrics of the weights of a step: their norm and digest, if due. Must be called before the update."""
     metrics: dict[str, Any] = {}
     if due.log:
         metrics["weight_norm"] = norm(parameter.detach() for parameter in job.state.model.parameters())
@@ -46,7 +46,7 @@ def state(job: Job, due: Due) -> dict[str, Any]:
 def step(
     job: Job, number: int, due: Due, gradient: Any, state_metrics: dict[str, Any], sizes: UpdateSize | None
 ) -> None:
-    """Take note of a step and, where it is due, log its metrics. `sizes` is None where no update was made."""
+    """Record a step and, if due, log its metrics. sizes: None if there was no update or no logging is due."""
     meters = job.state.meters
     if meters.observe_loss(gradient.loss):
         log.warning(
@@ -78,7 +78,7 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
         "loss_spikes": job.state.meters.spikes,
         "skipped_updates": job.state.skipped_updates,
     }
-    if job.state.model.likelihood == "exact":  # else the loss is no likelihood, or a bound of it
+    if job.state.model.likelihood == "exact":  # otherwise the loss is a bound of the likelihood or unrelated to it
         metrics["train/perplexity"] = math.inf if loss > 700 else math.exp(loss)
         metrics |= _bits_per_byte(job, number, loss)
     if job.rates_differ:
@@ -90,7 +90,7 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
 
 
 def _bits_per_byte(job: Job, number: int, loss: float) -> dict[str, float]:
-    """The loss per byte of the predicted text, or words, once, why it is not known."""
+    """Return the loss in bits per byte of the predicted text; if it is unknown, log the reason once and return nothing."""
     text_bytes = job.text.target_bytes(job.batches(number), job.tokens_read)
     if text_bytes is not None:
         total: Any = job.fabric.all_reduce(torch.tensor(text_bytes, device=job.device), reduce_op="sum")
@@ -109,7 +109,7 @@ def _bits_per_byte(job: Job, number: int, loss: float) -> dict[str, float]:
 
 
 def _noise(job: Job) -> dict[str, float]:
-    """The gradient noise scale S / G2 and its two parts, or words, once, why there is none."""
+    """Return the gradient noise scale S / G2 and its two parts; log once why any of them is missing."""
     meters = job.state.meters
     if meters.noise is None or meters.signal is None:
         job.say_once(_why_no_noise(job))
@@ -153,7 +153,7 @@ def _speed(job: Job) -> dict[str, float]:
 
 
 def save(job: Job, number: int, due: Due, captured: dict[Address, Tensor], gradient: Any) -> None:
-    """Hand what is due at a step to the writer; nothing where the step is on disk already (a continued run starts there)."""
+    """Give the due parts of a step to the writer. Does nothing at the step that the run resumed from, which is on disk."""
     if number == job.continued_from:
         return
     tensors = dict(captured)
@@ -182,14 +182,14 @@ def save(job: Job, number: int, due: Due, captured: dict[Address, Tensor], gradi
         weight_prefix=job.state.model.state_prefix,
         parameters=list(job.state.model.state_dict()),
         about=job.about,
-        replace=True,  # a step found there is damaged, or from beyond the checkpoint that this run went on from
+        replace=True,  # an existing step is damaged, or later than the checkpoint that this run resumed from
     )
     if not job.config.checkpointing.save_in_background:
         job.writer.wait()
 
 
 def _positions(job: Job, number: int) -> dict[str, list[int] | None]:
-    """Where in its rows the activations of a step were taken; None stands for everywhere. Held-out rows may be shorter."""
+    """Return the recorded positions of a step, for training and held-out rows (which may be shorter); None means all."""
     positions = {"positions": job.taps.positions_at(number, job.config.model.max_seq_len)}
     if job.captured_rows is not None:
         positions["val_positions"] = job.taps.positions_at(
@@ -216,10 +216,10 @@ def _columns(job: Job, rows: Rows, limit: int | None) -> dict[str, Any]:
 
 
 def evaluation(job: Job, number: int, results: dict[str, float]) -> None:
-    """Write the results of an evaluation beside the run and to the loggers."""
+    """Write the results of an evaluation to the run and to the loggers."""
     if job.writer is None or job.run is None or not results:
         return
-    kept = job.run.evaluation(number) if number == job.continued_from else None  # others are of weights that are gone
+    kept = job.run.evaluation(number) if number == job.continued_from else None  # else of weights that are gone
     job.run.write_evaluation(number, (kept or {}) | results)
     for logger in job.loggers:
         logger.log(number, {f"val/{name}": value for name, value in results.items()})
@@ -229,7 +229,7 @@ def evaluation(job: Job, number: int, results: dict[str, float]) -> None:
 
 
 def skipped(job: Job, number: int, gradient: Any) -> None:
-    """Say that an update was skipped, and which rows its batch had."""
+    """Log that an update was skipped, why, and which rows its batch had."""
     rows = job.batches.row_numbers(number).tolist()
     reason = f"loss {gradient.loss}, gradient norm {gradient.norm}"
     if not job.stopwatch.predicted:
@@ -243,7 +243,7 @@ def skipped(job: Job, number: int, gradient: Any) -> None:
 
 
 def skipped_too_many(job: Job) -> str:
-    """Return the message of a run that ends because too many updates were skipped, with commands that continue it."""
+    """Return the error message of a run that stops after too many skipped updates, with commands to continue it."""
     step = job.state.step
     told = f"{job.state.skipped_in_a_row} updates in a row had a non-finite loss or gradient; stopped at step {step}"
     if job.run is None:
@@ -259,7 +259,7 @@ def skipped_too_many(job: Job) -> str:
 
 
 def _fork(job: Job, path: Path, found: Checkpoint | None) -> str:
-    """Return the part of the message that continues from a step whose loss was finite; this run keeps all its steps."""
+    """Return the part of the message with the command that forks from a step with a finite loss, or an empty string."""
     if found is None:
         return ""
     rate = min(job.config.training.optimization.lr / 10, SAFE_RATE)
@@ -280,7 +280,7 @@ def _ranges(rows: list[int]) -> str:
 
 
 def log_summary(job: Job) -> None:
-    """Log what was trained, where it is, and the next commands."""
+    """Stop the progress bar and log what was trained, where it is stored, and which commands to use next."""
     job.progress.__exit__(None, None, None)
     if job.writer is None or job.run is None:
         return

@@ -1,4 +1,4 @@
-"""Opening the folder of a run: a new one, or one that goes on from its latest whole checkpoint with identical results."""
+"""Open the folder of a run: create a new run, or resume one from its latest complete checkpoint, bit for bit."""
 
 import logging
 import math
@@ -19,11 +19,11 @@ from picolm.train.state import State
 
 log = logging.getLogger("picolm")
 
-# What makes another experiment of a run. Where the data lie may change; what they are is told by their fingerprint.
+# Keys that cannot change within a run, and exceptions. The data may move: their fingerprint identifies them.
 FIXED = ("model.", "data.", "training.seeds.", "training.optimization.optimizer")
 FREE = ("data.dataset.name", "data.dataset.cache_dir", "data.tokenizer.name", "model.batch_size")
-FORKED = "forked_from"  # in the environment of a run: the run and step that its first checkpoint comes from
-# What a run does not follow: where it lies, what its folders were called when it was created, and keys that do nothing.
+FORKED = "forked_from"  # key in environment.json: the run and step that the first checkpoint of a fork comes from
+# Keys ignored when configurations are compared: the location of the run, names of its folders, and keys without effect.
 IGNORED = (
     "checkpointing.runs_dir",
     "checkpointing.run_name",
@@ -43,7 +43,10 @@ FOLDERS = (
 
 
 def open_run(config: TrainConfig, environment: dict[str, Any], stack: ExitStack, writes: bool) -> Run:
-    """The folder of the run, locked for this process where it `writes`. Raises PicoError where it holds another experiment."""
+    """Open the folder of the run, or create it. Returns the run, locked until `stack` closes if this process `writes`.
+
+    Raises PicoError if the folder holds another experiment, or holds a run and auto_resume is false.
+    """
     path = Path(config.checkpointing.runs_dir).expanduser() / str(config.checkpointing.run_name)
     if not (path / "run.json").exists():
         if writes:
@@ -61,16 +64,20 @@ def open_run(config: TrainConfig, environment: dict[str, Any], stack: ExitStack,
 
 
 def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: State, writes: bool) -> int | None:
-    """Bring `state` to the newest whole checkpoint that training can go on from; returns its step, None for a fresh start."""
+    """Load the newest complete resumable checkpoint into `state`. Returns its step, or None for a start from step 0.
+
+    If this process `writes`, it also applies retention and records the start in the run. Raises PicoError for a fork
+    without its first checkpoint.
+    """
     checkpoint, problems = run.latest_whole(accept=resumable)
     for problem in problems:
         log.warning("Damaged checkpoint: %s", problem)
     if checkpoint is not None:
         state.restore(checkpoint, checkpoint.meta)
         if state.skipped_in_a_row >= config.training.max_skipped_steps:
-            state.skipped_in_a_row = 0  # the run stopped for them: it is given as many again
+            state.skipped_in_a_row = 0  # these skipped updates stopped the run, so counting starts again
         log.info("Continuing %s from step %d.", run.path, checkpoint.step)
-        if writes:  # a kill between a save and what follows it, perhaps the last one
+        if writes:  # the process may have been killed after a save, before retention was applied
             retention(config, run).apply(checkpoint.step)
     elif FORKED in run.environment:
         raise PicoError(
@@ -81,13 +88,13 @@ def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: S
             "%s holds no whole checkpoint with weights and optimizer state; starting again from step 0.", run.path
         )
     finished = checkpoint is not None and checkpoint.step >= config.training.max_steps
-    if writes and not finished:  # a finished run is left as it is
+    if writes and not finished:  # a finished run is not changed
         _record_start(run, config, environment, state.step)
     return checkpoint.step if checkpoint is not None else None
 
 
 def last_finite(run: Run, before: int) -> Checkpoint | None:
-    """Return the newest checkpoint before a step that training can continue from and whose loss was finite."""
+    """Return the newest resumable checkpoint before step `before` with a finite loss and gradient norm, or None."""
 
     def accept(checkpoint: Checkpoint) -> bool:
         finite = all(math.isfinite(float(checkpoint.meta.get(name) or 0.0)) for name in ("loss", "gradient_norm"))
@@ -98,12 +105,12 @@ def last_finite(run: Run, before: int) -> Checkpoint | None:
 
 
 def resumable(checkpoint: Checkpoint) -> bool:
-    """Whether training can go on from it: it was saved with weights and optimizer state, and still has them."""
+    """Return whether training can resume from a checkpoint: it still holds both weights and optimizer state."""
     return bool(checkpoint.meta.get("resumable")) and not {WEIGHTS, OPTIMIZER} & checkpoint.dropped
 
 
 def retention(config: TrainConfig, run: Run) -> Retention:
-    """What becomes of the older checkpoints of a run."""
+    """Return the retention of a run: the rules of `checkpointing.keep` for its older checkpoints."""
     return Retention(run, plain(config.checkpointing.keep), resumable)
 
 
@@ -137,9 +144,9 @@ def _check_same_experiment(run: Run, config: TrainConfig, environment: Mapping[s
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the dotted keys whose values differ, (before, now); those that a run ignores are left out.
+    """Return {dotted key: (value before, value now)} for the values that differ, except keys in IGNORED and FOLDERS.
 
-    A key that `before` lacks has its default there: it was written by a version that did not have the key.
+    A key that is missing in `before` counts as its default: `before` was written by a version without the key.
     """
     old, new = completed(before, schema_for(now)), with_roles(flatten(now))
     keys = [key for key in dict.fromkeys([*flatten(before), *new]) if not key.startswith((*IGNORED, *FOLDERS))]
@@ -147,12 +154,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 
 
 def changes_of_experiment(changed: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
-    """Those of the changes that a run cannot go on with."""
+    """Return the changes that are not allowed within a run, because they make another experiment."""
     return {key: pair for key, pair in changed.items() if key.startswith(FIXED) and key not in FREE}
 
 
 def _record_start(run: Run, config: TrainConfig, environment: dict[str, Any], step: int) -> None:
-    """Note when, where and with which changed keys this process took over; drop the metrics that will be made again."""
+    """Record the time, the environment and the changed keys of this start in the run. Deletes metrics from `step` on,
+    which training writes again.
+    """
     changed = changes(run.config, plain(config))
     for key, (old, new) in changed.items():
         log.warning("%s was %r in this run until now and is %r from step %d on.", key, old, new, step)
@@ -171,7 +180,7 @@ def _record_start(run: Run, config: TrainConfig, environment: dict[str, Any], st
 
 
 def _with_folders_of(run: Run, config: dict[str, Any]) -> dict[str, Any]:
-    """Return `config` with the folders that the run was created with; says so where others were asked for."""
+    """Put the folder names that the run was created with into `config`; log each change. Returns `config`."""
     chosen = config["checkpointing"]
     for section, names in ((chosen, asdict(run.directories)), (chosen["evaluation"], asdict(run.directories))):
         for key, name in names.items():

@@ -1,4 +1,4 @@
-"""A model out of a run, and text out of the model."""
+"""Load the model of a run, and generate text with it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +16,15 @@ from picolm.trusted import parse_json
 
 
 def config_of(run: Run) -> TrainConfig:
-    """The typed configuration of a run. Raises PicoError where it names code of its own, unless that is trusted."""
+    """Return the configuration of a run. Raises PicoError if it is not valid, or its model is code that is not trusted."""
     return stored_config(run.config, str(run.path))
 
 
 def checkpoint_at(run: Run, step: int | None) -> Checkpoint:
-    """The checkpoint of `step`, or the latest that holds weights. Raises PicoError, naming the steps there are."""
+    """Return the checkpoint of `step`, or for None the latest one with weights.
+
+    Raises PicoError if it has no weights, with the steps that do, and if no checkpoint has weights.
+    """
     if step is not None:
         checkpoint = run[step]
         if not checkpoint.select(kind="weights"):
@@ -29,16 +32,16 @@ def checkpoint_at(run: Run, step: int | None) -> Checkpoint:
             there = ", ".join(map(str, holding)) or "none"
             raise PicoError(f"{checkpoint.path} was saved without weights (there are weights of steps: {there})")
         return checkpoint
-    for number in reversed(run.step_directories()):  # the newest first: each manifest costs a file to open
+    for number in reversed(run.step_directories()):  # newest first, because each manifest is a file to open
         if number in run and (newest := run[number]).select(kind="weights"):
             return newest
     raise PicoError(f"{run.path} has no checkpoint with weights yet")
 
 
 def load_model(run: Run, step: int | None = None) -> Any:
-    """Return the model of a run with the weights of `step` (default: the latest), on the CPU.
+    """Return the model of a run with the weights of `step` (default: the latest), on the CPU and in evaluation mode.
 
-    Computes in float32, or in float64 where weights are stored in it: no weight is rounded.
+    The weights are float32, or float64 if they are stored as float64: no weight is rounded.
     """
     config, checkpoint = config_of(run).model, checkpoint_at(run, step)
     check_sizes(config, checkpoint)
@@ -51,7 +54,7 @@ def load_model(run: Run, step: int | None = None) -> Any:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """`generation_config.json` of a model, as far as it is used here."""
+    """The fields of `generation_config.json` that are used here."""
 
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -59,7 +62,7 @@ class GenerationConfig:
 
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the content of generation_config.json; empty without one. Raises PicoError for tokens that are no ids."""
+    """Return the content of generation_config.json; empty without the file. Raises PicoError for invalid token ids."""
     name = "generation_config.json"
     if name not in checkpoint.files:
         return {}
@@ -69,16 +72,16 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def ends_of_text(checkpoint: Checkpoint) -> list[int]:
-    """Return the ids of the tokens that end a text; empty where the checkpoint does not say."""
+    """Return the ids of the tokens that end a text; empty if the checkpoint does not define them."""
     ends = generation_config(checkpoint).get("eos_token_id")
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def sample(place: str, step: int | None, prompt: str, *, max_new_tokens: int, seed: int, **options: Any) -> str:
-    """Return the prompt and what the model writes after it, as text.
+    """Generate text from a prompt with the model of a run. Returns the prompt and the generated text as one string.
 
-    The prompt is encoded as the texts of the training were. Raises PicoError where it does not fit, for options and seeds
-    out of range, and for a model that computes NaN.
+    The prompt is encoded as in training. options: passed to `generate` of the model. Raises PicoError for a prompt that
+    is too long, for options and seeds out of range, without a tokenizer, and for a model that computes NaN.
     """
     if max_new_tokens < 1:
         raise PicoError(f"max_new_tokens is {max_new_tokens}; ask for at least 1 token")
@@ -94,7 +97,7 @@ def sample(place: str, step: int | None, prompt: str, *, max_new_tokens: int, se
     tokens, ends = encode_text(tokenizer, prompt, "the prompt"), ends_of_text(checkpoint)
     if not tokens and not ends:
         raise PicoError("the prompt is empty, and the run does not say what ends a document; give a --prompt")
-    tokens = tokens or ends[:1]  # nothing to go on from: the start of a document
+    tokens = tokens or ends[:1]  # an empty prompt becomes the start of a document
     model = load_model(run, checkpoint.step)
     eos = ends[0] if len(ends) == 1 else ends or None
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""How likely the model of an evaluation finds pieces of text, in batches of like lengths, spread over all processes."""
+"""Score pieces of text with the model of an evaluation, in batches of similar lengths, distributed over all processes."""
 
 from __future__ import annotations
 
@@ -22,33 +22,35 @@ if TYPE_CHECKING:
 
 
 class NoLikelihood(PicoError):
-    """A model whose likelihood cannot be computed was asked for one."""
+    """The error for scoring text with a model whose likelihood cannot be computed."""
 
 
 class Language(NamedTuple):
-    """How a run reads text: its tokenizer, and the token that ends a document, which a text by itself is given after."""
+    """The tokenizer of a run and `end`, its end-of-text token, which precedes a text that is scored on its own."""
 
     tokenizer: Tokenizer
     end: int
 
     @classmethod
     def of(cls, evaluation: Evaluation, what: str) -> Language:
-        """Raises PicoError, on behalf of the evaluation `what`, where the run has no tokenizer."""
+        """Return the language of the run. Raises PicoError without a tokenizer. what: the evaluation, for messages."""
         text = evaluation.text
         if text is None or text.tokenizer is None or text.eos is None:
             raise PicoError(f"{what}: the run has no tokenizer, so it cannot read text")
         return cls(text.tokenizer, text.eos)
 
     def tokens(self, text: str) -> list[int]:
-        """Encode text as in training: nothing is added, and text that spells a special token stays text."""
+        """Return the token ids of a text, encoded as in training: no tokens are added, and text that spells a special
+        token is encoded as plain text.
+        """
         return encode_text(self.tokenizer, text, f"{text[:60]!r}")
 
 
 class Scores(NamedTuple):
-    """The scores of N pieces, float64 [N].
+    """The scores of N pieces, as tensors of shape [N], float64 unless stated.
 
-    nats: -ln p of the scored tokens of each, summed, or a bound of it. variance: of `nats`, where it is estimated from random
-    draws. likeliest: whether each scored token is the likeliest one in its place (bool).
+    nats: -ln p of each piece, summed over its scored tokens, or a bound of it. variance: of `nats`, if they are
+    estimated from random draws, else 0. likeliest: bool, whether every scored token is the most likely at its position.
     """
 
     nats: Tensor
@@ -56,7 +58,7 @@ class Scores(NamedTuple):
     likeliest: Tensor
 
     def finite(self) -> Scores:
-        """Return these scores. Raises NotFinite where a model computes NaN: compared, it would become a number."""
+        """Return these scores. Raises NotFinite for NaN and infinities, which comparisons would hide."""
         if wrong := int((~self.nats.isfinite()).sum()):
             raise NotFinite(
                 f"the model computes NaN or infinities for {wrong} of {len(self.nats)} texts; its weights may have diverged"
@@ -65,22 +67,25 @@ class Scores(NamedTuple):
 
 
 def pieces_of(model: Any, tokens_RS: Tensor) -> list[Piece]:
-    """Return rows of tokens as pieces of which all is scored but what the model of these rows only reads."""
+    """Return rows of tokens as pieces in which all tokens are scored except those that the model does not predict."""
     read = model.row_length(0)
     return [Piece(tokens_S, len(tokens_S) - read) for tokens_S in tokens_RS]
 
 
 def token_nats(model: Any, tokens_RS: Tensor, draws: int = 1) -> Tensor:
-    """Return the nats of each scored token of each row, [R, T], on the CPU. Raises NoLikelihood."""
+    """Return the nats of each scored token of each row, [R, T], on the CPU.
+
+    Raises NoLikelihood if the model has no likelihood.
+    """
     require_likelihood(model)
     score = model.score(pieces_of(model, tokens_RS), draws=draws, noise=_noise(range(len(tokens_RS)), "cpu"))
     return torch.stack(score.nats).cpu()
 
 
 def score(pieces: Sequence[Piece], evaluation: Evaluation) -> Scores:
-    """Return the scores of pieces of text; all processes get all. Raises NoLikelihood."""
+    """Return the scores of all pieces, on every process. Raises NoLikelihood if the model has no likelihood."""
     require_likelihood(evaluation.model)
-    found_N3 = torch.zeros(len(pieces), 3, dtype=torch.float64)  # each process has zeros in the places of the others
+    found_N3 = torch.zeros(len(pieces), 3, dtype=torch.float64)  # zero for the pieces of other processes
     for places, batch in _batches(pieces, evaluation):
         noise = _noise(places or [-1], evaluation.device)
         score = evaluation.model.score(batch, draws=evaluation.draws, noise=noise)
@@ -93,21 +98,21 @@ def score(pieces: Sequence[Piece], evaluation: Evaluation) -> Scores:
 
 
 def require_likelihood(model: Any) -> None:
-    """Raise NoLikelihood where a model says that it has none."""
+    """Raise NoLikelihood if the model states that it has no likelihood."""
     if model.likelihood == "none":
         raise NoLikelihood("the likelihood of a text cannot be computed from this model (its likelihood is `none`)")
 
 
 def _noise(places: Sequence[int] | range, device: Any) -> Noise:
-    """Return the noise of pieces by their places: the same at every step, for any batch size and number of processes."""
+    """Return the noise for pieces by their indices: the same at every step, for any batch size and number of processes."""
     return Noise([derive(0, "score", place) for place in places], device)
 
 
 def _batches(pieces: Sequence[Piece], evaluation: Evaluation) -> Iterator[tuple[list[int], list[Piece]]]:
-    """(places, pieces) of one process, the longest first; as many times on every process.
+    """Yield (indices, pieces) for the batches of one process, longest pieces first, equally many on every process.
 
-    A process whose pieces are used up runs along on one that has no place, since a sharded model computes on all processes
-    together.
+    A process that has no pieces left yields one padding piece with an empty list of indices, because a sharded model
+    has to compute on all processes together.
     """
     order = sorted(
         (place for place, piece in enumerate(pieces) if piece.scored), key=lambda place: -len(pieces[place].tokens)

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM ask for a stop; the loop finishes its step, saves, and leaves. A second Ctrl-C leaves at once.
+"""Handle Ctrl-C and SIGTERM: the loop finishes its step, saves and stops. A second Ctrl-C ends the process at once.
 
-Before the first step there is nothing to finish, and fetching data may take minutes: until then they end the process as ever.
+Before the first step there is nothing to save, and downloads may take minutes: until then signals end the process.
 """
 
 import logging
@@ -15,8 +15,9 @@ log = logging.getLogger("picolm")
 
 
 class StopSignal:
-    """From the first question with `agreed` to the end of the `with` block, `received` is the first signal that asked for a
-    stop, else None. With several processes, `agreed` tells each what any of them received.
+    """A `with` block that records stop signals, from the first call of `agreed` to the end of the block.
+
+    received: the first SIGINT or SIGTERM, or None. With several processes, `agreed` shares it among all of them.
     """
 
     def __init__(self) -> None:
@@ -34,13 +35,13 @@ class StopSignal:
             signal.signal(number, handler)
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any process was asked to stop: all leave at the same step."""
+        """Return whether any process has received a stop signal. All processes call this and so stop at the same step."""
         self._listen()
         if not (distributed.is_available() and distributed.is_initialized()):
             return self.received is not None
         number = torch.tensor(self.received or 0, dtype=torch.float32, device=device)
         distributed.all_reduce(number, distributed.ReduceOp.MAX)
-        agreed = int(number.item())  # what this process receives from now on counts at the next step
+        agreed = int(number.item())  # a signal that arrives from now on counts at the next step
         if agreed and self.received is None:
             self.received = signal.Signals(agreed)
             log.warning("%s at another process: finishing this step and saving.", self.received.name)
@@ -53,13 +54,13 @@ class StopSignal:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._previous[number] = signal.signal(number, self._receive)
-            except ValueError:  # not in the main thread: whoever owns it decides about signals
+            except ValueError:  # not in the main thread, which alone may set handlers
                 log.debug("Signals are left to the main thread.")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGTERM:  # torchrun and SLURM may both pass on the same one
+        if self.received is not None and number == signal.SIGTERM:  # torchrun and SLURM may both forward it
             return
-        if self.received is not None:  # the second is dealt with as if nobody had listened
+        if self.received is not None:  # the second signal has its original effect
             signal.signal(number, self._previous[number])
             signal.raise_signal(number)
             return

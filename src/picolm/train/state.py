@@ -1,6 +1,6 @@
-"""All that makes step n: weights, optimizer moments and a few counters. Everything else is a function of the step.
+"""The training state at step n: weights, optimizer moments and a few counters. All else is a function of the step.
 
-Random state is not part of it: each step draws from generators derived from (seed, step).
+The state of random generators is not part of it: each step uses generators derived from (seed, step).
 """
 
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ from picolm.train.meters import Meters
 
 @dataclass
 class State:
-    """The state after `step` updates. `model` and `optimizers` are the bare ones, inside of any wrapper.
+    """The state after `step` updates. `model` and `optimizers` are not wrapped by Fabric.
 
-    Tensors are whole wherever they are shown, for any number of processes. All processes ask for `weights` and `moments`
-    together; where the model is sharded, the first one alone gets them.
+    Methods return complete tensors, never shards, for any number of processes. All processes must call `weights` and
+    `moments` together; if the model is sharded, only the first process receives the tensors.
     """
 
     model: Any
@@ -33,14 +33,14 @@ class State:
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
     meters: Meters = field(default_factory=Meters)
-    own_rates: bool = True  # False where an earlier version trained: there every group had the rate of the schedule
+    own_rates: bool = True  # False for runs of earlier versions: every parameter group had the rate of the schedule
 
     def weights(self) -> dict[Address, Tensor]:
-        """Parameters and persistent buffers, by address."""
+        """Return the parameters and persistent buffers by address."""
         return whole_tensors({weight_address(name): tensor for name, tensor in self.model.state_dict().items()})
 
     def moments(self) -> dict[Address, Tensor]:
-        """What the optimizers remember of each parameter, except for single numbers."""
+        """Return the optimizer state of each parameter by address, except for scalars (see `meta`)."""
         held = {
             Address(kind, "", weight_address(name).module): value
             for name, kind, value in self._optimizer_entries()
@@ -49,7 +49,7 @@ class State:
         return whole_tensors(held)
 
     def meta(self) -> dict[str, Any]:
-        """The counters, as JSON values: what `restore` reads back."""
+        """Return the counters and the optimizer scalars as JSON values, for `restore`."""
         scalars = {f"{kind}.{name}": value.item() for name, kind, value in self._optimizer_entries() if not value.ndim}
         return {
             "step": self.step,
@@ -61,7 +61,7 @@ class State:
         }
 
     def restore(self, tensors: Mapping[Address, Tensor], meta: Mapping[str, Any]) -> None:
-        """Take over the state that a checkpoint holds. Raises PicoError where its tensors do not fit this model."""
+        """Load the state of a checkpoint. Raises PicoError if its tensors do not fit this model or its optimizers."""
         self.restore_weights(tensors)
         self._restore_moments(tensors, meta["optimizer_scalars"])
         self.step = meta["step"]
@@ -71,7 +71,7 @@ class State:
         self.own_rates = meta.get("own_rates", False)
 
     def restore_weights(self, tensors: Mapping[Address, Tensor]) -> None:
-        """Take over the weights alone."""
+        """Load only the weights of a checkpoint. Raises PicoError if they do not fit this model."""
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 whole = _fitting(tensors, weight_address(name), tensor.shape).to(tensor.device, tensor.dtype)
@@ -100,7 +100,7 @@ class State:
                 }
 
     def _optimizer_entries(self) -> list[tuple[str, str, Tensor]]:
-        """(parameter name, kind, value) of everything the optimizers hold, in the order of the parameters."""
+        """Return (parameter name, kind, value) of every tensor in the optimizer state, in the order of the parameters."""
         held = {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
         return [
             (name, kind, value)
@@ -111,9 +111,10 @@ class State:
 
 
 def outline(config: Any, most: int, where: str) -> Any:
-    """Return the model of `config` on the meta device: it takes no memory, whatever sizes the configuration asks for.
+    """Return the model of `config` on the meta device, where it takes no memory for any size in the configuration.
 
-    most: the number of tensors that there are. Raises PicoError where the model has more, or cannot be built.
+    most: the number of stored tensors. where: the checkpoint, for messages. Raises PicoError if the model has clearly
+    more tensors than `most`, or cannot be built.
     """
     registered = 0
 
@@ -137,9 +138,9 @@ def outline(config: Any, most: int, where: str) -> Any:
 
 
 def check_sizes(config: Any, checkpoint: Checkpoint) -> list[str]:
-    """Return the names of what the model of `config` stores. Raises PicoError where a checkpoint has it in another shape.
+    """Compare the shapes of the model of `config` with a checkpoint. Returns the names in the state_dict of the model.
 
-    Reads no weight, and takes no memory for the model.
+    Reads no weights and takes no memory for the model. Raises PicoError if a stored tensor has another shape.
     """
     stored = checkpoint.select(kind="weights")
     entries = outline(config, len(stored), str(checkpoint.path)).state_dict()
@@ -154,7 +155,7 @@ def check_sizes(config: Any, checkpoint: Checkpoint) -> list[str]:
 
 
 def weight_address(parameter_name: str) -> Address:
-    """The address of a parameter: its module's name, with the parameter's own name only where it is not `weight`."""
+    """Return the address of a parameter: the name of its module, plus the parameter's own name unless that is `weight`."""
     return Address("weights", "", parameter_name.removesuffix(".weight"))
 
 

@@ -1,7 +1,7 @@
-"""How a model is spread over processes: strategies by name, each a function from `training.fabric` to what Fabric takes.
+"""Strategies: how a model is distributed over processes. Each takes `training.fabric` and returns what Fabric needs.
 
-`auto` is one process, or DDP for several. DDP keeps the whole model on each process; FSDP2 keeps a shard of each tensor there,
-as DTensors that know the whole they are part of, so that a gradient or a moment can still be looked at (see capture/gather.py).
+`auto` is one process, or DDP for several. DDP keeps the complete model on each process. FSDP2 keeps a shard of each
+tensor, as a DTensor from which the complete tensor can be gathered to read gradients and moments (capture/gather.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ REFUSED = {
 
 
 def make_strategy(fabric: Fabric) -> Strategy | str:
-    """What to hand to Fabric. Raises PicoError for a strategy that there is not, or that cannot do what a run promises."""
+    """Return the strategy to pass to Fabric. Raises PicoError if it is unknown or not supported (see `REFUSED`)."""
     name = fabric.strategy
     reason = REFUSED.get("deepspeed" if name.startswith("deepspeed") else name)
     if reason is not None:
@@ -49,26 +49,30 @@ def make_strategy(fabric: Fabric) -> Strategy | str:
 
 @STRATEGIES.add("auto")
 def auto(fabric: Fabric) -> str:
-    """One process, or DDP where there are several."""
+    """Return Fabric's choice: one process, or DDP if there are several."""
     return "auto"
 
 
 @STRATEGIES.add("ddp")
 def ddp(fabric: Fabric) -> str:
-    """Each process has the whole model; gradients are averaged while the last micro-batch goes backward (Li et al. 2020)."""
+    """Return DDP (Li et al. 2020): each process keeps the complete model, and gradients are averaged over processes
+    in the backward pass of the last micro-batch.
+    """
     return "ddp"
 
 
 @STRATEGIES.add("ddp_find_unused_parameters_true")
 def ddp_unused(fabric: Fabric) -> str:
-    """DDP for a model whose loss does not depend on all of its parameters at every step."""
+    """Return DDP for models whose loss does not depend on all of their parameters at every step."""
     return "ddp_find_unused_parameters_true"
 
 
 @STRATEGIES.add("fsdp2")
 @STRATEGIES.add("model_parallel")
 def fsdp2(fabric: Fabric) -> Strategy:
-    """Each process has a shard of each tensor, and gathers a block's weights while it computes with them (Zhao et al. 2023)."""
+    """Return FSDP2 (Zhao et al. 2023): each process keeps a shard of each tensor, and gathers the weights of a block
+    while the block computes.
+    """
     from lightning_fabric.strategies import ModelParallelStrategy
 
     processes = fabric.num_nodes * fabric.num_devices
@@ -76,7 +80,7 @@ def fsdp2(fabric: Fabric) -> Strategy:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shard each block (each member of a list of modules), then what is left, as one group each."""
+    """Shard each block (each member of a module list) as one group, then the rest as another. Returns the model."""
     from torch.distributed.fsdp import fully_shard
 
     data_parallel: Any = mesh["data_parallel"]
@@ -88,7 +92,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def mark_forward(wrapped: Any, model: nn.Module, method: str) -> None:
-    """Let `wrapped.method`, of `model` as Fabric wrapped it, do what a strategy does around `forward`."""
+    """Make the strategy treat a method of `model` like `forward`. wrapped: `model`, as wrapped by Fabric."""
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
     if isinstance(model, FSDPModule):
@@ -98,14 +102,14 @@ def mark_forward(wrapped: Any, model: nn.Module, method: str) -> None:
 
 
 def outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
-    """The lists of modules inside of `module` that are not inside of another one."""
+    """Return the module lists inside `module` that are not inside another module list."""
     if isinstance(module, nn.ModuleList):
         return [module]
     return [found for child in module.children() for found in outermost_lists(child)]
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the gathered weights that a forward pass without a backward pass leaves behind, so that shards are seen again."""
+    """Free the gathered weights that remain after a forward pass without a backward pass; parameters are shards again."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -114,8 +118,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def keeps_shards(fabric: Launched) -> bool:
-    """Whether each process has a part of each tensor. Then gradients are averaged after every micro-batch: to keep whole
-    ones until the last would take the memory that shards are to save.
+    """Return whether each process holds only a shard of each tensor.
+
+    Gradients are then averaged after every micro-batch: keeping complete gradients until the last one would take the
+    memory that sharding saves.
     """
     from lightning_fabric.strategies import ModelParallelStrategy
 

@@ -1,4 +1,4 @@
-"""Between tokens and text: what is written beside captured rows, and the bytes behind bits per byte."""
+"""Convert tokens to text for captured rows, and count bytes of text for bits per byte."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from picolm.models import Anatomy
 
 
 class Text:
-    """The tokenizer of a run; without one (`file` is None) there is no text and no bits per byte."""
+    """The tokenizer of a run. Without one (`file` is None) there is no text and there are no bits per byte."""
 
     def __init__(self, file: Path | None, vocab_size: int):
         self.file = file
@@ -29,25 +29,30 @@ class Text:
         self.token_bytes_V = torch.as_tensor(np.pad(table, (0, unused))) if table is not None else None
 
     def decode(self, tokens_RS: Tensor) -> list[str] | None:
-        """The text of each row, special tokens included."""
+        """Return the text of each row, with special tokens; None without a tokenizer."""
         if self.tokenizer is None:
             return None
         return self.tokenizer.decode_batch(tokens_RS.tolist(), skip_special_tokens=False)
 
     def tokens(self, numbers: Sequence[int]) -> list[str]:
-        """The text of each token by itself; half of a character shows as a replacement mark, without a tokenizer the number."""
+        """Return the text of each token by itself: parts of characters as replacement marks, `<id>` without a
+        tokenizer.
+        """
         if self.tokenizer is None:
             return [f"<{number}>" for number in numbers]
         return self.tokenizer.decode_batch([[number] for number in numbers], skip_special_tokens=False)
 
     def target_bytes(self, micro_batches: Sequence[Tensor], read: int) -> int | None:
-        """Return the bytes of text behind all but the first `read` tokens of each row; below 0 where some are not known."""
+        """Return the number of bytes of text of all tokens except the first `read` of each row.
+
+        Negative if the text of some tokens is unknown; None without a tokenizer.
+        """
         if self.token_bytes_V is None:
             return None
         return sum(int(self.token_bytes_V[tokens_BS[:, read:]].sum()) for tokens_BS in micro_batches)
 
     def files(self) -> dict[str, bytes]:
-        """tokenizer.json and the files beside it that transformers reads."""
+        """Return tokenizer.json and the files next to it that transformers reads, by name; empty without a tokenizer."""
         if self.file is None:
             return {}
         folder, names = self.file.parent, ("tokenizer_config.json", "special_tokens_map.json")
@@ -56,13 +61,13 @@ class Text:
 
 
 def anatomy_of(model: Any) -> Anatomy:
-    """Return what a model says of its parts; nothing where it has no `anatomy`."""
+    """Return the anatomy of a model (the roles of its modules); an empty one if the model does not define it."""
     found: Anatomy = model.anatomy() if hasattr(model, "anatomy") else Anatomy()
     return found
 
 
 def checkpoint_files(model: Any, text: Text) -> dict[str, str | bytes]:
-    """The files that make a checkpoint a directory which transformers loads: configuration, modelling code, tokenizer."""
+    """Return the files, by name, that transformers needs to load a checkpoint: configuration, model code, tokenizer."""
     files: dict[str, str | bytes] = {"config.json": json.dumps(model.hf_config(), indent=2) + "\n"}
     if text.eos is not None:
         ends = {"eos_token_id": text.eos, "pad_token_id": text.eos}
