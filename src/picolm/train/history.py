@@ -143,7 +143,7 @@ def parse_steps(text: str) -> list[int]:
         if ":" in text:
             first, last, *every = map(int, text.split(":"))
             (stride,) = every or [1]
-            steps = list(range(first, last + 1, stride))
+            steps = list(range(first, last + 1, stride)) if stride > 0 else []
         else:
             steps = sorted({int(word) for word in text.split(",")})
     except ValueError:
