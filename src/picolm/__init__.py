@@ -1,3 +1,3 @@
-"""Pico: the laboratory in which people watch language models learn."""
+"""Pico: train language models, record how they learn, and analyze it."""
 
 __version__ = "0.1.0"

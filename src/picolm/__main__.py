@@ -1,10 +1,10 @@
-"""`python -m picolm` is `pico`: what torchrun and srun start."""
+"""Run the command `pico` as `python -m picolm`, for example under torchrun and srun."""
 
 import os
 import sys
 
-# For `-m`, Python looks into the working folder before all others: a random.py or yaml.py there would hide the real one.
-# Code that the user names is found there by `picolm.registry`, and nothing else is.
+# With `-m`, Python searches the working folder first: a random.py or yaml.py there would hide the real module.
+# `picolm.registry` finds code there that the user names, and nothing else is imported from there.
 if not sys.flags.safe_path and sys.path and os.path.realpath(sys.path[0]) == os.path.realpath(os.curdir):
     del sys.path[0]
 

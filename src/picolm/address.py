@@ -1,18 +1,18 @@
-"""The name of one tensor: kind / split / module. It is the same from the hook that recorded it to the axis of a plot."""
+"""The address of a tensor: kind / split / module. Capture, storage and plots all use the same address."""
 
 import re
 from typing import NamedTuple
 
-# The names that families of models give to their list of blocks: `layers.3` (Pico, Llama, GPT-NeoX), `transformer.h.3` (GPT-2),
+# Names of the list of blocks in different models: `layers.3` (Pico, Llama, GPT-NeoX), `transformer.h.3` (GPT-2),
 # `blocks.3`, `encoder.layer.3` (BERT), `decoder.block.3` (T5). The first such list in a name counts.
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.([0-9]{1,9})(?:\.(.+))?$")
 
 
 class Address(NamedTuple):
-    """Identity of one tensor of a step, e.g. `gradients/train/layers.3.attention.o_proj`.
+    """The identity of a tensor within a step, for example `gradients/train/layers.3.attention.o_proj`.
 
     kind: `weights`, `gradients`, `activations`, or the name of an optimizer moment such as `exp_avg`.
-    split: `train` or `val`; empty for what belongs to no batch (weights, moments).
+    split: `train` or `val`; empty for tensors that belong to no batch (weights, moments).
     module: the dotted name of the module, without `.weight`; other parameters keep their last part (`….bias`).
     """
 
@@ -25,7 +25,7 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """The inverse of `str`. Raises ValueError when `text` is not kind/split/module."""
+        """Return the address with this text, the inverse of `str`. Raises ValueError if it is not kind/split/module."""
         parts = text.split("/")
         if len(parts) != 3:
             raise ValueError(f"{text!r} is not an address (kind/split/module)")
@@ -33,23 +33,23 @@ class Address(NamedTuple):
 
     @property
     def layer(self) -> int | None:
-        """The index of the block that the module is, or lies in; None outside of the blocks."""
+        """The index of the block that the module is, or is in; None outside the blocks."""
         match = _LAYER.search(self.module)
         return int(match[1]) if match else None
 
     @property
     def suffix(self) -> str:
-        """The name of the module inside its block (`attention.o_proj`): empty for a block itself, the whole name outside."""
+        """The name of the module in its block (`attention.o_proj`): empty for a block; the full name outside blocks."""
         match = _LAYER.search(self.module)
         return (match[2] or "") if match else self.module
 
     @property
     def stack(self) -> str:
-        """The name of the list of blocks that the module lies in (`layers`, `encoder.layers`), empty outside of the blocks."""
+        """The name of the list of blocks that contains the module (`layers`, `encoder.layers`); empty outside."""
         match = _LAYER.search(self.module)
         return self.module[: match.start(1) - 1] if match else ""
 
 
 def has_suffix(module: str, suffix: str) -> bool:
-    """Whether `suffix` names the end of `module` in whole words: `o_proj` and `attention.o_proj`, not `proj`."""
+    """Return whether `module` ends in `suffix` in whole words: `o_proj` and `attention.o_proj`, but not `proj`."""
     return module == suffix or module.endswith("." + suffix)

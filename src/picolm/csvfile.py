@@ -1,8 +1,9 @@
-"""Write and read tables as CSV whose text no spreadsheet takes for a formula.
+"""Write and read tables as CSV in which spreadsheets do not find formulas.
 
-A cell of text that begins with `=`, `+`, `-`, `@`, a tab or a line break gets an apostrophe in front, as one types it into a
-spreadsheet; so does one that begins with apostrophes and then such a character. `read` takes one away again, so nothing is lost.
-Cells that are numbers, also negative ones, stay as they are. The tables of a report do the same (`csvOf` in tables.js).
+A text cell that begins with `=`, `+`, `-`, `@`, a tab or a line break gets an apostrophe in front, the spreadsheet
+notation for text; so does a cell that begins with apostrophes followed by such a character. `read` removes one
+apostrophe again, so nothing is lost. Numbers, also negative ones, stay as they are. The tables of a report do the same
+(`csvOf` in tables.js).
 """
 
 import csv
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")  # the wide forms too: spreadsheets take them for the narrow ones
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")  # full-width forms too: spreadsheets treat them the same
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def guarded(cell: Any) -> Any:
-    """Return a cell as it is written: text that a spreadsheet would compute begins with an apostrophe."""
+    """Return a cell as it is written: with an apostrophe in front if a spreadsheet would read it as a formula."""
     if not isinstance(cell, str) or not _FORMULA.match(cell) or _NUMBER.fullmatch(cell):
         return cell
     return "'" + cell
@@ -41,7 +42,7 @@ def csv_text(frame: "pd.DataFrame") -> str:
 
 
 def read(path: str | Path, **options: Any) -> "pd.DataFrame":
-    """Return a table that `csv_text` made. Only empty cells are missing: text such as `NA` or `null` stays text.
+    """Read a table written by `csv_text`. Only empty cells are missing values: text such as `NA` or `null` stays text.
 
     options: of pandas.read_csv, for example `dtype=str`.
     """

@@ -1,10 +1,11 @@
-"""Read YAML 1.2: nested mappings of plain values, the file and line of each key, and every problem found on the way.
+"""Read YAML 1.2: nested mappings of plain values, with the file and line of each key and a list of all problems.
 
-Plain words are resolved by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema): `010` is ten, `0o10` is
-eight, and `1:30`, `1_000`, `yes`, `off` and `2024-01-02` are text. Beyond that schema, `<<` merges a mapping.
+Plain words are resolved by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema): `010` is ten,
+`0o10` is eight, and `1:30`, `1_000`, `yes`, `off` and `2024-01-02` are text. In addition, `<<` merges a mapping.
 
-PyYAML with the resolver below, and not ruamel.yaml: that one reads `1_000` as a number and `2024-01-02` as a date, ends at the
-first doubled key, and writes `yes` without quotes, which readers of YAML 1.1 (those of cards on the Hub) take for true.
+This uses PyYAML with its own resolver, not ruamel.yaml: that reads `1_000` as a number and `2024-01-02` as a date,
+stops at the first duplicate key, and writes `yes` without quotes, which readers of YAML 1.1 (such as those of Hub
+cards) take for true.
 """
 
 import os
@@ -25,7 +26,7 @@ _LONG_WORD = re.compile(r"(\S{80})\S{80,}")
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with a configuration, and where it stands."""
+    """A problem in a configuration: its place (file and line, or command line), the dotted key, and a message."""
 
     place: str
     path: str
@@ -36,7 +37,7 @@ class Problem(NamedTuple):
 
 
 class ConfigError(PicoError):
-    """All problems of one configuration."""
+    """The error that lists all problems of a configuration."""
 
     exit_code = 2
 
@@ -49,10 +50,10 @@ class ConfigError(PicoError):
 
 
 COMMAND_LINE = "command line"
-_MOST = 100_000  # values of a document
-_DEEPEST = 50  # levels of a document; the parsers below have limits of their own, and messages of their own
+_MOST = 100_000  # most values of a document
+_DEEPEST = 50  # most levels of a document; the parsers that follow have their own limits and messages
 _TAG = "tag:yaml.org,2002:"
-_CORE = {  # tag: the words it is resolved from, the letters they begin with
+_CORE = {  # tag: the words that resolve to it, the letters with which they begin
     "null": (re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
     "bool": (re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
     "int": (re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"), list("-+0123456789")),
@@ -66,10 +67,10 @@ _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the core schema of YAML 1.2 in place of the types of YAML 1.1."""
+    """PyYAML's safe loader with the core schema of YAML 1.2 instead of the types of YAML 1.1."""
 
     def core_value(self, node: yaml.ScalarNode) -> Any:
-        """Return the value of a scalar node with one of the tags of the core schema."""
+        """Return the value of a scalar node with a tag of the core schema. Raises ConstructorError if it is invalid."""
         kind = node.tag.removeprefix(_TAG)
         if not _CORE[kind][0].fullmatch(node.value):
             raise yaml.constructor.ConstructorError(None, None, f"{node.value!r} is no {kind}", node.start_mark)
@@ -83,7 +84,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which also quotes text that YAML 1.2 would read as something else."""
+    """PyYAML's safe dumper, which also quotes text that YAML 1.2 would read as a number."""
 
 
 _Loader.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
@@ -96,14 +97,14 @@ for _name, (_pattern, _first) in _CORE.items():
 
 
 def write_yaml(values: Mapping[str, Any], **options: Any) -> str:
-    """Return a mapping of plain values as YAML text that means the same to readers of YAML 1.1 and 1.2."""
+    """Return a mapping of plain values as YAML text that has the same meaning in YAML 1.1 and 1.2."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, **options)
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Return the plain values in YAML text. Raises ConfigError with every problem, under `name`.
+    """Return the plain values in YAML text. Raises ConfigError with every problem; `name` is the text in messages.
 
-    Levels and number of values are limited, so that a few lines of aliases cannot fill the memory.
+    The number of values and levels is limited, so that a few lines of aliases cannot fill the memory.
     """
     document = Document(name)
     values = document.parse(text, name, ())
@@ -113,9 +114,9 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def likely_meant(value: Any, wanted: str) -> str:
-    """Return how to write a value as the type that is wanted (such as `bool_type`); empty where that is not clear.
+    """Return advice on how to write a value as the type of the pydantic error `wanted` (such as `bool_type`), or "".
 
-    Text that YAML 1.1 reads as that type, and whole numbers written with a point or an exponent (`1e5`).
+    It covers text that YAML 1.1 reads as that type, and integers written with a point or an exponent (`1e5`).
     """
     if isinstance(value, float) and wanted.startswith("int") and value.is_integer() and abs(value) < 2**53:
         return f"; write {int(value)}"
@@ -129,7 +130,7 @@ def likely_meant(value: Any, wanted: str) -> str:
 
 
 def expand_path(text: str) -> str:
-    """Return a path with `~`, `$NAME` and `${NAME}` replaced; `$$` stands for one `$`. Raises ValueError for unset names."""
+    """Return a path with `~`, `$NAME` and `${NAME}` expanded; `$$` gives one `$`. Raises ValueError for unset names."""
 
     def value_of(match: re.Match[str]) -> str:
         name = match[2] or match[3]
@@ -149,10 +150,10 @@ def expand_path(text: str) -> str:
 
 
 class Document:
-    """A YAML document that remembers on which line each key stands.
+    """A YAML document with the line of each key.
 
-    within: the run that it belongs to, which others may have written; None: the user wrote it, so that names of environment
-    variables in it may be replaced by their values, and names of code be imported.
+    within: the run that it belongs to, which others may have written; None if the user wrote it: then environment
+    variables in it may be expanded, and code that it names may be imported.
     """
 
     def __init__(self, name: str, within: Path | None = None):
@@ -164,9 +165,10 @@ class Document:
 
     @classmethod
     def read(cls, path: Path, within: Path | None = None) -> "Document":
-        """Return the document in a file. Raises ConfigError if it cannot be read or is no mapping.
+        """Read a document from a file. Raises ConfigError if it cannot be read or is not a mapping.
 
-        within: the run that a file belongs to which others may have written (see `trusted`); None: the user's own file.
+        within: the run that the file belongs to, which others may have written (see `trusted`); None: the user's own
+        file.
         """
         document = cls(str(path), within)
         data = document.parse(_text_of(path, within), str(path), ())
@@ -176,7 +178,7 @@ class Document:
         return document
 
     def override(self, assignment: str, place: str = COMMAND_LINE) -> None:
-        """Apply one `dotted.key=value` of the command line, or of another place; the value is read as YAML."""
+        """Apply one `dotted.key=value` assignment from `place`; the value is parsed as YAML."""
         key, equals, text = assignment.partition("=")
         if not equals or not all(key.split(".")):
             self.found.append(Problem(place, assignment or "''", "should have the form dotted.key=value"))
@@ -185,7 +187,7 @@ class Document:
         self.assign(path, self.parse(text, place, path), place)
 
     def assign(self, path: tuple[str, ...], value: Any, place: str) -> None:
-        """Set the value at `path`, which `place` gives."""
+        """Set the value at `path`. place: where the value comes from, for messages."""
         node = self.data
         for depth, part in enumerate(path[:-1], start=1):
             if not isinstance(node.get(part), dict):
@@ -197,11 +199,11 @@ class Document:
         node[path[-1]] = value
 
     def problem_at(self, path: KeyPath, message: str) -> Problem:
-        """A problem with the value at `path`, or with what is missing there."""
+        """Return a problem with the value, or the missing value, at `path`."""
         return Problem(self.place_of(path), _dotted(path), message)
 
     def is_typed(self, path: KeyPath) -> bool:
-        """Return whether the user wrote the value at `path`: in a file of their own, or on the command line."""
+        """Return whether the user wrote the value at `path`: in their own file, or on the command line."""
         return self.own or self.place_of(path) == COMMAND_LINE
 
     def place_of(self, path: KeyPath) -> str:
@@ -211,7 +213,10 @@ class Document:
         )
 
     def parse(self, text: str, place: str, path: KeyPath) -> Any:
-        """Return the values in YAML text that stands at `path`. Adds to `found`; raises ConfigError for what is no YAML."""
+        """Parse YAML text for the value at `path` and return it.
+
+        Adds problems with single values to `found`. Raises ConfigError if the text is not valid YAML.
+        """
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
@@ -228,7 +233,7 @@ class Document:
         if node in above:
             raise yaml.YAMLError("an alias refers to a node that contains it")
         self._values += 1
-        if self._values > _MOST:  # a few lines of aliases of aliases are any number of values
+        if self._values > _MOST:  # a few lines with nested aliases can expand to any number of values
             raise yaml.YAMLError(f"more than {_MOST} values")
         if len(path) > _DEEPEST:
             self.found.append(self.problem_at(path[:4], f"holds more than {_DEEPEST} levels of values"))
@@ -284,7 +289,7 @@ def _text_of(path: Path, within: Path | None) -> str:
 
 
 def _dotted(path: KeyPath) -> str:
-    """`a.0.b`, as it is written on the command line; a key without a letter is shown in quotes."""
+    """Return a path as written on the command line, `a.0.b`; an empty key is shown as quotes."""
     return ".".join(str(part) or "''" for part in path)
 
 

@@ -1,4 +1,4 @@
-"""Plain sentences on the screen and in a file: every part logs to "picolm", the commands say where it goes."""
+"""Logging to the screen and to a file: all modules use the logger "picolm", and the commands configure its output."""
 
 import logging
 import os
@@ -14,27 +14,27 @@ log = logging.getLogger("picolm")
 
 
 class _Visible(logging.Formatter):
-    """Names and texts in a message, and in the traceback of an error, are shown instead of obeyed."""
+    """A formatter that makes messages and tracebacks `visible`: control characters in them become escapes."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
 
 
 class _Screen(logging.Handler):
-    """Writes to whatever sys.stderr is at the time: a progress bar puts itself in its place."""
+    """A handler that writes to the current sys.stderr, which a progress bar may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record), error=True)
 
 
 class _File(logging.FileHandler):
-    """Appends to a regular file. A disk that is full, or gone, costs lines of the log and nothing else: the screen has them."""
+    """A handler that appends to a regular file. If the disk is full or missing, lines are lost only in the file."""
 
     def _open(self) -> TextIOWrapper:
         return os.fdopen(open_to_append(Path(self.baseFilename)), "a", encoding="utf-8")
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Another package that configures logging closes every file of the process: ours is opened again, where it can be."""
+        """Write a record. If another package that configures logging has closed the file, it is opened again."""
         with suppress(OSError, FileError):
             super().emit(record)
 
@@ -47,10 +47,10 @@ class _File(logging.FileHandler):
 
 
 def configure_logging(level: str, file: Path | None = None, within: Path | None = None) -> None:
-    """Write plain lines to stderr and, where `file` is given, the same with the time to that file.
+    """Log plain lines to stderr and, if `file` is given, the same lines with time and level to that file.
 
-    within: the folder below which `file` and the folders on the way to it may not be links. Raises PicoError where the file
-    cannot be written.
+    within: the folder below which `file` and its parent folders may not be links. Raises PicoError if the file cannot
+    be written.
     """
     log.setLevel(level)
     for handler in list(log.handlers):

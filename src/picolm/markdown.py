@@ -1,4 +1,4 @@
-"""Text of others in Markdown: names of runs, sources and models may hold markup, and stay text."""
+"""Escape text for Markdown: markup in the names of runs, sources and models stays plain text."""
 
 import re
 
@@ -7,13 +7,13 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e
 
 
 def plain(text: object) -> str:
-    """Return text on one line that is shown as it is, in a paragraph, a heading or the cell of a table."""
+    """Return text on one line, escaped for a paragraph, a heading or a table cell."""
     escaped = _SPECIAL.sub(r"\\\1", _one_line(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def code(text: object) -> str:
-    """Return text on one line as inline code, whatever backticks it holds."""
+    """Return text on one line as inline code, even if it contains backticks."""
     line = _one_line(text)
     fence = "`" * (_longest(line) + 1)
     pad = " " if line.startswith(("`", " ")) or line.endswith(("`", " ")) or not line else ""
@@ -21,7 +21,7 @@ def code(text: object) -> str:
 
 
 def block(text: str, language: str = "") -> str:
-    """Return lines of text as a code block that none of them can end."""
+    """Return lines of text as a code block; the fence is longer than any sequence of backticks in the text."""
     fence = "`" * max(3, _longest(text) + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
 

@@ -1,9 +1,9 @@
-"""Requests to the Hugging Face Hub, through huggingface_hub: bounded, repeated where the client does not, explained.
+"""Requests to the Hugging Face Hub through huggingface_hub, with limits, more retries and clear error messages.
 
-huggingface_hub repeats the requests of lists and uploads and resumes downloads that break off; `persist` repeats
-what it does not, after 1, 2, 4 and 8 s or when the server says. A downloaded file lies in the Hub's own cache, whole or not at
-all. `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean what they mean to huggingface_hub. huggingface_hub reads the
-token for each request; it is held nowhere here, and messages are shown without secrets that they may quote.
+huggingface_hub retries lists and uploads, and resumes interrupted downloads. `persist` retries other calls, after 1, 2,
+4 and 8 s or when the server says. A downloaded file is in the Hub's own cache, complete or not there at all.
+`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean the same as in huggingface_hub. huggingface_hub reads the
+token for each request; it is not stored here, and secrets are removed from messages.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Result = TypeVar("Result")
 _ATTEMPTS = 5
 _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 300.0
-_SILENCE_S = 120.0  # a server that sends and takes nothing for so long is taken for lost
-_SLOWEST = 1000.0  # bytes per second; an answer that comes slower for _SILENCE_S is given up
-_ANSWER_BYTES = 64 << 20  # most bytes of an answer that states no length, or is JSON
-_ENCODED_BYTES = 1 << 20  # the same for a compressed answer, which may expand a thousandfold
+_SILENCE_S = 120.0  # time-out of a request: longest time without any data
+_SLOWEST = 1000.0  # bytes per second; the download of a response may take _SILENCE_S longer than at this speed
+_ANSWER_BYTES = 64 << 20  # most bytes of a response without a length, or with JSON
+_ENCODED_BYTES = 1 << 20  # the same for a compressed response, which may expand by a factor of 1000
 _PAGES = 2000  # most pages of one list
 
-_endpoints: set[tuple[str, str, int | None]] = set()  # of the Hubs named by a caller; they may get the token
+_endpoints: set[tuple[str, str, int | None]] = set()  # origins of Hubs given by callers; they may get the token
 _most_bytes: ContextVar[int | None] = ContextVar("most_bytes", default=None)
 
 
@@ -47,7 +47,7 @@ def cache_folder() -> Path:
 
 
 def is_offline() -> bool:
-    """Return whether huggingface_hub is told to stay off the network (`HF_HUB_OFFLINE=1`)."""
+    """Return whether offline mode of huggingface_hub is on (`HF_HUB_OFFLINE=1`)."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
@@ -65,8 +65,8 @@ def fetch(
 ) -> Path:
     """Download a file of a repository into the Hub's cache, unless it is there. Returns its path. Raises `failure`.
 
-    endpoint None: that of the environment. name: what the file is called in messages. most_bytes: the size of the file, or
-    the most that such a file may have. options: of `hf_hub_download`.
+    endpoint: None for that of the environment. name: the file in messages. most_bytes: the size of the file, or the
+    most bytes that it may have. options: of `hf_hub_download`.
     """
     from huggingface_hub import hf_hub_download
 
@@ -78,9 +78,9 @@ def fetch(
 
 
 def in_cache(path: Path) -> Path:
-    """Return the regular file that a path in the cache of huggingface_hub leads to: there, a name is a link to its content.
+    """Return the regular file behind a path in the cache of huggingface_hub, where names are links to the content.
 
-    Raises FileError where it leads out of the cache.
+    Raises FileError if it leads out of the cache.
     """
     from huggingface_hub import constants
 
@@ -93,14 +93,14 @@ def in_cache(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class LargeFile:
-    """What the Hub knows of a file that git does not hold itself. oid: its sha-256."""
+    """The Hub's entry for a large file, which is not stored in git itself. oid: its sha-256."""
 
     oid: str
 
 
 @dataclass(frozen=True)
 class TreeEntry:
-    """An entry of the file list of a repository. size: bytes. oid: the id of the git object."""
+    """An entry in the file list of a repository. size: in bytes. oid: the id of the git object."""
 
     type: str
     path: str
@@ -110,7 +110,7 @@ class TreeEntry:
 
     @property
     def sha256(self) -> str:
-        """The digest of a large file, empty for any other."""
+        """The sha-256 of a large file; empty for any other file."""
         return self.lfs.oid if self.lfs else ""
 
 
@@ -122,7 +122,7 @@ def file_list(
     endpoint: str | None = None,
     name: str | None = None,
 ) -> dict[str, TreeEntry]:
-    """Return the files of a repository at a revision by their path. Raises `failure`."""
+    """Return the files of a repository at a revision, by path. Raises `failure`."""
     path = f"{kind}s/{repository}/tree/{quote(revision, safe='')}?recursive=true&expand=false"
     entries = listed(path, TreeEntry, name or repository, failure, endpoint)
     return {entry.path: entry for entry in entries if entry.type == "file"}
@@ -136,10 +136,10 @@ def listed(
     endpoint: str | None = None,
     is_last: Callable[[Result], bool] = lambda entry: False,
 ) -> list[Result]:
-    """Return the entries of a list of the Hub's API, each parsed as `form`, up to the first that `is_last`.
+    """Return the entries of a list of the Hub's API, parsed as `form`, up to the first for which `is_last` is true.
 
-    Raises `failure`, also for a list without an end and for one that goes on at another host: the request of a page carries
-    the token, and the address of the next page comes from the answer.
+    Raises `failure`, also if the list does not end or if its next page is on another host: the request of a page
+    contains the token, and the URL of the next page comes from the response.
     """
     first = url = f"{_hub(endpoint)}/api/{path}"
     found: list[Result] = []
@@ -166,7 +166,7 @@ def listed(
 
 
 def _page(url: str) -> tuple[bytes, str | None]:
-    """Return the body of a page of a list, and the address of the next page."""
+    """Return the body of a page of a list, and the URL of the next page, or None."""
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
     response = http_backoff("GET", url, headers=build_hf_headers(), follow_redirects=True, timeout=_SILENCE_S)
@@ -184,9 +184,9 @@ def persist(
     verb: str = "fetched from",
     attempts: int = _ATTEMPTS,
 ) -> Result:
-    """Return what a call of huggingface_hub returns; call again while the server is busy or away. Raises `failure` with a reason.
+    """Call huggingface_hub, with retries while the server is busy or unreachable. Returns the result of the call.
 
-    name: what is asked for, for the message. verb: what could not be done with it.
+    name, verb: the requested object and the action that failed, for messages. Raises `failure` with the reason.
     """
     bound_requests()
     if endpoint is not None:
@@ -206,10 +206,10 @@ def persist(
 
 
 def _is_of_request(error: Exception) -> bool:
-    """Return whether the network, the disk, the server or the client of the Hub failed, rather than our own code.
+    """Return whether an error comes from the network, the disk, the server or the Hub client, not from Pico's own code.
 
-    hf_xet, which moves large files, raises RuntimeError for what the network does; an answer that huggingface_hub cannot read
-    may end there in any exception.
+    hf_xet, which transfers large files, raises RuntimeError for network errors. huggingface_hub may raise any exception
+    for a response that it cannot read.
     """
     from huggingface_hub import errors
 
@@ -223,8 +223,8 @@ def _is_of_request(error: Exception) -> bool:
 def bound_requests() -> None:
     """Set up the HTTP client of huggingface_hub for this process.
 
-    No request waits forever, no answer is read without an end, the token is sent to the Hub alone, and huggingface_hub
-    neither logs its retries nor draws progress bars.
+    Requests have a time-out, responses a limit in bytes; the token is sent only to the Hub; and huggingface_hub neither
+    logs its retries nor draws progress bars.
     """
     import logging
 
@@ -246,13 +246,13 @@ def bound_requests() -> None:
 
 
 def _withhold_token(request: Any) -> None:
-    """Remove the token from a request to another host: addresses of pages, uploads and redirects come from answers."""
+    """Remove the token from a request to another host: URLs of pages, uploads and redirects come from responses."""
     if _origin(str(request.url)) not in {_origin(_hub(None)), *_endpoints}:
         request.headers.pop("authorization", None)
 
 
 def _bound_answer(response: Any) -> None:
-    """Make reading the body of an answer raise FileError where it is too large or too slow."""
+    """Make reading the body of a response raise FileError if it is too large or too slow."""
     encoded = response.headers.get("content-encoding", "identity") != "identity"
     whole = "content-length" in response.headers and "json" not in response.headers.get("content-type", "")
     most = _ENCODED_BYTES if encoded else None if whole else _ANSWER_BYTES
@@ -262,7 +262,7 @@ def _bound_answer(response: Any) -> None:
 
 
 def _bound_wait(response: Any) -> None:
-    """Shorten the time after which the server asks to come back: huggingface_hub waits for as long as it says."""
+    """Limit the waiting time in a response's headers: huggingface_hub waits for as long as the server says."""
     headers, most = response.headers, f"{_LONGEST_WAIT_S:.0f}"
     if "retry-after" in headers and not re.fullmatch("[0-2]?[0-9]{1,2}", headers["retry-after"]):
         headers["retry-after"] = most
@@ -292,7 +292,7 @@ def _bounded(stream: Any, name: str, most_bytes: int | None, library: Any) -> An
 
 @contextmanager
 def answers_of(most_bytes: int | None) -> Iterator[None]:
-    """Let no answer that is read in this block hold more than so many bytes."""
+    """Limit successful responses that are read in this block to `most_bytes`; None sets no limit."""
     token = _most_bytes.set(most_bytes)
     try:
         yield
@@ -307,16 +307,16 @@ def _hub(endpoint: str | None) -> str:
 
 
 def _origin(url: str) -> tuple[str, str, int | None]:
-    """Return scheme, host and port of an address."""
+    """Return the scheme, host and port of a URL."""
     try:
         parsed = urlsplit(url)
         return parsed.scheme, parsed.hostname or "", parsed.port or {"http": 80, "https": 443}.get(parsed.scheme)
-    except ValueError:  # no address at all
+    except ValueError:  # not a URL
         return "", url, None
 
 
 def asked_wait_s(error: BaseException | None) -> float:
-    """Return the seconds that the server asked to wait (`Retry-After`), 0 where it did not."""
+    """Return the seconds that the server asked to wait (`Retry-After`), at most 300; 0 if it did not ask."""
     if error is None:
         return 0.0
     seconds = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
@@ -324,12 +324,12 @@ def asked_wait_s(error: BaseException | None) -> float:
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """Return the HTTP status of the answer that an error tells of, None where it tells of none."""
+    """Return the HTTP status of the response in an error; None if it has none."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _may_pass(error: BaseException | None) -> bool:
-    """Return whether trying again may help: 408, 429, 5xx, a lost or refused connection, an answer that came short."""
+    """Return whether a retry may help: 408, 429, 5xx, a lost or refused connection, an incomplete response."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     if isinstance(error, HfHubHTTPError):
@@ -337,7 +337,7 @@ def _may_pass(error: BaseException | None) -> bool:
         return status in (408, 429) or status >= 500
     if isinstance(error, HTTPError | ConnectionError | TimeoutError | RuntimeError):  # hf_xet raises RuntimeError
         return not is_offline()
-    if isinstance(error, JSONDecodeError):  # an answer that was cut, or is that of something between us and the Hub
+    if isinstance(error, JSONDecodeError):  # a truncated response, or one from a proxy
         return True
     return "Consistency check" in str(error) or (error is not None and _may_pass(error.__cause__))
 
@@ -366,7 +366,7 @@ def _explanation(error: Exception, name: str, endpoint: str | None, verb: str) -
 
 
 def redacted(text: str) -> str:
-    """Return a message of others without the token, the user of an address, and what an address grants by its query."""
+    """Return a message without secrets: without the token, and the credentials and query parameters of URLs."""
     from huggingface_hub import get_token
 
     token = get_token()

@@ -1,8 +1,8 @@
-"""Names of code in configurations: which keys may hold one, and which of them the user typed.
+"""Names of code in configurations: which keys may contain one, and which of them the user typed.
 
-A key whose value may name code declares it in the schema with `NamesCode`. What the user typed is trusted. A configuration that
-comes out of a run, a model or an answer of the Hub goes through `mark_untrusted`: its names stay readable, and `Registry.get`
-refuses to import them. So a command needs trust for the code that it uses, and for no other.
+A key whose value may name code declares this in the schema with `NamesCode`. Values that the user typed are trusted. A
+configuration from a run, a model or a response of the Hub goes through `mark_untrusted`: its names stay readable, but
+`Registry.get` refuses to import them. So a command needs trust only for the code that it uses.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -17,9 +17,10 @@ from picolm.registry import Untrusted, names_code, require_trust
 
 @dataclass(frozen=True)
 class NamesCode:
-    """Declares that the value of a key, or each value of its list, may name code.
+    """A marker for a key whose value, or each value of whose list, may name code.
 
-    family: what it names. below: the key, where it stands in a section that is no `Section`. is_code: which of its values do.
+    family: the kind of part that it names. below: the key inside the marked field, if that is a section which is not a
+    `Section`. is_code: returns whether a value names code.
     """
 
     family: str
@@ -28,7 +29,7 @@ class NamesCode:
 
 
 def code_keys(schema: type[BaseModel]) -> dict[str, NamesCode]:
-    """Return the dotted keys of a schema that may name code, those of the sections in lists included: `metrics.metric_name`."""
+    """Return the dotted keys of a schema that may name code, also in sections in lists: `metrics.metric_name`."""
     found: dict[str, NamesCode] = {}
     for name, field in schema.model_fields.items():
         for mark in field.metadata:
@@ -58,9 +59,10 @@ def mark_untrusted(
     declared: Collection[str] = (),
     path: KeyPath = (),
 ) -> Any:
-    """Return a raw or typed configuration in which each text that may name code is `Untrusted`, unless the user typed it.
+    """Return a raw or typed configuration in which text that may name code is `Untrusted` unless the user typed it.
 
-    where: the run or file that it comes from. declared: keys that may name code; elsewhere the form of the text decides.
+    where: the run or file that it comes from. typed: returns whether the user typed the value at a path. declared: keys
+    that may name code; in other keys, text of the form `module:attribute` counts.
     """
 
     def marked(inner: Any, part: str | int) -> Any:
@@ -82,7 +84,7 @@ def mark_untrusted(
 def refuse_untrusted(config: BaseModel, but: tuple[str, ...] = ()) -> None:
     """Raise UntrustedCode if a key of `config` names code that the user did not type and that is not trusted.
 
-    but: beginnings of keys that are not needed.
+    but: prefixes of keys that are not checked, because the command does not use them.
     """
     declared = code_keys(type(config))
     for name in _untrusted(config):

@@ -1,9 +1,9 @@
-"""Families of interchangeable parts: one decorator to add a part, one name to find it.
+"""Registries of interchangeable parts: a decorator registers a part under a name, and `get` finds it by name.
 
-A part of this package is found by its short name; a part of the user's own is named `my_lab.module:attribute` and imported when
-it is asked for. Importing runs code, so provenance decides: a name that the user typed, in a command or in a YAML file of
-their own, is imported. A name that was read from a run, a model, rows or an answer of the Hub is an `Untrusted`, and is
-imported only with --trust-remote-code.
+A part of this package is found by its short name. A part in the user's own code is named `my_lab.module:attribute` and
+imported when `get` is called. Importing runs code, so it depends on provenance: a name that the user typed, in a
+command or in their own YAML file, is imported. A name that was read from a run, a model, rows or a response of the Hub
+is `Untrusted`, and is imported only with --trust-remote-code.
 """
 
 import difflib
@@ -26,13 +26,13 @@ _CODE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'n_layers'?"`, or nothing when no known word is close."""
+    """Return `"; did you mean 'n_layers'?"` with the closest known word, or "" if no known word is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class Untrusted(str):
-    """Text that may name code, out of a file that somebody else may have written. where: that file; key: what it stands under."""
+    """Text that may name code, from a file that others may have written. where: the file; key: its dotted key."""
 
     where: str
     key: str
@@ -47,13 +47,14 @@ class Untrusted(str):
 
 
 class UntrustedCode(PicoError):
-    """Code that was named by something else than the user, who did not say that it is trusted."""
+    """The error for code that the user neither named nor allowed with --trust-remote-code."""
 
 
 class CodePolicy(NamedTuple):
-    """Which code may be imported, and from where. A process hands it to those that it starts.
+    """The rules for importing code; a process passes them to the processes that it starts.
 
-    trusted: --trust-remote-code. folders: where modules of the user's own are, beside the working folder.
+    trusted: --trust-remote-code. folders: folders, besides the working folder, in which the user's own modules are
+    found.
     """
 
     trusted: bool = False
@@ -75,12 +76,12 @@ def set_code_policy(policy: CodePolicy) -> None:
 
 
 def trust_remote_code(trust: bool) -> None:
-    """Set whether an `Untrusted` name may be imported from now on."""
+    """Set whether `Untrusted` names may be imported from now on."""
     set_code_policy(_policy._replace(trusted=trust))
 
 
 def find_code_in(folder: Path) -> None:
-    """Let modules be found in `folder` too: it holds the YAML file that the user gave."""
+    """Add `folder`, which contains the YAML file that the user gave, to the folders in which modules are found."""
     set_code_policy(_policy._replace(folders=tuple(dict.fromkeys([*_policy.folders, str(folder.absolute())]))))
 
 
@@ -90,7 +91,7 @@ def names_code(text: str) -> bool:
 
 
 def require_trust(name: str) -> None:
-    """Raise UntrustedCode if `name`, which is about to be imported or run, is `Untrusted` and remote code is not trusted."""
+    """Raise UntrustedCode if `name`, which will be imported or run, is `Untrusted` and remote code is not trusted."""
     if isinstance(name, Untrusted) and not _policy.trusted:
         raise UntrustedCode(
             f"{name.where} names code of its own, {name.key}: {name}; to import is to run it, which is done only with "
@@ -106,7 +107,7 @@ class Registry(Generic[Part]):
         self._parts: dict[str, Part] = {}
 
     def add(self, name: str) -> Callable[[Part], Part]:
-        """Register the decorated class or function under `name`; a name is taken once."""
+        """Return a decorator that registers a class or function under `name`. Raises ValueError if it is in use."""
         if name in self._parts:
             raise ValueError(f"{self.family} {name!r} is registered twice")
 
@@ -119,7 +120,8 @@ class Registry(Generic[Part]):
     def get(self, name: str) -> Part:
         """Return the part called `name`, or the object at `module:attribute`.
 
-        Raises PicoError with what there is, and UntrustedCode for a name of code that must not be imported.
+        Raises PicoError, listing the known names, if there is no such part, and UntrustedCode if the code must not be
+        imported.
         """
         if name in self._parts:
             return self._parts[name]
@@ -133,7 +135,7 @@ class Registry(Generic[Part]):
         module_name, _, attribute = name.partition(":")
         try:
             part = getattr(_USER_MODULES.load(module_name), attribute)
-        except Exception as error:  # whatever that module does while it is imported
+        except Exception as error:  # the import may raise anything
             kind = "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
             raise PicoError(f"{self.family} {name!r} cannot be imported: {kind}{error}") from error
         if not callable(part):
@@ -148,10 +150,10 @@ class Registry(Generic[Part]):
 
 
 class _UserModules(MetaPathFinder):
-    """Finds modules of the user's own in the working folder and in the folders of the policy.
+    """An import finder for the user's own modules in the working folder and the folders of the policy.
 
-    It is asked last, after the paths of Python, so no file there takes the place of an installed module. It answers only for
-    the module of a name that `Registry.get` imports, and to modules that it found itself: nothing else is imported from there.
+    Python calls it last, after its own paths, so no file there replaces an installed module. It finds only the module
+    that `Registry.get` imports, and modules imported by modules that it found: nothing else is imported from there.
     """
 
     def __init__(self) -> None:
@@ -159,7 +161,7 @@ class _UserModules(MetaPathFinder):
         self.found: set[str] = set()
 
     def load(self, module: str) -> ModuleType:
-        """Import a module by its dotted name."""
+        """Import and return a module by its dotted name."""
         if self not in sys.meta_path:
             sys.meta_path.append(self)
         before, self.asked = self.asked, module.partition(".")[0]
@@ -171,7 +173,7 @@ class _UserModules(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find a module that is in no package; what is in a package is found by its path."""
+        """Return the spec of a top-level module, or None; modules inside packages are found by Python itself."""
         if path is not None or (fullname != self.asked and _importer() not in self.found):
             return None
         spec = PathFinder.find_spec(fullname, [os.getcwd(), *_policy.folders])
@@ -184,7 +186,7 @@ _USER_MODULES = _UserModules()
 
 
 def _importer() -> str:
-    """Return the first part of the name of the module whose import statement is being carried out."""
+    """Return the top-level name of the module whose import statement is running."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         "importlib",

@@ -1,8 +1,8 @@
-"""YAML -> typed, frozen configuration: strict, and every problem at once with its file and line.
+"""Read a YAML file into a typed, frozen configuration: strict, with all problems reported at once by file and line.
 
-A configuration is a tree of pydantic models (or dataclasses) whose fields carry docstrings. `load` composes the YAML with
-its line numbers, applies `key=value` overrides, validates, asks the configuration for the rules between its fields
-(`problems()`), and raises one `ConfigError` that lists everything it found.
+A configuration is a tree of pydantic models (or dataclasses) whose fields have docstrings. `load` parses the YAML with
+line numbers, applies `key=value` overrides, validates the fields, checks the rules between fields (`problems()`), and
+raises one `ConfigError` that lists all problems.
 """
 
 import copy
@@ -20,33 +20,33 @@ from picolm.errors import PicoError
 from picolm.provenance import code_keys, mark_untrusted
 from picolm.registry import did_you_mean, find_code_in
 
-Rule = tuple[tuple[str, ...], str]  # the keys involved, and what is wrong with them together
+Rule = tuple[tuple[str, ...], str]  # the keys involved, and what is wrong with their combination
 
 
 class Section(BaseModel):
-    """One section of a configuration: immutable, no unknown keys, docstrings are the help text."""
+    """A section of a configuration: immutable, without unknown keys, with field docstrings as help text."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=False
     )
 
     def problems(self) -> Iterator[Rule]:
-        """Rules between fields that do not hold: (dotted keys relative to this section, message)."""
+        """Yield the broken rules between fields: (dotted keys relative to this section, message)."""
         yield from ()
 
 
 Config = TypeVar("Config", bound=Section)
 
 Place = Annotated[str, Field(json_schema_extra={"place": True})]
-"""The type of keys that name a file or folder: `~` and environment variables in them are replaced in the user's own files."""
+"""The type of keys that name a file or folder. In the user's own files, `~` and environment variables are expanded."""
 
 
 RECORDED = "the record of the run"
-RESULTS = ("run.json", "results.parquet")  # the folder of one of them was perhaps written by somebody else
+RESULTS = ("run.json", "results.parquet")  # somebody else may have written a folder that contains one of these
 
 
 class NoSchema(PicoError):
-    """What a function from the raw mapping to the schema raises: the value at `path` names no part that there is."""
+    """The error of a function that selects the schema: the value at `path` names a part that does not exist."""
 
     def __init__(self, path: KeyPath, message: str):
         self.path = path
@@ -60,11 +60,11 @@ def load(
     within: Path | None = None,
     recorded: Iterable[str] = (),
 ) -> Config:
-    """Return the configuration in `file` with `key=value` overrides applied. Raises ConfigError with every problem.
+    """Return the configuration in `file` with `key=value` overrides applied. Raises ConfigError with all problems.
 
-    schema: the configuration class, or a function from the raw mapping to it, where a key decides which parts there are.
-    within: the run that `file` belongs to, which others may have written; None: the user's own file, unless it lies in a run.
-    recorded: assignments that are no more trusted than the file, applied before the overrides.
+    schema: the configuration class, or a function from the raw mapping to it, if a key decides which parts exist.
+    within: the run of `file`, which others may have written; None: the user's own file, unless it is in a run.
+    recorded: assignments from the run's record, applied before the overrides and trusted no more than the file.
     """
     document = read_document(Path(file), within)
     for assignment in recorded:
@@ -75,7 +75,7 @@ def load(
 
 
 def resolve(document: Document, schema: type[Config] | Callable[[Mapping[str, Any]], type[Config]]) -> Config:
-    """Return the typed configuration in a document, whose overrides are applied already. Raises ConfigError like `load`."""
+    """Return the typed configuration of a document with its overrides applied. Raises ConfigError like `load`."""
     if not document.own:
         document.data = mark_untrusted(document.data, str(document.within), document.is_typed)
     try:
@@ -86,7 +86,7 @@ def resolve(document: Document, schema: type[Config] | Callable[[Mapping[str, An
 
 
 def read_document(file: Path, within: Path | None = None) -> Document:
-    """Read a configuration file. One that lies in a run or beside the table of an analysis belongs to that, whoever names it."""
+    """Read a configuration file. One in a run, or beside the table of an analysis, is not trusted as the user's own."""
     for folder in (file.parent, file.resolve().parent):
         if within is None and any((folder / name).exists() for name in RESULTS):
             within = file.parent
@@ -96,7 +96,7 @@ def read_document(file: Path, within: Path | None = None) -> Document:
 
 
 def plain(config: BaseModel) -> dict[str, Any]:
-    """The configuration as nested dictionaries of plain JSON values."""
+    """Return the configuration as nested dictionaries of plain JSON values."""
     return config.model_dump(mode="json")
 
 
@@ -104,16 +104,16 @@ BREAKS = set("\x85\u2028\u2029")
 
 
 def dump(config: BaseModel | Mapping[str, Any]) -> str:
-    """The configuration as YAML text that `load` reads back to an equal one."""
+    """Return the configuration as YAML text, from which `load` returns an equal configuration."""
     mapping = plain(config) if isinstance(config, BaseModel) else dict(config)
     text = write_yaml(mapping, allow_unicode=True, width=120)
-    if BREAKS & set(text):  # PyYAML writes them as they are, and reads them as ends of lines
+    if BREAKS & set(text):  # PyYAML writes them unescaped, but reads them as line ends
         text = write_yaml(mapping, width=120)
     return text
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one of dotted keys: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
+    """Flatten nested mappings to one with dotted keys: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         nested = isinstance(value, Mapping) and value
@@ -122,7 +122,7 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def validate(document: Document, schema: type[Config]) -> Config:
-    """Return the typed configuration. Raises ConfigError with the problems of reading, of fields and between fields."""
+    """Return the typed configuration. Raises ConfigError with the problems of parsing, of fields and between fields."""
     if document.own:
         whole = _json_schema(schema)
         document.data = _with_places(document, whole, whole, document.data, ())
@@ -130,7 +130,7 @@ def validate(document: Document, schema: type[Config]) -> Config:
     repaired = copy.deepcopy(document.data)
     for path in sorted(wrong, key=len, reverse=True):
         _remove(repaired, path)
-    if config is None:  # the rules are checked on what is left, so that all problems are told at once
+    if config is None:  # check the rules without the wrong values, so that all problems are reported at once
         config, _ = _fields(document, schema, repaired, report=False)
     _rules(document, config, {".".join(map(str, path)) for path in wrong})
     if document.found or config is None:
@@ -139,7 +139,7 @@ def validate(document: Document, schema: type[Config]) -> Config:
 
 
 def _with_places(document: Document, whole: Any, node: Any, value: Any, path: KeyPath) -> Any:
-    """Return `value`, which `node` of the JSON schema `whole` describes, with the variables in each `Place` replaced."""
+    """Return `value`, described by `node` of the JSON schema `whole`, with variables expanded in each `Place`."""
     options = [_resolved(whole, option) for option in (node, *_resolved(whole, node).get("anyOf", ()))]
     if isinstance(value, str) and any(option.get("place") for option in options):
         try:
@@ -164,7 +164,7 @@ def _resolved(whole: Any, node: Any) -> Any:
 def _fields(
     document: Document, schema: type[Config], data: Mapping[str, Any], report: bool = True
 ) -> tuple[Config | None, list[KeyPath]]:
-    try:  # through JSON: strict about types, yet a YAML list is welcome where a tuple is meant
+    try:  # through JSON: strict about types, but a list is accepted for a tuple
         config = schema.model_validate_json(json.dumps(data), strict=True)
         if not document.own:
             config = mark_untrusted(config, str(document.within), document.is_typed, code_keys(schema))
@@ -212,14 +212,14 @@ def _get(data: Any, path: KeyPath) -> Any:
 
 
 def _place(data: Any, error: Mapping[str, Any]) -> KeyPath:
-    """Where an error of pydantic stands: in the data, or at the key that is missing there."""
+    """Return the path of a pydantic error: in the data, or that of the missing key."""
     path = _existing(data, error["loc"])
     inside_a_union = len(error["loc"]) > len(path) + 1
     return error["loc"] if error["type"] == "missing" and not inside_a_union else path
 
 
 def _existing(data: Any, location: KeyPath) -> KeyPath:
-    """The part of a pydantic location that leads through the data: it also names union members, which users do not."""
+    """Return the part of a pydantic location that exists in the data: the location also names members of unions."""
     path: KeyPath = ()
     for part in location:
         inside = part in data if isinstance(data, dict) else isinstance(data, list) and part in range(len(data))
@@ -233,7 +233,7 @@ def _remove(data: Any, path: KeyPath) -> None:
     parent = _get(data, path[:-1])
     if path and isinstance(parent, dict):
         parent.pop(path[-1], None)
-    elif path and len(path) > 1:  # an item of a list: the whole list goes
+    elif path and len(path) > 1:  # an item of a list: remove the whole list
         _remove(data, path[:-1])
 
 
@@ -243,7 +243,7 @@ def _json_schema(schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def _fields_at(schema: type[BaseModel], path: KeyPath) -> dict[str, Any]:
-    """The JSON-schema properties of the section at `path`."""
+    """Return the JSON schema of the section or field at `path`."""
     whole = _json_schema(schema)
     node: dict[str, Any] = whole
     for part in (None, *path):

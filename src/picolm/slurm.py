@@ -1,4 +1,4 @@
-"""What SLURM has in its queue. By squeue, which every cluster has; sacct needs a database that many do without."""
+"""Query the queue of SLURM with squeue, which every cluster has; sacct needs a database that many clusters lack."""
 
 import shutil
 import subprocess
@@ -8,9 +8,9 @@ _UNKNOWN = "Invalid job id"
 
 
 def queued(jobs: Collection[str]) -> set[str]:
-    """Those of the jobs (or arrays of jobs) that wait, run, or are about to end. Without SLURM's commands: none.
+    """Return which of the jobs (or job arrays) are pending, running or completing; none if squeue is not installed.
 
-    While SLURM does not answer it is not known that a job is over, so all of them count.
+    If SLURM does not answer, all jobs are returned, since it is not known that they have ended.
     """
     if not jobs or shutil.which("squeue") is None:
         return set()

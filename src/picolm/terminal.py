@@ -1,4 +1,4 @@
-"""What the command line shows of work in progress and of its results."""
+"""Display the progress and the results of commands."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def phases() -> Iterator[Callable[[str, int, int | None], None]]:
-    """A function (what is being done, how much is done, of how much): a bar for each phase, or a line where nobody watches."""
+    """Yield a callback (phase, amount done, total) that shows a progress bar per phase; without a terminal, a line."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from picolm.console import can_redraw, say, screen, visible
@@ -36,7 +36,7 @@ def phases() -> Iterator[Callable[[str, int, int | None], None]]:
 
 
 def prepared(manifest: "Manifest", place: object) -> str:
-    """A prepared corpus in a few lines: what it holds, what was left out, and what to type next."""
+    """Return a summary of a prepared corpus: its size, what was left out, and the command to train on it."""
     rows = ", ".join(f"{manifest.rows(split):,} rows ({split})" for split in manifest.splits)
     lines = [
         f"{manifest.documents:,} documents, {manifest.tokens:,} tokens: {rows} of {manifest.seq_len} + 1 tokens in {place}"
@@ -59,7 +59,7 @@ def prepared(manifest: "Manifest", place: object) -> str:
 
 
 def _remarks(manifest: "Manifest") -> "Iterator[str]":
-    """Yield what else is to be known of prepared rows: what was not read, what is in the text, what is not in the tokens."""
+    """Yield remarks on prepared rows: unread files, followed links, NUL characters, characters without a token."""
     from picolm.data.documents import told
 
     if manifest.not_read:
@@ -74,7 +74,7 @@ def _remarks(manifest: "Manifest") -> "Iterator[str]":
 
 
 def parts(family: str) -> "Table":
-    """The metrics or the components, with a line on each, for `pico list`."""
+    """Return a table of the metrics or the components, with a line on each, for `pico list`."""
     import inspect
 
     from rich import box
@@ -100,7 +100,7 @@ def parts(family: str) -> "Table":
 
 
 def configurations() -> "Table":
-    """The configurations that come with the package: the command that takes each, and what it says of itself."""
+    """Return a table of the configurations that come with the package: the command and a summary of each."""
     from rich import box
     from rich.table import Table
 
@@ -116,8 +116,9 @@ def configurations() -> "Table":
 
 
 def evaluations(results: Mapping[int, Mapping[str, float]], most: int = 5) -> "Table":
-    """Results by step: a row for each of them, and a column for each step; of more than `most`, the first, the last, and a
-    sparkline of all.
+    """Return a table of results by step, with a row per result and a column per step.
+
+    With more than `most` steps, only the first and the last have columns. From three steps on, a sparkline shows all.
     """
     from rich import box
     from rich.table import Table
@@ -138,7 +139,10 @@ def evaluations(results: Mapping[int, Mapping[str, float]], most: int = 5) -> "T
 
 
 def batch_rows(batch: "Batch", characters: int) -> Iterator[str]:
-    """A heading and the beginning of the text for each row of a batch, with its mean loss where it was measured."""
+    """Yield a heading and the beginning of the text for each row of a batch, with its mean loss if it was measured.
+
+    characters: the most characters of text for each row.
+    """
     texts = batch.text.decode(batch.rows.tokens_RS)
     for place, number in enumerate(batch.rows.numbers.tolist()):
         heading = [f"row {number}", batch.where[place]]

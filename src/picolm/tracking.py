@@ -1,4 +1,4 @@
-"""Weights & Biases adapter. A server that cannot be reached never ends a run or an analysis."""
+"""Weights & Biases adapter. An unreachable server never stops a run or an analysis."""
 
 import logging
 import os
@@ -15,7 +15,10 @@ log = logging.getLogger("picolm")
 
 
 class Session:
-    """One run on the server, or in `folder` to be sent later with `wandb sync`. Raises PicoError without the package."""
+    """A run on the server, or an offline run in `folder`, to upload later with `wandb sync`.
+
+    Raises PicoError if the package wandb is not installed.
+    """
 
     def __init__(self, project: str, entity: str, name: str, folder: Path, config: Mapping[str, Any]):
         try:
@@ -35,7 +38,7 @@ class Session:
         }
         try:
             self._run = wandb.init(**arguments)
-        except Exception as error:  # no account, no network, a refused key
+        except Exception as error:  # no account, no network, an invalid key
             log.warning("Weights & Biases is out of reach (%s); writing an offline run instead.", error)
             # the other id may still be in use
             self._run = wandb.init(**arguments | {"mode": "offline", "resume": None, "id": secrets.token_hex(8)})
@@ -54,7 +57,7 @@ class Session:
 
 
 def _identity(file: Path) -> str:
-    """What tells the run apart on the server: made once, so that a continued run goes on there, and a new one does not."""
+    """Return the id of the run on the server, stored in `file`, so a resumed run keeps it and a new one differs."""
     if not os.path.lexists(file):
         with os.fdopen(open_to_append(file), "w") as made:
             made.write(secrets.token_hex(8))

@@ -1,10 +1,11 @@
-"""Read files that somebody else may have written: runs, rows, answers of the Hub, tokenizers, caches.
+"""Read files that somebody else may have written: runs, rows, responses of the Hub, tokenizers, caches.
 
-Only regular files are read, never through a link, and never more bytes than stated. JSON and YAML are bounded in depth and
-parsed once into a typed form. Each problem is a FileError that names the file, the key, and what was expected.
+Only regular files are read, never through a link, and never more bytes than a limit. JSON and YAML have a limit of
+nesting and are parsed once into a typed form. Each problem is a FileError that names the file, the key, and the
+expected value.
 
-A path that the user typed may be a link, or lie behind links. Files below it may not: pass that path as `within`. Paths in
-the cache of huggingface_hub are links by design; `picolm.network` resolves them and checks where they lead.
+A path that the user typed may be a link, or contain links. Files below it may not: pass that path as `within`. Paths in
+the cache of huggingface_hub are links by design; `picolm.network` resolves them and checks their targets.
 """
 
 import errno
@@ -18,7 +19,7 @@ from typing import Any
 
 from picolm.errors import FileError, FileMissing
 
-TEXT_BYTES = 64 << 20  # most bytes of a file that is read whole: the largest tokenizer.json in use has about 30 MB
+TEXT_BYTES = 64 << 20  # most bytes of a file that is read at once: the largest tokenizer.json in use has about 30 MB
 LINE_BYTES = 16 << 20  # most bytes of one line of a file that is read line by line
 _LINK = "is a link; links inside of a run, corpus or cache are not followed: put the file itself there"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -27,7 +28,7 @@ _BINARY = getattr(os, "O_BINARY", 0)
 
 
 def refuse_links(path: Path, within: Path) -> None:
-    """Raise FileError if `path`, or a folder between it and `within`, is a link or lies outside of `within`.
+    """Raise FileError if `path` is outside `within`, or if it or a folder between the two is a link.
 
     `within` itself may be a link. Parts that do not exist are accepted, so a path can be checked before it is written.
     """
@@ -41,7 +42,7 @@ def refuse_links(path: Path, within: Path) -> None:
 
 
 def require_regular(path: Path, within: Path | None = None) -> os.stat_result:
-    """Check a file before a library opens it by its path. Returns its status.
+    """Check a file before a library opens it by its path. Returns its `os.stat_result`.
 
     Raises FileMissing if it does not exist; FileError if it is a link, a folder, a pipe or a device.
     """
@@ -59,7 +60,7 @@ def require_regular(path: Path, within: Path | None = None) -> os.stat_result:
 
 
 def open_regular(path: Path, within: Path | None = None) -> BufferedReader:
-    """Open a file for reading in binary mode. Raises like `require_regular`; never waits for a pipe."""
+    """Open a file for reading in binary mode. Raises like `require_regular`; never blocks on a pipe."""
     if within is not None:
         refuse_links(path, within)
     if path.is_symlink():  # systems without O_NOFOLLOW
@@ -75,10 +76,10 @@ def open_regular(path: Path, within: Path | None = None) -> BufferedReader:
 
 
 def open_to_append(path: Path, within: Path | None = None, flags: int = os.O_WRONLY | os.O_APPEND) -> int:
-    """Open a file for writing, made if there is none. Returns its descriptor.
+    """Open a file for writing, creating it if it does not exist. Returns its descriptor.
 
-    flags: how, for `os.open`. Raises FileError if it is a link, a folder, a pipe or a device, and OSError where the system
-    does not let it be written.
+    flags: mode flags for `os.open`. Raises FileError if it is a link, a folder, a pipe or a device, and OSError if the
+    system does not allow writing.
     """
     if within is not None:
         refuse_links(path, within)
@@ -92,7 +93,7 @@ def open_to_append(path: Path, within: Path | None = None, flags: int = os.O_WRO
 
 
 def read_bytes(path: Path, within: Path | None = None, most_bytes: int = TEXT_BYTES) -> bytes:
-    """Return the content of a file of at most `most_bytes`. Raises like `open_regular`, and FileError if it is larger."""
+    """Return the content of a file. Raises like `open_regular`, and FileError if it has more than `most_bytes`."""
     with open_regular(path, within) as file:
         try:
             data = file.read(most_bytes + 1)
@@ -109,9 +110,9 @@ def read_text(path: Path, within: Path | None = None, most_bytes: int = TEXT_BYT
 
 
 def read_lines(path: Path, within: Path | None = None, most_bytes: int = LINE_BYTES) -> Iterator[bytes]:
-    """Yield the complete lines of a file without their ends, one at a time. Raises like `read_bytes`.
+    """Yield the complete lines of a file without their newline. Raises like `read_bytes`; most_bytes: of one line.
 
-    What stands behind the last newline is left out: it is a line that is still being written.
+    Text after the last newline is left out: it is a line that is still being written.
     """
     with open_regular(path, within) as file:
         for number in range(1, 1 << 62):
@@ -124,7 +125,7 @@ def read_lines(path: Path, within: Path | None = None, most_bytes: int = LINE_BY
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raise FileError if a file is the short text that Git LFS leaves where the file itself was not fetched."""
+    """Raise FileError if a file is a Git LFS pointer: the short text in place of a file that was not downloaded."""
     with open_regular(path) as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise FileError(
@@ -133,7 +134,7 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 
 def decode(data: bytes, name: str) -> str:
-    """Return UTF-8 `data` as text, without a byte-order mark. Raises FileError with the offset of what is no UTF-8."""
+    """Return UTF-8 `data` as text, without a byte-order mark. Raises FileError with the offset of invalid bytes."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -148,9 +149,8 @@ def read_json(path: Path, form: Any = Any, within: Path | None = None) -> Any:
 def parse_json(data: bytes | str, name: str, form: Any = Any) -> Any:
     """Return JSON `data` as `form`: a pydantic model, a dataclass, or a type such as `dict[str, Any]`.
 
-    name: the file, for messages. Nesting is limited to 200 levels by the parser. No text is
-    taken for a number. Raises FileError with every key whose value
-    is not what `form` says.
+    name: the file, for messages. The parser limits the nesting to 200 levels. Text is never converted to a number.
+    Raises FileError with every key whose value does not fit `form`.
     """
     from pydantic import ValidationError
 
@@ -162,7 +162,7 @@ def parse_json(data: bytes | str, name: str, form: Any = Any) -> Any:
 
 
 def check_form(value: Any, form: Any, name: str) -> None:
-    """Raise FileError with every key of a parsed value that is not what `form` says."""
+    """Raise FileError with every key of a parsed value that does not fit `form`."""
     from pydantic import ValidationError
 
     try:

@@ -1,7 +1,7 @@
-"""From the pieces that each process holds to one whole tensor, in data order, and back.
+"""Gather the parts that each process holds into one full tensor, in data order, and distribute it again.
 
-With FSDP2, parameters, gradients and moments are DTensors: each process holds a shard. Whoever looks at them whole asks here.
-All processes call these functions, in the same order; what they gather is kept by the first process alone.
+With FSDP2, parameters, gradients and moments are DTensors: each process holds a shard. All processes must call these
+functions in the same order. Gathered tensors are returned on the first process only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,29 +14,29 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 def world_size() -> int:
-    """Number of processes that take part (1 without a process group)."""
+    """Return the number of processes (1 without a process group)."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that keeps what is gathered, and writes."""
+    """Return whether this is the first process: the one that gets gathered tensors and writes files."""
     return world_size() == 1 or dist.get_rank() == 0
 
 
 def full_tensor(tensor: Tensor) -> Tensor | None:
-    """A copy on the CPU of the whole of `tensor`, also where it is a shard of a distributed one; None on other processes."""
+    """Return a copy of the full tensor on the CPU, gathered if it is a DTensor; None on all processes but the first."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().to(device="cpu", copy=True) if is_first() else None
 
 
 def whole_tensors(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
-    """`tensors` with every distributed one gathered to the CPU, one at a time; on other processes those are left out."""
+    """Return `tensors` with each DTensor gathered to the CPU, one at a time; other processes get no DTensors."""
     gathered = {key: full_tensor(t) if isinstance(t, DTensor) else t for key, t in tensors.items()}
     return {key: tensor for key, tensor in gathered.items() if tensor is not None}
 
 
 def summed(tensor: Tensor, device: torch.device) -> Tensor:
-    """The sum over all processes of a tensor on the CPU, which each of them gets; it travels by way of `device`."""
+    """Return the sum of a CPU tensor over all processes, on every process; the all-reduce runs on `device`."""
     if world_size() == 1:
         return tensor
     on_device = tensor.to(device)
@@ -45,12 +45,12 @@ def summed(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def on_every_process(tensor: Tensor) -> Tensor:
-    """The whole of `tensor`, on the device it is on."""
+    """Return the full tensor on every process, on its own device."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def laid_out_like(whole: Tensor, like: Tensor) -> Tensor:
-    """`whole`, which every process has, spread over the processes as `like` is. Nothing is sent."""
+    """Return `whole`, which every process has, with the placement of `like`. No communication."""
     if not isinstance(like, DTensor):
         return whole
     mesh = like.device_mesh
@@ -59,7 +59,7 @@ def laid_out_like(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor, places: Sequence[int]) -> Tensor | None:
-    """The rows of all processes, sorted by their places in the global batch; None on all processes but the first."""
+    """Return the rows of all processes, sorted by place in the global batch; None on all processes but the first."""
     if world_size() > 1:
         pieces: list[tuple[Tensor, Sequence[int]]] | None = [(rows, places)] * world_size() if is_first() else None
         dist.gather_object((rows, places), pieces)

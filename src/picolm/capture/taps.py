@@ -1,4 +1,4 @@
-"""Which modules are watched, at which positions, and the hooks that read them.
+"""Choose the modules and positions to capture, and read them with hooks.
 
 Shapes: B rows of a micro-batch, T positions, H width of a module's output, R rows kept, P positions kept.
 """
@@ -24,11 +24,11 @@ Positions = Literal["last", "all"] | str | Sequence[int]
 
 @dataclass(frozen=True)
 class Taps:
-    """What to record, resolved against one model.
+    """The settings of a capture, resolved for one model.
 
-    positions: `last`, `all`, `random:k`, or indices into the sequence. One position gives activations [R, H], several [R, P, H].
-    max_rows: rows of the global batch, in data order, whose activations are kept; None keeps all.
-    dtype: element type of kept activations; None keeps the one they were computed in.
+    positions: `last`, `all`, `random:k`, or indices into the sequence. One position gives activations [R, H], several
+    [R, P, H]. max_rows: how many rows of the global batch to keep activations of, in data order; None keeps all.
+    dtype: element type of kept activations; None keeps the type in which they were computed.
     """
 
     modules: dict[str, nn.Module]
@@ -40,9 +40,9 @@ class Taps:
     seed: int = 0
 
     def positions_at(self, step: int, length: int) -> list[int] | None:
-        """The positions kept at `step` in sequences of `length` tokens; None where all are kept.
+        """Return the positions to keep at `step` in sequences of `length` tokens; None to keep all.
 
-        Raises PicoError where a sequence is too short for a position that is asked for.
+        Raises PicoError if the sequences are too short for a configured position.
         """
         if self.positions == "all":
             return None
@@ -64,9 +64,10 @@ class Taps:
 def find_modules(
     model: nn.Module, suffixes: Sequence[str], layers: Literal["all"] | Sequence[int]
 ) -> dict[str, nn.Module]:
-    """The modules whose names end in one of `suffixes` (in whole words), inside blocks restricted to `layers`.
+    """Return the modules whose names end in one of `suffixes` (whole words), in the order of the model.
 
-    Raises PicoError for a suffix that matches nothing, with what there is.
+    Of modules inside blocks, only those of `layers` are returned. Raises PicoError, listing the known suffixes, if a
+    suffix matches no module.
     """
     named = {name: module for name, module in model.named_modules() if name}
     found: dict[str, nn.Module] = {}
@@ -82,20 +83,21 @@ def find_modules(
             )
         layer_of = {name: Address("", "", name).layer for name in matching}
         found |= {n: m for n, m in matching.items() if layers == "all" or layer_of[n] is None or layer_of[n] in layers}
-    return {name: found[name] for name in named if name in found}  # in the order of the model, whatever the order asked
+    return {name: found[name] for name in named if name in found}  # in the order of the model, not of `suffixes`
 
 
 class Captured(dict[Address, Tensor]):
-    """The tensors of one step by address, complete when the `capture` block has ended."""
+    """The captured tensors of one step by address; complete after the `capture` block has ended."""
 
 
 @contextmanager
 def capture(taps: Taps, *, split: str, step: int, order: Order) -> Iterator[Captured]:
-    """Watch the forward and backward passes inside the block.
+    """Capture the forward and backward passes that run inside the block.
 
-    order: for each micro-batch of this process, in turn, the places of its rows in the global batch; activations come out
-    in that global order, one row per sequence, whatever the number of micro-batches and processes. Rows of a micro-batch
-    beyond its places are not kept. With several processes all of them call this, and the first one has all that was captured.
+    order: for each micro-batch of this process, the places of its rows in the global batch. Activations are sorted in
+    that global order, one row per sequence, for any number of micro-batches and processes. Rows of a micro-batch beyond
+    its places are not kept. With several processes, all must call this, and the first one gets all captured tensors.
+    Raises PicoError if a module did not run exactly once per micro-batch or does not return one tensor.
     """
     captured = Captured()
     records: dict[str, list[Tensor]] = {name: [] for name in taps.modules} if taps.activations else {}
@@ -123,7 +125,7 @@ def capture(taps: Taps, *, split: str, step: int, order: Order) -> Iterator[Capt
 
 
 def gradients(taps: Taps, split: str) -> dict[Address, Tensor]:
-    """Copies of the gradients that the parameters of the watched modules hold now, on the first process."""
+    """Return copies of the current gradients of the chosen modules' own parameters; only the first process gets any."""
     found = {}
     for module_name, module in taps.modules.items():
         for parameter_name, parameter in module.named_parameters(recurse=False):

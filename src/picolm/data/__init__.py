@@ -1,18 +1,19 @@
-"""Where the tokens come from: rows of token ids, found by their number.
+"""Data sources: rows of token ids, read by row number.
 
-A source is a table of equally long rows; row i is found by arithmetic, in any order, so that nothing has to be iterated or
-fast-forwarded. A family of sources is one factory registered in `SOURCES`; the part of a name behind the colon is handed to it.
+A source is a table of rows of equal length. Row i is found by arithmetic, in any order, so nothing has to be iterated
+or fast-forwarded. A family of sources is one factory registered in `SOURCES`; it gets the part of the name after the
+colon.
 
     embedded:state_of_the_union   a corpus that comes with a package, prepared once into the cache folder
-    parquet:PATH                  a folder, a file or a glob of parquet shards; PATH alone does where it exists
-    hub:owner/name[@revision]     a data set of the Hugging Face Hub; owner/name alone does
-    datatrove:PATH                .ds files of datatrove's DocumentTokenizer, as they lie
+    parquet:PATH                  a folder, a file or a glob of parquet shards; PATH alone works if it exists
+    hub:owner/name[@revision]     a data set of the Hugging Face Hub; owner/name alone works too
+    datatrove:PATH                .ds files of datatrove's DocumentTokenizer, unchanged
     mix:NAME*WEIGHT,NAME*WEIGHT   rows of several sources by weights
-    my_lab.module:attribute       a factory of the user's own, called like those below
+    my_lab.module:attribute       a factory of your own, with the same arguments
 
-Splits are told from the names of files and folders (see `splits.py`): `train-*.parquet` and `val-*.parquet`, in the folder itself
-or in its `data/` folder, is the layout of published data sets and of `picolm.data.prepare`. Shards of a data set without the
-word train are the train split if they name no other one.
+The names of files and folders give the split (see `splits.py`). Published data sets and `picolm.data.prepare` use
+`train-*.parquet` and `val-*.parquet`, in the folder itself or in its `data/` folder. Shards whose names contain no
+split are the train split; if other shards are named train, this is an error.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from picolm.registry import Registry, did_you_mean, names_code
 class Source(Protocol):
     """Rows of token ids by number. All methods may be called from several threads.
 
-    fingerprint: digest of the content and its order, the same wherever the data lie.
-    row_length: tokens in a row, the shifted target included.
-    max_token: the largest token id, where a manifest states it, and max_token_file: the shard it is in.
-    eos: the id of the token that ends a document; tokenizer_file: the tokenizer.json that made the rows, and
-    tokenizer_sha256, its digest; None where unknown.
+    fingerprint: digest of the content and its order, independent of where the data are stored.
+    row_length: tokens in a row, including the shifted target.
+    max_token: the largest token id, if a manifest gives it; max_token_file: the shard that contains it.
+    eos: the id of the token that ends a document. tokenizer_file: the tokenizer.json that made the rows;
+    tokenizer_sha256: its digest. Each is None if unknown.
     """
 
     fingerprint: str
@@ -50,24 +51,24 @@ class Source(Protocol):
     tokenizer_sha256: str | None
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         ...
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """The rows of these numbers, int32 [R, row_length]. Raises DataError naming the shard that cannot be read."""
+        """Return the rows with these numbers, int32 [R, row_length]. Raises DataError naming an unreadable shard."""
         ...
 
     def labels(self, indices: np.ndarray) -> list[str] | None:
-        """What each row is from (its `source` column); None where the data do not tell."""
+        """Return the label of each row (its `source` column); None if the data have no labels."""
         ...
 
     def locate(self, index: int) -> str:
-        """Where a row lies, for messages: `train-00003-of-00010.parquet row 17`."""
+        """Return the location of a row, for messages: `train-00003-of-00010.parquet row 17`."""
         ...
 
 
 SourceFactory = Callable[..., Source]
-"""(place, *, split, row_length, vocab_size, cache_dir) -> Source; `place` is the name behind the colon, or empty."""
+"""(place, *, split, row_length, vocab_size, cache_dir) -> Source; `place` is the part after the colon, or empty."""
 
 SOURCES: Registry[SourceFactory] = Registry("data source")
 
@@ -80,12 +81,12 @@ def open_source(
     vocab_size: int = 4096,
     cache_dir: Path | None = None,
 ) -> Source:
-    """The rows of one split of a data set.
+    """Open one split of a data set and return its rows.
 
-    row_length: tokens needed in a row; longer rows are cut, shorter ones an error. None takes the rows as they are.
-    vocab_size: entries of the tokenizer that an embedded corpus trains; other sources have theirs already.
-    cache_dir: where prepared corpora and indices of remote data sets are kept ($PICO_CACHE, else ~/.cache/pico).
-    Raises DataError when there is no such data set or no such split, with what was tried.
+    row_length: tokens needed in a row; longer rows are cut, shorter rows are an error. None keeps the rows as they are.
+    vocab_size: size of the tokenizer that is trained on an embedded corpus; other data sets have their own tokenizer.
+    cache_dir: folder for prepared corpora and indices of remote data sets (default: $PICO_CACHE, else ~/.cache/pico).
+    Raises DataError, saying what was tried, if there is no such data set or no such split.
     """
     factory, place = _find(name)
     return factory(
@@ -94,12 +95,12 @@ def open_source(
 
 
 def is_own_source(name: str) -> bool:
-    """Return whether a name of data is that of code, not of a family that there is."""
+    """Return whether a data set name refers to the user's own code rather than to a registered family."""
     return names_code(name) and name.partition(":")[0] not in SOURCES
 
 
 def has_own_length(name: str) -> bool:
-    """Return whether the rows of a data set have a length of their own, so that it need not be said to open it."""
+    """Return whether the stored rows have a fixed length, so that the data set can be opened without `row_length`."""
     return name.partition(":")[0] not in ("datatrove", "embedded", "mix")
 
 

@@ -1,6 +1,6 @@
-"""One value computed ahead of its time by a background thread: the next step's rows, the next shard's file.
+"""Compute one value in advance in a background thread: the next step's rows, the next shard's file.
 
-It changes when something is computed, never what: `take` returns what `compute` would return, and raises what it would raise.
+This changes only when a value is computed: `take` returns what `compute` would return, and raises what it would raise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 
 
 class Ahead(Generic[Key, Value]):
-    """At most one value ahead, and so at most one thread, which does not keep the process alive."""
+    """At most one value computed in advance, by at most one daemon thread."""
 
     def __init__(self, compute: Callable[[Key], Value]):
         self._compute = compute
@@ -24,7 +24,7 @@ class Ahead(Generic[Key, Value]):
         self._lock = threading.Lock()
 
     def start(self, key: Key) -> None:
-        """Begin to compute the value of `key`, unless another one is still being computed or this one is there."""
+        """Start to compute the value of `key`, unless another computation is running or this value is ready."""
         with self._lock:
             if self._value is not None and (self._key == key or not self._value.done()):
                 return
@@ -32,7 +32,7 @@ class Ahead(Generic[Key, Value]):
             threading.Thread(target=self._run, args=(key, self._value), daemon=True, name=f"ahead {key}").start()
 
     def take(self, key: Key) -> Value:
-        """The value of `key`: waited for when it was started, else computed here and now."""
+        """Return the value of `key`: wait for it if it was started, otherwise compute it now."""
         with self._lock:
             started, value = self._key == key, self._value
             if started:
@@ -42,5 +42,5 @@ class Ahead(Generic[Key, Value]):
     def _run(self, key: Key, value: Future[Value]) -> None:
         try:
             value.set_result(self._compute(key))
-        except BaseException as error:  # it is raised where the value is taken
+        except BaseException as error:  # `take` raises it
             value.set_exception(error)

@@ -1,7 +1,7 @@
-"""The batch of a step is a function of its number: the same rows for any number of processes and any accumulation.
+"""The batch of a step is a function of the step number: the same rows for any number of processes and micro-batches.
 
-Step s takes the positions [s B, (s + 1) B) of the order (see `order.py`); process r of W has those at r, r + W, r + 2 W, … of
-the batch, in `accumulation` micro-batches. So resuming, or replaying any step, takes a number and nothing else.
+Step s takes the positions [s B, (s + 1) B) of the order (see `order.py`). Process r of W gets those at r, r + W, …
+of the batch, in `accumulation` micro-batches. So the step number alone is enough to resume, or to replay a step.
 
 Shapes: B rows of a step, b rows of a micro-batch, T tokens of a row.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Batches:
-    """The micro-batches of this process at any step; the next step's rows are read in the background."""
+    """The micro-batches of this process at any step. A call with a step also starts to read the next step's rows."""
 
     def __init__(
         self,
@@ -40,9 +40,11 @@ class Batches:
         row_length: int | None = None,
         vocab_size: int,
     ):
-        """Cut rows to `row_length` tokens (default: length + 1), in which a model predicts `length` of them.
+        """Check the batch shape and the source.
 
-        `rows_per_step` (B) counts the rows of all processes and micro-batches.
+        `rows_per_step` (B) counts the rows of all processes and micro-batches. Rows are cut to `row_length` tokens
+        (default: length + 1), of which the model predicts `length`. Raises DataError if B is not a multiple of
+        `world` * `accumulation`, or if the source is empty, has too short rows or (by its manifest) ids ≥ vocab_size.
         """
         if rows_per_step % (world * accumulation):
             raise DataError(
@@ -57,35 +59,38 @@ class Batches:
         self._ahead: Ahead[int, np.ndarray] = Ahead(self._read)
 
     def __call__(self, step: int) -> list[Tensor]:
-        """The micro-batches of a step, each int64 [b, T]. Raises DataError naming shard, row and id of a token ≥ vocab_size."""
-        import torch  # here, so that reading about data needs no torch
+        """Return the micro-batches of a step, each int64 [b, T].
+
+        Raises DataError with shard, row and token id if an id is negative or ≥ vocab_size.
+        """
+        import torch  # here, so that the module can be imported without torch
 
         tokens_RT = self._ahead.take(step)
         self._ahead.start(step + 1)
         return list(torch.from_numpy(tokens_RT).chunk(self.accumulation))
 
     def row_numbers(self, step: int) -> np.ndarray:
-        """The numbers in the source of all B rows of a step, in their order."""
+        """Return the row numbers (in the source) of all B rows of a step, in batch order."""
         first = step * self.rows_per_step
         positions = np.arange(first, first + self.rows_per_step, dtype=np.int64)
         return rows_in_order(positions, len(self.source), seed=self.seed, shuffle=self.shuffle)
 
     def rank_rows(self, step: int = 0) -> list[np.ndarray]:
-        """For each micro-batch of this process, where its rows stand in the batch of all B (the same at every step)."""
+        """Return the places of rows in the batch of B, per micro-batch of this process (the same at each step)."""
         places = np.arange(self.rank, self.rows_per_step, self.world, dtype=np.int64)
         return np.split(places, self.accumulation)
 
     def pass_of(self, step: int) -> int:
-        """The number of the pass over the data in which the first row of a step lies."""
+        """Return the number of the pass over the data (epoch, from 0) of the first row of a step."""
         return step * self.rows_per_step // len(self.source)
 
     def is_permuted(self, step: int) -> bool:
-        """Whether the first row of a step is taken in a permuted order rather than in the order on disk."""
+        """Return whether the first row of a step is in a permuted order rather than in the order on disk."""
         return self.shuffle or self.pass_of(step) > 0
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what decides the batch of a step: the data, their order and the shape of a batch."""
+        """The digest of all that determines the batch of a step: the data, their order and the shape of a batch."""
         parts = [self.source.fingerprint, self.rows_per_step, self.seed, self.shuffle, self.length]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -1,6 +1,6 @@
-"""One parquet shard: what its footer tells, and the token ids of one of its row groups.
+"""Read one parquet shard: its footer, and the token ids of one row group.
 
-Whatever is wrong with the file is a DataError that names it.
+Any problem with the file raises a DataError that names the file.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 
-_MOST_VALUES = 1 << 29  # of one row group: 2 GiB of int32
+_MOST_VALUES = 1 << 29  # in one row group: 2 GiB of int32
 
 
 class Footer(NamedTuple):
-    """ends_G: rows up to the end of each row group; lengths_G: mean tokens per row of each, from the count of values."""
+    """The parts of a parquet footer that Pico needs, for G row groups.
+
+    ends_G: number of rows up to the end of each row group. lengths_G: mean tokens per row of each row group, from its
+    count of values. has_labels: whether there is a column `source`.
+    """
 
     ends_G: np.ndarray
     lengths_G: np.ndarray
@@ -32,12 +36,12 @@ class Footer(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of the shard."""
+        """The number of rows in the shard."""
         return int(self.ends_G[-1]) if self.ends_G.size else 0
 
 
 def read_footer(file: Path | Any, name: str) -> Footer:
-    """The footer of a shard, from its path or an open (also a remote) file. `name` is what messages call it."""
+    """Return the footer of a shard, from its path or an open file (local or remote). `name`: the shard in messages."""
     import pyarrow.parquet as pq
 
     with _named(name, file):
@@ -56,7 +60,10 @@ def read_footer(file: Path | Any, name: str) -> Footer:
 
 
 def read_tokens(path: Path, name: str, group: int) -> np.ndarray:
-    """The token ids of one row group, int32 [rows, tokens]. Rows of unequal length, nulls and other types are errors."""
+    """Return the token ids of one row group, int32 [rows, tokens].
+
+    Raises DataError for rows of unequal length or without tokens, negative ids, nulls and other types.
+    """
     import pyarrow as pa
 
     column = _read_column(path, name, group, "input_ids")
@@ -67,7 +74,7 @@ def read_tokens(path: Path, name: str, group: int) -> np.ndarray:
         raise DataError(f"{name}: column input_ids holds {kind.value_type}; token ids are integers")
     if len(column) == 0:
         return np.empty((0, 0), dtype=np.int32)
-    values = column.flatten()  # skips null rows, and what lies outside of a slice
+    values = column.flatten()  # skips null rows, and values outside a slice
     if column.null_count or values.null_count:
         raise DataError(f"{name}: row group {group} of input_ids holds nulls")
     length = _common_length(column, name, group)
@@ -83,7 +90,7 @@ def read_tokens(path: Path, name: str, group: int) -> np.ndarray:
 
 
 def read_labels(path: Path, name: str, group: int) -> list[str]:
-    """The `source` of each row of one row group."""
+    """Return the `source` of each row of one row group; empty text for null."""
     labels = _read_column(path, name, group, "source").to_pylist()
     return ["" if label is None else str(label) for label in labels]
 
@@ -129,18 +136,18 @@ def _as_int32(values: np.ndarray, name: str) -> np.ndarray:
 
 @contextmanager
 def opened(path: Path, name: str) -> Iterator[pq.ParquetFile]:
-    """An open parquet file, with whatever goes wrong reported under its name."""
+    """Open a parquet file; errors inside the block become a DataError that contains `name`."""
     import pyarrow.parquet as pq
 
     with (
         _named(name, path),
         pq.ParquetFile(_regular(path), page_checksum_verification=True) as shard,
-    ):  # where the writer left checksums
+    ):  # checked only if the writer stored checksums
         yield shard
 
 
 def _regular(file: Path | Any) -> Path | Any:
-    """Return the real path of a file that is opened by its path, so that nobody waits for a pipe."""
+    """Resolve `file` if it is a path. Raises FileError if it is not a regular file, since a pipe would block."""
     if not isinstance(file, Path):
         return file
     file = file.resolve()
@@ -150,7 +157,7 @@ def _regular(file: Path | Any) -> Path | Any:
 
 @contextmanager
 def _named(name: str, file: Path | Any) -> Iterator[None]:
-    """Turn what pyarrow and the file system report into a DataError that names the shard."""
+    """Convert errors of pyarrow and the file system into a DataError that names the shard."""
     import pyarrow as pa
 
     try:

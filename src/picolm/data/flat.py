@@ -1,10 +1,10 @@
-"""Tokenized data of other tools that are one long line of token ids, read as they lie.
+"""Read token files of other tools, which are one long sequence of token ids, without converting them.
 
-    datatrove:PATH    .ds files of datatrove's DocumentTokenizer: token ids of 2 or 4 bytes, which .ds.metadata says
+    datatrove:PATH    .ds files of datatrove's DocumentTokenizer: token ids of 2 or 4 bytes (see .ds.metadata)
 
-PATH is a file, a folder or a glob. A row is the next `row_length` tokens of a file, as the tool's own reader takes them; what is
-left at the end of a file is in no row. Row i is found by arithmetic, and read from the file alone. The order is that of the
-files: `data.dataset.shuffle: true` permutes it from the first pass on.
+PATH is a file, a folder or a glob. A row is the next `row_length` tokens of a file, as in the tool's own reader; the
+rest at the end of a file is in no row. Row i is found by arithmetic, and only its bytes are read. Rows are in the order
+of the files; `data.dataset.shuffle: true` permutes them from the first pass on.
 
 The fingerprint is a digest of the name, the size and the first and last 64 KiB of each file.
 """
@@ -27,7 +27,7 @@ from picolm.errors import DataError
 
 
 class TokenFile(NamedTuple):
-    """A file that holds token ids, one behind the other, from byte `offset` on."""
+    """A file of consecutive token ids, starting at byte `offset`."""
 
     path: Path
     dtype: np.dtype[Any]
@@ -58,7 +58,10 @@ class FlatRows:
         return int(self._starts[-1])
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Return the rows of these numbers, int32 [R, row_length]."""
+        """Return the rows with these numbers, int32 [R, row_length].
+
+        Raises DataError for a number that does not exist, a truncated file or ids that do not fit into int32.
+        """
         tokens_RT = np.empty((len(indices), self.row_length), dtype=np.int32)
         for place, index in enumerate(indices.tolist()):
             if not 0 <= index < len(self):
@@ -74,7 +77,7 @@ class FlatRows:
         return tokens_RT
 
     def labels(self, indices: np.ndarray) -> list[str] | None:
-        """Return None: such files do not tell what a row is from."""
+        """Return None: these files have no labels."""
         return None
 
     def locate(self, index: int) -> str:
@@ -90,7 +93,11 @@ class FlatRows:
 def open_flat(
     place: str, ending: str, read: Callable[[Path], TokenFile], split: str, row_length: int | None
 ) -> FlatRows:
-    """Return the rows of the files at `place` with an ending. read: says what a file holds. Raises DataError."""
+    """Return the rows of one split of the files at `place` whose names end in `ending`.
+
+    read: describes the content of a file. Raises DataError if there are no such files, if none is of the split, or if
+    `row_length` is None.
+    """
     given = Path(place).expanduser()
     if given.is_dir():
         base, files = (
@@ -120,7 +127,7 @@ def _is_hidden(path: Path) -> bool:
 
 @SOURCES.add("datatrove")
 def open_datatrove(place: str, *, split: str = "train", row_length: int | None = None, **_: Any) -> FlatRows:
-    """Return the rows of .ds files."""
+    """Open the .ds files of datatrove at `place`."""
     return open_flat(place, ".ds", _ds_file, split, row_length)
 
 

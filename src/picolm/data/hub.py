@@ -1,15 +1,15 @@
-"""Data sets of the Hugging Face Hub, read shard by shard.
+"""Read data sets of the Hugging Face Hub shard by shard.
 
-A shard is fetched into the Hub's own cache when one of its rows is asked for, the next one in the background, and then read
-like any local shard.
+A shard is downloaded into the Hub's cache when one of its rows is first read, and then read like any local shard. The
+next shard is downloaded in the background.
 
-A data set is pinned to the commit found when it is opened. Its shards are listed once; their row counts come from the data
-set's `manifest.json`, else all shards but the last are taken to hold as many rows as the first (two footers are read over the
-network), and a fetched shard that holds another number is an error. What was found is kept as an index in the cache folder,
-so that offline mode (`HF_HUB_OFFLINE=1`) can use what has been fetched. The fingerprint follows from the digests that the
-Hub states for the shards, and so outlives a commit that only edits the data set's card.
+A data set is pinned to the commit found when it is opened. Its shards are listed once. Row counts come from its
+`manifest.json`; without one, two footers are read over the network and all shards but the last are assumed to have as
+many rows as the first, and a downloaded shard with another row count is an error. The result is stored as an index in
+the cache folder, so that offline mode (`HF_HUB_OFFLINE=1`) can use the downloaded shards. The fingerprint is computed
+from the shards' digests on the Hub, so it does not change when a commit only edits the data set card.
 
-`HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME` mean what they mean to huggingface_hub.
+`HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME` mean the same as in huggingface_hub.
 """
 
 from __future__ import annotations
@@ -37,23 +37,26 @@ from picolm.network import TreeEntry, answers_of, cache_folder, fetch, file_list
 _FOOTER_BYTES = 1 << 16
 _MOST_FOOTER_BYTES = 1 << 28
 _TIMEOUT_S = 30.0
-_PARTIAL = 206  # the status of an answer that holds the range that was asked for
+_PARTIAL = 206  # HTTP status of a response with the requested byte range
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A data set on the Hub at one commit. endpoint None: the one of the environment."""
+    """A data set on the Hub at one commit. endpoint: None for that of the environment."""
 
     name: str
     commit: str
     endpoint: str | None = None
 
     def fetch(self, file: str, most_bytes: int | None = None) -> Path:
-        """The local path of one of its files, downloaded if it is not in the Hub's cache."""
+        """Return the local path of a file, downloading it unless it is in the Hub's cache. Raises DataError."""
         return fetch(self.name, file, self.commit, DataError, self.endpoint, most_bytes=most_bytes, repo_type="dataset")
 
     def read_tail(self, file: str, size: int, tail_bytes: int) -> bytes:
-        """Return the last bytes of one of its files: without the rest, or from the cache if the server ignores ranges."""
+        """Return the last `tail_bytes` of a file of `size` bytes.
+
+        Requests only this range; if the server ignores ranges, downloads the whole file into the cache.
+        """
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -75,7 +78,7 @@ class Repository:
             return whole.read(tail_bytes)
 
     def read_footer(self, file: str, size: int) -> Footer:
-        """The footer of one of its shards, without the rest (parquet ends with footer, 4 bytes of its length, `PAR1`)."""
+        """Return the footer of a shard without its data (parquet ends with footer, its length in 4 bytes, `PAR1`)."""
         import pyarrow as pa
 
         tail = self.read_tail(file, size, _FOOTER_BYTES)
@@ -87,7 +90,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class Index:
-    """What has to be known of a split before any shard is fetched: its files and digests in order, and rows in each."""
+    """The facts about a split that are needed before any shard is downloaded: its files with digests and row counts."""
 
     commit: Annotated[str, Field(pattern=r"^[\w-]+$")]
     files: list[Name]
@@ -98,7 +101,7 @@ class Index:
 
 
 class Shards:
-    """Shard number -> local path; asks for shard k + 1 ahead as long as the shards are read in their order."""
+    """A function from shard number to local path; downloads shard k + 1 in advance while shards are read in order."""
 
     def __init__(self, repository: Repository, files: list[str]):
         self._files, self._asked = files, set[int]()
@@ -126,7 +129,10 @@ def open_hub(
     endpoint: str | None = None,
     **_: Any,
 ) -> ShardedRows:
-    """The shards of a split of `owner/name` or `owner/name@revision`."""
+    """Open a split of the data set `owner/name` or `owner/name@revision`.
+
+    Raises NoSplit if it has no such split, or in offline mode if the split was never opened on this machine.
+    """
     name, revision = place.partition("@")[::2]
     cached = (cache_dir or cache_folder()) / "hub" / f"{name.replace('/', '--')}@{revision or 'main'}--{split}.json"
     index = _load(cached)
@@ -185,7 +191,7 @@ def _commit(name: str, revision: str, endpoint: str | None) -> str:
 
 
 def list_files(name: str, revision: str | None) -> tuple[str, dict[str, tuple[int, str | None]]]:
-    """The commit of a revision of a data set, and for each of its files the bytes and, of large files, the sha-256."""
+    """Return the commit of a revision of a data set, and for each file its size in bytes and, if large, its sha-256."""
     if is_offline():
         raise DataError(
             f"{name}: its files cannot be listed in offline mode (HF_HUB_OFFLINE); name files on this machine"
@@ -196,12 +202,12 @@ def list_files(name: str, revision: str | None) -> tuple[str, dict[str, tuple[in
 
 
 def _tree(repository: Repository) -> dict[str, TreeEntry]:
-    """Return the files of a data set at its commit by their path."""
+    """Return the files of a data set at its commit, by path."""
     return file_list(repository.name, repository.commit, "dataset", DataError, repository.endpoint)
 
 
 def _survey(repository: Repository, split: str, row_length: int | None) -> Index:
-    """List the files of a data set, and find out how many rows each shard of the split holds."""
+    """List the files of a data set and return the index of the split, with the row count of each shard."""
     listed = _tree(repository)
     manifest = _manifest(repository) if FILE in listed else None
     if manifest is not None:

@@ -1,4 +1,4 @@
-"""Looking into prepared rows: what they hold, and whether they are what their manifest says."""
+"""Inspect prepared rows: summarize their content, and check that they agree with their manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from picolm.seeds import derive
 
 
 class Token(NamedTuple):
-    """A token with its text, and how often it occurs."""
+    """A token with its text and its number of occurrences."""
 
     id: int
     text: str
@@ -27,7 +27,7 @@ class Token(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A row as text. number: within its split."""
+    """A row as text. number: the row number in its split."""
 
     split: str
     number: int
@@ -37,10 +37,10 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What prepared rows hold.
+    """A summary of prepared rows.
 
-    frequent: the most frequent tokens of all splits. repeated: held-out rows that are training rows too, exactly;
-    repeated_rows: the numbers of the first of them.
+    frequent: the most frequent tokens of all splits. unused_ids: how many token ids never occur. repeated: how many
+    held-out rows are exactly equal to a training row; repeated_rows: the numbers of the first of them.
     """
 
     manifest: Manifest
@@ -52,9 +52,10 @@ class Inspection:
 
 
 def inspect(folder: str | Path, *, tokens: int = 20, rows: int = 3, seed: int = 0) -> Inspection:
-    """Count and compare all rows of a prepared folder, and show random ones (by the seed) of each split as text.
+    """Read all rows of a prepared folder, and return token counts, repeated rows and `rows` random samples per split.
 
-    Memory: about 150 bytes for each held-out row and 8 for each entry of the vocabulary. Raises DataError.
+    Memory: about 150 bytes per held-out row and 8 per entry of the vocabulary. Raises DataError if the folder has no
+    manifest or a token id is outside the vocabulary.
     """
     folder = Path(folder)
     manifest = prepared_manifest(folder)
@@ -83,9 +84,9 @@ def inspect(folder: str | Path, *, tokens: int = 20, rows: int = 3, seed: int = 
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Return what is wrong with a prepared folder, in sentences; nothing where all is as its manifest says.
+    """Compare a prepared folder with its manifest, and return a message for each difference.
 
-    Compared are the digests of files and rows, the numbers of rows, the range of token ids, and the tokenizer.
+    This checks the digests of files and rows, the row counts, the range of token ids, and the tokenizer.
     """
     folder = Path(folder)
     manifest = prepared_manifest(folder)
@@ -108,7 +109,7 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def prepared_manifest(folder: Path) -> Manifest:
-    """Return the manifest of a folder of prepared rows. Raises DataError where it has none."""
+    """Return the manifest of a folder of prepared rows. Raises DataError if it has none."""
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is None:
         raise DataError(f"{folder}: is no folder of prepared rows (no manifest.json); `pico data prepare` makes one")

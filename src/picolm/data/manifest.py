@@ -1,4 +1,4 @@
-"""`manifest.json`, which stands beside prepared shards: what they hold and what made them, so that nothing has to be measured."""
+"""The file `manifest.json` in a folder of prepared shards: their content and origin, so nothing must be scanned."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Name = Annotated[str, AfterValidator(_inside)]
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of rows. sha256: of the file; content: sha-256 of its rows (tokens, then labels), however compressed."""
+    """One file of rows. sha256: of the file; content: sha-256 of its rows (tokens, then labels), before compression."""
 
     file: Name
     rows: Count
@@ -57,15 +57,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of prepared rows holds.
+    """The content of a folder of prepared rows.
 
-    recipe: what the rows follow from (inputs by digest, tokenizer, options), and so also the identity of the folder.
-    tokenizer: file, sha256, vocab_size, eos_token, eos_id, and config_sha256 (of tokenizer_config.json) where it is known.
-    sources: documents and rows per source and split. documents: those of its rows, or, of a mixture, those of its parts.
-    tokens: in all rows; dropped_tokens: tails too short for a row; bad_lines: left out, with the first few of them;
-    left_out: documents that a filter refused, or that were duplicates. not_read: files in the given folders that were not
-    read, by kind, with the first few of them. outside: links that were followed out of these folders. nul_characters: in the
-    texts, with the first files that hold some. lost_characters: what the tokenizer has no token for, with the most frequent.
+    recipe: all that determines the rows (digest of the inputs, tokenizer, options); it identifies the folder.
+    tokenizer: file, sha256, vocab_size, eos_token, eos_id, and config_sha256 (of tokenizer_config.json) if known.
+    sources: number of documents per source, and of rows per source and split. documents: number of documents in the
+    rows; for a mixture, in its parts. tokens: in all rows. dropped_tokens: in tails too short for a row. bad_lines:
+    lines that were skipped; first_bad_lines: the first few. left_out: documents removed, per filter and as duplicates.
+    not_read: files in the given folders that were not read, per reason; first_not_read: the first few. outside: links
+    that were followed out of these folders. nul_characters: in the texts; files_with_nul: the first files that contain
+    them. lost_characters: characters for which the tokenizer has no token; most_lost: the most frequent ones.
     """
 
     row_length: Annotated[int, Field(ge=1, le=1 << 28)]
@@ -90,20 +91,23 @@ class Manifest:
 
     @property
     def seq_len(self) -> int:
-        """Inputs in a row: one less than its tokens."""
+        """The number of inputs in a row: one less than its tokens."""
         return self.row_length - 1
 
     def rows(self, split: str) -> int:
-        """Rows of a split."""
+        """Return the number of rows of a split."""
         return sum(shard.rows for shard in self.splits.get(split, []))
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """Return the text of the file."""
         return json.dumps({"format": self.format, "seq_len": self.seq_len, **asdict(self)}, indent=1) + "\n"
 
 
 def parse_manifest(data: bytes | str, name: str) -> Manifest | None:
-    """Return the manifest in a file's content; None if the file is some other program's. Raises FileError on a damaged one."""
+    """Return the manifest in a file's content; None if another program wrote the file.
+
+    Raises FileError if it is damaged, and DataError if it has a format that this version cannot read.
+    """
     try:
         content = trusted.parse_json(data, name)
         form = content.get("format", "") if isinstance(content, dict) else ""
@@ -123,15 +127,15 @@ def parse_manifest(data: bytes | str, name: str) -> Manifest | None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Return the manifest of a folder, None where it has none. Raises FileError on a damaged one."""
+    """Return the manifest of a folder, None if it has none. Raises like `parse_manifest`."""
     path = folder / FILE
     return parse_manifest(trusted.read_bytes(file_of(folder, FILE)), str(path)) if os.path.lexists(path) else None
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """Return the path of a file that the manifest of a folder names. Raises FileError if it is missing, or leads elsewhere.
+    """Return the path of a file named in the manifest of a folder. Raises FileError unless it is a regular file there.
 
-    A folder in the cache of the Hub consists of links to its own files, which are followed.
+    A folder in the cache of the Hub consists of links to the blobs of its repository; these are followed.
     """
     path, blobs = folder / name, folder.resolve().parent.parent / "blobs"
     if path.is_symlink() and folder.resolve().parent.name == "snapshots" and path.resolve().parent == blobs:
@@ -143,7 +147,7 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def damaged_files(folder: Path, manifest: Manifest, shards: Iterable[Shard]) -> list[str]:
-    """Return what is wrong with files of a folder, without reading all of them: one message for each."""
+    """Return a message for each missing or changed file: `shards` by size, the tokenizer's files by digest."""
     problems = []
     for shard in shards:
         try:
@@ -171,5 +175,5 @@ def damaged_files(folder: Path, manifest: Manifest, shards: Iterable[Shard]) -> 
 
 
 def digest_of(parts: Iterable[Any]) -> str:
-    """sha-256 of values that JSON can say, in their order."""
+    """Return the sha-256 of JSON-serializable values, in their order."""
     return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()

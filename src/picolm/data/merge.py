@@ -1,4 +1,4 @@
-"""Write a mixture of prepared folders (see `mix.py`) as a prepared folder, each row with what it is from."""
+"""Write a mixture of prepared folders (see `mix.py`) as a new prepared folder, in which each row keeps its source."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ def merge(
     progress: Progress = lambda what, done, total: None,
     rows_per_shard: int = ROWS_PER_SHARD,
 ) -> Manifest:
-    """Mix prepared folders into one, which appears whole. Returns its manifest.
+    """Mix prepared folders into the folder `out`, created atomically. Returns its manifest.
 
-    weights: shares of the training rows, of any sum; None takes all rows of all parts. rows: training rows in all, at most what
-    the weights allow. All held-out rows are kept. Raises DataError for parts with different tokenizers or lengths of rows.
+    weights: shares of the training rows, with any sum; None takes all rows of all parts. rows: number of training rows,
+    at most what the weights allow (default: all of these). All held-out rows are kept. If `out` holds the same mixture
+    already, it is kept. Raises DataError for parts with different tokenizers or row lengths, and if `out` holds
+    anything else.
     """
     out, manifests = Path(out).expanduser(), [_manifest(Path(folder)) for folder in folders]
     if len(folders) < 2 or len({Path(folder).resolve() for folder in folders}) < len(folders):
@@ -114,7 +116,7 @@ def _write(
 def _rows(
     mixture: Mixture, start: int, end: int, split: str, numbers: dict[str, int], counts: Counter[tuple[str, str]]
 ) -> Iterator[Row]:
-    """Yield the rows start … end - 1 of a mixture, and count them by source."""
+    """Yield the rows start … end - 1 of a mixture, and count them by source in `counts`."""
     for first in range(start, end, _ROWS_AT_ONCE):
         places = np.arange(first, min(first + _ROWS_AT_ONCE, end))
         for place, label, tokens_T in zip(places.tolist(), mixture.labels(places), mixture.rows(places)):

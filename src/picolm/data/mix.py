@@ -1,10 +1,11 @@
-"""A mixture: rows of several sources by weights, as one source.
+"""A mixture: rows of several sources, by weights, as one source.
 
-    mix:rows/books*0.7,rows/web*0.3      of the training rows, 70 % from one folder and 30 % from the other
+    mix:rows/books*0.7,rows/web*0.3      70 % of the training rows from one folder and 30 % from the other
     mix:rows/books,rows/web              all rows of both
 
-No row is in it twice: it has as many rows as the weights allow. Which rows of a part are in it, and their order, are permutations
-named by the seed, so that row i is found by arithmetic. Of the other splits all rows are in it, part after part.
+Each row occurs at most once; the mixture has as many rows as the weights allow. Permutations derived from the seed
+select and order the rows of each part, so row i is found by arithmetic. Other splits than train contain all rows, part
+after part.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _SEED = 42
 
 @SOURCES.add("mix")
 def open_mix(place: str, *, split: str = "train", row_length: int | None = None, **options: Any) -> Mixture:
-    """Return the rows of `NAME*WEIGHT,NAME*WEIGHT,…`. Raises DataError where parts do not fit each other."""
+    """Open the mixture `NAME*WEIGHT,NAME*WEIGHT,…`. Raises DataError if the text is invalid or the parts do not fit."""
     names, weights = list[str](), list[Fraction | None]()
     for part in filter(None, map(str.strip, place.split(","))):
         name, star, weight = part.rpartition("*")
@@ -38,7 +39,7 @@ def open_mix(place: str, *, split: str = "train", row_length: int | None = None,
             f"mix:{place}: takes two or more sources, all or none with a weight, such as mix:books*0.7,web*0.3"
         )
     for name in names:
-        if is_own_source(name) and not os.path.exists(name):  # no code is named where nobody looks for it
+        if is_own_source(name) and not os.path.exists(name):  # the checks for untrusted code do not look into a mix
             raise DataError(
                 f"mix:{place}: {name} is code, which cannot be part of a mix; let a source of your own mix instead"
             )
@@ -54,7 +55,11 @@ def mixed(
     split: str = "train",
     **options: Any,
 ) -> Mixture:
-    """Return a mixture of the sources of these names. weights: shares of the training rows, None takes all rows; rows: in all."""
+    """Return the mixture of the named sources.
+
+    weights: shares of the training rows; None takes all rows. rows: total number of training rows (default: as many as
+    the weights allow). Raises DataError if the parts differ in tokenizer or row length, or the weights cannot be met.
+    """
     parts = [open_source(name, split=split, **options) for name in names]
     first = parts[0]
     for name, part in zip(names, parts):
@@ -74,7 +79,7 @@ def mixed(
 
 
 class Mixture:
-    """A `Source` over others. taken: how many rows of each are in it."""
+    """A `Source` that combines other sources. taken: the number of rows from each of them."""
 
     def __init__(self, names: Sequence[str], parts: Sequence[Source], taken: Sequence[int], seed: int, split: str):
         self._labels, self._parts, self.taken, self._seed, self._split = (
@@ -96,26 +101,26 @@ class Mixture:
         return int(self._starts[-1])
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Return the rows of these numbers, int32 [R, row_length]."""
+        """Return the rows with these numbers, int32 [R, row_length]."""
         tokens_RT = np.empty((len(indices), self.row_length), dtype=np.int32)
         for part, places, numbers in self._places(indices):
             tokens_RT[places] = self._parts[part].rows(numbers)
         return tokens_RT
 
     def labels(self, indices: np.ndarray) -> list[str]:
-        """Return what each row is from: its source in its part, or the name of the part where that tells none."""
+        """Return the label of each row: the label in its part, or the name of the part if that has no labels."""
         labels_R = np.empty(len(indices), dtype=object)
         for part, places, numbers in self._places(indices):
             labels_R[places] = self._parts[part].labels(numbers) or [self._labels[part]] * len(numbers)
         return list(labels_R.tolist())
 
     def locate(self, index: int) -> str:
-        """Return where a row lies."""
+        """Return the location of a row, for messages."""
         part, _, numbers = next(self._places(np.array([index])))
         return self._parts[part].locate(int(numbers[0]))
 
     def _places(self, indices: np.ndarray) -> Any:
-        """Yield (part, places in `indices`, numbers of the rows in the part) of each part that is needed."""
+        """Yield (part, places in `indices`, row numbers in the part) for each part that is needed."""
         numbers_R = np.asarray(indices, dtype=np.int64)
         if self._split == "train":
             numbers_R = permute(numbers_R, len(self), self._seed, "mix")
@@ -129,7 +134,11 @@ class Mixture:
 
 
 def shares(available: Sequence[int], weights: Sequence[Any] | None, rows: int | None) -> list[int]:
-    """Return how many rows of each part are taken. Raises DataError for weights that cannot be had."""
+    """Return the number of rows to take from each part. Raises DataError for invalid weights or too many rows.
+
+    available: rows of each part. weights: None for shares in proportion to `available`. rows: None for as many as
+    possible.
+    """
     if weights is None:
         weights = [float(count) for count in available]
         rows = sum(available) if rows is None else rows
@@ -149,13 +158,13 @@ def shares(available: Sequence[int], weights: Sequence[Any] | None, rows: int | 
         )
     taken = [int(rows * share) for share in exact]
     rests = sorted(range(len(exact)), key=lambda part: (taken[part] - rows * exact[part], part))
-    for part in rests[: rows - sum(taken)]:  # the largest remainders; what a part has is never exceeded
+    for part in rests[: rows - sum(taken)]:  # the largest remainders; never exceeds the rows of a part
         taken[part] += 1
     return taken
 
 
 def _label(name: str) -> str:
-    """Return what rows of a source are called that names none itself: the last part of its name."""
+    """Return the label for rows of a part that has no labels: the last component of its name."""
     return Path(name.partition(":")[2] or name).expanduser().resolve().name
 
 

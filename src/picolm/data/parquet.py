@@ -1,12 +1,12 @@
-"""Rows in parquet shards: a column `input_ids` of equally long rows, optionally a column `source`.
+"""Read rows from parquet shards: a column `input_ids` of rows of equal length, and optionally a column `source`.
 
-Row i is in shard `searchsorted(starts, i)`; only the row group around it is decoded, and kept in a cache bounded in bytes.
-`ShardedRows` does not know where its files are: `fetch` brings shard k onto this machine (see `hub.py`). Row counts come from
-the manifest when there is one, else from the footers, which are read once.
+Row i is in shard `searchsorted(starts, i)`. Only its row group is decoded, and kept in a cache of limited bytes.
+`ShardedRows` gets the local path of shard k from `fetch`, which may download it (see `hub.py`). Row counts come from
+the manifest if there is one, else from the footers, which are read once.
 
-The fingerprint follows from the manifest's digests of the rows, checked against the sizes of the files. Without a manifest it is
-the sha-256 over each shard's size, row count, first and last 64 KiB: the last hold the footer, with offset and compressed size
-of every row group, so that another content shows without reading terabytes.
+The fingerprint is computed from the manifest's digests of the rows; the sizes of the files are checked. Without a
+manifest it is the sha-256 over each shard's size, row count, and first and last 64 KiB. The last bytes contain the
+footer, with offset and compressed size of every row group, so changed content is detected without reading terabytes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class ShardedRows:
         tokenizer_sha256: str | None = None,
         cache_bytes: int = _CACHE_BYTES,
     ):
-        """`row_length`: tokens needed in a row, longer rows are cut; None: those of the first row (reads one row group)."""
+        """Set up the rows; `fetch` returns the local path of a shard by number.
+
+        row_length: tokens needed in a row; longer rows are cut. None: as in the first row (reads one row group).
+        """
         self._names, self._fetch, self._rows_per_shard = list(names), fetch, list(rows_per_shard)
         self._starts = np.concatenate([[0], np.cumsum(rows_per_shard, dtype=np.int64)])
         self._cache = ByteBoundedCache(cache_bytes)
@@ -69,7 +72,7 @@ class ShardedRows:
         return int(self._starts[-1])
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """int32 [R, row_length]."""
+        """Return the rows with these numbers, int32 [R, row_length]. Raises DataError if they cannot be read."""
         found = [(places, self._tokens(shard, group)[rows]) for places, shard, group, rows in self._groups_of(indices)]
         tokens_RT = np.empty((len(indices), self.row_length), dtype=np.int32)
         for places, read_RT in found:
@@ -77,7 +80,7 @@ class ShardedRows:
         return tokens_RT
 
     def labels(self, indices: np.ndarray) -> list[str] | None:
-        """The `source` of each row, None when the shards have no such column."""
+        """Return the `source` of each row; None if a shard has no such column."""
         labels_R = np.empty(len(indices), dtype=object)
         for places, shard, group, rows in self._groups_of(indices):
             if not self._footer(shard)[1].has_labels:
@@ -86,12 +89,12 @@ class ShardedRows:
         return labels_R.tolist()
 
     def locate(self, index: int) -> str:
-        """`FILE row J`."""
+        """Return the location of a row: `FILE row J`."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self._names[shard]} row {index - int(self._starts[shard])}"
 
     def _groups_of(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, int, int, np.ndarray]]:
-        """(places in `indices`, shard, row group, rows within it) of each row group that is needed, in order on disk."""
+        """Yield (places in `indices`, shard, row group, rows in it) for each needed row group, in disk order."""
         indices = np.asarray(indices, dtype=np.int64)
         outside = indices[(indices < 0) | (indices >= len(self))]
         if outside.size:
@@ -143,7 +146,7 @@ class ShardedRows:
 
 
 class ByteBoundedCache:
-    """The values used last, at most `limit_bytes` of them in all (and at least one)."""
+    """A thread-safe LRU cache of at most `limit_bytes` in total (but at least one value)."""
 
     def __init__(self, limit_bytes: int):
         self._limit_bytes, self.held_bytes = limit_bytes, 0
@@ -151,7 +154,10 @@ class ByteBoundedCache:
         self._lock = threading.Lock()
 
     def get(self, key: Any, compute: Callable[[], tuple[np.ndarray, int]]) -> np.ndarray:
-        """The value of `key`; `compute` gives it with its size in bytes, and may run twice when two threads ask at once."""
+        """Return the value of `key`, computing it if it is not cached.
+
+        compute: returns the value and its size in bytes; two threads that ask at the same time may both run it.
+        """
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
@@ -167,7 +173,7 @@ class ByteBoundedCache:
 
 
 def check_length(found: float, needed: int, name: str) -> None:
-    """Raise DataError when rows of a shard are shorter than the model needs them."""
+    """Raise DataError if the rows of a shard are shorter than the model needs."""
     if found < needed:
         raise DataError(
             f"{name}: rows of {found:g} tokens, and a row of training takes {needed}; lower model.max_seq_len by "
@@ -177,7 +183,10 @@ def check_length(found: float, needed: int, name: str) -> None:
 
 @SOURCES.add("parquet")
 def open_parquet(place: str, *, split: str = "train", row_length: int | None = None, **_: Any) -> ShardedRows:
-    """The shards of a split in a folder (or its `data/`), a glob or a single file."""
+    """Open the shards of a split in a folder (or its `data/`), by a glob, or in a single file.
+
+    Raises NoSplit if there is no such split, and DataError for damaged shards or rows that are too short.
+    """
     given = Path(place).expanduser()
     manifest = read_manifest(given) if given.is_dir() else None
     if manifest is not None:
@@ -191,7 +200,7 @@ def open_parquet(place: str, *, split: str = "train", row_length: int | None = N
 
 
 def rows_fingerprint(manifest: Manifest, split: str) -> str:
-    """Digest of the rows of a split and their order, the same wherever they lie and however they are compressed."""
+    """Return the digest of the rows of a split and their order, independent of location and compression."""
     return digest_of([shard.content, shard.rows] for shard in manifest.splits[split])
 
 
@@ -210,7 +219,7 @@ def _open_without_manifest(shards: list[Path], row_length: int | None) -> Sharde
     if sum(rows) == 0:
         raise DataError(f"{shards[0].parent}: its {len(shards)} parquet shards have no rows")
     digest = digest_of([edges(path), count] for path, count in zip(shards, rows))
-    beside = (folder / "tokenizer.json" for folder in list(shards[0].parents)[:2])  # the shards may lie in `data/`
+    beside = (folder / "tokenizer.json" for folder in list(shards[0].parents)[:2])  # the shards may be in `data/`
     tokenizer = next((file for file in beside if file.is_file()), None)
     names = [str(path) for path in shards]
     return ShardedRows(
@@ -241,7 +250,7 @@ def _open_with_manifest(folder: Path, manifest: Manifest, split: str, row_length
 
 
 def _files_at(place: Path) -> tuple[Path, list[Path]]:
-    """Return a folder and the parquet files in it, or where a glob begins and the files that it matches."""
+    """Return the base folder and the parquet files of a folder, file or glob. Raises DataError if nothing matches."""
     if place.is_dir():
         files, others = shards_in(place)
         if others:
@@ -259,7 +268,7 @@ def _files_at(place: Path) -> tuple[Path, list[Path]]:
 
 
 def edges(path: Path, edge_bytes: int = 1 << 16) -> str:
-    """sha-256 of a file's size, its first and its last 64 KiB."""
+    """Return the sha-256 over a file's size and its first and last `edge_bytes` (default 64 KiB)."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

@@ -1,15 +1,16 @@
-"""Text -> shuffled rows of token ids: the way into training for any user's text.
+"""Prepare text for training: turn text files into shuffled rows of token ids.
 
     files ─ scan ─▶ index of documents ─ decide ─▶ their streams ─ tokenize ─▶ token files ─ permute ─▶ shards, manifest
 
-Files are read twice, by as many processes as are wanted: for what has to be known of all documents, and to be tokenized. Memory
-does not grow with the text: what is known of a document (23 bytes), and the tokens, are in files of a hidden folder beside the
-result. All that is there is whole or absent, so interrupted work continues, and the rows do not depend on who did it. The
-result appears under its name when it is whole.
+Several processes read the files twice: once to index the documents, once to tokenize them. Memory does not grow with
+the text: the index (23 bytes per document) and the tokens are files in a hidden work folder beside the result. A unit
+of work is done when its report is written there, so interrupted work can be resumed, and the rows do not depend on the
+number of processes. The result gets its final name when it is complete.
 
-Documents of one source and split are joined in the order of the files by the end-of-text token and cut into rows, which are
-written in a permuted order (see `shards.py`). Tails shorter than a row are dropped and counted. A tokenizer is trained on at
-most 64 million characters of training documents, from all parts of the text in proportion, never on held-out ones.
+Documents of one source and split are joined in file order, with the end-of-text token after each, and cut into rows,
+which are written in a permuted order (see `shards.py`). Tails shorter than a row are dropped and counted. A tokenizer
+is trained on at most 64 million characters of training documents, taken from all parts of the text in proportion, never
+on held-out documents.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ _MOST_FILES, _NAMED = 4096, 5
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 1 << 17
 
 Progress = Callable[[str, int, int | None], None]
-"""(what is being done, how much is done, how much there is in all): bytes while reading, then documents, then rows."""
+"""(name of the phase, amount done, total amount or None): bytes while reading, then documents, then rows."""
 
 
 class Unit(NamedTuple):
-    """Files that are read together."""
+    """Consecutive files that one process reads together, and their total bytes."""
 
     files: Sequence[TextFile]
     bytes: int
@@ -79,13 +80,14 @@ def prepare(
     """Turn text files into a folder of shards, `manifest.json` and the tokenizer's files. Returns the manifest.
 
     tokenizer: a tokenizer.json, a folder with one, or a Hub name; None trains one of `vocab_size` entries on the text.
-    val_fraction: share of the documents that is held out; or val: files and folders that are held out, and not trained on
-    even if they lie in the given folders; or val_last: the share at the end of each document that is held out.
-    filters: such as `length,min_characters=200` (see `filters.py`); deduplicate: of equal texts, keep the first.
-    workers: processes; None: as many as there are processors. unit_bytes: text that each holds at once. Neither changes a row.
+    Held-out rows come from one of: val_fraction, a share of the documents; val, files and folders, which are not
+    trained on even if `paths` contains them; val_last, a share at the end of each document.
+    filters: such as `length,min_characters=200` (see `filters.py`). deduplicate: keep only the first of equal texts.
+    workers: number of processes; None: one per processor. unit_bytes: text that each process holds at once. The rows do
+    not depend on these two.
 
-    A folder that holds the same already (by digest of inputs and options) is left as it is, any other one is refused. Work that
-    was interrupted continues. Raises DataError for inputs that cannot be read and for a corpus too short for a single row.
+    If `out` holds the same rows already (by digest of inputs and options), it is kept. Interrupted work is resumed.
+    Raises DataError if `out` holds anything else, inputs cannot be read, or the corpus is too short for a single row.
     """
     out, paths, val = Path(out).expanduser(), list(paths), list(val)
     check_apart(out, [*paths, *val])
@@ -114,13 +116,13 @@ def prepare(
 
 
 def piece_bytes(files: Sequence[TextFile], val_fraction: float) -> int:
-    """Return where long texts are cut: so that a corpus of one long text has about the held-out part that is asked for."""
+    """Return the size in bytes at which long texts are cut, so that `val_fraction` can split even one long text."""
     share = int(sum(file.size() for file in files) * val_fraction) if val_fraction else LONGEST
     return min(max(share, _SMALLEST_PIECE_BYTES), LONGEST)
 
 
 class _Work:
-    """The stages of one preparation, each of units that are whole or absent."""
+    """The stages of one preparation. A stage consists of independent units, each done or not done."""
 
     def __init__(
         self,
@@ -136,7 +138,7 @@ class _Work:
         self._units = list(_units(found.files, plan.unit_bytes))
 
     def carry_out(self) -> None:
-        """Make the folder `result`, with its manifest, from what is not done yet."""
+        """Do all units that are not done yet, and write the folder `result` with its manifest."""
         read = self._spread(
             "scan", "reading", scan, [(unit.files,) for unit in self._units], [u.bytes for u in self._units]
         )
@@ -155,7 +157,7 @@ class _Work:
     def _spread(
         self, stage: str, what: str, work: Callable[..., Report], parts: Sequence[tuple[Any, ...]], sizes: Sequence[int]
     ) -> list[Report]:
-        """Do the units of a stage that are not done, `workers` at once, and return all of their reports."""
+        """Do the units of a stage that are not done, in `workers` processes, and return the reports of all units."""
         from joblib import Parallel, cpu_count, delayed
 
         todo = [unit for unit in range(len(parts)) if not self._plan.is_done(stage, unit)]
@@ -196,7 +198,7 @@ class _Work:
         return {}
 
     def _sample(self, read: Sequence[Report]) -> Iterator[str]:
-        """Yield training documents from the beginning of each unit, in proportion to its bytes."""
+        """Yield training documents from the beginning of each unit, as many as its share of the bytes."""
         streams_D, start = np.load(self._plan.path("streams.npy"), mmap_mode="r"), 0
         for unit, report in zip(self._units, read):
             left = _SAMPLE_CHARACTERS * unit.bytes / sum(unit.bytes for unit in self._units)
@@ -209,7 +211,7 @@ class _Work:
             start += report["documents"]
 
     def _lay_out(self, tokenized: Sequence[Report]) -> Report:
-        """Say where the tokens of each stream are. Raises Unusable where the tokenizer lost most of the text."""
+        """Return the location of the tokens of each stream. Raises Unusable if the tokenizer lost most of the text."""
         segments, characters, lost = list[list[int]](), 0, Counter[str]()
         for unit, report in enumerate(tokenized):
             for block in range(report["blocks"]):
@@ -283,7 +285,10 @@ class _Work:
 
 
 def _finish(plan: Plan, stage: str, unit: int, work: Callable[..., Report], part: tuple[Any, ...], threads: int) -> int:
-    """Do a unit, and write its report. threads: of the tokenizer in one of several processes, unless the user decided."""
+    """Do a unit and write its report. Returns the unit's number.
+
+    threads: number of tokenizer threads, 0 for its default; an existing RAYON_NUM_THREADS takes precedence.
+    """
     if threads:
         os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
     plan.finish(work(plan, unit, *part), stage, unit)
@@ -291,7 +296,7 @@ def _finish(plan: Plan, stage: str, unit: int, work: Callable[..., Report], part
 
 
 def _tokenize(plan: Plan, unit: int, files: Sequence[TextFile], start: int, end: int) -> Report:
-    """Write the tokens of the documents start … end - 1, block by block; blocks that are there are not made again."""
+    """Write the tokens of the documents start … end - 1, block by block, without the blocks that exist already."""
     streams_D = np.load(plan.path("streams.npy"), mmap_mode="r")[start:end]
     vocabulary, number = load_vocabulary(plan.path("tokenizer")), -1
     for number, block in enumerate(_batches(texts(plan, files, streams_D), plan.unit_bytes)):
@@ -301,7 +306,7 @@ def _tokenize(plan: Plan, unit: int, files: Sequence[TextFile], start: int, end:
 
 
 def _write_block(path: Path, block: Sequence[tuple[int, str]], vocabulary: Vocabulary) -> Report:
-    """Write the tokens of texts, those of each stream together. They do not depend on the number of threads."""
+    """Write the tokens of texts, grouped by stream. The tokens do not depend on the number of threads."""
     allow_parallelism()
     losses, streams = Losses(vocabulary.tokenizer), dict[int, list[np.ndarray]]()
     for batch in _batches(block, _BATCH_CHARACTERS, _BATCH_DOCUMENTS):
@@ -336,7 +341,7 @@ def _rows(plan: Plan, split: str) -> StreamRows:
 
 
 def _units(files: Sequence[TextFile], unit_bytes: int) -> Iterator[Unit]:
-    """Yield consecutive files that are read together: about `unit_bytes` of them, or one large one."""
+    """Group consecutive files into units of about `unit_bytes`; a larger file is not split."""
     start, size = 0, 0
     for number, file in enumerate(files, 1):
         size += file.size()
@@ -348,7 +353,7 @@ def _units(files: Sequence[TextFile], unit_bytes: int) -> Iterator[Unit]:
 def _batches(
     documents: Iterable[tuple[int, str]], characters: int, most: int | None = None
 ) -> Iterator[list[tuple[int, str]]]:
-    """Yield (stream, text) in lists of about so many characters, and at most so many texts."""
+    """Yield lists of (stream, text) with about `characters` characters and at most `most` texts each."""
     batch, held = list[tuple[int, str]](), 0
     for stream, text in documents:
         batch.append((stream, text))

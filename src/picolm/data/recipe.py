@@ -1,4 +1,4 @@
-"""What rows follow from: the identity of a prepared folder."""
+"""The recipe of prepared rows: all that determines them, and so the identity of a prepared folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from picolm.data.manifest import Manifest, damaged_files, read_manifest
 from picolm.data.tokenizer import Vocabulary, check_size
 from picolm.errors import DataError
 
-VERSION = 2  # of the order of rows; 1 shuffled the documents too, and both by sorting
+VERSION = 2  # version of the row order; version 1 shuffled documents and rows, both by sorting
 
 
 def recipe_of(
@@ -29,7 +29,7 @@ def recipe_of(
     filters: Sequence[str],
     deduplicate: bool,
 ) -> dict[str, Any]:
-    """Return all that the rows follow from but the digest of the inputs. Raises DataError for senseless options."""
+    """Return the recipe of the rows, with an empty digest of the inputs. Raises DataError for invalid options."""
     if seq_len < 1:
         raise DataError(f"seq_len is {seq_len}; a row needs at least one input token")
     for name, share, whole in (
@@ -57,12 +57,12 @@ def recipe_of(
 
 
 def is_free(out: Path) -> bool:
-    """Return whether there is nothing, or an empty folder."""
+    """Return whether `out` does not exist or is an empty folder."""
     return not out.exists() or (out.is_dir() and not any(out.iterdir()))
 
 
 def already_there(out: Path, recipe: dict[str, Any]) -> Manifest:
-    """Return the manifest of `out` if it was made by this recipe, in any version. Raises DataError if it holds anything else."""
+    """Return the manifest of `out` if it has this recipe, in any version. Raises DataError if it holds other data."""
     manifest = read_manifest(out) if out.is_dir() else None
     if manifest is None:
         raise DataError(f"{out}: is there already and holds something else; choose another folder or delete it")
@@ -74,7 +74,7 @@ def already_there(out: Path, recipe: dict[str, Any]) -> Manifest:
 
 
 def check_apart(out: Path, paths: Iterable[str | Path]) -> None:
-    """Raise DataError where the result would lie among the texts, or the texts in it: another time it would be read as text."""
+    """Raise DataError if `out` is inside a folder of `paths` or the reverse: next time, `out` would be read as text."""
     for path in paths:
         place = Path(path).expanduser()
         if is_remote(path) or not place.exists():

@@ -1,7 +1,7 @@
-"""What has to be known of all documents before one can be tokenized: what it is from, whether it is held out, or in no row.
+"""Index all documents and decide for each, before tokenizing, its source and whether it is held out or dropped.
 
-Files are read once for an index with a record per document, by as many processes as are wanted (`scan`); `decide` makes of it
-one number per document, its *stream*: 2 * number of its source, + 1 if it is held out, or -1 if it is in no row.
+`scan` reads the files once, in any number of processes, and writes an index with a record per document. `decide` turns
+it into one number per document, its *stream*: 2 * source number, + 1 if it is held out; or -1 if it is in no row.
 
 Shapes: D documents.
 """
@@ -29,11 +29,11 @@ _MOST_SOURCES = 1000
 _DIGESTS_AT_ONCE = 1 << 20
 _DOCUMENT = np.dtype([("digest", "<u8", 2), ("source", "<u4"), ("held_out", "?")])
 _PACKED = struct.Struct("<16sI?")
-_REFUSED = (1 << 32) - 1  # the source of a document that a filter refused
+_REFUSED = (1 << 32) - 1  # the source of a document that a filter rejected
 
 
 def scan(plan: Plan, unit: int, files: Sequence[TextFile]) -> Report:
-    """Read files, and write the index of their documents. Returns what was found in them, and what cannot be used."""
+    """Read the files of a unit and write the index of their documents. Returns counts of used and unusable content."""
     reader, keeps = Reader(plan.piece_bytes), {text: load_filter(text) for text in plan.filters}
     left_out, numbers, documents, used = Counter[str](), dict[str | None, int](), 0, 0
     with written(plan.path("documents", unit)) as index:
@@ -55,7 +55,10 @@ def scan(plan: Plan, unit: int, files: Sequence[TextFile]) -> Report:
 
 
 def decide(plan: Plan, found: Sequence[Report], *, deduplicate: bool, val_fraction: float) -> Report:
-    """Write the stream of each document. found: the reports of all units. Returns sources, documents of each, duplicates."""
+    """Write the stream of each document to streams.npy. found: the reports of all units.
+
+    Returns the sources, the number of documents of each, and the number of duplicates.
+    """
     numbers, place = dict[str | None, int](), 0
     streams_D = np.lib.format.open_memmap(
         plan.path("streams.npy"), "w+", np.int16, (sum(report["documents"] for report in found),)
@@ -80,7 +83,7 @@ def decide(plan: Plan, found: Sequence[Report], *, deduplicate: bool, val_fracti
 
 
 def texts(plan: Plan, files: Sequence[TextFile], streams_D: np.ndarray) -> Iterator[tuple[int, str]]:
-    """Yield (stream, text) of the documents that are in a row. Raises DataError where files changed since they were scanned."""
+    """Yield (stream, text) of the documents that are not dropped. Raises DataError if files changed since the scan."""
     pieces = chain.from_iterable(pieces for _, pieces in _documents(plan, Reader(plan.piece_bytes), files))
     for stream in streams_D.tolist():
         _, text = next(pieces, (False, None))
@@ -97,16 +100,16 @@ def texts(plan: Plan, files: Sequence[TextFile], streams_D: np.ndarray) -> Itera
 def _documents(
     plan: Plan, reader: Reader, files: Sequence[TextFile]
 ) -> Iterator[tuple[Document, list[tuple[bool, str]]]]:
-    """Yield each document, and its pieces: whether it is held out, text."""
+    """Yield each document with its pieces (is held out, text)."""
     for file in files:
         for document in reader.documents(file):
             yield document, _pieces(document.text, file.held_out, plan.val_last)
 
 
 def _pieces(text: str, held_out: bool, last: float) -> list[tuple[bool, str]]:
-    """Return a document as (whether it is held out, text): the last share of it is, where one is asked for.
+    """Return a document as pieces (is held out, text): its last share is held out if `last` is above 0.
 
-    It is cut behind a line, else behind white space, else anywhere.
+    It is cut after a line, else after a space, else anywhere.
     """
     end = len(text) - round(last * len(text))
     if not last or held_out or end == len(text):
@@ -117,7 +120,7 @@ def _pieces(text: str, held_out: bool, last: float) -> list[tuple[bool, str]]:
 
 
 def _drop_duplicates(plan: Plan, streams_D: np.ndarray, units: int) -> int:
-    """Drop all but the first of documents with equal texts. Those within one range of digests are compared at once."""
+    """Drop all but the first of documents with equal texts, one part of the digests at a time. Returns how many."""
     parts, dropped = np.uint64(1 + len(streams_D) // _DIGESTS_AT_ONCE), 0
     for part in range(int(parts)):
         numbers, digests, place = list[np.ndarray](), list[np.ndarray](), 0
@@ -136,7 +139,7 @@ def _drop_duplicates(plan: Plan, streams_D: np.ndarray, units: int) -> int:
 
 
 def _hold_out(streams_D: np.ndarray, documents: np.ndarray, fraction: float, seed: int) -> None:
-    """Hold out the share of the documents of each source, at least one and not all, that a permutation puts first."""
+    """Hold out `fraction` of the documents of each source, chosen by a permutation: at least one, but never all."""
     before = np.zeros(len(documents), dtype=np.int64)
     for chunk in _chunks(streams_D):
         for source in np.unique(chunk[chunk != DROPPED] // 2).tolist():
@@ -147,7 +150,7 @@ def _hold_out(streams_D: np.ndarray, documents: np.ndarray, fraction: float, see
 
 
 def _index(plan: Plan, unit: int) -> Iterator[np.ndarray]:
-    """Yield the records of the documents of a unit, some at a time."""
+    """Yield the records of the documents of a unit in chunks."""
     with plan.path("documents", unit).open("rb") as file:
         while len(chunk := np.fromfile(file, _DOCUMENT, 1 << 16)):
             yield chunk
@@ -159,7 +162,7 @@ def _chunks(streams_D: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _labels(names: list[str | None]) -> list[str] | None:
-    """Return the names of the sources by number; None when no document names one."""
+    """Return the names of the sources by number; None if no document has a source."""
     if set(names) <= {None}:
         return None
     spare = "unlabelled"

@@ -1,8 +1,8 @@
-"""Token files -> rows in a permuted order -> parquet shards, in the layout of the published data.
+"""Write rows from token files in a permuted order to parquet shards, in the layout of the published data.
 
-The tokens of one split and source are a *stream*, in the order of the documents; row k of a stream is its k-th `row_length`
-tokens. The rows of a split are numbered stream by stream; at place i of the result is the row `permute(i, rows, seed, "rows …")`,
-so that any shard can be written without the others, and is the same whoever writes it.
+The tokens of one split and source are a *stream*, in document order; row k of a stream is its k-th `row_length` tokens.
+The rows of a split are numbered stream by stream; place i of the result holds row `permute(i, rows, seed, "rows …")`.
+So each shard can be written independently, and has the same content for any number of processes.
 
 Shapes: R rows, T tokens in a row (the inputs and the shifted targets).
 """
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val")
 ROWS_PER_SHARD = 20_480  # as published
-_ROWS_PER_GROUP = 128  # a row group is what one access decodes
+_ROWS_PER_GROUP = 128  # reading one row decodes its whole row group
 TOKEN = np.dtype("<i4")
 
 Row = tuple[int, np.ndarray]
-"""(number of its source, tokens int32 [T])"""
+"""(source number, tokens int32 [T])"""
 
 
 class Segment(NamedTuple):
-    """Tokens that lie together: `tokens` of the stream `source` of a split, from token `start` of a file on."""
+    """Consecutive tokens in a file: `tokens` of them, from token `start`, of the stream of `source` in a split."""
 
     file: Path
     split: str
@@ -46,7 +46,7 @@ class Segment(NamedTuple):
 
 
 class StreamRows:
-    """The rows of a split, found by arithmetic in token files. rows_by_source: how many each source has."""
+    """The rows of a split, found by arithmetic in token files. rows_by_source: number of rows per source number."""
 
     def __init__(self, segments: Sequence[Segment], split: str, row_length: int):
         self._split, self._length = split, row_length
@@ -64,7 +64,7 @@ class StreamRows:
         return int(self._starts[-1])
 
     def permuted(self, start: int, end: int, seed: int) -> Iterator[Row]:
-        """Yield the rows at the places start … end - 1 of the result."""
+        """Yield the rows for the places start … end - 1 of the result."""
         for number in permute(np.arange(start, end), len(self), seed, f"rows {self._split}").tolist():
             yield self._row(number)
 
@@ -83,12 +83,15 @@ class StreamRows:
 
 
 def shard_name(split: str, number: int, shards: int) -> str:
-    """Return the name of a shard: `train-00000-of-00002.parquet`."""
+    """Return the file name of a shard: `train-00000-of-00002.parquet`."""
     return f"{split}-{number:05d}-of-{shards:05d}.parquet"
 
 
 def write_shard(rows: Iterator[Row], path: Path, sources: Sequence[str] | None) -> Shard:
-    """Write rows as a shard. Returns what the manifest says of it. sources: names by number, None to write none."""
+    """Write rows as a shard, atomically. Returns its manifest entry.
+
+    sources: names by source number; None writes no column `source`.
+    """
     import pyarrow.parquet as pq
 
     content, count, largest, writer = hashlib.sha256(), 0, 0, None
@@ -111,7 +114,7 @@ def write_shard(rows: Iterator[Row], path: Path, sources: Sequence[str] | None) 
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write into that takes its name when it is whole and on disk."""
+    """Open a temporary file to write, renamed to `path` after it is complete and flushed to disk (atomic)."""
     aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,7 +1,8 @@
-"""Find the files of a data set: those that a folder or a glob holds, and the split that each belongs to, told from its name.
+"""Find the files of a data set in a folder or by a glob, and the split of each file from its name.
 
-A split is a whole word in the name of a file, or of a folder below the given place, at any separator and in any case:
-`train-00000-of-00002.parquet`, `Corpus.VALID.parquet`, `dev/0001.parquet`. The name of the file goes before that of its folder.
+A split is a whole word in the name of a file, or of a folder below the given path, at any separator and in any case:
+`train-00000-of-00002.parquet`, `Corpus.VALID.parquet`, `dev/0001.parquet`. A split in the file name takes precedence
+over one in the name of a folder.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ _NAMED = 5
 
 
 class NoSplit(DataError):
-    """A data set that has no rows of the split that was asked for."""
+    """The error for a data set that has no rows of the requested split."""
 
 
 def canonical(split: str) -> str:
-    """Return the name that stands for all spellings of a split: `val` for valid and validation."""
+    """Return the standard name of a split: `val` for valid and validation; other names unchanged."""
     return _SPLITS.get(split.lower(), split)
 
 
 def split_of(file: str) -> str | None:
-    """Return the split that the relative path of a file names, None if it names none. Raises DataError if it names two."""
+    """Return the split named in the relative path of a file, or None. Raises DataError if a name has two splits."""
     path = PurePosixPath(file)
     for part in (path.stem, *reversed(path.parts[:-1])):
         joined = re.sub(r"(?i)held[^a-z]out", "heldout", part)
@@ -46,9 +47,10 @@ def split_of(file: str) -> str | None:
 
 
 def shards_of(files: Iterable[str], split: str, name: str) -> list[str]:
-    """Return the parquet files of a split in the order of their names; files that name no split are the train split.
+    """Return the parquet files of a split, sorted by name. If no file is named train, files without a split are train.
 
-    files: paths relative to the data set `name`. Raises DataError for files of which the split cannot be told.
+    files: paths relative to the data set `name`. Raises DataError for train if some files are named train and others
+    have no split in their names.
     """
     shards, wanted = sorted(file for file in files if is_parquet(file)), canonical(split)
     if wanted not in _SPLITS.values():
@@ -67,21 +69,22 @@ def shards_of(files: Iterable[str], split: str, name: str) -> list[str]:
 
 
 def no_shards(name: str, split: str, files: Iterable[str]) -> NoSplit:
-    """Return the error for a data set whose files are not of the split that was asked for."""
+    """Return the error for a data set that has no files of the requested split."""
     found = sorted({str(split_of(file) or "train") for file in files if is_parquet(file)})
     others = f"; it has shards of {', '.join(found)}" if found else ""
     return NoSplit(f"{name}: has no parquet shards of the split {split!r}{others} (expected {split}-*.parquet)")
 
 
 def is_parquet(file: str) -> bool:
-    """Tell whether the name of a file ends in `.parquet`, in any case."""
+    """Return whether the name of a file ends in `.parquet`, in any case."""
     return file.lower().endswith(".parquet")
 
 
 def shards_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return the parquet files that belong to a folder, and those in other folders below it, which are not read.
 
-    A folder's own are those in it, in its `data/`, and in folders of these two whose names are splits.
+    A file belongs to a folder if it is directly in it, in its `data/`, or in a subfolder of these two that is named
+    after a split.
     """
     own, other = list[Path](), list[Path]()
     for parent, folders, files in os.walk(folder):
@@ -95,10 +98,10 @@ def shards_in(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def matching(pattern: str) -> tuple[Path, list[Path]]:
-    """Return the folder in which a glob begins, and the files that match it; `**` stands for any number of folders.
+    """Return the folder in which a glob begins, and the files that match it; `**` matches any number of folders.
 
-    Folders that exist are taken literally, whatever characters their names have. A file that `**` reaches by several ways,
-    because of links, is returned once.
+    Leading folders that exist are taken literally, even if their names contain wildcards. A file that `**` finds
+    several times, because of links, is returned once.
     """
     begin, rest = Path(pattern).anchor, list(Path(pattern).parts)
     base = Path(begin)

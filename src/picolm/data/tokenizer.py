@@ -1,4 +1,4 @@
-"""Tokenizers: training one, finding a given one, what ends a document, and how many bytes of text a token stands for."""
+"""Train, find and load tokenizers; find the end-of-text token, and the number of text bytes per token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|eos|>")
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer and what ends a document in it. file: where it came from, None for one just trained."""
+    """A tokenizer with its end-of-text token. file: its tokenizer.json; None if it was just trained."""
 
     tokenizer: Tokenizer
     eos_token: str
@@ -45,9 +45,10 @@ class Vocabulary(NamedTuple):
 
 
 def load_tokenizer(place: str | Path) -> Tokenizer:
-    """The tokenizer at a tokenizer.json, in a folder, or of a Hub repository; it never cuts off, pads, or adds tokens by itself.
+    """Load a tokenizer from a tokenizer.json, a folder, or a Hub repository, without truncation and padding.
 
-    Text that spells a special token is encoded as text, so that no document can end itself.
+    Text that spells a special token is encoded as text, so a document cannot contain an end-of-text token.
+    Raises DataError if there is no valid tokenizer.
     """
     file = find_tokenizer(place)
     trusted.refuse_lfs_pointer(file.resolve())
@@ -55,10 +56,10 @@ def load_tokenizer(place: str | Path) -> Tokenizer:
 
 
 def parse_tokenizer(content: bytes, where: str) -> Tokenizer:
-    """Return the tokenizer of a tokenizer.json, as `load_tokenizer` does. Raises DataError, naming `where`."""
+    """Return the tokenizer in the content of a tokenizer.json, as `load_tokenizer` does. Raises DataError."""
     from tokenizers import Tokenizer
 
-    trusted.parse_json(content, where, dict[str, Any])  # the library has no limit of depth
+    trusted.parse_json(content, where, dict[str, Any])  # the library does not limit the nesting
     with _library_errors(f"{where}: cannot be read as a tokenizer.json"):
         tokenizer = Tokenizer.from_buffer(content.removeprefix(codecs.BOM_UTF8))
     tokenizer.no_truncation()
@@ -68,9 +69,9 @@ def parse_tokenizer(content: bytes, where: str) -> Tokenizer:
 
 
 def encode_text(tokenizer: Tokenizer, text: str, what: str) -> list[int]:
-    """Return the tokens of a text as in training: nothing is added by post-processors, and nothing cut off or padded.
+    """Return the token ids of a text as in training: without special tokens, truncation and padding.
 
-    what: the text, for messages. Raises DataError for text that is not valid Unicode or that the tokenizer cannot encode.
+    what: a name for the text, for messages. Raises DataError if the text is not valid Unicode or cannot be encoded.
     """
     try:
         text.encode()
@@ -83,7 +84,7 @@ def encode_text(tokenizer: Tokenizer, text: str, what: str) -> list[int]:
 
 
 def load_vocabulary(place: str | Path) -> Vocabulary:
-    """The tokenizer at a place with its end-of-text token. Raises DataError when it has none."""
+    """Return the tokenizer at `place` with its end-of-text token. Raises DataError if it has none."""
     file, tokenizer = find_tokenizer(place), load_tokenizer(place)
     candidates = [_configured_end(place, file), *_ENDS]
     for token in filter(None, candidates):
@@ -97,7 +98,10 @@ def load_vocabulary(place: str | Path) -> Vocabulary:
 
 
 def find_tokenizer(place: str | Path) -> Path:
-    """The local path of a tokenizer.json: the file itself, the one of a folder, or the one of a Hub repository, downloaded."""
+    """Return the local path of a tokenizer.json: a file, in a folder, or downloaded from a Hub repository.
+
+    Raises DataError if `place` is none of these.
+    """
     path = Path(place).expanduser()
     if path.is_dir() and os.path.lexists(path / "tokenizer.json"):
         file_of(path, "tokenizer.json")
@@ -112,7 +116,7 @@ def find_tokenizer(place: str | Path) -> Path:
 
 
 def check_size(vocab_size: int) -> None:
-    """Raise DataError when a byte-level vocabulary cannot be so small."""
+    """Raise DataError if `vocab_size` is too small for a byte-level vocabulary (256 bytes and the end of text)."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(
             f"a vocabulary of {vocab_size} is too small: 256 bytes and the end of text make {SMALLEST_VOCABULARY}"
@@ -120,9 +124,10 @@ def check_size(vocab_size: int) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Vocabulary:
-    """Byte-level BPE (each byte is a token, so that any text has an encoding); the end-of-text token is id 0.
+    """Train byte-level BPE (each byte is a token, so any text can be encoded); the end-of-text token has id 0.
 
-    The result depends on the texts and the size alone. A small corpus may yield fewer entries than asked for.
+    The result depends only on the texts and the size. A small corpus may give fewer entries than `vocab_size`. Raises
+    DataError if `vocab_size` is too small or training fails.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -144,9 +149,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Vocabulary:
 
 
 def write_tokenizer(vocabulary: Vocabulary, folder: Path, max_length: int) -> dict[str, str]:
-    """Write tokenizer.json and a tokenizer_config.json, so that transformers loads the folder.
+    """Write tokenizer.json and tokenizer_config.json, so that transformers can load the folder.
 
-    Returns their digests as a manifest states them: sha256 and config_sha256.
+    Returns their digests as stored in a manifest: sha256 and config_sha256.
     """
     target = folder / "tokenizer.json"
     if vocabulary.file is None:
@@ -166,9 +171,10 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, max_length: int) -> di
 
 
 def check_same(rows: Source, name: str, file: Path | None, sha256: str | None, what: str) -> None:
-    """Raise DataError where rows were made with another tokenizer than the one in `file`, as far as both are known.
+    """Raise DataError if `rows` were made with another tokenizer; do nothing if one of the two is unknown.
 
-    name: of the rows; what: what the tokenizer belongs to; sha256: its digest where there is no file.
+    name: name of the rows, for messages. file: the other tokenizer.json; sha256: its digest, if `file` is None.
+    what: the owner of that tokenizer, for messages.
     """
     made_with = getattr(rows, "tokenizer_sha256", None)
     if file is not None:
@@ -184,24 +190,25 @@ def check_same(rows: Source, name: str, file: Path | None, sha256: str | None, w
 
 
 def is_same(one: Path, other: Path) -> bool:
-    """Tell whether two files hold the same tokenizer: equal bytes, or equal once the library has read them."""
+    """Return whether two files hold the same tokenizer: equal bytes, or equal after the library has loaded them."""
     if trusted.read_bytes(one.resolve()) == trusted.read_bytes(other.resolve()):
         return True
     return bool(load_tokenizer(one).to_str() == load_tokenizer(other).to_str())
 
 
 def encode(vocabulary: Vocabulary, texts: list[str]) -> list[list[int]]:
-    """Return the token ids of each text, without special tokens. Raises DataError where the tokenizer cannot encode one."""
+    """Return the token ids of each text, without special tokens. Raises DataError if a text cannot be encoded."""
     with _library_errors(f"{vocabulary.file or 'tokenizer'}: cannot encode the text; is its unknown token missing?"):
         encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
 
 class Losses:
-    """Counts the characters that a tokenizer has no token for, or only the one for what is unknown.
+    """A counter of the characters for which a tokenizer has no token, or only its unknown token.
 
-    Each text is compared with what its tokens decode to. White space is not counted; with a normalizer, neither are case,
-    accents and compatible forms of a character. Byte-level tokenizers lose nothing and are not measured.
+    Each text is compared with its decoded tokens. White space is not counted; if the tokenizer has a normalizer,
+    differences in case, accents and compatibility forms are ignored. Byte-level tokenizers lose nothing and are not
+    measured.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -214,7 +221,7 @@ class Losses:
         self.characters, self.lost = 0, Counter[str]()
 
     def add(self, texts: list[str], ids: list[list[int]]) -> None:
-        """Count what is lost between texts and their token ids."""
+        """Count the characters that are lost between texts and their token ids."""
         if not self._measured:
             return
         known = [[number for number in numbers if number != self._unknown] for numbers in ids]
@@ -232,22 +239,22 @@ class _Visible(dict[int, str]):
         return found
 
     def kept(self, character: str) -> str:
-        """Return what stands for a character in the comparison."""
+        """Return the text that is compared for a character."""
         return "" if character.isspace() else character
 
 
 class _Folded(_Visible):
-    """The same, without what normalizers may change of a character: its case, its accents, its form."""
+    """A `_Visible` table that also removes what normalizers may change: case, accents, compatibility form."""
 
     def kept(self, character: str) -> str:
-        """Return what stands for a character in the comparison."""
+        """Return the text that is compared for a character."""
         parts = unicodedata.normalize("NFKD", character.casefold())
         bare = "".join(part for part in parts if not unicodedata.combining(part) and not part.isspace())
         return bare or ("" if character.isspace() or unicodedata.combining(character) else character)
 
 
 def _keeps_all(described: dict[str, Any], vocabulary: set[str]) -> bool:
-    """Tell whether a tokenizer is byte-level BPE with a token for each byte, before which nothing is removed."""
+    """Return whether a tokenizer is byte-level BPE with a token for each byte, and removes nothing before encoding."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     normalizer, before = described["normalizer"] or {"normalizers": []}, described["pre_tokenizer"] or {}
@@ -263,7 +270,7 @@ def _keeps_all(described: dict[str, Any], vocabulary: set[str]) -> bool:
 
 @contextmanager
 def _library_errors(what: str) -> Iterator[None]:
-    """Turn what the tokenizers library raises, bare Exceptions and panics, into a DataError that begins with `what`."""
+    """Convert errors of the tokenizers library (exceptions and panics) into a DataError that begins with `what`."""
     try:
         yield
     except PicoError:
@@ -275,7 +282,7 @@ def _library_errors(what: str) -> Iterator[None]:
 
 
 def _interruptible(work: Callable[[], None]) -> None:
-    """Do work in another thread, so that Ctrl-C is answered while the library is at it."""
+    """Run `work` in another thread, so that Ctrl-C works while the library is busy."""
     result: Future[None] = Future()
 
     def run() -> None:
@@ -292,9 +299,10 @@ def _interruptible(work: Callable[[], None]) -> None:
 
 
 def _cut_runs(texts: Iterable[str]) -> Iterator[str]:
-    """Yield texts with very long runs of letters, digits or signs cut into pieces.
+    """Yield texts, with very long sequences of letters, digits or signs cut into pieces.
 
-    The trainer takes each run for one word, and its time grows with the square of the longest ones: 0.2 MB of DNA took 68 s.
+    The trainer treats each sequence as one word, and its time grows with the square of the longest word: 0.2 MB of DNA
+    took 68 s.
     """
     for text in texts:
         start = 0
@@ -306,7 +314,7 @@ def _cut_runs(texts: Iterable[str]) -> Iterator[str]:
         yield text[start:]
 
 
-UNKNOWN_BYTES = -(1 << 40)  # of a token that stands for any text it does not know: a sum with one of these is negative
+UNKNOWN_BYTES = -(1 << 40)  # for the unknown token, which has no fixed text: a sum that includes it is negative
 _KEEPS_TEXT = {
     "ByteLevel",
     "Metaspace",
@@ -314,17 +322,17 @@ _KEEPS_TEXT = {
     "Punctuation",
     "UnicodeScripts",
     "Split",
-}  # unless they remove what splits
+}  # unless their behavior is "removed"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def token_bytes(tokenizer_file: str | Path) -> np.ndarray | None:
-    """Return int64 [V]: the bytes of text, as the normalizer leaves it, that each token stands for; 0 for special tokens.
+    """Return the number of bytes of normalized text for each token, int64 [V]; 0 for special tokens.
 
-    A byte-level token has as many bytes as letters. Where splitting a text removes nothing, as with tokenizers of characters,
-    a token has the bytes of its own text. Where words are single tokens and white space (or a delimiter) between them is
-    removed, it counts one separator for each word. The unknown token has `UNKNOWN_BYTES`. Returns None where the bytes follow
-    from the text alone: a word before a comma and one before a space are the same token.
+    A byte-level token has as many bytes as letters. If pre-tokenization removes nothing, as in character tokenizers, a
+    token has the bytes of its own text. If words are single tokens and the white space (or delimiter) between them is
+    removed, each word includes one separator. The unknown token has `UNKNOWN_BYTES`. Returns None if the bytes cannot
+    be known from the tokens: for example, if a word has the same token before a comma and before a space.
     """
     tokenizer = load_tokenizer(tokenizer_file)
     form = json.loads(tokenizer.to_str())
@@ -355,7 +363,10 @@ def _letters(token: str) -> int | None:
 
 
 def _own_bytes(token: str, form: Mapping[str, Any]) -> int | None:
-    """Return the bytes of the text of a token: `▁` is a space for Metaspace, `<0x0A>` a byte where bytes are the fallback."""
+    """Return the bytes of a token's text: `▁` is a space with Metaspace, `<0x0A>` one byte with byte fallback.
+
+    Returns None if tokens have subword prefixes or word suffixes.
+    """
     model = form["model"]
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return None
@@ -368,7 +379,7 @@ def _own_bytes(token: str, form: Mapping[str, Any]) -> int | None:
 
 
 def _separator_bytes(form: Mapping[str, Any]) -> int | None:
-    """Return the bytes of text that splitting removes for each token; None where that differs from token to token."""
+    """Return the bytes of text that pre-tokenization removes per token; None if this differs between tokens."""
     outer = form["pre_tokenizer"]
     parts = outer["pretokenizers"] if outer and outer["type"] == "Sequence" else [outer] if outer else []
     removed = [
@@ -384,12 +395,12 @@ def _separator_bytes(form: Mapping[str, Any]) -> int | None:
 
 
 def allow_parallelism() -> None:
-    """Let the library use its threads, unless the user decided otherwise; saying so also silences its warning at forks."""
+    """Let the library use threads, unless TOKENIZERS_PARALLELISM is set; this also silences its warning about forks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def _configured_end(place: str | Path, file: Path) -> str | None:
-    """The `eos_token` of the tokenizer_config.json beside a tokenizer.json."""
+    """Return the `eos_token` of the tokenizer_config.json beside a tokenizer.json; None if there is none."""
     beside = file.with_name("tokenizer_config.json")
     if os.path.lexists(beside):
         beside = file_of(file.parent, beside.name)

@@ -1,4 +1,4 @@
-"""Find the files below a folder of texts: through its links, each real folder once, naming all that is not read."""
+"""Find the files below a folder of texts: follow links, visit each real folder once, and list all that is not read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _NAMED = 5
 
 
 class Walked(NamedTuple):
-    """files: to be read, in the order of their relative names; not_read: (why, relative name); outside: links that lead out."""
+    """The result of `walk`.
+
+    files: files to read, sorted by relative name. not_read: (reason, relative name). outside: links that lead out.
+    """
 
     files: list[Path]
     not_read: list[tuple[str, str]]
@@ -21,9 +24,9 @@ class Walked(NamedTuple):
 
 
 def walk(folder: Path, is_wanted: Callable[[Path], bool]) -> Walked:
-    """Return the files below a folder, without hidden ones. Links to folders are followed; each real folder is read once.
+    """Find the files below a folder, except hidden ones. Links to folders are followed; each real folder is read once.
 
-    Folders that are no links come first, so that a folder has its own name even where a link leads to it too.
+    Links are followed after all real folders, so a folder keeps its own name even if a link leads to it.
     """
     root, seen, found = folder.resolve(), set[tuple[int, int]](), Walked([], [], [])
 
@@ -31,7 +34,7 @@ def walk(folder: Path, is_wanted: Callable[[Path], bool]) -> Walked:
         return Path(path).relative_to(folder).as_posix()
 
     def read(start: Path) -> list[Path]:
-        """Add the files below `start`, and return the links to folders there."""
+        """Add the files below `start` to `found`, and return the links to folders there."""
         links = list[Path]()
         unreadable = lambda error: found.not_read.append(("cannot be read", name_of(error.filename)))  # noqa: E731
         for parent, folders, files in os.walk(start, onerror=unreadable):
@@ -65,17 +68,17 @@ def walk(folder: Path, is_wanted: Callable[[Path], bool]) -> Walked:
 
 
 def counted(not_read: list[tuple[str, str]]) -> tuple[dict[str, int], list[str]]:
-    """Return how many files were not read for each reason, and the first of their names."""
+    """Return the number of unread files per reason, and the first of their names."""
     return dict(sorted(Counter(why for why, _ in not_read).items())), [visible(name) for _, name in not_read[:_NAMED]]
 
 
 def visible(name: str) -> str:
-    """Return the name of a file as text that can be written, whatever bytes it consists of."""
+    """Return the name of a file as valid text, with replacements for bytes that are not UTF-8."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _why_not(path: Path, is_wanted: Callable[[Path], bool]) -> str:
-    """Return why a file is not read; empty if it is."""
+    """Return the reason why a file is not read; empty if it is read."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return "not a regular file"

@@ -1,4 +1,4 @@
-"""The hidden folder in which rows are prepared: parts of the work that are whole or absent, and its end under another name."""
+"""The hidden work folder in which rows are prepared, unit by unit, until the finished rows get their final name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a process has to know to do a part of the work. folder: where all that is unfinished lies."""
+    """The settings that a process needs to do a unit of work. folder: the hidden work folder."""
 
     folder: Path
     row_length: int
@@ -39,35 +39,35 @@ class Plan:
     rows_per_shard: int
 
     def path(self, *parts: str | int) -> Path:
-        """Return where a part of the work lies; numbers are written with leading zeros."""
+        """Return a path in the work folder; numbers are written with leading zeros."""
         return self.folder.joinpath(*(f"{part:06d}" if isinstance(part, int) else part for part in parts))
 
     def is_done(self, *parts: str | int) -> bool:
-        """Return whether a part of the work has its report."""
+        """Return whether a unit is done: its report exists."""
         return self.path("reports", *parts).is_file()
 
     def finish(self, report: Report, *parts: str | int) -> Report:
-        """Write the report of a part of the work."""
+        """Write the report of a unit, which marks it as done. Returns the report."""
         with written(self.path("reports", *parts)) as file:
             file.write(json.dumps(report).encode())
         return report
 
     def report(self, *parts: str | int) -> Report:
-        """Return the report of a part of the work. Raises FileError where it is damaged."""
+        """Return the report of a unit. Raises FileError if it is missing or damaged."""
         path = self.path("reports", *parts)
         return dict(trusted.parse_json(trusted.read_bytes(path, self.folder, _REPORT_BYTES), str(path), dict[str, Any]))
 
 
 class Unusable(DataError):
-    """Text that cannot become rows as it is asked for, whoever tries again."""
+    """The error for text that cannot become rows with these options; trying again does not help."""
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Wait until no other process prepares `out`. Where the file system has no locks, do not wait."""
+    """Wait for and hold a lock, so that only one process prepares `out`. No lock if the file system has none."""
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.parent / f".{out.name}.lock", fallback_to_soft=False)
-    os.close(trusted.open_to_append(Path(lock.lock_file)))  # it is no link
+    os.close(trusted.open_to_append(Path(lock.lock_file)))  # refuses a link
     try:
         lock.acquire()
     except OSError as error:
@@ -82,7 +82,7 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def require_plain(folder: Path) -> None:
-    """Raise DataError where a work folder is, or holds, anything but folders and regular files."""
+    """Raise DataError if a work folder is not a folder, or contains anything but folders and regular files."""
     inside = (Path(root, name) for root, folders, files in os.walk(folder) for name in (*folders, *files))
     for path in (folder, *inside):
         with suppress(FileNotFoundError):
@@ -95,7 +95,10 @@ def require_plain(folder: Path) -> None:
 
 @contextmanager
 def explained(plan: Plan, out: Path) -> Iterator[None]:
-    """After a failure, remove what is of no use any more, and say of the rest where it is."""
+    """After an error in the block, delete work that cannot be resumed, or say where the unfinished work is kept.
+
+    Raises DataError with the original message.
+    """
     try:
         yield
     except (DataError, OSError) as error:
@@ -111,12 +114,12 @@ def explained(plan: Plan, out: Path) -> Iterator[None]:
 
 
 def publish(plan: Plan, out: Path) -> Manifest:
-    """Give the finished folder of rows its name. Returns its manifest."""
+    """Rename the finished rows to `out` and delete the work folder. Returns the manifest."""
     result = plan.path("result")
     manifest = read_manifest(result)
     assert manifest is not None
     for torn in result.glob(".*"):
-        torn.unlink()  # what a process that was killed was writing
+        torn.unlink()  # temporary files of killed processes
     if out.is_dir():
         out.rmdir()  # an empty one
     result.rename(out)

@@ -1,6 +1,6 @@
-"""Models in the files of other people's tools: out of a run (`export`), and into a run (`importing`).
+"""Convert models to and from the file formats of other tools: `export` from a run, `importing` into a run.
 
-A format is a function that writes an `Exported` model into an empty folder; `FORMATS` finds it by name.
+A format is a function that writes an `Exported` model into an empty folder, registered by name in `FORMATS`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from picolm.train.state import check_sizes, weight_address
 if TYPE_CHECKING:
     from picolm.store import Checkpoint, Run
 
-ORIGIN = "pico.json"  # beside what is exported: of which run and step it is, for `pico import`
+ORIGIN = "pico.json"  # written with each export: its run and step, for `pico import`
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class Exported(NamedTuple):
-    """What a format writes. weights: by the names of `Decoder.named_parameters`, as they were stored.
+    """A model to export. weights: by the names of `Decoder.named_parameters`, as they were stored.
 
-    generation: the content of generation_config.json, with bos_token_id, eos_token_id (one or several) and pad_token_id,
-    None for what there is not; empty without a tokenizer. tokenizer: its files, name to content. origin: run, step and
-    model_type.
+    generation: the content of generation_config.json, with bos_token_id, eos_token_id (one or several) and
+    pad_token_id, None for a token that does not exist; empty without a tokenizer. tokenizer: its files, name to
+    content. origin: run, step and model_type.
     """
 
     config: Any
@@ -41,7 +41,7 @@ class Exported(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """The element type of the weights, as config.json spells it. Raises PicoError where there are several."""
+        """The element type of the weights, as written in config.json. Raises PicoError if there are several."""
         found = {str(tensor.dtype).removeprefix("torch.") for tensor in self.weights.values()}
         if len(found) != 1:
             raise PicoError(
@@ -55,9 +55,9 @@ FORMATS: Registry[Format] = Registry("format")
 
 
 def export(run: Run, step: int | None, name: str, out: Path) -> int:
-    """Write the model of `step` (default: the latest) to the folder `out` in the format `name`; returns the step.
+    """Write the model of `step` (default: the latest) to the folder `out` in the format `name`. Returns the step.
 
-    Raises PicoError for a model that the format cannot hold, and for a folder that holds something already.
+    Raises PicoError if the format cannot represent the model, or if the folder is not empty.
     """
     from picolm.formats import llama, llamacpp, plain  # noqa: F401  (each adds its format)
 
@@ -70,7 +70,7 @@ def export(run: Run, step: int | None, name: str, out: Path) -> int:
 
 
 def collect(run: Run, checkpoint: Checkpoint) -> Exported:
-    """The model of a checkpoint, its tensors as they are stored."""
+    """Return the model of a checkpoint, with its tensors as they are stored."""
     config = config_of(run).model
     weights = {name: checkpoint[weight_address(name)] for name in check_sizes(config, checkpoint)}
     files = {name: checkpoint.read(name) for name in TOKENIZER_FILES if name in checkpoint.files}
@@ -82,7 +82,7 @@ def collect(run: Run, checkpoint: Checkpoint) -> Exported:
 
 
 def write_tokenizer(exported: Exported, folder: Path) -> None:
-    """Write the tokenizer of the run, and what begins, ends and pads a text, for tools that read transformers' files."""
+    """Write the tokenizer's files and generation_config.json (the tokens that begin, end and pad a text)."""
     for name, content in exported.tokenizer.items():
         (folder / name).write_bytes(content)
     if exported.generation:

@@ -1,6 +1,6 @@
-"""Into a run: a LlamaForCausalLM from a folder or the Hub, or a plain state dict, becomes one step with weights.
+"""Import a LlamaForCausalLM from a folder or the Hub, or a plain state dict, into a new run with one step.
 
-What it computes must be what a Pico decoder computes; anything else is refused, with the reasons.
+The model must compute the same function as a Pico decoder; any other model is refused, with the reasons.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ _WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin")
 
 
 class Imported(NamedTuple):
-    """A model as a run holds it: the model section of its configuration, and the weights by the names of its parameters."""
+    """A model to store in a run: the model section of its configuration, and the weights by parameter name."""
 
     section: dict[str, Any]
     weights: dict[str, Tensor]
 
 
 def import_model(place: str, out: Path, step: int | None) -> tuple[Run, int]:
-    """Make a run at `out` whose one step holds the model at `place`; returns both.
+    """Create a run at `out` with one step that contains the model at `place`. Returns the run and the step.
 
-    place: a folder, or OWNER/NAME[@REVISION] on the Hub. step: default, that of the run it was exported from, else 0.
-    Raises PicoError where a Pico decoder computes something else, and where files are missing or damaged.
+    place: a folder, or OWNER/NAME[@REVISION] on the Hub. step: None for the step it was exported from, else 0.
+    Raises PicoError if a Pico decoder cannot compute the same function, or if files are missing or damaged.
     """
     refuse_content(out)
     find = _finder(place)
@@ -82,7 +82,7 @@ def import_model(place: str, out: Path, step: int | None) -> tuple[Run, int]:
 
 
 def _read(find: Callable[[str], Path | None], place: str) -> Imported:
-    """The model in whichever of the two forms is there."""
+    """Return the model, from a plain state dict if there is one, else from the files of transformers."""
     own, config = find(CONFIG), find("config.json")
     if own is not None:
         section = mark_untrusted({"model": _json(own)}, f"{place}/{CONFIG}")["model"]
@@ -110,7 +110,11 @@ def _plain(section: dict[str, Any], find: Callable[[str], Path | None], place: s
 
 
 def _fitting(section: dict[str, Any], weights: dict[str, Tensor], place: str, file: str) -> Imported:
-    """Raises PicoError where names, shapes or element types are not those of one model of this shape."""
+    """Return the model after checking the weights.
+
+    Raises PicoError if names or shapes do not match the configuration, or weights are not finite floating-point
+    numbers.
+    """
     config = stored_config({"model": section, **_small_vocabulary(section)}, f"{place}/{file}").model
     shapes = {name: entry.shape for name, entry in outline(config, len(weights), place).state_dict().items()}
     check_names(weights, shapes)
@@ -127,7 +131,7 @@ def _fitting(section: dict[str, Any], weights: dict[str, Tensor], place: str, fi
 
 
 def _special_tokens(find: Callable[[str], Path | None]) -> dict[str, str]:
-    """Return the generation_config.json of the model, with what its config.json says of the tokens that begin, end and pad."""
+    """Return the model's generation_config.json (name to text), completed with the special tokens of config.json."""
     config, generation = find("config.json"), find("generation_config.json")
     found = special_tokens(_json(config)) if config is not None else {}
     found |= _json(generation) if generation is not None else {}
@@ -137,7 +141,7 @@ def _special_tokens(find: Callable[[str], Path | None]) -> dict[str, str]:
 
 
 def _run_config(section: Mapping[str, Any], out: Path, step: int) -> Any:
-    """The configuration of a run that was not trained here: what is known of it is the model."""
+    """Return the configuration of an imported run: only its model section is known."""
     raw = {
         "model": dict(section),
         "training": {"max_steps": step},
@@ -148,12 +152,12 @@ def _run_config(section: Mapping[str, Any], out: Path, step: int) -> Any:
 
 
 def _small_vocabulary(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A tokenizer may not have more entries than the model, and the default is large."""
+    """Return a data section whose vocab_size is that of the model: the default may be larger, which is an error."""
     return {"data": {"tokenizer": {"vocab_size": section.get("vocab_size", Decoder.Config().vocab_size)}}}
 
 
 def _transformers_weights(find: Callable[[str], Path | None], place: str) -> dict[str, Tensor]:
-    """All tensors of a saved model, of one file or several."""
+    """Return all tensors of a saved model, from one file or several. Raises PicoError if files are missing."""
     for name in _WEIGHTS:
         file = find(name)
         if file is None:
@@ -169,7 +173,7 @@ def _transformers_weights(find: Callable[[str], Path | None], place: str) -> dic
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Return the file of each tensor, as the index of a saved model says."""
+    """Return the file name of each tensor, from the index of a saved model."""
     where = f"{path}: weight_map"
     files: dict[str, str] = _json(path).get("weight_map", {})
     check_form(files, dict[str, str], where)
@@ -181,7 +185,7 @@ def _all(file: PickledTensors | SafeTensors) -> dict[str, Tensor]:
 
 
 def _finder(place: str) -> Callable[[str], Path | None]:
-    """A function from the name of a file to its path here, None where there is no such file."""
+    """Return a function from a file name to its local path, or None if there is no such file."""
     folder = Path(place).expanduser()
     if folder.is_dir():
         return lambda name: _local(folder / name) if os.path.lexists(folder / name) else None
@@ -192,13 +196,13 @@ def _finder(place: str) -> Callable[[str], Path | None]:
 
 
 def _repository(name: str, revision: str | None) -> Callable[[str], Path | None]:
-    """The same for a repository on the Hub; files are fetched when they are asked for."""
+    """Return such a function for a repository on the Hub; it downloads a file when it is called."""
     there = file_list(name, revision or "main", "model", PicoError)
     return lambda file: in_cache(fetch(name, file, revision, PicoError)) if file in there else None
 
 
 def _local(path: Path) -> Path:
-    """Return the path of a file of a model. A folder in the cache of the Hub consists of links; others may not hold any."""
+    """Return the real path of a model file. Links are allowed only in the cache of the Hub, which consists of links."""
     if path.is_symlink():
         return in_cache(path)
     require_regular(path)
@@ -206,7 +210,7 @@ def _local(path: Path) -> Path:
 
 
 def _tokenizer(find: Callable[[str], Path | None], folder: Path) -> Path | None:
-    """Copy tokenizer.json and what belongs to it to a folder; return its path there, None where there is none."""
+    """Copy the tokenizer files to a folder. Returns the path of tokenizer.json there, or None if there is none."""
     for name in TOKENIZER_FILES:
         if (path := find(name)) is not None:
             (folder / name).write_bytes(read_bytes(path))
@@ -220,7 +224,7 @@ def _json(path: Path | None) -> dict[str, Any]:
 
 
 class _Origin(BaseModel):
-    """What `pico export` says of the run and the step of a model."""
+    """The content of pico.json, which `pico export` writes: the run and the step of a model."""
 
     run: str = ""
     step: Annotated[int, Field(ge=0, lt=10**18)] = 0

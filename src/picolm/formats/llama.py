@@ -1,4 +1,4 @@
-"""A folder that transformers and whatever reads its files opens as a LlamaForCausalLM, without code of ours."""
+"""Export a LlamaForCausalLM: a folder that transformers and compatible tools load without Pico's code."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,10 @@ from picolm.models.llama import check_equivalent, llama_config, to_llama
 
 @FORMATS.add("llama")
 def llama(exported: Exported, folder: Path) -> None:
-    """config.json, model.safetensors, generation_config.json and the tokenizer's files."""
+    """Write config.json, model.safetensors, generation_config.json and the tokenizer's files.
+
+    Raises PicoError if the model is not a Pico decoder.
+    """
     from safetensors.torch import save_file
 
     check_equivalent(MODELS.get(exported.config.model_type))

@@ -1,6 +1,6 @@
-"""GGUF, the file format of llama.cpp; the only file that imports the package `gguf`.
+"""Export GGUF, the file format of llama.cpp. This is the only module that imports the package `gguf`.
 
-llama.cpp turns the pairs (x0, x1), (x2, x3), … as we do, so the rows of q and k stay where they are.
+llama.cpp rotates the pairs (x0, x1), (x2, x3), … like Pico, so the rows of q and k are not reordered.
 """
 
 import json
@@ -25,7 +25,11 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 @FORMATS.add("gguf")
 def gguf(exported: Exported, folder: Path) -> None:
-    """model.gguf, with the element type of the weights. Raises PicoError for a tokenizer that llama.cpp does not have."""
+    """Write model.gguf, in the element type of the weights.
+
+    Raises PicoError if the package `gguf` is missing, the model is not a Pico decoder, or llama.cpp lacks its
+    tokenizer.
+    """
     try:
         from gguf import GGUFWriter
     except ImportError as error:
@@ -63,19 +67,19 @@ def _write_shape(writer: Any, exported: Exported) -> None:
 
 
 def _write_tensor(writer: Any, name: str, tensor: Tensor) -> None:
-    """Vectors as float32, which is what llama.cpp multiplies by."""
+    """Add a tensor to the file; vectors are stored as float32, as llama.cpp requires."""
     from gguf import GGMLQuantizationType
 
     if tensor.ndim == 1:
         tensor = tensor.float()
-    if tensor.dtype == torch.bfloat16:  # numpy has no such type: its bytes, and what they are
+    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16: pass the bytes and name their type
         writer.add_tensor(name, tensor.contiguous().view(torch.uint8).numpy(), raw_dtype=GGMLQuantizationType.BF16)
     else:
         writer.add_tensor(name, tensor.contiguous().numpy())
 
 
 def _write_tokenizer(writer: Any, exported: Exported) -> None:
-    """Tokens, their kinds and merges, as the tokenizer.json of the run says; without one, a file without a vocabulary."""
+    """Write tokens, their types and merges from the run's tokenizer.json; without one, write no vocabulary."""
     if "tokenizer.json" not in exported.tokenizer:
         writer.add_tokenizer_model("no_vocab")
         return
@@ -93,7 +97,10 @@ def _write_tokenizer(writer: Any, exported: Exported) -> None:
 
 
 def _write_special_tokens(writer: Any, exported: Exported) -> None:
-    """Write what begins, ends and pads a text, and which of these are put around a text that is encoded."""
+    """Write the tokens that begin, end and pad a text, and whether they are added when a text is encoded.
+
+    Raises PicoError if the tokenizer adds other tokens.
+    """
     bos, eos, pad = (exported.generation.get(f"{name}_token_id") for name in ("bos", "eos", "pad"))
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if bos is not None:
@@ -119,7 +126,7 @@ def _write_special_tokens(writer: Any, exported: Exported) -> None:
 
 
 def _put_around(content: bytes) -> tuple[list[int], list[int]]:
-    """Return the tokens that the post-processor of a tokenizer.json puts before and after a text."""
+    """Return the token ids that the post-processor of a tokenizer.json adds before and after a text."""
     tokenizer = parse_tokenizer(content, "tokenizer.json")
     whole, plain = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
     start = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), None)
@@ -129,7 +136,7 @@ def _put_around(content: bytes) -> tuple[list[int], list[int]]:
 
 
 def _tokens(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """The text and the kind of each row of the embedding; rows without a token are called so and unused."""
+    """Return the text and the type of each token id; ids without a token get `[unused N]` and the type unused."""
     tokens, kinds = [f"[unused {number}]" for number in range(size)], [_UNUSED] * size
     for token, number in tokenizer["model"]["vocab"].items():
         tokens[number], kinds[number] = token, _NORMAL
@@ -140,7 +147,7 @@ def _tokens(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]
 
 
 def _check_tokenizer(tokenizer: dict[str, Any]) -> None:
-    """Raise PicoError unless it cuts text as GPT-2's does: llama.cpp knows tokenizers by name, not by their rules."""
+    """Raise PicoError unless the tokenizer splits text like GPT-2's: llama.cpp selects its rules by a name."""
     before = tokenizer.get("pre_tokenizer") or {}
     model, normalizer = tokenizer["model"], tokenizer.get("normalizer") or {}
     if normalizer.get("type") == "NFC":

@@ -1,4 +1,4 @@
-"""A state dict of torch, for code of one's own: the names and shapes of the parameters as the model has them."""
+"""Export a PyTorch state dict for your own code, with the model's parameter names and shapes."""
 
 import json
 from dataclasses import asdict
@@ -14,7 +14,7 @@ CONFIG = "model_config.json"
 
 @FORMATS.add("torch")
 def plain(exported: Exported, folder: Path) -> None:
-    """state_dict.pt (`torch.load(…, weights_only=True)`), model_config.json (the model section), the tokenizer's files."""
+    """Write state_dict.pt (`torch.load(…, weights_only=True)`), model_config.json (model section), tokenizer files."""
     torch.save(exported.weights, folder / STATE_DICT)
     (folder / CONFIG).write_text(json.dumps(asdict(exported.config), indent=2) + "\n")
     write_tokenizer(exported, folder)

@@ -1,4 +1,4 @@
-"""Renew the modelling code inside checkpoints: what transformers runs when it loads one (`trust_remote_code`)."""
+"""Update the modelling code in checkpoints, which transformers runs to load them (`trust_remote_code`)."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,10 +11,10 @@ from picolm.train.state import outline
 def renew_steps(
     run: Run, steps: Sequence[int] | None, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[tuple[int, list[str]]]:
-    """Give each step the modelling files that its architecture has now; yield (step, the files that changed).
+    """Write the current modelling files of the architecture into each step; yield (step, names of changed files).
 
-    steps: None for all that hold modelling code. Raises PicoError for a run without any, and for a step that is damaged, is
-    missing or has none; steps before it are renewed then.
+    steps: None for all steps with modelling code. Raises PicoError if the run or the architecture has none, or if a
+    step is damaged, missing or without modelling code; the steps before it are updated then.
     """
     config = config_of(run).model
     holding = [step for step in run.steps if any(name.endswith(".py") for name in run[step].files)]

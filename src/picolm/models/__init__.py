@@ -1,6 +1,6 @@
-"""Architectures: the Model protocol, and the registry that finds one by its `model_type`.
+"""Architectures: the Model protocol, and the registry that finds a model class by its `model_type`.
 
-A model brings its own objective, its own noise and its own generation; the loop never asks which it is.
+A model defines its own objective, noise and generation, so the training loop does not depend on the architecture.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,24 +35,24 @@ __all__ = [
 
 
 class ModelConfig(Protocol):
-    """A frozen dataclass; the docstring under each field is its help text."""
+    """A frozen dataclass with the fields of the `model:` section; the docstring under each field is its help text."""
 
     vocab_size: int
     max_seq_len: int
 
     def problems(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Return broken rules between fields: (the fields, what to do)."""
+        """Yield each broken rule between fields: (names of the fields, what to change)."""
         ...
 
 
 @runtime_checkable
 class Model(Protocol):
-    """What training, capture, scoring and generation ask of an `nn.Module`.
+    """The methods that an `nn.Module` needs for training, capture, scoring and generation.
 
-    `NextToken` is the objective of a causal language model, so that such a model writes the other methods alone.
-    tokens_BS are rows of `row_length(max_seq_len)` token ids. What is random in `loss` and `score` comes from `noise`, one
-    stream of numbers for each of the rows: then it is the same for any number of processes and micro-batches. The loss of a
-    step is the sum of `Loss.nats` over the sum of `Loss.tokens`, over all micro-batches and processes.
+    A causal language model inherits its objective from `NextToken` and implements only the other methods. tokens_BS are
+    rows of `row_length(max_seq_len)` token ids. `loss` and `score` take all random numbers from `noise`, which has one
+    stream of numbers per row, so the result is the same for any number of processes and micro-batches. The loss of a
+    step is the sum of `Loss.nats` divided by the sum of `Loss.tokens`, over all micro-batches and processes.
     """
 
     Config: ClassVar[type]
@@ -86,14 +86,14 @@ class Model(Protocol):
     def modelling_files(self) -> dict[str, str]: ...
 
 
-MODELS: Registry[type[Any]] = Registry("model")  # classes that follow `Model`; Any, since they are nn.Modules too
+MODELS: Registry[type[Any]] = Registry("model")  # classes that implement `Model`; Any, since they are nn.Modules too
 MODELS.add("pico_decoder")(Decoder)
 
 _OBJECTIVE = ("likelihood", "row_length", "loss", "score", "generate", "new_cache")
 
 
 def find_model(name: str) -> type[Any]:
-    """Return the architecture called `name`. Raises PicoError for one that there is not, or that lacks its objective."""
+    """Return the model class called `name`. Raises PicoError if it does not exist or lacks methods of the objective."""
     found = MODELS.get(name)
     if missing := [attribute for attribute in _OBJECTIVE if not hasattr(found, attribute)]:
         raise PicoError(

@@ -1,7 +1,8 @@
-"""The Pico decoder as a LlamaForCausalLM of transformers, and back: the same function under other names.
+"""Convert a Pico decoder to a LlamaForCausalLM of transformers, and back. Both compute the same function.
 
-The two differ in one thing. Rotary positions turn the pairs (x0, x1), (x2, x3), … of a head here and (x0, x_D/2),
-(x1, x_D/2+1), … there, so the rows of q and k of each head change places; scores are sums over all of them and stay.
+Parameter names differ, and one more thing: rotary positions turn the pairs (x0, x1), (x2, x3), … of a head in Pico and
+(x0, x_D/2), (x1, x_D/2+1), … in transformers. So the rows of q and k are reordered within each head; attention scores
+are sums over all of them and do not change.
 
 Legend: N heads, D head size, F = D / 2, H model width.
 """
@@ -36,7 +37,7 @@ _GGUF_INSIDE = {
     "attention.v_proj": "attn_v", "attention.o_proj": "attn_output", "swiglu_norm": "ffn_norm",
     "swiglu.w_0": "ffn_gate", "swiglu.w_1": "ffn_up", "swiglu.w_2": "ffn_down",
 }  # fmt: skip
-_COMPUTED = ("rotary_emb.inv_freq",)  # stored by old versions of transformers, and no parameters
+_COMPUTED = ("rotary_emb.inv_freq",)  # stored by old versions of transformers, but not a parameter
 _SAME = {
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
@@ -47,7 +48,7 @@ _SAME = {
     "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
 }
-# What LlamaConfig takes for granted where a config.json says nothing.
+# The defaults of LlamaConfig for keys that a config.json does not have.
 _DEFAULTS = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
@@ -55,7 +56,7 @@ _DEFAULTS = {
 
 
 def check_equivalent(model_class: type) -> None:
-    """Raise PicoError for an architecture that computes something else than a Llama."""
+    """Raise PicoError unless `model_class` is `Decoder`, the only architecture that computes what a Llama computes."""
     if model_class is not Decoder:
         raise PicoError(
             f"{model_class.__name__} has no Llama equivalent: only pico_decoder computes what a LlamaForCausalLM computes; "
@@ -64,7 +65,7 @@ def check_equivalent(model_class: type) -> None:
 
 
 def names(config: DecoderConfig) -> dict[str, str]:
-    """The name in a Llama of each parameter, in the order of `Decoder.named_parameters`."""
+    """Return the Llama name of each Pico parameter, in the order of `Decoder.named_parameters`."""
     first, *others = _OUTSIDE.items()
     blocks = {
         f"layers.{i}.{own}.weight": f"model.layers.{i}.{other}.weight"
@@ -75,7 +76,7 @@ def names(config: DecoderConfig) -> dict[str, str]:
 
 
 def gguf_name(name: str) -> str:
-    """Return what llama.cpp calls a parameter: layers.3.attention.q_proj.weight -> blk.3.attn_q.weight."""
+    """Return the llama.cpp name of a Pico parameter: layers.3.attention.q_proj.weight -> blk.3.attn_q.weight."""
     module = name.removesuffix(".weight")
     if module in _GGUF_OUTSIDE:
         return _GGUF_OUTSIDE[module] + ".weight"
@@ -84,7 +85,7 @@ def gguf_name(name: str) -> str:
 
 
 def with_output_layer(weights: Mapping[str, Tensor], llama: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of a Llama with an output layer of its own, a copy of the embedding where the two are tied."""
+    """Return the weights of a Llama with a separate output layer: a copy of the embedding if the two are tied."""
     embedding, output = _OUTSIDE["embedding_proj.weight"], _OUTSIDE["de_embedding_proj.weight"]
     if output in weights or not llama.get("tie_word_embeddings"):
         return dict(weights)
@@ -92,12 +93,15 @@ def with_output_layer(weights: Mapping[str, Tensor], llama: Mapping[str, Any]) -
 
 
 def to_llama(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    """The weights of a `Decoder` as those of the Llama that computes the same logits; the same bits, in other places."""
+    """Return the weights of the Llama that computes the same logits as a `Decoder`. Values are moved, never changed."""
     return {other: _halves(weights[own], _heads(own, config)) for own, other in names(config).items()}
 
 
 def from_llama(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    """The inverse of `to_llama`. Raises PicoError for tensors that are missing, unknown, or of another shape."""
+    """Return the weights of the `Decoder` equal to a Llama, the inverse of `to_llama`.
+
+    Raises PicoError if tensors are missing or unknown, or if there are fewer tensors than layers.
+    """
     if config.n_layers > len(weights):
         raise PicoError(f"the configuration says {config.n_layers} layers, and the files hold {len(weights)} tensors")
     expected = names(config)
@@ -106,7 +110,7 @@ def from_llama(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str
 
 
 def check_names(found: Collection[str], expected: Collection[str]) -> None:
-    """Raise PicoError where the names of the tensors are not those of the architecture."""
+    """Raise PicoError if the names of the tensors differ from the expected ones."""
     unknown, missing = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
     if unknown:
         bias = " (Pico decoders have no biases)" if unknown[0].endswith(".bias") else ""
@@ -121,16 +125,16 @@ _SPECIAL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
-}  # with what LlamaConfig takes where it is not given
+}  # and the defaults of LlamaConfig
 
 
 def special_tokens(llama: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tokens that begin, end and pad a text for a Llama with this config.json; None where there is none."""
+    """Return the ids of the tokens that begin, end and pad a text, from a Llama's config.json; None if it has none."""
     return {name: llama.get(name, default) for name, default in _SPECIAL.items()}
 
 
 def llama_config(config: DecoderConfig, dtype: str, special: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json for transformers 4 and 5. special: bos_token_id, eos_token_id, pad_token_id, where they are known.
+    """Return the config.json for transformers 4 and 5. special: bos_token_id, eos_token_id, pad_token_id, if known.
 
     transformers 4 reads rope_theta and torch_dtype, transformers 5 rope_parameters and dtype.
     """
@@ -155,7 +159,10 @@ def llama_config(config: DecoderConfig, dtype: str, special: Mapping[str, Any]) 
 
 
 def decoder_config(llama: Mapping[str, Any]) -> DecoderConfig:
-    """The inverse of `llama_config`. Raises PicoError, with every reason, for a Llama that computes something else."""
+    """Return the `DecoderConfig` of a Llama's config.json, the inverse of `llama_config`.
+
+    Raises PicoError with all reasons if a Pico decoder cannot compute the same function.
+    """
     if reasons := list(_differences(llama)):
         raise PicoError("a Pico decoder cannot compute what this model computes: " + "; ".join(reasons))
     known = {**_DEFAULTS, **{key: value for key, value in llama.items() if value is not None}}
@@ -174,7 +181,7 @@ def decoder_config(llama: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _differences(llama: Mapping[str, Any]) -> Iterator[str]:
-    """What of a config.json is no part of a Pico decoder."""
+    """Yield a message for each setting of a config.json that a Pico decoder cannot represent."""
     if llama.get("model_type") != "llama":
         yield f"model_type is {llama.get('model_type')!r}, not 'llama'"
     for key, reason in (("attention_bias", "biases in attention"), ("mlp_bias", "biases in the MLP")):
@@ -196,7 +203,10 @@ def _differences(llama: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rope(llama: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is said of rotary positions beside rope_theta, under either name."""
+    """Return the settings of rotary positions, from `rope_scaling` and `rope_parameters`.
+
+    Raises PicoError if one of them is not an object.
+    """
     found: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(said := llama.get(key) or {}, Mapping):
@@ -206,20 +216,20 @@ def _rope(llama: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _heads(name: str, config: DecoderConfig) -> int | None:
-    """The number of heads whose rows are turned in a weight; None for a weight whose rows stay where they are."""
+    """Return the number of heads of a weight whose rows are reordered (q and k); None for any other weight."""
     of = {"q_proj.weight": config.attention_n_heads, "k_proj.weight": config.attention_n_kv_heads}
     return next((heads for end, heads in of.items() if name.endswith(end)), None)
 
 
 def _halves(weight: Tensor, heads: int | None) -> Tensor:
-    """Rows (x0, x1, x2, x3, …) of each head as (x0, x2, …, x1, x3, …)."""
+    """Reorder the rows (x0, x1, x2, x3, …) of each head to (x0, x2, …, x1, x3, …)."""
     if heads is None:
         return weight
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()  # N F 2 H -> N 2 F H
 
 
 def _pairs(weight: Tensor, heads: int | None) -> Tensor:
-    """The inverse of `_halves`."""
+    """Undo `_halves`."""
     if heads is None:
         return weight
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()

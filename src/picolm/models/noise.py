@@ -1,8 +1,8 @@
-"""Random numbers for a model's objective: masks, noise levels, dropout of its own.
+"""Random numbers for a model's objective: masks, noise levels, its own dropout.
 
-Each row of a batch has a generator of its own, seeded by the step and the row's place in the batch of all processes. So a
-row gets the same numbers however the batch is cut into micro-batches and shared out over processes, and on any device: they
-are drawn on the CPU.
+Each row of a batch has its own generator, seeded by the step and the row's place in the global batch. So a row gets the
+same numbers for any number of micro-batches and processes. Numbers are drawn on the CPU, so they are the same on any
+device.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,22 +12,22 @@ from torch import Tensor
 
 
 class Noise:
-    """The noise of the B rows of one micro-batch; consecutive calls go on where the last one ended."""
+    """The random numbers for the B rows of one micro-batch; each call continues the streams of the call before."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
         self.device = device
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def uniform(self, *shape: int) -> Tensor:
-        """float32 in [0, 1), [B, *shape]."""
+        """Return uniform float32 numbers in [0, 1), [B, *shape]."""
         return self._each(lambda generator: torch.rand(shape, generator=generator))
 
     def normal(self, *shape: int) -> Tensor:
-        """float32 of mean 0 and variance 1, [B, *shape]."""
+        """Return normal float32 numbers of mean 0 and variance 1, [B, *shape]."""
         return self._each(lambda generator: torch.randn(shape, generator=generator))
 
     def integers(self, high: int, *shape: int) -> Tensor:
-        """int64 in [0, high), [B, *shape]."""
+        """Return uniform int64 numbers in [0, high), [B, *shape]."""
         return self._each(lambda generator: torch.randint(high, shape, generator=generator))
 
     def _each(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
