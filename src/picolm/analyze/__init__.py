@@ -1,4 +1,4 @@
-"""Analysis: runs in, a table of correct numbers out.
+"""Analysis: read runs, compute metrics of their tensors, and return one long table of values.
 
 picolm.analyze.load("analysis_results/demo")        the long table as a pandas data frame
 from picolm.analyze import metrics                  the functions alone: metrics.cka(x, y)

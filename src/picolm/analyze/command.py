@@ -1,4 +1,4 @@
-"""`pico analyze`, from its configuration to its table."""
+"""The command `pico analyze`, from its configuration to its table."""
 
 import logging
 from collections.abc import Iterable
@@ -32,7 +32,11 @@ def analyze_runs(
     aggregated: bool = False,
     dry_run: bool = False,
 ) -> Outcome | None:
-    """Run the analysis of a YAML file on the runs at `places` (default: those it names), and write what came out."""
+    """Run the analysis of a YAML file on the runs at `places` (default: those in the file), and write the results.
+
+    csv, aggregated: also write results.csv, aggregated.parquet. dry_run: only print the plan, and return None. strict:
+    raise PicoError if anything is missing.
+    """
     config = load(config_path, AnalysisConfig, overrides)
     places = places or list(config.runs)
     if dry_run:
@@ -63,7 +67,7 @@ def analyze_runs(
 
 
 def _write_aggregated(folder: Path, places: list[str]) -> None:
-    """Means and intervals over the runs that differ in seeds and names alone; says how runs are grouped and what is left out."""
+    """Write means and confidence intervals over runs that differ only in seeds and names; log what is left out."""
     groups, sentences = alike({run.name: config_of(run) for run in map(Run.open, places)})
     pooled = aggregate(table.load(folder), groups)
     for sentence in (*sentences, *pooled.attrs["left_out"]):
@@ -86,7 +90,7 @@ def _with_bar(config: AnalysisConfig, places: list[str], **options: Any) -> Outc
 
 
 def _to_wandb(config: AnalysisConfig, rows: list[dict[str, Any]]) -> None:
-    """The JSON files' values by step, as pico-analyze logs them; a server out of reach costs no result."""
+    """Log the values of the JSON files by step, as pico-analyze does; no result is lost if the server is down."""
     chosen, folder = config.monitoring.wandb, Path(config.monitoring.output_dir) / config.analysis_name
     session = Session(chosen.project, chosen.entity, config.analysis_name, folder, plain(config))
     for name, values in sorted(table.json_files(rows).items(), key=lambda item: _step(item[0])):

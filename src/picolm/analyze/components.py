@@ -1,11 +1,11 @@
-"""Which matrices of a checkpoint are measured: one tensor, one head of it, or a circuit of several.
+"""Components: which matrices of a checkpoint are measured: a tensor, one head of it, or a circuit of several tensors.
 
-A component is a function of a checkpoint that yields operands: a name, a head, a digest of what the matrix is made of, and how
-to load it, so that nothing is read before it is needed. What a checkpoint does not hold is yielded as an `Absent`. A user's own
-component may simply yield pairs (Address, Tensor).
+A component is a function of a checkpoint that yields operands: a name, a head, a digest of what determines the matrix,
+and a function that loads it, so that nothing is read before it is needed. What a checkpoint does not hold is yielded as
+an `Absent`. A user's own component may simply yield pairs (Address, Tensor).
 
-Notation: d = width of the residual stream, D = size of a head, h a query head,
-g = h // (heads / key-value heads) the head of keys and values it uses.
+Notation: d = width of the residual stream, D = head size, h = a query head,
+g = h // (heads / key-value heads), the key-value head that it uses.
 """
 
 import hashlib
@@ -28,7 +28,9 @@ KINDS = ("weights", "gradients", "activations")
 
 
 class Operand(NamedTuple):
-    """A matrix to be measured. digest: what its content follows from; equal digests are equal matrices."""
+    """A matrix to measure. head: None if it is not of one head; digest: of what determines its content, so that equal
+    digests mean equal matrices; load: reads and returns it.
+    """
 
     address: Address
     head: int | None
@@ -37,19 +39,19 @@ class Operand(NamedTuple):
 
 
 class Absent(NamedTuple):
-    """Something that was asked for and that the checkpoint does not hold."""
+    """Something that was requested and that the checkpoint does not hold. what: its name, for messages."""
 
     what: str
 
 
-# (checkpoint, *, data_type, split, layer_suffixes, layers, heads, anatomy, model) -> operands, of these keywords those that it
-# takes; `model` is that section of the run's YAML
+# function(checkpoint, *, data_type, split, layer_suffixes, layers, heads, anatomy, model) -> operands. It gets only the
+# keywords that it takes; `model` is the `model` section of the run's YAML.
 COMPONENTS: Registry[Any] = Registry("component")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def component(name: str, kinds: Sequence[str] | None = None) -> Callable[[Function], Function]:
-    """Register a component, with the data types that it can give (None: any that a checkpoint holds)."""
+    """Return a decorator that registers a component. kinds: the data types that it supports (None: all)."""
 
     def register(function: Function) -> Function:
         function.kinds = kinds  # type: ignore[attr-defined]
@@ -60,7 +62,10 @@ def component(name: str, kinds: Sequence[str] | None = None) -> Callable[[Functi
 
 
 def operands(checkpoint: Any, name: str, **asked: Any) -> Iterator[Operand | Absent]:
-    """What component `name` finds in `checkpoint`; pairs (Address, Tensor) of a user's component become operands."""
+    """Yield what component `name` finds in `checkpoint`. Pairs (Address, Tensor) of a user's component become operands.
+
+    asked: keywords as listed at COMPONENTS; the component gets those that it takes.
+    """
     function = COMPONENTS.get(name)
     taken = inspect.signature(function).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
@@ -71,7 +76,7 @@ def operands(checkpoint: Any, name: str, **asked: Any) -> Iterator[Operand | Abs
         else:
             address, tensor = found
             digest = hashlib.sha256(tensor.detach().double().contiguous().numpy().tobytes()).hexdigest()
-            digest = digest_of(digest, str(tensor.dtype))  # which decides the noise floor
+            digest = digest_of(digest, str(tensor.dtype))  # the type decides the noise floor
             yield Operand(Address(*address), None, digest, partial(Matrix, tensor))
 
 
@@ -79,7 +84,9 @@ def operands(checkpoint: Any, name: str, **asked: Any) -> Iterator[Operand | Abs
 def simple(
     checkpoint: Any, *, data_type: str, split: str, layer_suffixes: Any, layers: Layers, anatomy: Anatomy, **_: Any
 ) -> Iterator[Operand | Absent]:
-    """Tensors as they are: weights, gradients, activations or optimizer moments of modules by role or end of their names."""
+    """Tensors as they are: weights, gradients, activations or optimizer moments of modules, chosen by role or by the
+    end of their names.
+    """
     suffixes = (layer_suffixes,) if isinstance(layer_suffixes, str) else layer_suffixes or (None,)
     for suffix in (anatomy.module(name) if name else None for name in suffixes):
         found = _matching(checkpoint, data_type, split, suffix, layers)
@@ -90,21 +97,21 @@ def simple(
 
 @component("mlp", kinds=KINDS)
 def mlp(checkpoint: Any, *, layer_suffixes: Any, **asked: Any) -> Iterator[Operand | Absent]:
-    """The output projection of the MLPs: its weights, its gradients, and what it adds to the residual stream."""
+    """Output projection of the MLPs: its weights, its gradients, and what it adds to the residual stream."""
     yield from simple(checkpoint, layer_suffixes=layer_suffixes or "mlp.output", **asked)
 
 
 @component("attention", kinds=KINDS)
 def attention(checkpoint: Any, *, layer_suffixes: Any, **asked: Any) -> Iterator[Operand | Absent]:
-    """The output projection of the attention: its weights, its gradients, and what attention adds to the residual stream, the
-    values of all positions mixed (ov_circuit: those of each position on its own).
+    """Output projection of the attention: its weights, its gradients, and what attention adds to the residual stream,
+    with the values of all positions mixed (see ov_circuit for each position on its own).
     """
     yield from simple(checkpoint, layer_suffixes=layer_suffixes or "attention.output", **asked)
 
 
 @component("embedding", kinds=KINDS)
 def embedding(checkpoint: Any, *, layer_suffixes: Any, layers: Layers, **asked: Any) -> Iterator[Operand | Absent]:
-    """The token embedding (layer_suffixes: unembedding for the output layer)."""
+    """Token embedding (layer_suffixes: unembedding for the output layer)."""
     yield from simple(checkpoint, layer_suffixes=layer_suffixes or "embedding", layers="all", **asked)
 
 
@@ -112,7 +119,7 @@ def embedding(checkpoint: Any, *, layer_suffixes: Any, layers: Layers, **asked: 
 def residual(
     checkpoint: Any, *, data_type: str, split: str, layers: Layers, anatomy: Anatomy, **_: Any
 ) -> Iterator[Operand | Absent]:
-    """The residual stream after each block, where the run captured whole blocks (layer_suffixes: [layers.0, layers.1, …])."""
+    """Residual stream after each block. The run has to capture whole blocks: layer_suffixes: [layers.0, …]."""
     captured = checkpoint.select(kind=data_type, split=split)
     blocks = {address.layer: address for address in captured if address.layer is not None and not address.suffix}
     there, beyond = layers_of([*captured, *checkpoint.select(kind="weights")], anatomy)
@@ -138,7 +145,7 @@ def per_head(
     anatomy: Anatomy,
     **_: Any,
 ) -> Iterator[Operand | Absent]:
-    """The part of each head in the projections of the attention: rows of q, k and v, columns of o."""
+    """The part of each head in the projections of the attention: rows of q, k and v, columns of o (default: v)."""
     suffixes = (layer_suffixes,) if isinstance(layer_suffixes, str) else layer_suffixes or ("attention.value",)
     for suffix in map(anatomy.module, suffixes):
         found = _matching(checkpoint, data_type, split, suffix, layers)
@@ -177,9 +184,9 @@ def _heads_of(checkpoint: Any, address: Address, anatomy: Anatomy) -> Iterator[O
 
 @component("ov_circuit", kinds=KINDS)
 def ov_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
-    """What a head moves: weights W_O[:, h] W_V[g] (d x d, rank D; Elhage et al. 2021); activations: those of W_V[g] through
-    W_O[:, h], what each position offers, before attention mixes positions; gradients: the first-order change gO V + O gV.
-    Without heads: the sum over the heads of a layer.
+    """What a head writes to the residual stream. Weights: W_O[:, h] W_V[g] (d x d, rank D; Elhage et al. 2021).
+    Activations: those of W_V[g] multiplied by W_O[:, h], which is what each position offers before attention mixes
+    positions. Gradients: the first-order change gO V + O gV. With `heads: false`: the sum over the heads of a layer.
     """
     yield from _circuit(
         checkpoint, "ov_circuit", ("output_layer", "attention.output"), ("value_layer", "attention.value"), **asked
@@ -188,8 +195,8 @@ def ov_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
 
 @component("qk_circuit", kinds=("weights", "gradients"))
 def qk_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
-    """What a head looks for: weights W_Q[h]^T W_K[g] (d x d, rank D), before the rotation by position; gradients: the
-    first-order change gQ^T K + Q^T gK. Without heads: the sum over the heads of a layer.
+    """What a head attends to. Weights: W_Q[h]^T W_K[g] (d x d, rank D), before rotary position embedding. Gradients:
+    the first-order change gQ^T K + Q^T gK. With `heads: false`: the sum over the heads of a layer.
     """
     yield from _circuit(
         checkpoint, "qk_circuit", ("query_layer", "attention.query"), ("key_layer", "attention.key"), **asked
@@ -210,7 +217,7 @@ def _circuit(
     anatomy: Anatomy,
     **_: Any,
 ) -> Iterator[Operand | Absent]:
-    """outer, inner: key and default role of the two layers whose product the circuit is."""
+    """Yield a circuit per layer and head. outer, inner: key in `layer_suffixes` and default role of the two factors."""
     suffixes = tuple(anatomy.module(_suffix(layer_suffixes, key) or role) for key, role in (outer, inner))
     there, beyond = layers_of(
         [*checkpoint.select(kind="weights"), *(checkpoint.select(kind=data_type, split=split))], anatomy
@@ -237,7 +244,7 @@ def _circuit(
 
 
 def _cut_of(checkpoint: Any, name: str, needed: list[Address], anatomy: Anatomy) -> Cut:
-    """How the two layers of a circuit are cut into heads. Raises PicoError where it is not known, or cannot be."""
+    """Return how the two layers of a circuit are split into heads. Raises PicoError if it is unknown or impossible."""
     outer, inner = needed[:2]
     across = -1 if name == "ov_circuit" else 0
     extents = {
@@ -252,7 +259,7 @@ def _cut_of(checkpoint: Any, name: str, needed: list[Address], anatomy: Anatomy)
 
 
 def name_of(checkpoint: Any) -> str:
-    """A checkpoint in messages: `step 200 of demo`, or what it says of itself."""
+    """Return the name of a checkpoint for messages: `step 200 of demo`, else its path or its text."""
     return getattr(checkpoint, "name", None) or str(getattr(checkpoint, "path", checkpoint))
 
 
@@ -263,7 +270,7 @@ def _suffix(layer_suffixes: Any, key: str) -> str | None:
 
 
 def _needed(data_type: str, split: str, outer: str, inner: str) -> list[Address]:
-    """What a circuit is made of, outer before inner, weights before gradients."""
+    """Return the addresses that a circuit is computed from: outer before inner, weights before gradients."""
     weights = [Address("weights", "", outer), Address("weights", "", inner)]
     if data_type == "weights":
         return weights
@@ -273,13 +280,16 @@ def _needed(data_type: str, split: str, outer: str, inner: str) -> list[Address]
 
 
 def _product(name: str, data_type: str, tensors: list[Tensor], head: int | None, cut: Cut) -> Matrix:
-    """The circuit as a product of two factors. Left factors are d x r, right ones r x d (activations: N x r and r x d)."""
+    """Return the circuit as a product of two factors: left d x r, right r x d (activations: N x r and r x d).
+
+    tensors: in the order of `_needed`.
+    """
     count, groups, size = cut
     width = size if head is not None else groups * size
 
     def outer(
         tensor: Tensor,
-    ) -> Tensor:  # of the output the columns, of the query the rows of a head; summed over a group without heads
+    ) -> Tensor:  # columns of the output projection, rows of the query one; without heads: the sum over each group
         columns = tensor if name == "ov_circuit" else tensor.T
         if head is not None:
             return columns[:, head * size : (head + 1) * size].double()
@@ -300,12 +310,12 @@ def _product(name: str, data_type: str, tensors: list[Tensor], head: int | None,
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """Activations at several positions [R, P, H] as R P rows; everything else as it is."""
+    """Return activations at several positions [R, P, H] as R P rows; other tensors unchanged."""
     return tensor.flatten(0, 1) if tensor.ndim == 3 else tensor
 
 
 def digest_of(*parts: Any) -> str:
-    """A digest of what a derived matrix follows from."""
+    """Return the SHA-256 of what determines a derived matrix or a value."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -325,7 +335,7 @@ def _matching(checkpoint: Any, kind: str, split: str, suffix: str | None, layers
 
 
 def _absent(found: list[Address], kind: str, split: str, suffix: str, layers: Layers) -> Iterator[Absent]:
-    """What was asked for by number and not found, or all of it."""
+    """Yield the layers that were requested by number and not found; if nothing was found, the suffix itself."""
     place = f"{kind}/{split} of" if kind in ("gradients", "activations") else f"{kind} of"
     if not found:
         yield Absent(f"{place} {suffix}")
@@ -335,7 +345,7 @@ def _absent(found: list[Address], kind: str, split: str, suffix: str, layers: La
 
 
 def available(checkpoint: Any) -> str:
-    """What a checkpoint holds, for messages: `gradients/train: attention.output, …; …`."""
+    """Return what a checkpoint holds, for messages: `gradients/train: attention.output, …; …`."""
     held: dict[str, dict[str, None]] = {}
     for address in checkpoint:
         held.setdefault("/".join(filter(None, address[:2])), {})[address.suffix or address.module] = None

@@ -1,9 +1,9 @@
-"""From a configuration and runs to the values of the long table.
+"""Compute the values of the long table from a configuration and runs.
 
-Work is cut into steps: all that is asked of one step is planned by names and digests alone, what was computed before is looked
-up, and only then are the tensors read that are still needed, one matrix at a time. So memory does not grow with the number of
-steps, nothing is computed twice, and steps can be spread over processes. Comparing every step with every other one is cut by
-tensor instead (`steps x` one tensor in memory).
+The work is split by steps. First all values of one step are planned, from names and digests alone; then cached values
+are looked up; then the tensors that are still needed are read, one matrix at a time. So memory does not grow with the
+number of steps, nothing is computed twice, and steps can be spread over processes. If every step is compared with every
+other, the work is split by layer instead, with one layer at all steps in memory.
 """
 
 import hashlib
@@ -37,17 +37,17 @@ class Task:
     component: Component
     split: str
     target: Target | None
-    chance: int | None = None  # permutations
+    chance: int | None = None  # number of permutations
 
     @cached_property
     def identity(self) -> str:
-        """What the value follows from, beside the matrices."""
+        """Digest of what a value depends on besides the matrices: metric, code, options, number of permutations."""
         codes = code_of(self.metric.function), code_of(COMPONENTS.get(self.component.component_name))
         return digest_of(self.metric.name, *codes, self.options, *filter(None, [self.chance]))
 
 
 class Cell(NamedTuple):
-    """One value to be: its task, its operand, the partner it is compared with, and the key under which it is known."""
+    """A value to compute: its task, run and step, operand, optional partner with run and step, and cache key."""
 
     task: Task
     place: Place
@@ -59,14 +59,14 @@ class Cell(NamedTuple):
 
 @dataclass
 class Work:
-    """What one step asks for: values to be, and what is not there."""
+    """The work of one step: the values to compute, and sentences on what is missing."""
 
     cells: list[Cell] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
 
 
 def tasks_of(entries: Iterable[Entry]) -> list[Task]:
-    """The tasks of a configuration, in its order."""
+    """Return the tasks of a configuration, in its order."""
     tasks = []
     for entry in entries:
         metric = find_metric(entry.metric_name)
@@ -79,8 +79,8 @@ def tasks_of(entries: Iterable[Entry]) -> list[Task]:
 
 
 def default_components(metric: Any) -> tuple[Component, ...]:
-    """What a metric is computed on when its entry does not say: activations of the OV circuits and MLPs for those that need
-    rows, captured weights and gradients for the others.
+    """Return the components of an entry that names none: activations of OV circuits and MLPs for metrics that need
+    matching rows, captured weights and gradients for others.
     """
     if metric.arity == 2 and metric.needs == "rows":
         return (
@@ -93,7 +93,7 @@ def default_components(metric: Any) -> tuple[Component, ...]:
 
 @cache
 def code_of(function: Any) -> str:
-    """A digest of the source that computes a metric or a component: an edited formula is computed anew."""
+    """Return a digest of the source of a metric or component, so that an edited formula is computed again."""
     shared = (sys.modules[part.__module__] for part in (Matrix, Permuted, Metric))
     modules = (inspect.getmodule(function), *shared)
     return hashlib.sha256(
@@ -102,7 +102,7 @@ def code_of(function: Any) -> str:
 
 
 def plan_step(readers: Readers, place: Place, tasks: Iterable[Task], steps: Mapping[str, list[int]]) -> Work:
-    """All values that `tasks` ask of one step. Reads no tensor. Raises PicoError for comparisons that make no sense."""
+    """Return the values that `tasks` need at one step. Reads no tensor. Raises PicoError for an invalid comparison."""
     work = Work()
     reader = readers.at(*place)
     if reader is None:
@@ -144,7 +144,7 @@ def _plan_pairs(
             check_same_rows(reader, other_reader, operand.address)
             for partner in partners(operand, index, task.target):
                 if mirrored and _after(partner, operand):
-                    continue  # the mirror image is written from the pair that is computed
+                    continue  # the reversed pair gets its row from the computed pair
                 work.cells.append(Cell(task, place, operand, other, partner, _key(task, operand, partner)))
 
 
@@ -160,10 +160,10 @@ def _key(task: Task, *matrices: Operand) -> str:
 def compute(
     cells: Iterable[Cell], known: Mapping[str, Value], fixed: dict[str, Matrix] | None = None, threads: int = 1
 ) -> Iterator[tuple[str, Value]]:
-    """The values of those cells that are not known yet, layer by layer, `threads` layers at a time.
+    """Yield (cache key, value) of the cells that are not in `known`, layer by layer, `threads` layers at a time.
 
-    fixed: matrices of a step that all others are compared with, kept from one call to the next with all that is derived from
-    them; the others are let go when their last value is done.
+    fixed: matrices of the step that all others are compared with, kept from call to call with all their derived
+    quantities; other matrices are released after their last value.
     """
     unknown = sorted((cell for cell in cells if cell.key not in known), key=_layer_and_matrix)
     layers = [list(group) for _, group in groupby(unknown, key=lambda cell: _layer_and_matrix(cell)[0])]
@@ -177,7 +177,7 @@ def compute(
 
 
 def _compute_layer(cells: list[Cell], fixed: dict[str, Matrix]) -> Iterator[tuple[str, Value]]:
-    """The values of cells that are sorted by matrix: the tensors of a layer are read once for all that is made of them."""
+    """Yield the values of cells that are sorted by matrix; the tensors of a layer are read once for all of them."""
     uses, held, done = _uses(cells), dict[str, Matrix](), set[str]()
     for cell in cells:
         pair = [cell.operand, *([cell.partner] if cell.partner is not None else [])]
@@ -196,7 +196,7 @@ def _compute_layer(cells: list[Cell], fixed: dict[str, Matrix]) -> Iterator[tupl
 
 
 def has_fixed_target(task: Task) -> bool:
-    """Whether all steps are compared with the same one."""
+    """Return whether all steps are compared with the same step."""
     return task.target is not None and task.target.checkpoint not in ("previous", "same", "all")
 
 
@@ -206,7 +206,7 @@ def _layer_and_matrix(cell: Cell) -> tuple[int, str]:
 
 
 def _uses(cells: Iterable[Cell]) -> dict[str, int]:
-    """How many values each matrix is needed for."""
+    """Return how many values each matrix is needed for, by digest."""
     uses: dict[str, int] = {}
     for cell in cells:
         for operand in filter(None, (cell.operand, cell.partner)):
@@ -227,7 +227,7 @@ def _value(cell: Cell, matrices: list[Matrix]) -> Value:
         if metric.symmetric and cell.partner is not None and cell.partner.digest < cell.operand.digest:
             matrices = matrices[
                 ::-1
-            ]  # a pair is known by both orders of its matrices: one of them has the permutations
+            ]  # both orders of a pair have one cache key: the digests decide which matrix is permuted
         try:
             chance = metric.chance(*matrices, draws=cell.task.chance, **options)
         except Undefined as undefined:
@@ -248,7 +248,7 @@ def _or_none(count: Callable[[], int | None]) -> int | None:
 
 
 def rows_of(cell: Cell, value: Value) -> Iterator[dict[str, Any]]:
-    """The rows of the long table that a value gives: one, or two where it also stands for the pair the other way round."""
+    """Yield the rows of the long table for a value: one, or two if it is also the value of the reversed pair."""
     yield _row(cell.task, cell.place, cell.operand, cell.against, cell.partner, value)
     if is_mirrored(cell):
         assert cell.against is not None
@@ -290,7 +290,7 @@ def _chance_option(task: Task) -> list[tuple[str, int]]:
 
 
 def is_mirrored(cell: Cell) -> bool:
-    """Whether the value also stands for the pair the other way round, which is not planned on its own."""
+    """Return whether the value is also that of the reversed pair, which is not planned on its own."""
     target = cell.task.target
     if target is None or cell.partner is None or cell.against is None or not cell.task.metric.symmetric:
         return False

@@ -1,7 +1,7 @@
 """The analysis configuration: which metrics of which components, at which steps, compared with what.
 
-Keys are those of the published analysis files, with new ones beside them. A metric's own options are keys of its entry; which
-there are is read from the signature of the metric.
+Keys are those of published pico-analyze files, and new ones. Options of a metric are keys of its entry; the signature
+of the metric defines them.
 """
 
 from collections.abc import Iterator
@@ -21,77 +21,83 @@ class StepRange(Section):
     start: NonNegativeInt = 0
     """First step."""
     end: NonNegativeInt
-    """Last step, included where it is on the grid, never overrun."""
+    """Last step; included if the range meets it, never exceeded."""
     step: PositiveInt
-    """Distance between steps."""
+    """Difference between consecutive steps."""
 
 
 class EachStep(Section):
     every: PositiveInt
-    """Steps divisible by this."""
+    """Analyze the steps that are divisible by this."""
 
 
 class Suffixes(Section):
-    """The layers of a circuit, by role or by name; those that the anatomy of the model names where nothing is said."""
+    """The layers of a circuit, by role or by module name (default: the roles in the anatomy of the model)."""
 
     output_layer: str | None = None
-    """The output projection, for OV circuits."""
+    """Output projection, for OV circuits."""
     value_layer: str | None = None
-    """The value projection, for OV circuits."""
+    """Value projection, for OV circuits."""
     query_layer: str | None = None
-    """The query projection, for QK circuits."""
+    """Query projection, for QK circuits."""
     key_layer: str | None = None
-    """The key projection, for QK circuits."""
+    """Key projection, for QK circuits."""
 
 
 class Component(Section):
     component_name: Annotated[str, NamesCode("component")] = "simple"
-    """simple, per_head, ov_circuit, qk_circuit, residual, mlp, embedding, or my_lab.module:attribute."""
+    """simple, mlp, attention, embedding, residual, per_head, ov_circuit, qk_circuit, or my_lab.module:attribute."""
     data_type: str = "weights"
     """weights, gradients, activations, or the name of an optimizer moment such as exp_avg."""
     layer_suffixes: str | tuple[str, ...] | Suffixes | None = None
-    """Which modules: roles (attention.value, mlp.output, …) or ends of their names in whole words; for circuits the names of
-    their two layers.
+    """Which modules: roles (attention.value, mlp.output, …) or ends of module names, in whole words. For circuits: a
+    mapping with the names of their two layers.
     """
     layers: Literal["all"] | tuple[NonNegativeInt, ...] = "all"
-    """Which blocks."""
+    """Numbers of the blocks, or all."""
     heads: bool = True
-    """Circuits head by head; false takes all heads of a layer together."""
+    """Measure circuits head by head; false measures the sum over all heads of a layer."""
 
 
 class Target(Section):
     checkpoint: NonNegativeInt | Literal["first", "last", "previous", "same", "all"] = "same"
-    """The step to compare with; `all` compares every pair of steps; `same` is for other runs and layers."""
+    """The step to compare with: a number, first, last, previous, same or all. `all` compares every pair of steps;
+    `same` is for comparisons with another run or layer.
+    """
     run: Place | None = None
-    """Another run, at the same step unless `checkpoint` says otherwise."""
+    """Another run to compare with, at the same step unless `checkpoint` gives another one."""
     layer: NonNegativeInt | Literal["same", "all"] = "same"
     """The layer to compare with; `all` compares every pair of layers."""
 
     @property
     def words(self) -> str:
-        """The target as the table names it: `last`, `300`, `run wide`, `last run wide`, `layer all`; `same` for the defaults."""
+        """The target as in the table: `last`, `300`, `run wide`, `last run wide`, `layer all`; default: `same`."""
         named = {"checkpoint": "", "run": "run ", "layer": "layer "}
         given = [(prefix, getattr(self, name)) for name, prefix in named.items()]
         return " ".join(f"{prefix}{value}" for prefix, value in given if value not in ("same", None)) or "same"
 
 
 class Entry(BaseModel):
-    """One metric with its components, its options and what it compares with."""
+    """One metric with its components, its options and its target."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     metric_name: Annotated[str, NamesCode("metric")]
-    """A metric (`pico list metrics` shows all), or my_lab.module:attribute."""
+    """Name of a metric (`pico list metrics` shows all), or my_lab.module:attribute."""
     data_split: Literal["train", "val"] | None = None
-    """Split of gradients and activations (default: val where the rows have to be the same at each step, else train)."""
+    """Split of gradients and activations (default: val for metrics of two tensors, since it has the same rows at each
+    step; else train).
+    """
     components: tuple[Component, ...] | None = None
-    """What it is computed on (default: what suits the metric)."""
+    """What the metric is computed on. Default: activations of ov_circuit and mlp for metrics that need matching rows;
+    weights and gradients of attention.value, attention.output and mlp.output for others.
+    """
     target_checkpoint: NonNegativeInt | Literal["first", "last", "previous"] | None = None
-    """The step to compare with, as published; `target` says more."""
+    """The step to compare with, a key of published files; `target` can express more."""
     target: Target | None = None
     """What a metric of two tensors compares with (default: the last step)."""
     chance: Annotated[int, Field(ge=2, le=10_000)] | None = None
-    """Give the chance level of a metric of two tensors from this many permutations of the rows, say 20."""
+    """Also compute the chance level of a metric of two tensors from this many permutations of the rows, e.g. 20."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -100,7 +106,7 @@ class Entry(BaseModel):
 
     @property
     def compared_with(self) -> Target:
-        """The target, whichever key gave it."""
+        """The target, from `target` or `target_checkpoint` (default: the last step)."""
         if self.target is not None:
             return self.target
         return Target(checkpoint="last" if self.target_checkpoint is None else self.target_checkpoint)
@@ -115,35 +121,37 @@ class Wandb(Section):
 
 class PicoReport(Section):
     lab_hash: str = ""
-    """Accepted as published; nothing is sent."""
+    """Accepted because published files have it; nothing is sent."""
     experiment_name: str = ""
-    """Accepted as published; nothing is sent."""
+    """Accepted because published files have it; nothing is sent."""
     auto_commit: bool = True
-    """Accepted as published; nothing is committed."""
+    """Accepted because published files have it; nothing is committed."""
 
 
 class Monitoring(Section):
     output_dir: Place = "analysis_results"
-    """Folder of all analyses."""
+    """Folder that contains the folders of all analyses."""
     save_to_wandb: bool = False
-    """Log to Weights & Biases too (extra `wandb`)."""
+    """Also log to Weights & Biases (extra `wandb`)."""
     wandb: Wandb = Wandb()
     save_to_picolabs: bool = False
-    """Accepted as published; nothing is sent to Pico Labs."""
+    """Accepted because published files have it; nothing is sent to Pico Labs."""
     pico_report: PicoReport = PicoReport()
 
 
 class AnalysisConfig(Section):
-    """A whole analysis; only `metrics` is needed."""
+    """A whole analysis; only `metrics` is required."""
 
     analysis_name: Place = "analysis"
-    """Name of the folder of results."""
+    """Name of the folder for the results."""
     runs: tuple[Place, ...] = ()
     """The runs to read; `--run` on the command line replaces them."""
     steps: Literal["all", "log"] | tuple[NonNegativeInt, ...] | StepRange | EachStep = "all"
-    """all, log (0, 1, and each first step at least twice the one before), a list, {start, end, step}, or {every: k}."""
+    """Which steps: all; log (the first, each next one at least twice the one before, and the last); a list; a range
+    {start, end, step}; or {every: k}.
+    """
     metrics: Annotated[tuple[Entry, ...], Field(min_length=1)]
-    """What is computed."""
+    """The metrics to compute."""
     monitoring: Monitoring = Monitoring()
 
     def problems(self) -> Iterator[Rule]:
@@ -156,7 +164,7 @@ class AnalysisConfig(Section):
 
 
 def entry_problems(entry: Entry) -> Iterator[Rule]:
-    """What is wrong with one metric: its name, its options, its components, its target."""
+    """Yield what is wrong with one metric: its name, its options, its components, its target."""
     try:
         metric = find_metric(entry.metric_name)
     except PicoError as error:
@@ -185,7 +193,7 @@ def entry_problems(entry: Entry) -> Iterator[Rule]:
 
 
 def component_problems(where: str, component: Component, metric: Any) -> Iterator[Rule]:
-    """What is wrong with one component of a metric."""
+    """Yield what is wrong with one component of a metric."""
     try:
         part = COMPONENTS.get(component.component_name)
     except PicoError as error:

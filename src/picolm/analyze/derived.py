@@ -1,4 +1,4 @@
-"""A property that is computed once, by whoever asks first."""
+"""A property that is computed on first access and then cached."""
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
@@ -6,9 +6,10 @@ from typing import Any, Generic, TypeVar, overload
 Result = TypeVar("Result")
 
 
-class derived(Generic[Result]):  # read as the decorator that it is
-    """`functools.cached_property` without its lock: before Python 3.12 that is one lock for the property of all objects, so
-    that threads which look at different matrices wait for each other. Two that ask one object at once compute the same twice.
+class derived(Generic[Result]):  # lower case: it is used as a decorator
+    """`functools.cached_property` without its lock. Before Python 3.12 one lock covers the property of all objects, so
+    threads that use different matrices wait for each other. Without it, two threads that use one object at once compute
+    it twice.
     """
 
     def __init__(self, function: Callable[[Any], Result]):

@@ -1,4 +1,4 @@
-"""Running an analysis: which steps, in which processes, with what is known already; and what was missing."""
+"""Run an analysis: choose steps, spread the work over processes, use cached values, report what is missing."""
 
 import importlib
 import logging
@@ -29,15 +29,17 @@ from picolm.store.sealed import SealedCheckpoint
 
 log = logging.getLogger("picolm")
 
-MOST_MISSING = 1000  # steps of a range that are named one by one
-WIDE = 192  # d_model from which layers are worth computing beside each other; below, Python takes most of the time
-# Where every step is compared with every other, this many layers are computed one after the other, the rest together.
+MOST_MISSING = 1000  # steps of a range that are listed one by one
+WIDE = 192  # d_model from which layers are computed in parallel; below it, Python takes most of the time
+# If every step is compared with every other, this many layers get a unit each; the rest share one.
 MOST_LAYERS = 512
 
 
 @dataclass
 class Outcome:
-    """What an analysis gave: rows of the long table, how many values were computed anew, how many tensors were read."""
+    """The result of an analysis: rows of the long table, what is absent, number of values computed (not cached), number
+    of tensors read.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -55,17 +57,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work for one process: one step, or one layer at all steps where every step is compared with every other."""
+    """Work for one process: one step, or one layer at all steps if every step is compared with every other."""
 
     places: tuple[Place, ...]
     tasks: tuple[int, ...]
-    layer: int | None = None  # -1: what lies outside of the blocks, and in those from `layers` on
+    layer: int | None = None  # -1: all outside of the blocks, and the blocks from number `layers` on
     layers: int = 0
 
 
 @dataclass(frozen=True)
 class Ask:
-    """An analysis, as it is sent to each process: everything by value."""
+    """An analysis as it is sent to each process: everything by value."""
 
     config: AnalysisConfig
     runs: tuple[tuple[str, str], ...]  # (name, place)
@@ -74,7 +76,7 @@ class Ask:
 
 
 def chosen_steps(config: AnalysisConfig, there: list[int]) -> tuple[list[int], list[int]]:
-    """(the steps to analyze, those that were asked for by number and are not there)."""
+    """Return (the steps to analyze, the steps that were requested by number and do not exist)."""
     asked = config.steps
     if asked == "all":
         return there, []
@@ -86,7 +88,7 @@ def chosen_steps(config: AnalysisConfig, there: list[int]) -> tuple[list[int], l
         return chosen + ([there[-1]] if there and there[-1] not in chosen else []), []
     if isinstance(asked, EachStep):
         return [step for step in there if step % asked.every == 0], []
-    if isinstance(asked, StepRange):  # of any size: only what is there is looked at, and as much again of what is not
+    if isinstance(asked, StepRange):  # may be huge: list existing steps, and at most MOST_MISSING others
         wanted = range(asked.start, asked.end + 1, asked.step)
         missing = (step for step in wanted if step not in there)
         return [step for step in there if step in wanted], list(islice(missing, MOST_MISSING))
@@ -94,8 +96,8 @@ def chosen_steps(config: AnalysisConfig, there: list[int]) -> tuple[list[int], l
 
 
 def unreadable_steps(config: AnalysisConfig, run: Run) -> dict[int, str]:
-    """Return, by step, why a step that the analysis asks for cannot be read: damaged, or renamed. Where steps are compared, all
-    of the run are asked for: without a damaged one the last step would be another one.
+    """Return, by step, why a step of the analysis cannot be read: it is damaged or renamed. If steps are compared, all
+    steps of the run count, since without a damaged last step another one would be the last.
     """
     whole, found = set(run.steps), damaged(run)
     for path in sorted(run.checkpoints_path.glob("*/manifest.json")) if run.checkpoints_path.is_dir() else []:
@@ -118,8 +120,10 @@ def analyze(
     strict: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Outcome:
-    """All values of an analysis of the runs at `places`. Raises PicoError for what can match nothing at all, and, when
-    `strict`, for anything that is missing.
+    """Run an analysis of the runs at `places` and return its outcome. Raises PicoError if a metric finds nothing at all
+    and, if `strict`, if anything is missing.
+
+    progress: called with the number of units that are done and of all units.
     """
     _readers.cache_clear()  # a run may have changed since the last analysis in this process
     runs = _open(config, places)
@@ -140,7 +144,9 @@ def analyze(
 
 
 def _open(config: AnalysisConfig, places: Iterable[str]) -> dict[str, tuple[str, Run]]:
-    """The runs by name; those that are only compared with come along. Raises PicoError for two of one name."""
+    """Return the runs by name, with their places. Raises PicoError for two of one name, and for one without
+    checkpoints.
+    """
     runs: dict[str, tuple[str, Run]] = {}
     for place in places:
         run = Run.open(place)
@@ -194,17 +200,17 @@ def _results(ask: Ask, units: list[Unit], workers: int, backend: str) -> Iterato
         return
     from joblib import Parallel, delayed, parallel_config
 
-    # loky replaces a worker that has grown by 300 MB; what ours keep of the step to compare with may be that much.
+    # loky restarts a worker that has grown by 300 MB; the cached step to compare with may be that large.
     warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
-    returned = "list" if backend == "ray" else "generator"  # Ray hands over no result before it has all
+    returned = "list" if backend == "ray" else "generator"  # Ray returns no result before it has all
     with parallel_config(**_cluster(backend)):
         yield from Parallel(n_jobs=workers, return_as=returned)(delayed(_in_worker)(ask, unit) for unit in units)
 
 
 @contextmanager
 def _threads_for(readers: Readers) -> Iterator[int]:
-    """How many layers to compute beside each other, with one thread of LAPACK each: in matrices of this size its own threads
-    wait for each other longer than they compute. The values have the same bits for any number.
+    """Yield how many layers to compute in parallel, with one thread of LAPACK each. For matrices of this size LAPACK's
+    own threads wait for each other longer than they compute. The values are bit-identical for any number.
     """
     import torch
 
@@ -217,12 +223,12 @@ def _threads_for(readers: Readers) -> Iterator[int]:
 
 
 def is_wide(model: Mapping[str, Any]) -> bool:
-    """Whether the matrices of a model are large enough to compute layers beside each other; a question of speed alone."""
+    """Return whether the matrices of a model are large enough to compute layers in parallel; affects speed only."""
     return (stated_anatomy(model, "the run").width or 0) >= WIDE
 
 
 def _cluster(backend: str) -> dict[str, Any]:
-    """What joblib needs to know of a backend. Raises PicoError for one that is unknown or not installed."""
+    """Return the settings of joblib for a backend. Raises PicoError for one that is unknown or not installed."""
     if backend == "loky":
         return {"backend": backend}
     try:
@@ -247,12 +253,12 @@ def _in_worker(ask: Ask, unit: Unit) -> tuple[Outcome, dict[str, Value]]:
 
 @cache
 def _readers(runs: tuple[tuple[str, str], ...]) -> Readers:
-    """The open runs of this process: a target that many steps are compared with is read once in each."""
+    """Return the open runs, cached per process: a step that many steps are compared with is read once per process."""
     return Readers({name: Run.open(place) for name, place in runs})
 
 
 def run_unit(ask: Ask, unit: Unit, threads: int = 1) -> tuple[Outcome, dict[str, Value]]:
-    """The rows of one piece of work, and the values that were computed for it, by `threads` at a time."""
+    """Return the outcome of one unit, and the values that were computed for it, `threads` layers at a time."""
     readers, all_tasks = _readers(ask.runs), tasks_of(ask.config.metrics)
     tasks = [all_tasks[number] for number in unit.tasks]
     steps = {name: chosen_steps(ask.config, there)[0] for name, there in readers.steps.items()}
@@ -283,7 +289,7 @@ def _cells(
 
 
 def _fetch_ahead(ask: Ask, progress: Callable[[int, int], None]) -> None:
-    """Bring what the analysis needs of runs that are elsewhere: only those kinds of files, several at a time."""
+    """Download what the analysis needs of remote runs: only the kinds of files it reads, several at a time."""
     tasks = tasks_of(ask.config.metrics)
     wanted = {pattern for task in tasks for pattern in _patterns(task)}
     rows = {task.split for task in tasks if task.target is not None and task.component.data_type == "activations"}
@@ -295,7 +301,7 @@ def _fetch_ahead(ask: Ask, progress: Callable[[int, int], None]) -> None:
 
 
 def _patterns(task: Task) -> Iterator[Address]:
-    """What a task reads, as patterns of addresses; circuits are made of weights too."""
+    """Yield what a task reads, as patterns of addresses; circuits need weights too."""
     kind = task.component.data_type
     yield Address(kind, task.split if kind in ("gradients", "activations") else "", "*")
     if task.component.component_name in ("ov_circuit", "qk_circuit"):
@@ -303,7 +309,7 @@ def _patterns(task: Task) -> Iterator[Address]:
 
 
 def _report(outcome: Outcome, ask: Ask, strict: bool) -> None:
-    """Say what is missing; raise where nothing at all was found for a metric, or anything is missing and `strict`."""
+    """Log what is missing. Raises PicoError if a metric found nothing at all, or if `strict` and any is missing."""
     tasks, readers = tasks_of(ask.config.metrics), _readers(ask.runs)
     for number, task in enumerate(tasks):
         if number not in outcome.found:
@@ -329,7 +335,7 @@ def _report(outcome: Outcome, ask: Ask, strict: bool) -> None:
 
 
 def plan(config: AnalysisConfig, places: Iterable[str]) -> str:
-    """What an analysis would do, as text: values, tensors and files by run. Reads manifests only."""
+    """Return what an analysis would do, as text: numbers of values and tensors, and the files. Reads manifests only."""
     runs, outcome = _open(config, places), Outcome()
     opened = {name: run for name, (_, run) in runs.items()}
     readers, tasks = Readers(opened), tasks_of(config.metrics)

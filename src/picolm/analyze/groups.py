@@ -1,4 +1,4 @@
-"""Which runs are seeds of one configuration: those whose configurations differ in nothing but seeds and names."""
+"""Which runs are seeds of one configuration: runs whose configurations differ only in seeds and names."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,14 +10,14 @@ from picolm.schema import flatten
 if TYPE_CHECKING:
     from picolm.store import Run
 
-DECISIVE = ("data", "model", "training")  # sections that say what is computed; others say where, and what is watched
+DECISIVE = ("data", "model", "training")  # these decide what is computed; others only where, and what is logged
 FREE = ("training.seeds.",)
 
 
 def alike(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], list[str]]:
-    """(by run the name of its group, in sentences how the runs are grouped where they are not all alike).
+    """Return (the name of its group by run, sentences on how the runs are grouped if there are several groups).
 
-    configs: by run, its configuration. A run without one is in a group of its own: whether it is like another is not known.
+    configs: configuration by run. A run without a configuration is a group of its own, since it cannot be compared.
     """
     members: dict[str, list[str]] = {}
     for name, config in configs.items():
@@ -33,7 +33,7 @@ def alike(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], lis
 
 
 def config_of(run: "Run") -> dict[str, Any]:
-    """The configuration of a run; empty where it has none, as some that others wrote."""
+    """Return the configuration of a run; empty if it has none, as some runs written by other programs."""
     try:
         return run.config
     except StoreError:

@@ -1,7 +1,7 @@
-"""How many layers and heads a model has, and how a projection is cut into heads.
+"""The numbers of layers and heads of a model, and how its projections are split into heads.
 
-The numbers are those of the anatomy of the step, checked against the shapes of its tensors. A number that it leaves out
-follows from the shapes or is an error; no default of any architecture takes its place.
+The numbers come from the anatomy of the step and are checked against the shapes of its tensors. A number that the
+anatomy does not have is derived from the shapes or is an error; no default of any architecture is assumed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ FILE = "anatomy.json"
 
 
 class Cut(NamedTuple):
-    """How the projections of an attention are cut: query heads, key-value heads, features of each head."""
+    """How attention projections are split: number of query heads, of key-value heads, features of each head."""
 
     heads: int
     kv_heads: int
@@ -25,9 +25,10 @@ class Cut(NamedTuple):
 
 
 def read_anatomy(checkpoint: Any, section: Mapping[str, Any], where: str) -> Anatomy:
-    """Return the anatomy that is stored with a step; of one that has none, what the configuration of its run says.
+    """Return the anatomy that is stored with a step; without one, the anatomy that the run's configuration states.
 
-    section: the `model` section of that; what it leaves out, config.json of the step may say. Raises PicoError.
+    section: the `model` section of the configuration; config.json of the step supplies what it leaves out. Raises
+    PicoError.
     """
     if FILE in checkpoint.files:
         return parse_json(checkpoint.read(FILE), f"{FILE} of {where}", Anatomy)
@@ -37,12 +38,12 @@ def read_anatomy(checkpoint: Any, section: Mapping[str, Any], where: str) -> Ana
     try:
         stored = parse_json(checkpoint.read("config.json"), f"config.json of {where}", dict[str, Any])
     except PicoError:
-        return known  # components that need what is missing say so
+        return known  # components that need what is missing raise an error
     return stated_anatomy({**stored, **section}, where)
 
 
 def stated_anatomy(section: Mapping[str, Any], where: str) -> Anatomy:
-    """Return what the `model` section of a configuration says of a model. Raises PicoError for what is no number."""
+    """Return the anatomy that the `model` section of a configuration states. Raises PicoError for an invalid number."""
     try:
         return anatomy_of(section)
     except ValueError as error:
@@ -50,13 +51,13 @@ def stated_anatomy(section: Mapping[str, Any], where: str) -> Anatomy:
 
 
 def part_of(anatomy: Anatomy, module: str) -> Part | None:
-    """Return the part with heads that a module is: the last word of its name decides."""
+    """Return the part with heads that `module` is, by the last word of its name; None if it has no heads."""
     last = module.rpartition(".")[2]
     return next((part for part in anatomy.parts.values() if part.cut and part.module.rpartition(".")[2] == last), None)
 
 
 def layers_of(addresses: Iterable[Address], anatomy: Anatomy) -> tuple[list[int], str]:
-    """(the layers that occur in `addresses`, in words those that the anatomy promises beyond the last of them)."""
+    """Return (the layers that occur in `addresses`, the names of further layers that the anatomy states, as text)."""
     there = sorted({address.layer for address in addresses if address.layer is not None})
     beyond, promised = (there[-1] + 1 if there else 0), anatomy.layers or 0
     first, last = anatomy.block.format(beyond), anatomy.block.format(promised - 1)
@@ -65,16 +66,16 @@ def layers_of(addresses: Iterable[Address], anatomy: Anatomy) -> tuple[list[int]
 
 
 def extent(checkpoint: Any, address: Address, part: Part) -> int:
-    """Heads x head size of a projection: the rows or columns of its weight, or the columns of its activations."""
+    """Return heads x head size of a projection: rows or columns of its weight, or columns of its activations."""
     by_column = address.kind == "activations" or part.by == "columns"
     return int(checkpoint.shape(address)[-1 if by_column else 0])
 
 
 def size_of(anatomy: Anatomy, extents: Mapping[Address, tuple[str, int]], where: str) -> int:
-    """The features of one head, from all that is known of it.
+    """Return the number of features of one head, from all that is known.
 
-    extents: by projection, which number of the anatomy counts its heads, and its extent. Raises PicoError, naming keys, where
-    nothing says how many heads there are, and where the anatomy and the shapes contradict each other.
+    extents: for each projection, the field of the anatomy that counts its heads, and its extent. Raises PicoError that
+    names the keys, if nothing states the number of heads, or if the anatomy and the shapes contradict each other.
     """
     found: dict[int, str] = {}
     if anatomy.head_size is not None:
@@ -98,7 +99,9 @@ def size_of(anatomy: Anatomy, extents: Mapping[Address, tuple[str, int]], where:
 
 
 def count_of(anatomy: Anatomy, extents: Mapping[Address, tuple[str, int]], address: Address, where: str) -> int:
-    """The number of heads of one of the projections in `extents`. Raises PicoError as `size_of` does."""
+    """Return the number of heads of one of the projections in `extents`. Raises PicoError as `size_of` does, and if the
+    features are not a multiple of the head size.
+    """
     size, features = size_of(anatomy, extents, where), extents[address][1]
     if features % size:
         raise PicoError(f"{where}: {address} has {features} features, no multiple of the size of a head ({size})")

@@ -1,8 +1,9 @@
-"""Means over runs that differ in their seed, how far they may be from the mean over all seeds, and how far groups differ.
+"""Means over runs that differ in their seed, their 95 % confidence intervals, and differences between groups of runs.
 
-Student's t takes the runs for draws from a normal distribution, and covers as often as it says from two runs on. The percentile
-bootstrap takes no distribution, but lies between the least and the greatest run: of three runs it covers three times in four.
-Groups may vary by different amounts, so that their difference has the interval of Welch (1947), which pools no variances.
+Student's t assumes that runs are draws from a normal distribution; its coverage is then as stated, from two runs on.
+The percentile bootstrap assumes no distribution, but stays between the smallest and the largest run: with three runs it
+covers three times in four. Groups may vary by different amounts, so their difference uses the interval of Welch (1947),
+which pools no variances.
 """
 
 import math
@@ -17,15 +18,16 @@ from picolm.analyze.table import COLUMNS, MEASURED
 if TYPE_CHECKING:
     import pandas as pd
 
-SUBJECT = ["metric", "options", "component", "kind", "split", "target"]  # what steps are counted of
+SUBJECT = ["metric", "options", "component", "kind", "split", "target"]  # columns that identify a series over steps
 
 
 @cache
 def t_975(freedom: float) -> float:
-    """The 97.5 % point of Student's t for any number of degrees of freedom from 1 on, also between two integers.
+    """Return the 97.5 % point of Student's t for any number of degrees of freedom from 1 on, not only integers.
 
-    With t = sqrt(freedom) tan(a), the share of the distribution within +-t is the integral of cos(x)^(freedom - 1) from 0 to a,
-    over that from 0 to pi / 2, which has a closed form. The integrand is smooth, so Gauss's rule gives it to the last digits.
+    With t = sqrt(freedom) tan(a), the probability within +-t is the integral of cos(x)^(freedom - 1) from 0 to a,
+    divided by that from 0 to pi / 2, which has a closed form. The integrand is smooth, so Gauss-Legendre quadrature is
+    exact to the last digits.
     """
     if not freedom >= 1:
         raise ValueError(f"Student's t needs at least one degree of freedom, not {freedom}")
@@ -40,7 +42,10 @@ def t_975(freedom: float) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float, int]:
-    """Mean, lower and upper end of its 95 % interval (Student's t), and how many values; NaN ends for fewer than two."""
+    """Return (mean, lower end, upper end, n): mean and 95 % confidence interval (Student's t) of the n finite values.
+
+    The ends are NaN for fewer than two values.
+    """
     given = np.asarray([value for value in values if math.isfinite(value)], dtype=float)
     n = len(given)
     if n < 2:
@@ -50,9 +55,10 @@ def interval(values: Sequence[float]) -> tuple[float, float, float, int]:
 
 
 def difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """The difference of two means with its 95 % interval after Welch: t with the degrees of freedom of Satterthwaite (1946).
+    """Return (difference of two means, lower end, upper end): the 95 % confidence interval of Welch, which is Student's
+    t with the degrees of freedom of Satterthwaite (1946).
 
-    NaN ends where a group has fewer than two values. Values that are not finite are left out.
+    The ends are NaN if a group has fewer than two values. Values that are not finite are left out.
     """
     groups = [np.asarray([value for value in group if math.isfinite(value)], dtype=float) for group in (one, other)]
     if not all(map(len, groups)):
@@ -72,13 +78,14 @@ def difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, flo
 def aggregate(
     frame: "pd.DataFrame", groups: Mapping[str, str] | None = None, *, draws: int = 1000, seed: int = 0
 ) -> "pd.DataFrame":
-    """Mean, standard deviation (n - 1), n and 95 % intervals of the mean over the runs of each group.
+    """Return mean, standard deviation (n - 1), n and 95 % confidence intervals of the mean over the runs of each group.
 
-    groups: by run, the name of its group, as `alike` gives them (default: all runs are seeds of one configuration). low, high: by
-    Student's t; bootstrap_low, bootstrap_high: percentiles of the means of `draws` samples. Values of the same step, matrix,
-    metric and target are taken together; comparisons with the last step, also where runs end at different ones. Only steps that
-    all runs of a group have are used; the sentences in `attrs["left_out"]` of the result name the others. Infinite and missing
-    values are left out and counted (left_out). With one run there is no deviation and no interval.
+    groups: name of the group by run, as `alike` returns it (default: all runs are seeds of one configuration). low,
+    high: Student's t; bootstrap_low, bootstrap_high: percentiles of the means of `draws` bootstrap samples. A mean is
+    over values of the same step, matrix, metric and target; comparisons with the last step are averaged even if runs
+    end at different steps. Only steps that all runs of a group have are used; sentences in `attrs["left_out"]` of the
+    result name the others. Infinite and missing values are left out and counted (left_out). A single run has no
+    deviation and no interval.
     """
     import pandas as pd
 
@@ -111,7 +118,9 @@ def _record(key: Any, keys: list[str], rows: "pd.DataFrame", draws: int, generat
 
 
 def _asked(rows: "pd.DataFrame") -> "pd.Series":
-    """The targets; in a table of an earlier version, which has none, `last` where a run is compared with its last step only."""
+    """Return the targets. A table of an earlier version has none: `last` where a run is only compared with its last
+    step.
+    """
     if not (rows["target"].fillna("") == "").any() or rows.empty:
         return rows["target"]
     last = rows.groupby("run")["step"].transform("max")
@@ -121,7 +130,7 @@ def _asked(rows: "pd.DataFrame") -> "pd.Series":
 
 
 def _common(rows: "pd.DataFrame") -> tuple["pd.DataFrame", list[str]]:
-    """The rows of steps that all runs of a group have, and in words what is left out."""
+    """Return the rows of the steps that all runs of a group have, and sentences on what is left out."""
     subject = ["group", *SUBJECT]
     by_step = rows.groupby([*subject, "step"], dropna=False)["run"].transform("nunique")
     runs = rows.groupby(subject, dropna=False)["run"].transform("nunique")

@@ -1,10 +1,11 @@
-"""One matrix and all that metrics share of it: each derived quantity is computed once, when first asked for, in float64.
+"""A matrix and the quantities that metrics share. Each quantity is computed once, on first access, in float64.
 
-A `Matrix` is a tensor; a `Product` is a product of two factors that is never formed. Metrics ask either for `singular_values`,
-`points`, `basis`, … and do not know which it is. Activations are rows (inputs) by columns (features).
+A `Matrix` wraps a tensor; a `Product` is a product of two factors that is not multiplied out. Metrics ask either of
+them for `singular_values`, `points`, `directions`, … in the same way. Activations are rows (inputs) by columns
+(features).
 
-Notation: matrix m x n, product (m x r)(r x n), attainable rank R; activations N x p; d directions of a centred matrix; u the
-unit roundoff of the type that the entries were stored in.
+Notation: matrix m x n, product (m x r)(r x n), attainable rank R; activations N x p; d directions of a centred matrix;
+u the unit roundoff of the type in which the entries were stored.
 """
 
 import math
@@ -19,29 +20,29 @@ from torch import Tensor
 from picolm.analyze.derived import derived
 
 EPSILON = torch.finfo(torch.float64).eps
-# Largest and smallest magnitude accepted: squares of products of two stay within float64, and float32 lies within.
+# Largest and smallest accepted magnitude: squares of products of two stay within float64. They include all of float32.
 LARGEST, SMALLEST = 1e70, 1e-70
-# What is stored in 32 bits or less was computed in float32: a sum of products of 768 numbers is off by some 3 u of float32 in the
-# root mean square where its storing is off by 0.4 u (measured: rank-8 data turned in float32, 200 x 32 to 2000 x 768).
+# What is stored in 32 bits or less was computed in float32: the root mean square error of a dot product of 768 numbers
+# is about 3 u of float32, that of storing it 0.4 u (measured: rank-8 data rotated in float32, 200 x 32 to 2000 x 768).
 ARITHMETIC = 4 * 2.0**-24
-UNIT = {torch.bfloat16: 2.0**-9}  # half the distance from 1/2 to the next number; of other types that from 1
-TIE = 1e-12  # distances closer than this to each other, relative to the largest, differ by rounding
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # kept as they are until entries are asked for
+UNIT = {torch.bfloat16: 2.0**-9}  # half the distance from 1/2 to the next number; for other types, from 1
+TIE = 1e-12  # distances that differ by less than this, relative to the largest, differ by rounding only
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # kept as they are until `entries` is accessed
 
 Array = Tensor | np.ndarray
 Noise = Callable[[], float]
-Stored = tuple[torch.dtype | None, torch.dtype | None]  # of two factors; None: their own
+Stored = tuple[torch.dtype | None, torch.dtype | None]  # of two factors as stored; None: their own
 
 
 class Undefined(ValueError):
-    """A metric has no value for this input. The message is the reason, ready for the table of results."""
+    """A metric has no value for this input. The message is the reason, as the table of results shows it."""
 
 
 class Directions(NamedTuple):
     """Thin singular value decomposition of centred activations, without the directions below the rank tolerance.
 
-    basis_Nd: orthonormal; scales_d: descending; loadings_dp: scales times the orthonormal directions among the features; tie:
-    scales that differ by at most this are equal but for rounding, see `Matrix.tie`.
+    basis_Nd: orthonormal; scales_d: descending; loadings_dp: scales times orthonormal directions in the space of
+    features; tie: scales that differ by at most this are equal up to rounding, see `Matrix.tie`.
     """
 
     basis_Nd: Tensor
@@ -51,17 +52,18 @@ class Directions(NamedTuple):
 
 
 class Matrix:
-    """A tensor seen as a matrix; a vector is one row, and more than two dimensions have entries but no spectrum.
+    """A tensor seen as a matrix. A vector is one row; a tensor of more than two dimensions has entries but no spectrum.
 
-    Derived quantities stay until `release`. Quantities of activations (`centred` and after it) are of centred columns, scaled
-    to a Frobenius norm of 1: all that is measured with them is free of scale. Raises `Undefined` where there is no value.
+    Derived quantities are cached until `release`. Quantities of activations (`centred` and those after it) are of
+    centred columns, scaled to a Frobenius norm of 1, so that nothing measured with them depends on scale. Raises
+    `Undefined` where there is no value.
     """
 
     def __init__(self, tensor: Array, *, stored: torch.dtype | None = None, noise: Noise | None = None):
-        """tensor: floating point or integer, a torch tensor on any device or a numpy array.
+        """Wrap a floating-point or integer tensor: a torch tensor on any device, or a numpy array.
 
-        stored: the type its entries were rounded to, where that is coarser than its own (a cast of stored weights).
-        noise: computes the noise floor, where it does not follow from the entries.
+        stored: the type to which its entries were rounded, if that is coarser than its own (a cast of stored weights).
+        noise: a function that returns the noise floor, if that does not follow from the entries.
         """
         self._given = _as_tensor(tensor)
         self.unit = _unit(tensor if isinstance(tensor, Tensor) else self._given, stored)
@@ -69,13 +71,14 @@ class Matrix:
 
     @staticmethod
     def of(value: "Matrix | Array") -> "Matrix":
-        """`value` itself when it is a Matrix, so that its cached quantities are used."""
+        """Return `value` itself if it is a Matrix, so that its cached quantities are used; else a new Matrix."""
         return value if isinstance(value, Matrix) else Matrix(value)
 
     @staticmethod
     def product(left: Array, right: Array, rank: int | None = None, stored: "Stored" = (None, None)) -> "Product":
-        """Return the product of left (m x r) and right (r x n), not formed where that can be avoided. rank: at most that
-        (default r). stored: the types that the entries of the factors were rounded to (default: their own).
+        """Return the product of left (m x r) and right (r x n), multiplied out only if unavoidable. rank: an upper
+        bound of its rank (default r). stored: the types to which the entries of the factors were rounded (default:
+        their own).
         """
         return Product(left, right, rank, stored)
 
@@ -83,7 +86,8 @@ class Matrix:
     def sum_of_products(
         pairs: Sequence[tuple[Array, Array]], rank: int | None = None, stored: Sequence["Stored"] = ()
     ) -> "Product":
-        """Return the sum of left times right as one product [left left …] [right; right; …]: gO V + O gV has rank 2 r at most.
+        """Return the sum of left times right as one product [left left …] [right; right; …]. Example: gO V + O gV has a
+        rank of at most 2 r.
 
         stored: as in `product`, for each pair.
         """
@@ -95,12 +99,12 @@ class Matrix:
 
     @property
     def dimensions(self) -> tuple[int, ...]:
-        """The shape as given; `shape` is that of the matrix."""
+        """The shape as given; `shape` is the shape of the matrix."""
         return tuple(self._given.shape)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n); a vector is 1 x n."""
+        """(m, n); a vector is 1 x n. Raises `Undefined` for more than two dimensions."""
         if len(self.dimensions) > 2:
             raise Undefined(f"has {len(self.dimensions)} dimensions {self.dimensions}; a matrix has two")
         rows, columns = (1, 1, *self.dimensions)[-2:]
@@ -113,10 +117,11 @@ class Matrix:
 
     @derived
     def noise(self) -> float:
-        """The noise floor: singular values up to it may be rounding of the stored entries. 2 u rms (sqrt m + sqrt n).
+        """The noise floor 2 u rms (sqrt m + sqrt n): singular values up to it may be rounding of the stored entries.
 
-        Rounding changes an entry by at most u of its magnitude, by less than 0.6 u of it in the root mean square, independently
-        of the others; a random m x n matrix with entries of standard deviation s has spectral norm s (sqrt m + sqrt n).
+        Rounding changes an entry by at most u of its magnitude, by less than 0.6 u of it in the root mean square,
+        independently of other entries; a random m x n matrix with entries of standard deviation s has spectral norm s
+        (sqrt m + sqrt n).
         """
         if self._noise is not None:
             return self._noise()
@@ -125,13 +130,16 @@ class Matrix:
 
     @derived
     def tolerance(self) -> float:
-        """Singular values up to this cannot be told from 0: the noise floor, or max(m, n) eps s_1, the rounding of the result."""
+        """Singular values up to this cannot be distinguished from 0: the noise floor, or max(m, n) eps s_1, the
+        rounding of the decomposition, if that is larger.
+        """
         return max(self.noise, max(self.shape) * EPSILON * float(self.singular_values[0]))
 
     @derived
     def tie(self) -> float:
-        """Singular values that differ by at most this are equal but for rounding: rounding moves each of them by some u rms, not
-        by the noise floor, which it moves the largest by; or by max(m, n) eps s_1 where that is more.
+        """Singular values that differ by at most this are equal up to rounding. It is a few u rms, by which rounding
+        moves a singular value, and not the noise floor, which is the bound of that change; or max(m, n) eps s_1, if
+        that is larger.
         """
         return max(self._tie_of_noise, max(self.shape) * EPSILON * float(self.singular_values[0]))
 
@@ -142,26 +150,26 @@ class Matrix:
 
     @derived
     def fault(self) -> str | None:
-        """Why nothing can be computed from the entries (none, NaN, infinity), None when all is well."""
+        """Why nothing can be computed from the entries (none, NaN, infinity, out of range), None if they are valid."""
         return _fault(self._given)
 
     @derived
     def entries(self) -> Tensor:
-        """All entries in float64, in the shape given. Only metrics of entries ask a product for them, and then it is formed."""
+        """All entries in float64, in the shape given. A product is multiplied out here, for metrics of entries only."""
         return self._given.double()
 
     def dense(self) -> Tensor:
-        """The entries as a matrix, float64 [m, n]."""
+        """Return the entries as a matrix, float64 [m, n]."""
         return self.entries.reshape(self.shape)
 
     @derived
     def singular_values(self) -> Tensor:
-        """All R of them, descending, float64."""
+        """All R singular values, descending, float64."""
         return torch.linalg.svdvals(self.dense())
 
     @derived
     def singular_spaces(self) -> tuple[Tensor, Tensor]:
-        """Left [m, R] and right [n, R] singular vectors, by descending singular value; up to sign."""
+        """Left [m, R] and right [n, R] singular vectors, by descending singular value; their signs are arbitrary."""
         left, _, right = torch.linalg.svd(self.dense(), full_matrices=False)
         return left, right.mT
 
@@ -170,7 +178,7 @@ class Matrix:
         return float(torch.linalg.vector_norm(self.entries))
 
     def dot(self, other: "Matrix") -> float:
-        """The sum of the products of entries."""
+        """Return the sum of the products of the entries of both."""
         return float(self.entries.flatten() @ other.entries.flatten())
 
     def minus(self, other: "Matrix") -> "Matrix":
@@ -178,12 +186,12 @@ class Matrix:
 
     @derived
     def points(self) -> Tensor:
-        """The rows up to a rotation of the features [N, p]: inner products and distances of rows are those of the matrix."""
+        """The rows up to a rotation of the features [N, p]; inner products and distances are those of the matrix."""
         return self.dense()
 
     @property
     def centred(self) -> Tensor:
-        """The points minus their mean, scaled to unit norm."""
+        """The points minus their mean, scaled to unit norm [N, p]."""
         return self._centred_and_norm[0]
 
     @derived
@@ -195,7 +203,7 @@ class Matrix:
         norm, whole = float(torch.linalg.vector_norm(centred)), float(torch.linalg.vector_norm(points))
         if norm <= len(points) * EPSILON * whole:
             raise Undefined("all rows are equal: nothing is left after centring")
-        if norm <= self.unit * whole:  # rounding alone may have made that much
+        if norm <= self.unit * whole:  # rounding alone can be this large
             raise Undefined(
                 "all rows are equal but for the rounding of the stored type: nothing is left after centring"
             )
@@ -203,7 +211,7 @@ class Matrix:
 
     @derived
     def directions(self) -> Directions:
-        """Singular vectors of the centred points above the noise floor, and above max(N, p) eps s_1."""
+        """Singular vectors of the centred points, those above the noise floor and above max(N, p) eps s_1."""
         basis, scales, features = torch.linalg.svd(self.centred, full_matrices=False)
         norm, computing = self._centred_and_norm[1], max(self.centred.shape) * EPSILON * float(scales[0])
         count = int((scales > max(self.noise / norm, computing)).sum())
@@ -213,7 +221,7 @@ class Matrix:
         return Directions(basis[:, :count], scales[:count], loadings, max(self._tie_of_noise / norm, computing))
 
     def _in_features(self, rows: Tensor) -> Tensor:
-        """From the coordinates of `points` to those of the features."""
+        """Return `rows`, in the coordinates of `points`, in those of the features."""
         return rows
 
     @derived
@@ -223,19 +231,19 @@ class Matrix:
 
     @derived
     def gram_norm(self) -> float:
-        """Frobenius norm of the Gram matrix, which is that of the p x p one too; from the smaller of the two."""
+        """Frobenius norm of the Gram matrix, N x N or p x p (they are equal); computed from the smaller one."""
         rows, columns = self.centred.shape
         product = self.gram if rows < columns else self.centred.mT @ self.centred
         return float(torch.linalg.vector_norm(product))
 
     @derived
     def squared_lengths(self) -> Tensor:
-        """Of the centred points [N]: the diagonal of the Gram matrix."""
+        """Squared lengths of the centred points [N]: the diagonal of the Gram matrix."""
         return self.centred.square().sum(1)
 
     @derived
     def distance_ranks(self) -> Tensor:
-        """Ranks of the distances between all pairs of points, ties shared, centred and of unit norm [N (N - 1) / 2]."""
+        """Ranks of the distances between all pairs of points, ties averaged, centred, unit norm [N (N - 1) / 2]."""
         ranks = _ranks(torch.pdist(self.centred))
         ranks -= ranks.mean()
         norm = torch.linalg.vector_norm(ranks)
@@ -244,7 +252,9 @@ class Matrix:
         return ranks.div_(norm)
 
     def neighbours(self, k: int) -> Tensor:
-        """Whether point j is among the k nearest of point i by cosine, itself left out; ties at the border all count [N, N]."""
+        """Return whether point j is among the k nearest of point i by cosine, without i itself [N, N]. All points that
+        are tied with the k-th count.
+        """
         if k not in self._neighbours:
             rounding = self.unit * torch.linalg.vector_norm(self.points, dim=1) / self._centred_and_norm[1]
             self._neighbours[k] = _neighbours(self.centred, rounding, k)
@@ -255,7 +265,7 @@ class Matrix:
         return {}
 
     def release(self) -> Self:
-        """Forget all derived quantities, the copy in float64 too; they are computed anew when asked for."""
+        """Delete all cached quantities and the float64 copy; they are computed again on access. Returns self."""
         for name in list(vars(self)):
             if isinstance(getattr(type(self), name, None), derived):
                 delattr(self, name)
@@ -266,7 +276,9 @@ class Matrix:
 
 
 class Product(Matrix):
-    """left (m x r) times right (r x n), through an r x r core: QR of both factors, and the product of what is not orthogonal."""
+    """left (m x r) times right (r x n), not multiplied out: QR of both factors leaves an r x r core with the same
+    singular values.
+    """
 
     def __init__(self, left: Array, right: Array, rank: int | None = None, stored: "Stored" = (None, None)):
         self.left, self.right = _as_tensor(left), _as_tensor(right)
@@ -296,7 +308,7 @@ class Product(Matrix):
 
     @derived
     def noise(self) -> float:
-        """The noise floor: that of each factor times the spectral norm of the other one, which is the effect in first order."""
+        """The noise floor: that of each factor times the spectral norm of the other one, its effect in first order."""
         if self._noise is not None:
             return self._noise()
         floors, largest = [], []
@@ -319,7 +331,7 @@ class Product(Matrix):
 
     @derived
     def core(self) -> Tensor:
-        """Has the singular values of the product; r x r, or less where a factor has fewer rows or columns."""
+        """A matrix with the singular values of the product; r x r, or smaller if a factor has fewer rows or columns."""
         return self._left_triangle @ self._right_qr[1].mT
 
     @derived
@@ -352,7 +364,7 @@ class Product(Matrix):
 
     @derived
     def points(self) -> Tensor:
-        """Rows of left R' [N, min(r, p)]: with right' = Q R, those of the product are these, turned by Q'."""
+        """The matrix left R' [N, min(r, p)], with right' = Q R: the rows of the product are these times Q'."""
         return self.left.double() @ self._right_qr[1].mT
 
     def _in_features(self, rows: Tensor) -> Tensor:
@@ -360,9 +372,11 @@ class Product(Matrix):
 
 
 def _unit(tensor: Tensor, stored: torch.dtype | None) -> float:
-    """Return u of the coarser of a tensor's type and `stored`, with ARITHMETIC for all types but float64. Integers are exact.
+    """Return u of the coarser of the tensor's type and `stored`, plus ARITHMETIC for all types but float64. Integers
+    are exact.
 
-    u is 2^-24 for float32, 2^-11 for float16, 2^-9 for bfloat16: the floor is 2 to 5 times what storing measures.
+    u is 2^-24 for float32, 2^-11 for float16, 2^-9 for bfloat16: the noise floor is 2 to 5 times the measured effect of
+    storing.
     """
     types = [kind for kind in (tensor.dtype, stored, torch.float64) if kind is not None and kind.is_floating_point]
     coarsest = max(UNIT.get(kind, torch.finfo(kind).eps / 2) for kind in types)
@@ -379,7 +393,7 @@ def _as_tensor(value: Any) -> Tensor:
 def _fault(*tensors: Tensor) -> str | None:
     if any(tensor.numel() == 0 for tensor in tensors):
         return "holds no entries"
-    # The extremes alone tell: NaN and infinity pass through them, and no tensor of booleans is made.
+    # The maxima are enough: NaN and infinity propagate to them, and no tensor of booleans is allocated.
     largest = [float(tensor.abs().max()) for tensor in tensors]
     if all(value == 0 or SMALLEST <= value <= LARGEST for value in largest):
         return None
@@ -393,7 +407,7 @@ def _fault(*tensors: Tensor) -> str | None:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, float64; values that are equal but for rounding share the mean of theirs."""
+    """Return ranks from 0, float64; values that are equal up to rounding share their mean rank."""
     ordered, order = values.sort()
     group = torch.zeros_like(order)
     group[1:] = (ordered.diff() > TIE * ordered[-1:]).cumsum(0)
@@ -403,7 +417,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def _neighbours(centred: Tensor, rounding: Tensor, k: int) -> Tensor:
-    """rounding: how far that of the stored type may have moved each row."""
+    """Return `Matrix.neighbours`. rounding: how far rounding to the stored type may have moved each row [N]."""
     if k >= len(centred):
         raise Undefined(f"has {len(centred)} rows; {k} neighbours of a row take {k + 1} at least")
     lengths = torch.linalg.vector_norm(centred, dim=1, keepdim=True)

@@ -1,7 +1,7 @@
-"""What a matrix is compared with: one idea for steps, layers, runs and sizes.
+"""Pairing: what a matrix is compared with, at other steps, in other layers, runs and model sizes.
 
-A pairing says where the partner of an operand is: at another step, in another run, in another layer, or at each of them. Two
-matrices of activations may be compared only where their rows belong to the same inputs; that is checked by digest.
+A pairing says where the partner of an operand is: at another step, in another run, in another layer, or at each of
+them. Activations may be compared only if their rows belong to the same inputs; this is checked by digest.
 """
 
 import logging
@@ -16,7 +16,7 @@ from picolm.errors import PicoError
 
 log = logging.getLogger("picolm")
 
-Name = tuple[str, int | None]  # the name inside of a block, and the head
+Name = tuple[str, int | None]  # the name within a block, and the head
 
 
 class Place(NamedTuple):
@@ -27,9 +27,10 @@ class Place(NamedTuple):
 
 
 def partner_places(target: Target, at: Place, steps: list[int], symmetric: bool) -> list[Place]:
-    """Where the partners of an operand at `at` are; nothing for the first step compared with the previous one.
+    """Return where the partners of an operand at `at` are; nothing for the first step compared with the previous one.
 
-    steps: all steps of the run that is compared with. With `all`, a symmetric metric meets each pair of steps once.
+    steps: the analyzed steps of the run that is compared with. With `all`, a symmetric metric gets each pair of steps
+    once.
     """
     run = target.run or at.run
     if target.checkpoint == "all":
@@ -46,7 +47,9 @@ def partner_places(target: Target, at: Place, steps: list[int], symmetric: bool)
 
 
 def by_name(candidates: list[Operand]) -> dict[Name, dict[str, dict[int | None, Operand]]]:
-    """Operands of one name and head, by what stands before their blocks (`encoder`, `decoder`) and by their layers."""
+    """Index operands by name and head, then by stack (the name before the number of a block: `encoder`, `decoder`),
+    then by layer.
+    """
     index: dict[Name, dict[str, dict[int | None, Operand]]] = {}
     for candidate in candidates:
         stacks = index.setdefault((candidate.address.suffix, candidate.head), {})
@@ -57,9 +60,10 @@ def by_name(candidates: list[Operand]) -> dict[Name, dict[str, dict[int | None, 
 def partners(
     operand: Operand, index: Mapping[Name, Mapping[str, Mapping[int | None, Operand]]], target: Target
 ) -> Iterable[Operand]:
-    """The operands that `target` pairs with `operand`: the same name, head, and layer as asked for.
+    """Return the operands that `target` pairs with `operand`: the same name and head, and the layer of the target.
 
-    In another run the blocks may be called otherwise (`model.layers`): where there is only one stack of them, it is meant.
+    Another run may name its blocks differently (`model.layers`): if it has only one stack of blocks, that stack is
+    used.
     """
     stacks = index.get((operand.address.suffix, operand.head), {})
     only = next(iter(stacks.values())) if len(stacks) == 1 else {}
@@ -71,7 +75,7 @@ def partners(
 
 
 def check_same_rows(first: Reader, second: Reader, address: Address) -> None:
-    """Refuse to compare activations of different inputs. Raises PicoError that says what to do."""
+    """Check that activations of two steps belong to the same inputs. Raises PicoError that says what to do."""
     if address.kind != "activations" or first is second:
         return
     ours, theirs = first.rows_digest(address.split), second.rows_digest(address.split)

@@ -1,4 +1,4 @@
-"""A matrix with its rows or columns in another order: what pairs of matrices have in common by chance is measured with it."""
+"""A matrix with permuted rows or columns, from which the chance level of a metric is measured."""
 
 from typing import Literal
 
@@ -12,9 +12,9 @@ Axis = Literal["rows", "columns"]
 
 
 def permute(matrix: Matrix, order: Tensor, axis: Axis = "rows") -> Matrix:
-    """Return `matrix` with its rows (or columns) in another order; what is known of `matrix` is used again.
+    """Return `matrix` with permuted rows (or columns); quantities that are cached in `matrix` are reused.
 
-    order: of the first dimension where there are not two, so that the entries of a vector are permuted.
+    order: of the first dimension if there are not two dimensions, so that the entries of a vector are permuted.
     """
     if len(matrix.dimensions) != 2:
         return Matrix(matrix.entries[order] if matrix.dimensions else matrix.entries)
@@ -22,7 +22,7 @@ def permute(matrix: Matrix, order: Tensor, axis: Axis = "rows") -> Matrix:
 
 
 class Permuted(Matrix):
-    """A matrix whose rows or columns are those of another one in another order, sharing what was computed of that."""
+    """A matrix with the rows or columns of `source` in another order; it reuses what was computed of `source`."""
 
     def __init__(self, source: Matrix, order: Tensor, axis: Axis):
         self.source, self.order, self.axis = source, order, axis

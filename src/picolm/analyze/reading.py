@@ -1,4 +1,4 @@
-"""Reading a step while it is analyzed: each tensor once, and a count of what was asked for and what was read."""
+"""Read steps during an analysis: each tensor once, with counts of what was requested and what was read."""
 
 import logging
 from collections import OrderedDict
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("picolm")
 
-KEPT = 8  # tensors of one step for each thread: two components of four each
+KEPT = 8  # cached tensors of one step for each thread: two circuits of four tensors
 
 
 class Reader(Mapping[Address, "Tensor"]):
-    """A checkpoint whose last few tensors are kept: the heads of a layer are made of the same ones, one after the other."""
+    """A checkpoint that caches its last few tensors: the heads of a layer are computed from the same ones."""
 
     def __init__(self, checkpoint: "Checkpoint", run: "Run", readers: "Readers"):
         self.checkpoint, self.run, self.readers = checkpoint, run, readers
         self._tensors: OrderedDict[Address, Tensor] = OrderedDict()
         self._operands: dict[tuple[Component, str], tuple[list[Operand], list[Absent]]] = {}
         self._rows: dict[str, str | None] = {}
-        self._reading = Lock()  # layers may be computed beside each other
+        self._reading = Lock()  # layers may be computed in parallel
 
     @property
     def name(self) -> str:
-        """For messages: `step 200 of demo`."""
+        """The name in messages: `step 200 of demo`."""
         return f"step {self.checkpoint.step} of {self.run.name}"
 
     def digest(self, address: Address) -> str:
@@ -70,11 +70,11 @@ class Reader(Mapping[Address, "Tensor"]):
 
     @cached_property
     def anatomy(self) -> "Anatomy":
-        """What the parts of the model of this step are called, and how heads are cut from them."""
+        """The names of the parts of the model at this step, and how heads are cut from them."""
         return read_anatomy(self.checkpoint, self.readers.models[self.run.name], self.name)
 
     def operands(self, component: Component, split: str) -> tuple[list[Operand], list[Absent]]:
-        """What a component finds here, and what it does not."""
+        """Return (what a component finds in this step, what it does not find)."""
         key = (component, split)
         if key not in self._operands:
             asked: dict[str, Any] = {
@@ -87,19 +87,21 @@ class Reader(Mapping[Address, "Tensor"]):
         return self._operands[key]
 
     def rows_digest(self, split: str) -> str | None:
-        """Which inputs the activations of `split` belong to; None where that is not stored."""
+        """Return a digest of the inputs that the activations of `split` belong to; None if it is not stored."""
         if split not in self._rows:
             self._rows[split] = self.checkpoint.rows_digest(split)
         return self._rows[split]
 
     def positions(self, split: str) -> list[int] | None:
-        """Which positions of each input the activations belong to; None for all, and where that is not stored."""
+        """Return the positions in each input that the activations belong to; None for all, or if not stored."""
         captured = self.checkpoint.meta.get("capture") or {}
         return captured.get("val_positions" if split == "val" else "positions")
 
 
 def model_section(run: "Run") -> dict[str, Any]:
-    """The `model` section of a run's configuration, empty where it has none. Raises PicoError where it is no mapping."""
+    """Return the `model` section of a run's configuration, empty if it has none. Raises PicoError if it is not a
+    mapping.
+    """
     section = run.config.get("model")
     if section is not None and not isinstance(section, Mapping):
         raise PicoError(f"{run.path}: `model` in its configuration is {section!r}; expected keys and values")
@@ -116,15 +118,15 @@ class Readers:
         self.pinned: dict[tuple[str, int], Reader] = {}
         self._recent: OrderedDict[tuple[str, int], Reader] = OrderedDict()
         self.tensors_read = 0
-        self.threads = 1  # that read at the same time
-        self.fixed: dict[str, Matrix] = {}  # by digest: those of the step that all others are compared with
+        self.threads = 1  # number of threads that read at the same time
+        self.fixed: dict[str, Matrix] = {}  # by digest: matrices of the step that all others are compared with
         self.asked: set[tuple[str, int, Address]] = (
             set()
-        )  # run, step and name of all tensors whose digests were looked at
+        )  # run, step and address of all tensors whose digests were requested
         self._said: set[str] = set()
 
     def at(self, run: str, step: int, pin: bool = False) -> Reader | None:
-        """The reader of a step, None where the run does not have it."""
+        """Return the reader of a step, None if the run does not have it. pin: keep the reader."""
         key = (run, step)
         reader = self.pinned.get(key) or self._recent.get(key)
         if reader is None:

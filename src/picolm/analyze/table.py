@@ -1,10 +1,10 @@
-"""The long table: one row per value, and what is written from it.
+"""The long table, with one row per value, and the files that are written from it.
 
-COLUMNS names the columns. A missing value is null and says why in `reason`; infinity is a value. metric_kind: similarity,
-distance or quantity. chance, chance_std: mean and standard deviation over permutations of the rows; z: how many of these
-standard deviations the value is above the mean. forced: number of canonical correlations that are 1 whatever the data; null for
-metrics without them. target: what the configuration asked to compare with (`last`, `previous`, `300`, `run wide`), where
-against_run, against_step and against_layer say what that was for this row.
+COLUMNS names the columns. A missing value is null, and `reason` says why; infinity is a value. metric_kind: similarity,
+distance or quantity. chance, chance_std: mean and standard deviation over permutations of the rows; z: how many of
+these standard deviations the value is above the mean. forced: number of canonical correlations that are 1 whatever the
+data; null for metrics without them. target: what the configuration compares with (`last`, `previous`, `300`, `run
+wide`); against_run, against_step and against_layer: what that is for this row.
 """
 
 import hashlib
@@ -43,11 +43,13 @@ RESULTS = "results.parquet"
 AGGREGATED = "aggregated.parquet"
 CSV = "results.csv"
 SUMS = "checksums.sha256"
-FULL_WIDTH = 116  # characters that all columns of a summary take
+FULL_WIDTH = 116  # width in characters of a summary with all columns
 
 
 def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) -> Path:
-    """Write results.parquet, the JSON files of each step and, when asked, results.csv; each file is there whole or not at all."""
+    """Write results.parquet, the JSON files of each step and, if `csv`, results.csv. Each file is written atomically.
+    Returns the path of results.parquet.
+    """
     import pyarrow as pa
 
     types = {name: pa.string() if name in TEXT else pa.float64() if name in NUMBERS else pa.int64() for name in COLUMNS}
@@ -67,7 +69,7 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) ->
 
 
 def to_parquet(table: "pa.Table | pd.DataFrame") -> bytes:
-    """Return a table as a Parquet file whose pages have checksums."""
+    """Return a table as the bytes of a Parquet file whose pages have checksums."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -78,10 +80,10 @@ def to_parquet(table: "pa.Table | pd.DataFrame") -> bytes:
 
 
 def seal(folder: Path, name: str, content: bytes) -> None:
-    """Write a file of results, and its digest into SUMS, which `sha256sum --check` reads too.
+    """Write a file of results, and its digest to SUMS, which `sha256sum --check` can read.
 
-    Between the two writes SUMS has the digests of both, of the file that was there and of the one that takes its place: whenever
-    this is interrupted, the file that is there matches.
+    Between the two writes SUMS has the digests of both the old and the new file: whenever this is interrupted, the file
+    that is there matches.
     """
     new = hashlib.sha256(content).hexdigest()
     digests = {file: found for file, found in _digests(folder).items() if (folder / file).exists()}
@@ -96,7 +98,7 @@ def _write_digests(folder: Path, digests: Mapping[str, Sequence[str]]) -> None:
 
 
 def _digests(folder: Path) -> dict[str, list[str]]:
-    """By file, the digests that it may have; empty for a folder that an earlier version wrote. Raises FileError."""
+    """Return the valid digests by file; empty for a folder that an earlier version wrote. Raises FileError."""
     found: dict[str, list[str]] = {}
     if not os.path.lexists(folder / SUMS):
         return found
@@ -108,8 +110,8 @@ def _digests(folder: Path) -> dict[str, list[str]]:
 
 
 def read_sealed(path: Path) -> bytes:
-    """Return the content of a file of results. Raises FileError where it is not what was written. A file without a digest beside
-    it, which an earlier version wrote or which was copied alone, is returned unchecked.
+    """Return the content of a file of results. Raises FileError if it does not match its digest. A file without a
+    digest (written by an earlier version, or copied alone) is returned unchecked.
     """
     content = read_bytes(path, most_bytes=require_regular(path).st_size)
     digests = _digests(path.parent).get(path.name)
@@ -121,7 +123,7 @@ def read_sealed(path: Path) -> bytes:
 
 
 def read_parquet(path: Path) -> "pd.DataFrame":
-    """Read a table of results, its digest and the checksums of its pages verified. Raises FileError."""
+    """Return a table of results, after checking its digest and the checksums of its pages. Raises FileError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -133,10 +135,11 @@ def read_parquet(path: Path) -> "pd.DataFrame":
 
 
 def load(place: str | Path) -> "pd.DataFrame":
-    """Read the long table of an analysis, from its folder or its file, as a pandas data frame (layers and heads as Int64).
+    """Read the long table of an analysis, from its folder or its file, as a pandas data frame (layers and heads as
+    Int64).
 
-    A table written before a column existed is completed, see `completed`. Raises FileError where the file is not what was
-    written, or no table.
+    Columns that an older table lacks are added, see `completed`. Raises FileError if the file is damaged or is not a
+    table.
     """
     path = Path(place)
     frame = completed(read_parquet(path / RESULTS if path.is_dir() else path))
@@ -146,7 +149,7 @@ def load(place: str | Path) -> "pd.DataFrame":
 
 
 def completed(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """Return a table with all columns: those that it lacks are empty, `metric_kind` is that of the metric of this name."""
+    """Return a table with all columns: missing ones are added empty, `metric_kind` from the name of the metric."""
     import pandas as pd
 
     added = [name for name in COLUMNS if name not in frame.columns]
@@ -163,8 +166,8 @@ def _kind_of(metric: str) -> str:
 def json_files(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Return `step_N/<metric>_<split>.json` -> {name: value}, as pico-analyze writes them.
 
-    With several runs each has a folder of its own. Where a metric occurs with several options or targets, they become part of
-    the file's name. What one target compares with several layers or steps has no place in this format, see `only_in_table`.
+    With several runs, each has its own folder. If a metric has several options or targets, they become part of the file
+    name. This format cannot hold comparisons of one target with several layers or steps, see `only_in_table`.
     """
     rows = list(rows)
     several = len({row["run"] for row in rows}) > 1
@@ -192,7 +195,9 @@ def json_files(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float |
 
 
 def only_in_table(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], int]:
-    """Return what the JSON files cannot hold, compared with several layers or steps by one target: how many rows of each."""
+    """Return what the JSON files cannot hold, because one target compares it with several layers or steps, with the
+    number of rows of each.
+    """
     partners: dict[tuple[Any, ...], list[Any]] = {}
     for row in rows:
         partner = row["against_run"], row["against_step"], row["against_layer"]
@@ -206,14 +211,16 @@ def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def json_name(row: Mapping[str, Any]) -> str:
-    """The name of a value in the JSON files: `layers.0.swiglu.w_2.weights`, `layers.0.ov_circuit.activations.heads.3`."""
+    """Return the name of a value in the JSON files: `layers.0.swiglu.w_2.weights`,
+    `layers.0.ov_circuit.activations.heads.3`.
+    """
     return f"{row['module']}.{row['kind']}" + ("" if row["head"] is None else f".heads.{row['head']}")
 
 
 def summary(rows: Iterable[Mapping[str, Any]], width: int = FULL_WIDTH) -> "Table":
-    """Draw, for a terminal of `width` characters, the mean over layers and heads of each metric at the first and the last step,
-    and its course. A metric with several targets has a line for each. Where there is not room for all columns, what was
-    measured is one of them, and counts are left out.
+    """Return a table for a terminal of `width` characters: for each metric, the mean over layers and heads at the first
+    and the last step, and its course. A metric with several targets has a line for each. If there is no space for all
+    columns, those of what was measured are joined into one, and counts are left out.
     """
     from rich import box
     from rich.table import Table
@@ -254,6 +261,6 @@ def _measured(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _course(steps: Mapping[int, Sequence[float]], width: int) -> tuple[str, str, str]:
-    """The means at the first and the last step, and the means of all as a sparkline."""
+    """Return the means at the first and the last step, and the means of all steps as a sparkline."""
     means = [sum(steps[step]) / len(steps[step]) for step in sorted(steps)]
     return (f"{means[0]:.4g}", f"{means[-1]:.4g}", sparkline(means, width)) if means else ("", "", "")

@@ -1,6 +1,6 @@
-"""Values that were computed before, by what they follow from: the digests of the matrices, the metric, its options, its code.
+"""A cache of computed values. The cache key is a digest of what a value depends on: matrices, metric, options, code.
 
-Each has a checksum. A file that is damaged anywhere is set aside as a whole, and its values are computed again.
+Each value has a checksum. A file that is damaged anywhere is renamed as a whole, and its values are computed again.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ log = logging.getLogger("picolm")
 
 
 class Value(NamedTuple):
-    """A number, or the reason why there is none; with how many correlations are forced, and what chance gives, where that is
-    asked for (see `picolm.analyze.table`).
+    """A number, or the reason why there is none; if available, also the number of forced correlations and the chance
+    level (see `picolm.analyze.table`).
     """
 
     value: float | None
@@ -31,7 +31,7 @@ class Value(NamedTuple):
 
     @property
     def z(self) -> float | None:
-        """Standard deviations of chance above its mean; None where there is no chance level, or it does not vary."""
+        """Standard deviations of chance above its mean; None if there is no chance level or it does not vary."""
         if self.value is None or self.chance is None or self.chance_std is None:
             return None
         if self.chance_std <= 1e-12 * abs(self.chance):  # rounding: permutations change nothing
@@ -40,17 +40,17 @@ class Value(NamedTuple):
 
 
 class Values:
-    """A table on disk, key -> value, with a checksum of each; every batch that was added survives an interruption."""
+    """A table on disk, key -> value, with a checksum of each value. Each batch that was added survives a crash."""
 
     def __init__(self, path: Path):
-        """Raises PicoError when the file cannot be used; see `set_aside_damaged` for one that is damaged."""
+        """Open or create the file. Raises PicoError if it cannot be used; see `set_aside_damaged` for a damaged one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise PicoError(f"{path} is a link, or no regular file; remove it (a new one is made)")
         self.path = path
         with self._errors():
             self._database = sqlite3.connect(path, timeout=60)
-            self._database.execute("PRAGMA journal_mode=WAL")  # a reader in each process beside the one writer
+            self._database.execute("PRAGMA journal_mode=WAL")  # one writer, and a reader in each process
             self._database.execute("PRAGMA synchronous=NORMAL")
             with self._database:
                 self._database.execute(
@@ -59,7 +59,7 @@ class Values:
                 )
 
     def get(self, keys: Iterable[str]) -> dict[str, Value]:
-        """Return those of the values that are known. One whose checksum is wrong is not."""
+        """Return the values of `keys` that are in the table. A value with a wrong checksum counts as missing."""
         found: dict[str, Value] = {}
         wanted = list(dict.fromkeys(keys))
         for start in range(0, len(wanted), 500):  # SQLite bounds the number of parameters of a query
@@ -71,7 +71,7 @@ class Values:
         return found
 
     def add(self, values: Mapping[str, Value]) -> None:
-        """Keep values; all of a batch or, after a crash, none of it."""
+        """Add values in one transaction: after a crash, all of them are there or none."""
         rows = [(key, *value, _checksum(key, value)) for key, value in values.items()]
         with self._errors(), self._database:
             self._database.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
@@ -80,7 +80,7 @@ class Values:
         self._database.close()
 
     def damage(self) -> str | None:
-        """Read everything, and return what is wrong with it; None when all is well."""
+        """Read the whole file and return what is wrong with it; None if nothing is."""
         with self._errors():
             (first, *_) = self._database.execute("PRAGMA integrity_check").fetchone()
             if first != "ok":
@@ -89,17 +89,17 @@ class Values:
                 checksum != _checksum(key, value)
                 for key, *value, checksum in self._database.execute("SELECT * FROM kept")
             )
-            self._database.execute("PRAGMA user_version = 1")  # only a write tells whether it can be written
+            self._database.execute("PRAGMA user_version = 1")  # only a write shows whether the file is writable
         return f"{wrong} values do not match their checksums" if wrong else None
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Raise DamagedError for what SQLite finds wrong with the content, PicoError for what keeps it from working."""
+        """Raise DamagedError if SQLite finds damaged content, PicoError for its other errors."""
         try:
             yield
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-            # a file that may be written is read-only where its header says a version that SQLite does not know
+            # SQLite calls a writable file read-only if its header states an unknown version: that is damage
             claimed = code == sqlite3.SQLITE_READONLY and os.access(self.path, os.W_OK)
             if code in _OF_CONTENT or claimed:
                 raise DamagedError(f"{self.path} is damaged ({error}); start the analysis again") from error
@@ -107,7 +107,7 @@ class Values:
 
 
 class DamagedError(PicoError):
-    """The file of kept values is not what was written."""
+    """The file of cached values does not hold what was written."""
 
 
 _OF_CONTENT = {
@@ -120,7 +120,7 @@ _OF_CONTENT = {
 
 
 def set_aside_damaged(path: Path) -> None:
-    """Rename the kept values when anything is wrong with them, and say so: they are computed again. Raises PicoError."""
+    """Rename the file of cached values if it is damaged; the values are computed again. Raises PicoError."""
     if not path.exists():
         return
     try:

@@ -6,7 +6,7 @@ import sys
 from types import FrameType
 
 if sys.argv[:1] == ["-c"] and sys.path[:1] == [""]:
-    del sys.path[0]  # as in `__main__`: the working folder would come before installed packages
+    del sys.path[0]  # as in `__main__`: modules of the working folder would hide installed packages
 
 # isort: off
 from picolm.cli import training, again, analysis, reporting, suites, runs, corpora, exchange, tools  # noqa: F401  # in the order that `pico --help` shows
@@ -19,12 +19,12 @@ from picolm.registry import CodePolicy, set_code_policy
 
 
 def main() -> None:
-    """Run the command line; problems that the user can act on are shown as messages, without a traceback."""
-    # Read when torch loads OpenMP: threads that wait spin for microseconds, not milliseconds. By default a second busy
+    """Run the command line. A PicoError is shown as a message, without a traceback, and sets the exit code."""
+    # Read when torch loads OpenMP: waiting threads spin for microseconds, not milliseconds. By default a second busy
     # process on the same cores makes each small operation up to 70 times slower; alone on the machine it costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ["PYTHONSAFEPATH"] = (
-        "1"  # processes that are started from here find no modules in the working folder either
+        "1"  # child processes do not import modules from the working folder either
     )
     set_code_policy(CodePolicy())
     tolerate()
@@ -39,17 +39,18 @@ def main() -> None:
             raise
         say("The home folder is not known; set HOME, or PICO_CACHE to a folder for what is fetched.", error=True)
         sys.exit(1)
-    except KeyboardInterrupt:  # from where the training listens
+    except KeyboardInterrupt:  # raised by training when it is interrupted
         sys.exit(130)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C, where no training listens to it: end now, without an exception.
+    """On Ctrl-C while no training handles it: exit at once, without an exception.
 
-    One in the middle of an import, and a start is seconds of imports, shows as a traceback, or leaves a lock of the import
-    system taken, so that the process hangs when it exits. Whatever is written survives SIGKILL, and so it does this.
+    An exception in the middle of an import (and imports take seconds at the start) shows a traceback, or leaves an
+    import lock taken, so that the process hangs on exit. All that is written survives SIGKILL, so it also survives
+    this.
     """
     if sys.stderr.isatty():
         os.write(2, b"\x1b[?25h\n")  # a progress bar hides the cursor

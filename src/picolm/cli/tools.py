@@ -119,7 +119,7 @@ def evaluate(
 
 
 def _quoted(path: Path) -> str:
-    """As a YAML value, whatever is in it."""
+    """Return a path as a YAML value, whatever characters it has."""
     import json
 
     return json.dumps(str(path.expanduser().absolute()))

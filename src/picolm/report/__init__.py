@@ -1,4 +1,4 @@
-"""Reports: pictures of what a run and an analysis left behind, in one file that opens anywhere.
+"""Reports: figures and tables of runs and analyses, in one HTML file that needs no network.
 
 from picolm.report import plot                 functions from a table to a plotly figure, for a notebook
 plot.metric(table, "cka")

@@ -1,8 +1,8 @@
-"""From runs and tables to the page and to files: sections are called in order, and what they return is put into a template.
+"""Write the report of runs and tables: call the sections in order, and fill a template with what they return.
 
-The page holds everything: the plotting library and all data, compressed, unpacked when they are needed. Its security policy
-allows no address at all, and only the two scripts that stand in it, by their digests; so it makes no request, and text of a
-run that looks like a script can do nothing.
+The page contains everything: the plotting library and all data, compressed, and unpacked when needed. Its content
+security policy allows no address, and only the two scripts in the page, by their digests. So it makes no request, and
+text of a run that looks like a script is not executed.
 """
 
 import base64
@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from picolm import __version__
 from picolm.errors import PicoError
-from picolm.report import sections  # noqa: F401  # registers what comes with Pico
+from picolm.report import sections  # noqa: F401  # registers the sections of this package
 from picolm.report.export import export
 from picolm.report.look import themes
 from picolm.report.material import Material, gather
@@ -30,7 +30,7 @@ from picolm.store.files import write_atomically
 
 log = logging.getLogger("picolm")
 
-SCRIPTS = ("figures.js", "tables.js", "page.js")  # the last one starts
+SCRIPTS = ("figures.js", "tables.js", "page.js")  # the last one starts the page
 
 
 def write(
@@ -41,16 +41,17 @@ def write(
     own: Sequence[str] = (),
     figures: str | Path | None = None,
 ) -> Path:
-    """Write the report of runs and analyses as one file. own: further sections, `my_lab.module:function`.
+    """Write the report of runs and analyses as one HTML file, and return its path. own: further sections,
+    `my_lab.module:function`.
 
-    figures: a folder for each figure as SVG, PDF and PNG. Raises PicoError for what is no run or no table, and where a file
-    cannot be written.
+    figures: a folder; each figure is also written there as SVG, PDF and PNG. Raises PicoError for what is not a run or
+    a table, and if a file cannot be written.
     """
     return save(gather(runs, analyses, own), Path(out), own=own, figures=figures)
 
 
 def save(material: Material, out: Path, *, own: Sequence[str] = (), figures: str | Path | None = None) -> Path:
-    """The same of what has been read already."""
+    """Write the report of material that is already read; see `write`."""
     chosen = compose(material, own)
     if figures is not None:
         export((item for section in chosen for item in section.items if isinstance(item, Drawing)), Path(figures))
@@ -64,7 +65,9 @@ def save(material: Material, out: Path, *, own: Sequence[str] = (), figures: str
 
 
 def compose(material: Material, own: Sequence[str] = ()) -> list[Section]:
-    """The sections that have something to say, in order; one's own before the tables of all values, unless they come first."""
+    """Return the sections that have content, in order. A user's own sections come before the tables of all values, or
+    before all others if they are marked as `first`. Raises PicoError if there are none.
+    """
     names = [name for name in SECTIONS if name != "values"]
     made = [SECTIONS.get(name)(material) for name in [*names, *own, "values"]]
     found = [section for section in made if section is not None]
@@ -79,7 +82,7 @@ def compose(material: Material, own: Sequence[str] = ()) -> list[Section]:
 
 
 def page(material: Material, chosen: Sequence[Section]) -> str:
-    """Sections as HTML."""
+    """Return the page of the report as HTML."""
     script, (library, library_digest) = "\n".join(map(asset, SCRIPTS)), _plotly()
     names = list(material.named) or [analysis.name for analysis in material.analyses]
     return render(
@@ -98,7 +101,7 @@ def page(material: Material, chosen: Sequence[Section]) -> str:
 
 @cache
 def _plotly() -> tuple[Markup, str]:
-    """The plotting library, packed, and its digest."""
+    """Return the plotting library, packed, and its digest."""
     from plotly.offline import get_plotlyjs
 
     return pack_text(get_plotlyjs()), _digest(get_plotlyjs())
@@ -109,7 +112,7 @@ def _digest(script: str) -> str:
 
 
 def _numbered(section: Section, place: int) -> dict[str, Any]:
-    """What the template reads of a section."""
+    """Return what the template needs of a section."""
     items = [_item(item, f"s{place}-{number}") for number, item in enumerate(section.items)]
     return {"id": f"s{place}", "title": section.title, "lead": section.lead, "entries": items}
 
@@ -120,7 +123,7 @@ def _item(item: Drawing | Sheet | Markup, name: str) -> dict[str, Any]:
         figure["layout"].pop("template", None)  # the page has one for each theme
         for trace in figure["data"]:
             if trace.get("customdata") == trace.get("z", trace.get("y")):
-                del trace["customdata"]  # the same values again, for hovering: the page gives them back
+                del trace["customdata"]  # a copy of the values, for hovering: the page restores it
         meta = figure["layout"].get("meta") or {}
         return {
             "kind": "drawing", "id": name, "title": item.title, "file": item.name, "code": item.code, "caption": item.caption,
@@ -137,7 +140,9 @@ def _item(item: Drawing | Sheet | Markup, name: str) -> dict[str, Any]:
 
 
 def columns(sheet: Sheet) -> dict[str, Any]:
-    """A table by columns: numbers as they are, text as indices into its different words. Missing: null; empty columns go."""
+    """Return a table by columns: numbers as they are, text as indices into its distinct words. Missing values are null;
+    empty columns are left out.
+    """
     made: dict[str, Any] = {}
     for name in sheet.frame.columns:
         values = sheet.frame[name]
@@ -159,13 +164,13 @@ def _says_something(column: dict[str, Any]) -> bool:
 
 
 def _number(value: Any) -> Any:
-    """JSON has no infinity: it is written as text that JavaScript reads as the number."""
+    """Return the number; infinity, which JSON does not have, as text that JavaScript reads as the number."""
     infinite = isinstance(value, float) and math.isinf(value)
     return ("Infinity" if value > 0 else "-Infinity") if infinite else value
 
 
 def pack(value: Any) -> Markup:
-    """A JSON value, compressed, as letters that can stand anywhere in a page."""
+    """Return a JSON value, compressed, as characters that are valid anywhere in a page."""
     return pack_text(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
 
 

@@ -1,4 +1,4 @@
-"""A browser without a window: it draws figures into files, takes pictures for the docs, and is what the tests look through."""
+"""A headless browser: it draws the figures of files, takes screenshots for the docs, and runs the page in tests."""
 
 import shutil
 from typing import Any
@@ -10,7 +10,7 @@ WORDS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-u
 
 
 def find() -> str:
-    """The path of a browser that can draw figures. Raises PicoError, naming those that were looked for."""
+    """Return the path of a browser that can draw figures. Raises PicoError that names those it searched for."""
     for name in BROWSERS:
         if (path := shutil.which(name)) is not None:
             return path
@@ -20,7 +20,7 @@ def find() -> str:
 
 
 def drive() -> Any:
-    """A Chromium that selenium drives; end it with `.quit()`. Raises PicoError where there is none, or no chromedriver."""
+    """Return a Chromium driven by selenium; end it with `.quit()`. Raises PicoError if either is missing."""
     driver = shutil.which("chromedriver")
     if driver is None:
         raise PicoError("no chromedriver here: make browser, or apt-get install chromium chromium-driver")
@@ -37,7 +37,7 @@ def drive() -> Any:
 
 
 def view(chromium: Any, width: int, height: int, theme: str = "light", scale: float = 1) -> None:
-    """Set the viewport, in CSS pixels, and the colour theme, light or dark; scrolling is not animated."""
+    """Set the viewport, in CSS pixels, and the colour theme, light or dark; turn off animated scrolling."""
     size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 500}
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}

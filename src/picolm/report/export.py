@@ -1,4 +1,6 @@
-"""Figures as files for a paper: SVG, PDF and PNG, drawn by plotly in a browser that kaleido starts (extra `figures`)."""
+"""Write figures as files for a paper: SVG, PDF and PNG, drawn by plotly in a browser that kaleido starts (extra
+`figures`).
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,9 +13,10 @@ FORMATS = ("svg", "pdf", "png")
 
 
 def export(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
-    """Write each drawing in its first view as `<name>.svg`, `.pdf` and `.png` (twice as fine).
+    """Write each drawing, as first shown, to `<name>.svg`, `.pdf` and `.png` (at double resolution), and return the
+    paths.
 
-    Raises PicoError without kaleido, without a browser, and where a figure cannot be written.
+    Raises PicoError if kaleido or a browser is missing, and if a figure cannot be written.
     """
     figures = _numbered(drawings)
     kaleido = _kaleido()

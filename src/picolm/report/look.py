@@ -1,7 +1,8 @@
-"""How figures look, in a light and a dark theme: colours that colour-blind readers tell apart, one template for each.
+"""The look of figures in a light and a dark theme: colours that colour-blind readers can tell apart, one template each.
 
-Depth is shown on the scale viridis, without the end that has no contrast with the background; magnitudes on cividis; kinds
-in the colours of Okabe and Ito (2008). A trace says what its colour means (`meta.colour`), so the page can change the theme.
+Depth is shown on the scale viridis, without the end that has no contrast with the background; magnitudes on cividis;
+categories in the colours of Okabe and Ito (2008). A trace states what its colour means (`meta.colour`), so that the
+page can change the theme.
 """
 
 import html
@@ -12,7 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-SHADES = 64  # of the scale of depth, in the page
+SHADES = 64  # colours of the depth scale, in the page
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 THEMES: dict[str, dict[str, Any]] = {
     "light": {
@@ -29,12 +30,12 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
 def label(text: object) -> str:
-    """Text of a run as it may stand in a figure: plotly reads a little HTML and `%{…}`, which this shows as text."""
+    """Return text of a run, escaped for a figure: plotly interprets some HTML and `%{…}`; here they are text."""
     return html.escape(str(text), quote=False).replace("{", "&#123;").replace("\n", "<br>")
 
 
 def colour(meaning: dict[str, Any] | None, theme: str = "light") -> str:
-    """The colour for `{"depth": 0 to 1}` or `{"category": index}`; ink for neither."""
+    """Return the colour for `{"depth": 0 to 1}` or `{"category": index}`; a faint one for neither."""
     look = THEMES[theme]
     if meaning and "depth" in meaning:
         return shades(theme)[round(meaning["depth"] * (SHADES - 1))]
@@ -45,13 +46,13 @@ def colour(meaning: dict[str, Any] | None, theme: str = "light") -> str:
 
 @cache
 def shades(theme: str) -> list[str]:
-    """The scale of depth, first layer to last."""
+    """Return the colours of the depth scale, from the first layer to the last."""
     name, low, high = THEMES[theme]["depth"]
     return sample_colorscale(name, [low + (high - low) * i / (SHADES - 1) for i in range(SHADES)])
 
 
 def colours_of(runs: Iterable[str], groups: Mapping[str, str] | None = None) -> dict[str, int]:
-    """By run, the number of its colour: one of its own as long as there are enough of them, else that of its group."""
+    """Return the number of the colour of each run: its own if there are enough colours, else that of its group."""
     own = dict.fromkeys(runs)
     shared = (groups or {}) if len(own) > COLOURS else {}
     names = {run: shared.get(run, run) for run in own}
@@ -60,7 +61,7 @@ def colours_of(runs: Iterable[str], groups: Mapping[str, str] | None = None) -> 
 
 
 def faded(shade: str, opacity: float) -> str:
-    """The colour of a band around a line."""
+    """Return a colour with an opacity, for a band around a line."""
     if shade.startswith("rgb("):
         return shade.replace("rgb(", "rgba(").replace(")", f", {opacity})")
     red, green, blue = (int(shade[i : i + 2], 16) for i in (1, 3, 5))
@@ -68,7 +69,7 @@ def faded(shade: str, opacity: float) -> str:
 
 
 def template(theme: str = "light") -> go.layout.Template:
-    """The part of a layout that all figures share."""
+    """Return the part of a layout that all figures share."""
     look = THEMES[theme]
     axis = {
         "gridcolor": look["grid"], "linecolor": look["grid"], "zeroline": False, "ticks": "", "automargin": True,
@@ -92,7 +93,7 @@ def template(theme: str = "light") -> go.layout.Template:
 
 
 def themes() -> dict[str, Any]:
-    """What the page needs to paint figures in either theme."""
+    """Return what the page needs to draw figures in either theme."""
     return {
         name: {
             "template": template(name).to_plotly_json(),

@@ -1,4 +1,4 @@
-"""What a report looks at: runs and the tables of analyses, read once."""
+"""The input of a report: runs, and the tables of analyses, each read once."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -31,10 +31,10 @@ class Analysis:
 
 @dataclass
 class Material:
-    """Everything a section may look at. command: the words that make this report again. title: of the page.
+    """Everything that a section can use. command: the command line that makes this report again. title: of the page.
 
-    problems: what could not be read and is left out, in sentences. labels: by run, what it is called together with those that
-    differ from it in seeds alone; found where nothing is said.
+    problems: sentences on what could not be read and is left out. labels: for each run, the name of its group of runs
+    that differ only in seeds; if empty, the configurations of the runs decide.
     """
 
     runs: list[Run]
@@ -47,13 +47,13 @@ class Material:
 
     @cached_property
     def log(self) -> "pd.DataFrame":
-        """The logged numbers of all runs: run, step, name, value; what `pico evaluate` found counts where both say something."""
+        """The logged numbers of all runs: run, step, name, value. Results of `pico evaluate` replace logged ones."""
         from picolm.report.plot import log_table
 
         return log_table({name: [*run.read_metrics(), *self._evaluated(run)] for name, run in self.named.items()})
 
     def _evaluated(self, run: Run) -> Iterator[dict[str, Any]]:
-        """The results in eval_results/ as lines of the log, which names them `val/…`."""
+        """Yield the results in eval_results/ as entries of the log, with the names `val/…`."""
         for step in run.evaluated_steps():
             try:
                 results = flatten(run.evaluation(step) or {})
@@ -63,13 +63,13 @@ class Material:
             yield {"step": step} | {f"val/{name}": value for name, value in results.items()}
 
     def tell(self, problem: str) -> None:
-        """Note what is left out of the report, once; `pico report` says it, and the report itself where it belongs."""
+        """Add a sentence to `problems`, once; `pico report` logs it, and the report shows it under "Left out"."""
         if problem not in self.problems:
             self.problems.append(problem)
 
     @cached_property
     def named(self) -> dict[str, Run]:
-        """The runs by name; where two have the same, by place."""
+        """The runs by name; by place if two runs have the same name."""
         names = [run.name for run in self.runs]
         return {
             run.name if names.count(run.name) == 1 else place: run
@@ -78,14 +78,14 @@ class Material:
 
     @cached_property
     def groups(self) -> dict[str, str]:
-        """By run, what it is called together with those that differ from it in nothing but seeds and names."""
+        """For each run, the name of its group: runs that differ only in seeds and names."""
         if self.labels:
             return self.labels
         return alike({name: config_of(run) for name, run in self.named.items()})[0]
 
 
 def gather(places: Sequence[str], analyses: Sequence[str], own: Sequence[str] = ()) -> Material:
-    """Open runs and read tables. Raises PicoError, naming what is wrong with which."""
+    """Open runs and read tables. Raises PicoError that names the place and what is wrong with it."""
     tables = [Analysis(str(place), _table(place)) for place in analyses]
     if not places and not tables:
         raise PicoError("a report of what? pico report RUN… [--analysis DIR…]")

@@ -1,4 +1,4 @@
-"""Templates of the page. Everything that is put into them is escaped; nothing else puts text into a page but `section.html`."""
+"""Templates of the page. All values are escaped; only templates and `section.html` put text into a page."""
 
 import json
 from functools import cache
@@ -12,7 +12,7 @@ ASSETS = files("picolm.report") / "page"
 
 
 def asset(name: str) -> str:
-    """The text of a file of the page: page.js, page.css, a template."""
+    """Return the text of a file of the page: page.js, page.css, a template."""
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
@@ -30,5 +30,5 @@ def _environment() -> Environment:
 
 
 def render(template: str, **values: Any) -> Markup:
-    """A template with its values, as HTML."""
+    """Return a template, filled with values, as HTML."""
     return Markup(_environment().get_template(template).render(**values))

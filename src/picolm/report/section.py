@@ -1,10 +1,11 @@
-"""What a report is made of: sections, each a registered function that looks at the material and returns one, or None.
+"""Sections, the parts of a report. Each is a registered function that takes the material and returns a section, or
+None.
 
     @SECTIONS.add("notes")
     def notes(material: Material) -> Section | None:
         return Section("Notes", [html("<p>{}</p>", material.runs[0].name)])
 
-A function of one's own, outside this package, is named `my_lab.module:function` on the command line (`--section`).
+A user's own function, outside of this package, is named on the command line: `--section my_lab.module:function`.
 """
 
 import re
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def html(template: str, *values: object, **named: object) -> Markup:
-    """HTML with `{}` where values go, escaped: the only way, with the page's templates, by which text gets into a page."""
+    """Return HTML with the escaped values in place of `{}`. Only this and the page's templates put text into a page."""
     return Markup(template).format(*values, **named)
 
 
 @dataclass
 class Drawing:
-    """A figure and what is said of it. code: the Python call that draws it alone. caption: what to look for."""
+    """A figure and its texts. code: the Python call that draws it alone. caption: what to look for."""
 
     figure: "go.Figure"
     code: str = ""
@@ -38,18 +39,18 @@ class Drawing:
 
     @property
     def title(self) -> str:
-        """As text; figures hold it as plotly's HTML."""
+        """The title as plain text; the figure holds it as HTML."""
         return Markup(self.figure.layout.title.text or "Figure").striptags()
 
     @property
     def name(self) -> str:
-        """A name for files, from the title."""
+        """A file name, from the title."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")[:80] or "figure"
 
 
 @dataclass
 class Sheet:
-    """A table of any length that can be sorted, filtered and saved as CSV."""
+    """A table of any length that readers can sort, filter and save as CSV."""
 
     name: str
     frame: "pd.DataFrame"
@@ -57,9 +58,10 @@ class Sheet:
 
 @dataclass
 class Section:
-    """A heading and what stands under it: drawings, sheets, and HTML made by `html` or a template. lead: a sentence on top.
+    """A heading and its content: drawings, sheets, and HTML made by `html` or a template. lead: a sentence below the
+    heading.
 
-    first: whether it stands before all others.
+    first: whether it is placed before all others.
     """
 
     title: str
@@ -72,7 +74,9 @@ SECTIONS: Registry[Callable[["Material"], Section | None]] = Registry("report se
 
 
 def described(figure: "go.Figure") -> str:
-    """A figure in words, for those who do not see it: what its axes show, how many lines, and the range of the values."""
+    """Return a description of a figure for readers who cannot see it: what its axes show, how many lines, the range of
+    the values.
+    """
     import numpy as np
 
     traces = [trace for trace in figure.data if trace.visible is not False and not (trace.meta or {}).get("band")]

@@ -1,7 +1,8 @@
-"""Metrics: functions from one matrix, or a pair of them, to a number. Each is also plain Python: `metrics.cka(x, y)`.
+"""Metrics: functions that take one or two matrices and return a number. Call them from Python: `metrics.cka(x, y)`.
 
-They take torch tensors, numpy arrays or `Matrix` objects (which share what is computed), compute in float64, and raise
-`Undefined` with the reason where there is no value. A metric is one decorated function; `METRICS` finds it by name.
+They take torch tensors, numpy arrays or `Matrix` objects (which cache intermediate results), compute in float64, and
+raise `Undefined` with the reason where there is no value. A metric is one decorated function; `METRICS` finds it by
+name.
 """
 
 from picolm.analyze.matrix import Undefined

@@ -1,8 +1,9 @@
-"""What a metric is: a function of one or two matrices that gives a number, and the facts that an analysis needs about it.
+"""The class `Metric`: a function of one or two matrices that returns a number, and what an analysis needs to know.
 
-`@metric("name")` turns a function into a `Metric` and registers it; `as_metric` takes any function of a user. Parameters
-annotated `Matrix` get one, with all it shares; others get a float64 tensor, or a numpy array if annotated so. Keyword-only
-parameters are the options of the metric, in Python and in YAML alike, checked by their annotation.
+`@metric("name")` turns a function into a `Metric` and registers it; `as_metric` takes any function of a user.
+Parameters annotated `Matrix` receive one, with its cached results; others receive a float64 tensor, or a numpy array if
+annotated so. Keyword-only parameters are the options of the metric, in Python and in YAML; they are checked against
+their annotation.
 """
 
 import functools
@@ -38,7 +39,7 @@ class Chance(NamedTuple):
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a metric. annotation: its type, with limits; default: `inspect.Parameter.empty` when it must be given."""
+    """One option of a metric. annotation: its type, with limits; default: `inspect.Parameter.empty` if required."""
 
     name: str
     annotation: Any
@@ -53,7 +54,7 @@ class Option:
         return TypeAdapter(Any if self.annotation is inspect.Parameter.empty else self.annotation)
 
     def problem(self, value: Any) -> str | None:
-        """`should be 'left' or 'right', not 'top'`, None when `value` is fine."""
+        """Return what is wrong with `value`, such as `should be 'left' or 'right', not 'top'`; None if it is valid."""
         try:
             self._type.validate_python(value, strict=True)
         except ValidationError as error:
@@ -63,14 +64,17 @@ class Option:
 
 
 class Metric:
-    """A callable: `cka(x, y, debiased=True)` takes tensors, numpy arrays or matrices and returns a float.
+    """A callable metric: `cka(x, y, debiased=True)` takes tensors, numpy arrays or matrices and returns a float.
 
-    name; arity: 1 or 2 matrices; of: the data types it is defined for; options: by name; needs: what a pair must have in
-    common (as many `rows`, the same `shape`, `none`); symmetric: whether the order of a pair does not matter; summary: one line.
-    kind: what its value is: a similarity (1 for equal matrices, less for others), a distance (0 for equal matrices, more for
-    others), or any other quantity, which is also what a metric is that does not say.
-    forced: a function of the same matrices and options: how many canonical correlations are 1 whatever the data.
-    paired: from the options to what of a pair belongs together, rows (the default) or columns; chance permutes that.
+    name; arity: number of matrices, 1 or 2; of: the data types it is defined for; options: by name; needs: what two
+    matrices must have in common (the number of `rows`, the `shape`, or `none`); symmetric: whether the order of the two
+    does not matter; summary: the first paragraph of the docstring as one line.
+    kind: what the value is: a similarity (1 for equal matrices, less for others), a distance (0 for equal matrices,
+    more for others), or any other quantity (the default).
+    forced: a function of the same matrices and options that returns how many canonical correlations are 1 whatever the
+    data.
+    paired: a function of the options that returns which axis of the two matrices corresponds, rows (the default) or
+    columns; `chance` permutes this axis.
     """
 
     def __init__(
@@ -96,7 +100,9 @@ class Metric:
         self.summary = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
 
     def __call__(self, *matrices: Matrix | Array, **options: Any) -> float:
-        """The value. Raises `Undefined` with the reason where there is none; infinity is a value, NaN never is."""
+        """Return the value. Raises `Undefined` with the reason where there is none; infinity is a value, NaN is not.
+        Raises TypeError for a wrong number of matrices and for wrong options.
+        """
         given = self._checked(matrices, options)
         try:
             value = float(self.function(*(form(matrix) for form, matrix in zip(self._forms, given)), **options))
@@ -111,10 +117,11 @@ class Metric:
         return None if self._forced is None else self._forced(*self._checked(matrices, options), **options)
 
     def chance(self, x: Matrix | Array, y: Matrix | Array, *, draws: int = 20, **options: Any) -> Chance:
-        """Return the mean and standard deviation of the value over `draws` permutations of the rows of y (of its columns, where
-        those belong together). The permutations are the same in each call. Raises `Undefined` where one of them has no value.
+        """Return mean and standard deviation of the value over `draws` permutations of the rows of y (of its columns,
+        if the columns correspond). The permutations are the same in each call. Raises `Undefined` if one of them has no
+        value, and ValueError for fewer than 2 draws.
 
-        Permutations take the rows to be exchangeable, which positions of one text are not quite.
+        Permutations assume exchangeable rows; positions of one text are only approximately exchangeable.
         """
         if draws < 2:
             raise ValueError(f"{draws} permutation(s) have no standard deviation; 2 at least")
@@ -154,23 +161,23 @@ class Metric:
 
     @property
     def required(self) -> tuple[str, ...]:
-        """The options that must be given."""
+        """Names of the options that must be given."""
         return tuple(name for name, option in self.options.items() if option.required)
 
     def check_option(self, name: str, value: Any) -> str | None:
-        """What is wrong with the value of one option, None when it is fine."""
+        """Return what is wrong with the value of one option, None if it is valid."""
         if name not in self.options:
             return f"unknown option{did_you_mean(name, self.options)} (there are: {', '.join(self.options) or 'none'})"
         return self.options[name].problem(value)
 
     def problems(self, options: Mapping[str, Any]) -> dict[str, str]:
-        """All that is wrong with `options`, by name: unknown ones, wrong values, and those that must be given."""
+        """Return all that is wrong with `options`, by name: unknown options, invalid values, missing options."""
         found = {name: self.check_option(name, value) for name, value in options.items()}
         missing = {name: "must be given" for name in self.required if name not in options}
         return {name: complaint for name, complaint in found.items() if complaint is not None} | missing
 
     def __reduce__(self) -> Any:
-        """By name when that finds this very object, as for a function."""
+        """Pickle by name, like a function, if the registry has this object under its name; else by function."""
         registered = METRICS.get(self.name) is self if self.name in METRICS else False
         return self.function.__qualname__ if registered else (as_metric, (self.function, self.name))
 
@@ -191,7 +198,7 @@ def metric(
     forced: Callable[..., int] | None = None,
     paired: Callable[[Mapping[str, Any]], Axis] = lambda options: "rows",
 ) -> Callable[[Callable[..., float]], Metric]:
-    """Register the decorated function under `name`; the facts are those of `Metric`."""
+    """Return a decorator that registers a function as the metric `name`; the other arguments are those of `Metric`."""
 
     def register(function: Callable[..., float]) -> Metric:
         return METRICS.add(name)(Metric(function, name, of, needs, symmetric, kind, forced, paired))
@@ -200,16 +207,18 @@ def metric(
 
 
 def find_metric(name: str) -> Metric:
-    """Return the metric `name` of a configuration. A plain function keeps its whole name, `my_lab.module:gini`, which no other
-    metric has. Raises PicoError.
+    """Return the metric `name` of a configuration. Raises PicoError. A plain function keeps its whole name,
+    `my_lab.module:gini`, so that no other metric has the same name.
     """
     return as_metric(METRICS.get(name), name)
 
 
 def as_metric(part: Any, name: str = "") -> Metric:
-    """Return `part` itself when it is a Metric; make one of a plain function of one or two tensors. Raises PicoError otherwise.
+    """Return `part` itself if it is a Metric; else make one of a plain function of one or two tensors. Raises PicoError
+    for anything else.
 
-    name: of the metric (default: that of the function). An attribute `kind` of the function is the kind of the metric.
+    name: name of the metric (default: that of the function). An attribute `kind` of the function is the kind of the
+    metric.
     """
     if isinstance(part, Metric):
         return part
@@ -230,7 +239,9 @@ def _checked_kind(kind: Any, name: str, arity: int) -> Kind:
 def _parameters(
     function: Callable[..., Any], name: str
 ) -> tuple[dict[str, Callable[[Matrix], Any]], dict[str, Option]]:
-    """How to hand over each matrix, and the options."""
+    """Return, by parameter, how to pass each matrix, and the options. Raises PicoError if this is not the signature of
+    a metric.
+    """
     hints = _type_hints(function)
     matrices: dict[str, Callable[[Matrix], Any]] = {}
     options: dict[str, Option] = {}

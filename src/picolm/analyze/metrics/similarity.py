@@ -1,7 +1,8 @@
-"""How alike two representations of the same inputs are.
+"""Metrics that compare two representations of the same inputs.
 
-Rows are inputs, the same in both; columns are features, not necessarily as many, and are centred first. A matrix with the
-same number of rows for another reason (two weight matrices with one output space) may stand for activations.
+Rows are inputs, the same in both matrices. Columns are features; their numbers may differ. All but subspace_overlap
+centre the columns first. Other matrices whose rows correspond, such as two weight matrices with the same output space,
+can be compared too.
 
 Notation: X [N, p] and Y [N, q], centred; canonical correlations rho_1 >= rho_2 >= …
 """
@@ -16,17 +17,17 @@ from torch import Tensor
 from picolm.analyze.matrix import EPSILON, Matrix, Undefined
 from picolm.analyze.metrics.metric import metric
 
-# Canonical variates whose correlations differ by less are not determined by the data one by one, only their span is.
+# If canonical correlations differ by less than this, the data determine only the span of their variates.
 TIE = 1e-8
 
 
 @metric("cka", kind="similarity", needs="rows", symmetric=True)
 def cka(x: Matrix, y: Matrix, *, debiased: bool = False) -> float:
-    """Centred kernel alignment with a linear kernel: 0 to 1; invariant to rotation and scale.
+    """Centred kernel alignment (CKA) with a linear kernel: 0 to 1, invariant to rotation and scale.
 
-    norm(Y'X)_F^2 / (norm(X'X)_F norm(Y'Y)_F) (Kornblith et al., ICML 2019). debiased: with the U-statistic of HSIC (Song et al.,
-    JMLR 2012), near 0 for independent data where the biased one grows with p / N; it may be negative, and takes 4 rows.
-    Undefined when all rows are equal; debiased, when they are equally far apart.
+    norm(Y'X)_F^2 / (norm(X'X)_F norm(Y'Y)_F) (Kornblith et al., ICML 2019). debiased: use the U-statistic of HSIC (Song
+    et al., JMLR 2012), which is near 0 for independent data, where the biased one grows with p / N; it can be negative,
+    and needs 4 rows. Undefined if all rows are equal; if debiased, also if they are equally far apart.
     """
     cross = _squared_cross_norm(x, y)
     if not debiased:
@@ -40,17 +41,19 @@ def cka(x: Matrix, y: Matrix, *, debiased: bool = False) -> float:
 
 
 def _squared_cross_norm(x: Matrix, y: Matrix) -> float:
-    """norm(Y'X)_F^2, which is the sum of products of the N x N Gram matrices too: by the smaller matrices."""
+    """Return norm(Y'X)_F^2, which is also the sum of products of the entries of the N x N Gram matrices; the smaller
+    matrices are used.
+    """
     if len(x.centred) < max(x.centred.shape[1], y.centred.shape[1]):
         return float(x.gram.flatten() @ y.gram.flatten())
     return float((y.centred.mT @ x.centred).square().sum())
 
 
 def _debiased_hsic(cross: float, x: Matrix, y: Matrix) -> float:
-    """The U-statistic times N (N - 3), from the Gram matrices K and L of centred rows without forming them.
+    """Return the U-statistic times N (N - 3) for the Gram matrices K and L of centred rows, without forming them.
 
-    Leaving out the diagonals k and l of matrices whose rows sum to 0 gives tr(K~L~) = norm(Y'X)_F^2 - k.l, 1'K~1 = -sum k and
-    1'K~L~1 = k.l; that the rows are centred makes no difference to the U-statistic.
+    cross: norm(Y'X)_F^2. K~ and L~ are K and L without their diagonals k and l. The rows of K and L sum to 0, so
+    tr(K~L~) = norm(Y'X)_F^2 - k.l, 1'K~1 = -sum k and 1'K~L~1 = k.l. Centring the rows does not change the U-statistic.
     """
     rows, k, l = len(x.centred), x.squared_lengths, y.squared_lengths  # noqa: E741
     diagonal = float(k @ l)
@@ -58,8 +61,8 @@ def _debiased_hsic(cross: float, x: Matrix, y: Matrix) -> float:
 
 
 def _forced(ranks: tuple[int, int], rows: int) -> int:
-    """How many canonical correlations are 1 whatever the data: two spaces of these dimensions among the N - 1 of centred rows
-    have at least that many directions in common.
+    """Return how many canonical correlations are 1 whatever the data: two spaces of these dimensions within the N - 1
+    dimensions of centred rows share at least that many directions.
     """
     return max(0, sum(ranks) - (rows - 1))
 
@@ -83,11 +86,12 @@ def _forced_of_ranks(x: Matrix, y: Matrix) -> int:
 
 @metric("cca", kind="similarity", needs="rows", symmetric=True, forced=_forced_of_ranks)
 def cca(x: Matrix, y: Matrix) -> float:
-    """Mean canonical correlation: 0 to 1; invariant to any invertible linear map of the features.
+    """Mean canonical correlation: 0 to 1, invariant to any invertible linear map of the features.
 
-    Over as many correlations as the smaller of the two ranks. A rank counts the directions above the noise floor of the type that
-    the data were stored in. Where the ranks add up to more than N - 1, the excess correlations are 1 whatever the data; their
-    number is in the column `forced`. Undefined where a rank is N - 1: then all of them are.
+    The mean is over as many correlations as the smaller of the two ranks. A rank counts the directions above the noise
+    floor of the type in which the data were stored. Where the ranks add up to more than N - 1, the excess correlations
+    are 1 whatever the data; the column `forced` has their number. Undefined where a rank is N - 1, since then all
+    correlations are 1.
     """
     _check_ranks(_ranks(x, y), x.shape[0])
     return _mean_correlation(x.directions.basis_Nd, y.directions.basis_Nd)
@@ -99,12 +103,12 @@ def _forced_of_principal(x: Matrix, y: Matrix, *, variance: float = 0.99) -> int
 
 @metric("svcca", kind="similarity", needs="rows", symmetric=True, forced=_forced_of_principal)
 def svcca(x: Matrix, y: Matrix, *, variance: Annotated[float, Field(gt=0, le=1)] = 0.99) -> float:
-    """Mean canonical correlation of the principal directions that hold `variance` of each side's variance.
+    """Mean canonical correlation of the top principal directions that hold the share `variance` of the variance.
 
-    Raghu et al., NeurIPS 2017: the fewest directions that hold at least that share; with 1 it is cca. Invariant to rotation
-    and scale only. Correlations that are 1 whatever the data are counted as for cca, among the directions that are kept.
-    Undefined where the last direction kept and the next one hold equal variance (to the rounding of the stored type), and where
-    all N - 1 directions of one side are kept.
+    Keeps on each side the fewest directions that hold at least that share (Raghu et al., NeurIPS 2017); with 1 it is
+    cca. Invariant to rotation and scale only. Correlations that are 1 whatever the data are counted as in cca, among
+    the kept directions. Undefined where the last kept direction and the next one hold equal variance (up to the
+    rounding of the stored type), and where all N - 1 directions of one side are kept.
     """
     counts = _principal_count(x, variance), _principal_count(y, variance)
     _check_ranks(counts, x.shape[0])
@@ -131,14 +135,14 @@ def _mean_correlation(first: Tensor, second: Tensor) -> float:
 
 @metric("pwcca", kind="similarity", needs="rows", forced=_forced_of_ranks)
 def pwcca(x: Matrix, y: Matrix) -> float:
-    """Canonical correlations averaged by how much of the smaller side each variate accounts for: 0 to 1.
+    """Mean canonical correlation, weighted by how much of the smaller side each variate accounts for: 0 to 1.
 
-    sum a_i rho_i / sum a_i, a_i = sum_j |<h_i, x_j>|, x_j the columns and h_i the orthonormal canonical variates of the side
-    with fewer dimensions: the lower rank, then the fewer columns, then the first (Morcos et al., NeurIPS 2018). The order
-    matters only where both are equal. Of variates of equal correlation (to 1e-8) the data determine nothing but the span:
-    they get the weight that they have on average over all orthonormal bases of it. There are such where the two ranks add up
-    to more than N - 1: that many correlations are 1 whatever the data; their number is in the column `forced`. Undefined where
-    a rank is N - 1 (p >= N): then all of them are. Ranks are those of the data as stored, as for cca.
+    sum a_i rho_i / sum a_i, a_i = sum_j |<h_i, x_j>|, x_j the columns and h_i the orthonormal canonical variates of the
+    smaller side: the one with the lower rank, else with fewer columns, else the first (Morcos et al., NeurIPS 2018).
+    The order matters only if rank and columns are equal. Of variates with equal correlation (up to 1e-8) the data
+    determine only the span: they get the mean weight over all orthonormal bases of it. This occurs where the two ranks
+    add up to more than N - 1: the excess correlations are 1 whatever the data; the column `forced` has their number.
+    Undefined where a rank is N - 1 (p >= N), since then all correlations are 1. Ranks are counted as in cca.
     """
     _check_ranks(_ranks(x, y), x.shape[0])
     small, large = sorted((x, y), key=lambda side: (len(side.directions.scales_d), side.shape[1]))
@@ -150,10 +154,10 @@ def pwcca(x: Matrix, y: Matrix) -> float:
 
 
 def _weights(projections_dp: Tensor, correlations_d: Tensor) -> Tensor:
-    """Of each variate; those that are tied share the expectation of their sum over all bases of their span.
+    """Return the weight of each variate; tied variates get its expectation over all bases of their span.
 
-    In a span of g dimensions, the first coordinate of a random unit vector is in the mean Gamma(g/2) / (sqrt pi Gamma((g+1)/2))
-    by magnitude: 1 for g = 1, where a_i remains, which is nearly always the case.
+    In a span of g dimensions, the absolute first coordinate of a random unit vector has the mean Gamma(g/2) / (sqrt pi
+    Gamma((g+1)/2)). It is 1 for g = 1, which is nearly always the case; the weight is then a_i.
     """
     distinct_d = correlations_d.diff().abs() > TIE
     if distinct_d.all():
@@ -169,10 +173,11 @@ def _weights(projections_dp: Tensor, correlations_d: Tensor) -> Tensor:
 
 @metric("procrustes", kind="distance", needs="rows", symmetric=True)
 def procrustes(x: Matrix, y: Matrix, *, form: Literal["angle", "distance"] = "angle") -> float:
-    """Distance after the best rotation, both scaled to unit norm: an angle in radians from 0 to pi/2, or a distance.
+    """Procrustes distance of two matrices at unit norm, after the best rotation: an angle in radians or a distance.
 
-    angle arccos norm(X'Y)_*; distance norm(X - Y Q)_F = sqrt(2 - 2 norm(X'Y)_*), from 0 to sqrt 2 (Williams et al., NeurIPS
-    2021). Fewer columns are filled up with zeros, which the nuclear norm does not see. Below 1e-7 it is rounding.
+    angle: arccos norm(X'Y)_*, from 0 to pi/2; distance: norm(X - Y Q)_F = sqrt(2 - 2 norm(X'Y)_*), from 0 to sqrt 2
+    (Williams et al., NeurIPS 2021). The side with fewer columns is padded with zeros, which does not change the nuclear
+    norm. Values below 1e-7 are rounding.
     """
     rows, narrow = len(x.centred), min(x.centred.shape[1], y.centred.shape[1])
     cross = Matrix.product(x.centred.mT, y.centred) if rows < narrow else Matrix(x.centred.mT @ y.centred)
@@ -184,18 +189,19 @@ def procrustes(x: Matrix, y: Matrix, *, form: Literal["angle", "distance"] = "an
 def rsa(x: Matrix, y: Matrix) -> float:
     """Representational similarity: rank correlation of the distances between all pairs of rows, -1 to 1.
 
-    Spearman correlation of the Euclidean distances above the diagonal, ties sharing their mean rank (Kriegeskorte et al.,
-    2008). Invariant to rotation and scale. Undefined with fewer than 3 rows, or distances that are all equal.
+    Spearman correlation of the Euclidean distances above the diagonal, with mean ranks for ties (Kriegeskorte et al.,
+    2008). Invariant to rotation and scale. Undefined with fewer than 3 rows, and if all distances are equal.
     """
     return min(1.0, max(-1.0, float(x.distance_ranks @ y.distance_ranks)))
 
 
 @metric("neighbour_overlap", kind="similarity", needs="rows", symmetric=True)
 def neighbour_overlap(x: Matrix, y: Matrix, *, k: Annotated[int, Field(ge=1)] = 10) -> float:
-    """Share of nearest neighbours in common: mean Jaccard index of the k nearest rows of each row, by cosine; 0 to 1.
+    """Shared nearest neighbours: mean Jaccard index of the k nearest rows of each row, by cosine; 0 to 1.
 
-    Cosines of centred rows (Klabunde et al., arXiv 2305.06329). Rows as near as the k-th count too, so that the order of rows
-    makes no difference. Undefined with k rows or fewer, and where a row is the mean of all. Chance level is about k / (2 N).
+    Cosines are of centred rows (Klabunde et al., arXiv 2305.06329). All rows tied with the k-th nearest count, so that
+    the order of rows does not matter. Undefined with k rows or fewer, and where a row equals the mean of all rows. The
+    chance level is about k / (2 N).
     """
     first, second = x.neighbours(k), y.neighbours(k)
     shared, either = (first & second).sum(1).double(), (first | second).sum(1).double()  # integers divide in float32
@@ -211,11 +217,11 @@ def neighbour_overlap(x: Matrix, y: Matrix, *, k: Annotated[int, Field(ge=1)] = 
 def subspace_overlap(
     x: Matrix, y: Matrix, *, k: Annotated[int, Field(ge=1)] = 10, side: Literal["left", "right"] = "left"
 ) -> float:
-    """Mean squared cosine of the principal angles between the spaces of the k top singular vectors, left or right; 0 to 1.
+    """Mean squared cosine of the principal angles between the spans of the top k singular vectors: 0 to 1.
 
-    norm(U'V)_F^2 / k; nothing is centred. Left takes equal numbers of rows, right of columns. Chance level is k over that
-    number. Undefined where the rank (above the noise floor of the stored type) is below k, or where the k-th and the next
-    singular value are equal (to the rounding of the stored type).
+    norm(U'V)_F^2 / k; nothing is centred. side: left or right singular vectors; left needs equal numbers of rows, right
+    of columns. The chance level is k divided by that number. Undefined where the rank (above the noise floor of the
+    stored type) is below k, or where singular values k and k + 1 are equal (up to the rounding of the stored type).
     """
     first, second = (_top_space(matrix, k, side) for matrix in (x, y))
     if len(first) != len(second):

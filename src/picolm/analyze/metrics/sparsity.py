@@ -1,4 +1,6 @@
-"""How unequal the entries of a tensor are in magnitude. All are free of scale; a product of factors is formed for them."""
+"""Metrics of how unequal the magnitudes of the entries of a tensor are. None depends on scale; products of factors are
+multiplied out.
+"""
 
 import math
 from typing import Annotated
@@ -12,9 +14,10 @@ from picolm.analyze.metrics.metric import metric
 
 @metric("gini")
 def gini(x: Matrix) -> float:
-    """Gini coefficient of the magnitudes: 0 when all are equal, 1 - 1/n when one of n entries is not zero; 0 for zero.
+    """Gini coefficient of the magnitudes: 0 if all are equal, 1 - 1/n if only one of n entries is not zero.
 
-    sum_i (2 i - n - 1) x_(i) / (n sum x), x_(1) <= … <= x_(n) (Hurley and Rickard, IEEE Trans. Inf. Theory 2009).
+    sum_i (2 i - n - 1) x_(i) / (n sum x), x_(1) <= … <= x_(n) (Hurley and Rickard, IEEE Trans. Inf. Theory 2009). 0 if
+    all entries are zero.
     """
     magnitudes = np.sort(x.entries.abs().numpy(), axis=None)
     total, count = magnitudes.sum(), len(magnitudes)
@@ -25,9 +28,9 @@ def gini(x: Matrix) -> float:
 
 @metric("hoyer")
 def hoyer(x: Matrix) -> float:
-    """Hoyer sparsity: 0 when all magnitudes are equal, 1 when a single entry is not zero.
+    """Hoyer sparsity: 0 if all magnitudes are equal, 1 if only one entry is not zero.
 
-    (sqrt n - l1 / l2) / (sqrt n - 1) (Hoyer, JMLR 2004). Undefined for zero, and for a single entry.
+    (sqrt n - l1 / l2) / (sqrt n - 1) (Hoyer, JMLR 2004). Undefined if all entries are zero, and for a single entry.
     """
     root = math.sqrt(x.entries.numel())
     if root == 1:
@@ -40,9 +43,9 @@ def hoyer(x: Matrix) -> float:
 
 @metric("kurtosis")
 def kurtosis(x: Matrix) -> float:
-    """Kurtosis of the entries: 3 for a normal distribution (not the excess), 1 at least.
+    """Kurtosis of the entries (not the excess kurtosis): 3 for a normal distribution, at least 1.
 
-    Fourth central moment over the squared second one, both divided by n. Undefined when all entries are equal.
+    Fourth central moment divided by the square of the second, both with 1/n. Undefined if all entries are equal.
     """
     entries = x.entries
     if entries.min() == entries.max():
@@ -54,7 +57,10 @@ def kurtosis(x: Matrix) -> float:
 
 @metric("near_zero_fraction")
 def near_zero_fraction(x: Matrix, *, eps: Annotated[float, Field(gt=0, le=1)] = 1e-3) -> float:
-    """Share of the entries below `eps` times the largest magnitude; 1 for zero."""
+    """Fraction of the entries with a magnitude below `eps` times the largest magnitude.
+
+    1 if all entries are zero.
+    """
     magnitudes = x.entries.abs()
     largest = magnitudes.max()
     return 1.0 if largest == 0 else float((magnitudes < eps * largest).double().mean())

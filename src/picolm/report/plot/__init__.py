@@ -1,7 +1,7 @@
-"""From a table to a figure, for notebooks and for the report alike.
+"""Functions from a table to a figure, for notebooks and for the report.
 
-The functions take the long table of an analysis (`picolm.analyze.load`) or the log of runs (`log_table`) and return a
-plotly figure; `figure.layout.meta` tells the page what a reader may change in it.
+They take the long table of an analysis (`picolm.analyze.load`) or the log of runs (`log_table`) and return a plotly
+figure. `figure.layout.meta` lists what readers can change in it.
 """
 
 from picolm.report.plot.comparison import compare

@@ -1,4 +1,4 @@
-"""Several runs side by side: a line for each group of runs, with the interval of the mean where a group has several."""
+"""Compare runs: a line for each group of runs, with a confidence interval of the mean if a group has several."""
 
 from collections.abc import Mapping
 
@@ -11,16 +11,18 @@ from picolm.errors import PicoError
 from picolm.report.plot.panels import Control, Panel, band, figure, line
 from picolm.report.plot.series import gaps, matters, named, select
 
-MOST_LAYERS = 12  # offered one by one
+MOST_LAYERS = 12  # layers that readers can choose one by one
 
 
 def compare(
     table: pd.DataFrame, name: str, options: str | None = None, *, groups: Mapping[str, str] | None = None
 ) -> go.Figure:
-    """A metric over steps, run against run: the mean over layers and heads of each, or one layer at a time.
+    """Return a figure of a metric over steps that compares runs: the mean over layers and heads, or one layer at a
+    time.
 
-    groups: run -> the group it belongs to (seeds of one configuration); a group of several runs is drawn as the mean over
-    them with a 95 % interval (Student's t), by `picolm.analyze.aggregate`. Default: each run by itself.
+    groups: run -> its group (seeds of one configuration); a group of several runs is drawn as their mean with a 95 %
+    confidence interval (Student's t), by `picolm.analyze.aggregate`. Default: each run by itself. Raises PicoError for
+    fewer than two runs.
     """
     rows = select(table, name, options)
     runs = list(rows["run"].unique())
@@ -45,7 +47,7 @@ def compare(
 
 
 def _per_run(rows: pd.DataFrame) -> pd.DataFrame:
-    """The table with one row per run and step: the mean over layers and heads, without what is not finite."""
+    """Return one row per run and step: the mean over layers and heads of the finite values."""
     finite = rows[np.isfinite(rows["value"].to_numpy(dtype=float))]
     means = finite.groupby(["run", "step"], as_index=False)["value"].mean()
     keep = [column for column in rows.columns if column not in ("run", "step", "value")]

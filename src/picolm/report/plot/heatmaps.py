@@ -14,7 +14,9 @@ from picolm.report.plot.series import by_step, gaps, matters, metrics, named, pa
 
 
 def heatmap(table: pd.DataFrame, name: str | None = None, options: str | None = None) -> go.Figure:
-    """Layers, or heads, from down to up and steps across, one matrix at a time. Without `name` every metric can be chosen."""
+    """Return a heatmap with layers or heads from bottom to top and steps from left to right, one matrix at a time.
+    Without `name` readers can choose any metric. Raises PicoError if there is only one layer or one step.
+    """
     wanted = [(name, options)] if name is not None else metrics(table)
     rows = [select(table, *one) for one in wanted]
     layered = [
@@ -45,26 +47,30 @@ def heatmap(table: pd.DataFrame, name: str | None = None, options: str | None = 
 
 
 def _titled(rows: pd.DataFrame, alone: bool) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The matrices of a metric, with its name in front where others can be chosen too."""
+    """Yield the matrices of a metric with their titles, which include its name unless `alone`."""
     before = "" if alone else named(rows["metric"].iloc[0], rows["options"].iloc[0] or "") + " · "
     for matter, group in matters(rows):
         yield before + matter.title, group
 
 
 def layers(table: pd.DataFrame, name: str, options: str | None = None) -> go.Figure:
-    """A metric between every two layers, of two runs or of one run at two steps; a slider chooses the step."""
+    """Return heatmaps of a metric between all layers, of two runs or of one run at two steps; a slider selects the
+    step.
+    """
     rows, missing = select(table, name, options), "a layer with several; target: {layer: all} does"
     return _squares(rows, name, "layer", "step", missing)
 
 
 def steps(table: pd.DataFrame, name: str, options: str | None = None) -> go.Figure:
-    """A metric between every two steps of the same layer; a slider chooses the layer."""
+    """Return heatmaps of a metric between all steps of the same layer; a slider selects the layer."""
     rows, missing = select(table, name, options), "all steps; target: {checkpoint: all} does"
     return _squares(rows, name, "step", "layer", missing)
 
 
 def _squares(rows: pd.DataFrame, name: str, axis: str, slider: str, missing: str) -> go.Figure:
-    """`axis` against itself, a map for each value of `slider`. missing: what it takes to have some, for the error."""
+    """Return heatmaps of `axis` by itself, one for each value of `slider`. missing: what the table lacks, for the
+    error.
+    """
     found = list(pairs(rows, f"{axis}s"))
     if not found:
         raise PicoError(f"{name}: nothing in the table compares {missing}")
@@ -103,7 +109,7 @@ def _by_step(rows: pd.DataFrame, shown: dict[str, int]) -> list[go.Heatmap]:
 
 
 def _square(rows: pd.DataFrame, down: str, across: str, shown: dict[str, int], about: str) -> go.Heatmap:
-    """Rows against columns; the mean over heads where there are several."""
+    """Return a heatmap of rows against columns; the mean over heads if there are several."""
     finite = rows[np.isfinite(rows["value"].to_numpy(dtype=float))]
     grid = finite.pivot_table(index=down, columns=across, values="value", aggfunc="mean", sort=True)
     grid = grid.reindex(index=sorted(rows[down].unique()), columns=sorted(rows[across].unique()))
@@ -111,7 +117,9 @@ def _square(rows: pd.DataFrame, down: str, across: str, shown: dict[str, int], a
 
 
 def _map(x: Any, y: Any, values: np.ndarray, shown: dict[str, int], about: str = "") -> go.Heatmap:
-    """Categories on both axes: steps that are not evenly spaced get cells of one width. Empty cells are missing values."""
+    """Return a heatmap with categories on both axes, so that unevenly spaced steps get cells of equal width. Empty
+    cells are missing values.
+    """
     text = f"{label(about)}<br>%{{y}} · %{{x}}: <b>%{{customdata}}</b><extra></extra>"
     return go.Heatmap(
         x=[str(at) for at in x], y=[str(at) for at in y], z=values, customdata=values, colorscale="Cividis", hoverongaps=False,
@@ -127,7 +135,7 @@ def _figure(title: str, traces: list[go.Heatmap], panel: Panel, controls: list[C
 
 
 def _same_scale(traces: list[go.Heatmap]) -> None:
-    """One range of colours for all maps of one matter, so that a slider shows change."""
+    """Set one colour range for all heatmaps of a matrix, so that the slider shows change."""
     ranges: dict[int, list[float]] = {}
     for trace in traces:
         values = np.asarray(trace.z, dtype=float)

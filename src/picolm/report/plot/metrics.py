@@ -14,9 +14,10 @@ EACH_HEAD = ("mean of heads", "each head")
 
 
 def metric(table: pd.DataFrame, name: str, options: str | None = None) -> go.Figure:
-    """A metric over steps: lines are layers, panels are matrices. Raises PicoError where the table has no such metric.
+    """Return a figure of a metric over steps: lines are layers, panels are matrices. Raises PicoError if the table has
+    no such metric.
 
-    table: as `picolm.analyze.load` gives it. options: which ones, where the table has the metric with several.
+    table: as `picolm.analyze.load` returns it. options: which ones, if the table has the metric with several.
     """
     rows = select(table, name, options)
     title = named(name, rows["options"].iloc[0] or "")

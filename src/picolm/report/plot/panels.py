@@ -1,7 +1,8 @@
-"""Small multiples, and what a reader may change in a figure.
+"""Figures with several panels, and what readers can change in them.
 
-A figure carries in `layout.meta` what the page offers: `panels` (how many, how high), `log` (axes that may be logarithmic),
-`controls` (choices, each with a key); and each trace in `meta` what its colour means and under which choices it is shown.
+`layout.meta` of a figure lists what the page offers: `panels` (how many, how high), `log` (axes that can be
+logarithmic), `controls` (choices, each with a key). `meta` of a trace states what its colour means and for which
+choices it is shown.
 """
 
 import math
@@ -21,7 +22,7 @@ GAP_X, GAP_Y = 66, 86  # between panels: tick labels of the right one; tick labe
 
 @dataclass(frozen=True)
 class Panel:
-    """One of several axes side by side: its title, and what its axes show, with units."""
+    """One panel of a figure: its title, and the titles of its axes, with units."""
 
     title: str
     y: str = ""
@@ -30,7 +31,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Control:
-    """Something to choose, or a slider where the options are ordered numbers. y: the title of the y axis under each."""
+    """A choice for readers, or a slider if the options are ordered numbers. y: title of the y axis for each option."""
 
     key: str
     label: str
@@ -51,7 +52,7 @@ class Control:
 
 
 def suffix(index: int) -> str:
-    """The number of an axis as plotly writes it: "", "2", "3", …"""
+    """Return the number of an axis as plotly writes it: "", "2", "3", …"""
     return "" if index == 0 else str(index + 1)
 
 
@@ -67,10 +68,10 @@ def figure(
     note: str = "",
     **layout: Any,
 ) -> go.Figure:
-    """Traces in panels, three in a row, with the first choice of each control made.
+    """Return a figure of traces in panels, three in a row, with each control at its initial value.
 
-    log: which of "x", "y" may be made logarithmic. shared_y: all panels have the same y title; only the left ones show it.
-    note: words that belong under the figure, such as how many values are missing.
+    log: which of "x", "y" can be logarithmic. shared_y: all panels have the same y title; only the left ones show it.
+    note: text below the figure, such as how many values are missing.
     """
     offered = [control.plain() for control in controls if len(control.options) > 1]
     made = go.Figure(list(traces))
@@ -91,7 +92,7 @@ def figure(
 
 
 def show(made: go.Figure, chosen: dict[str, int]) -> None:
-    """Draw the traces that belong to the choices; each group of lines has one entry in the legend (`show` in figures.js)."""
+    """Show the traces of the chosen options; each group of lines has one entry in the legend (`show` in figures.js)."""
     named: set[str] = set()
     for trace in made.data:
         trace.visible = all(chosen.get(key, option) == option for key, option in trace.meta["shown"].items())
@@ -101,7 +102,9 @@ def show(made: go.Figure, chosen: dict[str, int]) -> None:
 
 
 def arrange(made: go.Figure, columns: int, width: int = WIDTH) -> go.Figure:
-    """Place the panels in a grid of `columns`; the page does the same for the width that it has (`arrange` in figures.js)."""
+    """Place the panels in a grid of `columns`, and return the figure; the page does so for its own width (`arrange` in
+    figures.js).
+    """
     count, row = made.layout.meta["panels"], _row_height(made)
     columns = min(columns, count)
     rows = math.ceil(count / columns)
@@ -124,13 +127,13 @@ def arrange(made: go.Figure, columns: int, width: int = WIDTH) -> go.Figure:
 
 
 def _row_height(made: go.Figure) -> int:
-    """Pixels of a panel; a heatmap is as high as its rows need."""
+    """Return the height of a panel in pixels; a heatmap is as high as its rows need."""
     drawn = [len(trace.y) for trace in made.data if trace.type == "heatmap" and trace.visible]
     return min(680, max(220, 22 * max(drawn) + 40)) if drawn else made.layout.meta["row"]
 
 
 def fit(title: str, width: float) -> str:
-    """A title of two lines where one would be too long."""
+    """Return a title, on two lines if it is too long for one."""
     if len(title) * 6.6 <= width + 46 or " · " not in title:  # 46: the tags around it
         return title
     first, _, last = title.rpartition(" · ")
@@ -138,7 +141,7 @@ def fit(title: str, width: float) -> str:
 
 
 def _legend(made: go.Figure, width: int) -> tuple[int, int]:
-    """Pixels of an entry, and how many lines the legend takes."""
+    """Return the width of an entry of the legend in pixels, and the number of lines of the legend."""
     names = [trace.name for trace in made.data if trace.showlegend]
     entry = 8 + round(6.4 * max(map(len, names), default=0))
     return entry, math.ceil(len(names) / max(1, (width - SIDES) // (entry + 46))) if len(names) > 1 else 0
@@ -156,10 +159,10 @@ def line(
     dash: str = "solid",
     quiet: bool = False,
 ) -> go.Scatter:
-    """A line with gaps where values are missing; hovering shows the exact value, since plotly rounds `%{y}`.
+    """Return a line with gaps where values are missing; hovering shows the exact value, since plotly rounds `%{y}`.
 
-    name: lines of one name share their entry in the legend. shown: option by control under which it is drawn.
-    about: words for the hover, before x and value. quiet: without an entry in the legend.
+    name: lines of one name share an entry in the legend. shown: for each control, the option for which the line is
+    drawn. about: hover text before x and value. quiet: no entry in the legend.
     """
     text = f"{label(about or name)}<br>%{{x}}: <b>%{{customdata}}</b><extra></extra>"
     shade = colour(meaning)
@@ -174,7 +177,7 @@ def line(
 def band(
     x: Any, low: Any, high: Any, *, panel: int, meaning: dict[str, Any], shown: dict[str, int], group: str
 ) -> go.Scatter:
-    """The area between two lines, where both are there."""
+    """Return the area between two lines, where both have values."""
     import numpy as np
 
     there = np.isfinite(low) & np.isfinite(high)

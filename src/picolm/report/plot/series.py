@@ -1,4 +1,6 @@
-"""From the long table to what is drawn: one panel per matrix, one series per layer and head; what is missing stays missing."""
+"""Select what is drawn from the long table: one panel per matrix, one series per layer and head, gaps for missing
+values.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,25 +27,27 @@ class Matter(NamedTuple):
 
     @property
     def title(self) -> str:
-        """`attention.o_proj · gradients (train) · with step 300`; a circuit is called by its own name."""
+        """`attention.o_proj · gradients (train) · with step 300`; a circuit has its own name."""
         name = self.module if self.component in ("simple", self.module) else f"{self.component} {self.module}"
         kind = f"{self.kind} ({self.split})" if self.split else self.kind
         return " · ".join(filter(None, (name, kind, self.against)))
 
 
 def named(metric: str, options: str) -> str:
-    """A metric and its options as one name: `norm (norm_type=nuclear)`."""
+    """Return a metric and its options as one name: `norm (norm_type=nuclear)`."""
     return f"{metric} ({options})" if options else metric
 
 
 def metrics(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """The metrics of a table with their options, in order."""
+    """Return the metrics of a table with their options, in order."""
     pairs = table[["metric", "options"]].fillna("").drop_duplicates()
     return list(zip(pairs["metric"], pairs["options"]))
 
 
 def select(table: pd.DataFrame, metric: str, options: str | None = None) -> pd.DataFrame:
-    """The rows of a metric. Raises PicoError that names what there is; without `options`, where there are several."""
+    """Return the rows of a metric. Raises PicoError, with the possible choices, if the table lacks it, or has it with
+    several options and `options` is not given.
+    """
     there = [found for name, found in metrics(table) if name == metric]
     if not there:
         known = list(table["metric"].unique())
@@ -60,7 +64,7 @@ def select(table: pd.DataFrame, metric: str, options: str | None = None) -> pd.D
 
 
 def matters(rows: pd.DataFrame) -> Iterator[tuple[Matter, pd.DataFrame]]:
-    """The rows of one metric by panel and target, without matrices of layers or of steps (see `pairs`)."""
+    """Yield the rows of one metric by panel and target, without comparisons of all layers or steps (see `pairs`)."""
     own = _with_targets(rows)
     own = own[~own["of_layers"] & ~own["of_steps"]]
     for key, group in own.groupby(["component", "part", "kind", "split", "against"], sort=False, dropna=False):
@@ -68,9 +72,10 @@ def matters(rows: pd.DataFrame) -> Iterator[tuple[Matter, pd.DataFrame]]:
 
 
 def pairs(rows: pd.DataFrame, relation: str) -> Iterator[tuple[Matter, pd.DataFrame]]:
-    """The rows that compare every layer with every layer (`relation` "layers"), or every step with every step ("steps").
+    """Yield the rows that compare every layer with every layer (`relation` "layers"), or every step with every step
+    ("steps").
 
-    Where both were asked for, layers of the same step and steps of the same layer.
+    If the target has both, only layers of the same step, or steps of the same layer.
     """
     several = _with_targets(rows)
     same = {"layers": several["against_step"] == several["step"], "steps": several["against_layer"] == several["layer"]}
@@ -84,7 +89,7 @@ def pairs(rows: pd.DataFrame, relation: str) -> Iterator[tuple[Matter, pd.DataFr
 
 
 def _with_targets(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the part of a layer they are of, and with what they are compared, in words and in kind."""
+    """Return the rows with their part of a layer and with their target, in words and by kind."""
     asked = targets(rows)
     known = {words: Target.parse(words) for words in asked.unique()}
     return rows.assign(
@@ -101,18 +106,18 @@ def _with_targets(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _word(value: object) -> str:
-    """Text of a cell; empty where it is missing."""
+    """Return the text of a cell; empty if it is missing."""
     return "" if pd.isna(value) else str(value)
 
 
 def _parts(rows: pd.DataFrame) -> pd.Series:
-    """The name of the matrix within its layer."""
+    """Return the name of the matrix within its layer, for each row."""
     known = {module: Address("", "", module).suffix or "block" for module in rows["module"].unique()}
     return rows["module"].map(known)
 
 
 def by_step(rows: pd.DataFrame, steps: np.ndarray) -> np.ndarray:
-    """The value at each of `steps`; the mean over heads where there are several, without those that are not finite."""
+    """Return the value at each of `steps`; the mean of the finite values over heads if there are several."""
     values, at = rows["value"].to_numpy(dtype=float), np.searchsorted(steps, rows["step"].to_numpy())
     drawn = np.full(len(steps), np.nan)
     if len(np.unique(at)) == len(at):
@@ -125,7 +130,7 @@ def by_step(rows: pd.DataFrame, steps: np.ndarray) -> np.ndarray:
 
 
 def gaps(rows: pd.DataFrame) -> str:
-    """What cannot be drawn, in words: how many values are missing and why, how many are infinite."""
+    """Return what cannot be drawn, in words: how many values are missing and why, how many are infinite."""
     values = rows["value"].to_numpy(dtype=float)
     missing, infinite = int(np.isnan(values).sum()), int(np.isinf(values).sum())
     words = []

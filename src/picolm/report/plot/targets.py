@@ -1,6 +1,6 @@
-"""What the rows of a table are compared with: the target that was asked for, and how it is called in titles.
+"""What the rows of a table are compared with: the requested target, and its name in titles.
 
-Tables of version 0.1.0 do not say what was asked for; there it is inferred from what the rows were compared with.
+Tables of version 0.1.0 do not contain the requested target; it is inferred from what the rows were compared with.
 """
 
 import re
@@ -19,7 +19,9 @@ SUBJECT = ["run", "component", "kind", "split", "module", "head"]
 
 
 class Target(NamedTuple):
-    """A target in its parts, each empty where it is the same one: step (`last`, `300`, `all`, …), run, layer (`2`, `all`)."""
+    """A target in its parts: step (`last`, `300`, `all`, …), run, layer (`2`, `all`). A part is empty if it is the
+    same.
+    """
 
     step: str
     run: str
@@ -27,20 +29,20 @@ class Target(NamedTuple):
 
     @classmethod
     def parse(cls, words: str) -> "Target":
-        """The parts of what the column `target` holds; one that is not known stays whole, as a run."""
+        """Return the parts of a value of the column `target`; an unknown one is kept whole, as a run."""
         match = _TARGET.fullmatch("" if words == "same" else words)
         return cls(*(match[name] or "" for name in cls._fields)) if match else cls("", words, "")
 
     @property
     def words(self) -> str:
-        """For titles: `with step 300`, `with the step before`, `with the last step of wide layer 2`."""
+        """The target in titles: `with step 300`, `with the step before`, `with the last step of wide layer 2`."""
         step = _STEPS.get(self.step, "with every step" if self.step == "all" else f"with step {self.step}")
         run = f"{step} of {self.run}" if step and self.run else f"with {self.run}" if self.run else step
         return " ".join(filter(None, (run, f"layer {self.layer}" if self.layer not in ("", "all") else "")))
 
 
 def targets(rows: pd.DataFrame) -> pd.Series:
-    """Per row what it was asked to be compared with, as the column `target` says it; empty for metrics of one tensor."""
+    """Return the requested target of each row, as in the column `target`; empty for metrics of one tensor."""
     asked = rows["target"].fillna("").astype(str)
     unsaid = (asked == "") & rows["against_step"].notna()
     return asked.mask(unsaid, _inferred(rows)) if unsaid.any() else asked
@@ -59,7 +61,9 @@ def _inferred(rows: pd.DataFrame) -> pd.Series:
 
 
 def _inferred_step(rows: pd.DataFrame) -> pd.Series:
-    """`all` where each step meets every other, `previous` where each has its own, else the number, or `last`."""
+    """Return `all` if each step is compared with every other, `previous` if each has its own partner, else the number
+    or `last`.
+    """
     against, matter = rows["against_step"], ["run", "component", "kind", "split", "against_run"]
     there = rows.groupby(matter, dropna=False)["step"].transform("nunique")
     met = rows.groupby([*SUBJECT, "step", "against_run"], dropna=False, sort=False)["against_step"].transform("nunique")
@@ -75,7 +79,7 @@ def _inferred_step(rows: pd.DataFrame) -> pd.Series:
     named = (
         against.astype("string").fillna("").mask(against == rows["step"], "").mask(used > 1, against.astype("string"))
     )
-    if last.nunique() > 1:  # runs of different length: what they are compared with has one name
+    if last.nunique() > 1:  # runs of different lengths: their last steps get one name
         named = named.mask((used > 1) & (against == last).fillna(False), "last")
     return named.mask(moving & ~alone, "previous").mask((met > 2) & (met == there), "all").astype(str)
 

@@ -1,4 +1,4 @@
-"""What tasks say of a model over its training: minimal pairs, tasks of lm-evaluation-harness, and evaluations of one's own.
+"""Figures of tasks over training: minimal pairs, tasks of lm-evaluation-harness, and a user's own evaluations.
 
 Each metric has a panel.
 """
@@ -24,9 +24,10 @@ class _Curve(NamedTuple):
 
 
 def tasks(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.Figure:
-    """Accuracy on minimal pairs, in all and by phenomenon, every metric of every task, and what other evaluations give.
+    """Return a figure of accuracy on minimal pairs (in all and by phenomenon), all metrics of all tasks, other
+    evaluations.
 
-    log: see `log_table`. One run: a colour per task; several: as in `loss`. Raises PicoError where there is none.
+    log: see `log_table`. One run: a colour per task; several: as in `loss`. Raises PicoError if no task was logged.
     """
     runs = colours_of(log["run"].unique(), groups)
     losses = losses_among(log["name"].unique())
@@ -57,7 +58,8 @@ def tasks(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.F
 
 
 def _curve(name: str, losses: set[str]) -> _Curve | None:
-    """`val/lm_eval/TASK/METRIC`, `val/minimal_pairs` and `val/minimal_pairs/PHENOMENON`, `val/OTHER` and `val/OTHER/PART`.
+    """Return the curve of a logged name: `val/lm_eval/TASK/METRIC`, `val/minimal_pairs` and
+    `val/minimal_pairs/PHENOMENON`, `val/OTHER` and `val/OTHER/PART`.
 
     None for losses, and for quantities of training.
     """

@@ -1,4 +1,4 @@
-"""The log of a run: loss by source, and how training went."""
+"""Figures of the log of a run: loss by source, and the state of training."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -29,9 +29,9 @@ PROGRESS = {
 
 
 def log_table(runs: dict[str, Iterable[dict[str, object]]]) -> pd.DataFrame:
-    """The logged numbers of runs as a long table: run, step, name, value; the last line of a step counts.
+    """Return the logged numbers of runs as a long table: run, step, name, value; the last line of a step counts.
 
-    runs: name -> the lines of its metrics.jsonl, as `Run.metrics()` gives them.
+    runs: name -> the lines of its metrics.jsonl, as `Run.metrics()` returns them.
     """
     rows = [
         (run, entry["step"], name, float(value))
@@ -45,10 +45,10 @@ def log_table(runs: dict[str, Iterable[dict[str, object]]]) -> pd.DataFrame:
 
 
 def loss(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.Figure:
-    """Loss, perplexity and bits per byte of training and of each source of the held-out text.
+    """Return a figure of loss, perplexity and bits per byte, of training and of each source of the held-out rows.
 
-    log: see `log_table`. One run: a colour per source; several: a colour per run, and where there are more runs than colours,
-    per group (run -> the group it belongs to), of one source at a time. Raises PicoError without a loss.
+    log: see `log_table`. One run: a colour per source; several: a colour per run, or, if there are more runs than
+    colours, per group (run -> its group), of one source at a time. Raises PicoError if no loss was logged.
     """
     runs = colours_of(log["run"].unique(), groups)
     many = len(runs) > COLOURS
@@ -80,7 +80,7 @@ def loss(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.Fi
 
 
 def losses_among(names: Iterable[str]) -> set[str]:
-    """The evaluations that are losses: `paloma`, and each that gives nats per token. Others give numbers of their own."""
+    """Return the evaluations that are losses: `paloma`, and each that logs nats per token. Others log other numbers."""
     found = (
         name.removeprefix("val/").removesuffix("/nats_per_token").split("/")[0]
         for name in names
@@ -90,7 +90,7 @@ def losses_among(names: Iterable[str]) -> set[str]:
 
 
 def _curve(name: str, evaluated: set[str]) -> tuple[str, str, int] | None:
-    """The name, what it is of, and the index in UNITS; None for other quantities. evaluated: see `losses_among`."""
+    """Return (name, source, index in UNITS) of a loss; None for other quantities. evaluated: see `losses_among`."""
     if name in TRAINED:
         return name, TRAINING, TRAINED.index(name)
     found = VALIDATED.match(name)
@@ -101,7 +101,7 @@ def _curve(name: str, evaluated: set[str]) -> tuple[str, str, int] | None:
 
 
 def _spikes(log: pd.DataFrame, run: str, shown: dict[str, int]) -> list[go.Scatter]:
-    """Marks where the count of loss spikes or of skipped updates grew since the line before."""
+    """Return marks where the count of loss spikes or of skipped updates grew since the previous logged line."""
     wide = log.pivot(index="step", columns="name", values="value")
     marks = []
     for name, words, symbol in (
@@ -126,9 +126,9 @@ def _spikes(log: pd.DataFrame, run: str, shown: dict[str, int]) -> list[go.Scatt
 
 
 def training(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.Figure:
-    """How training went: learning rate, gradient norm and clipping, update ratios, noise scale, weight norm, speed.
+    """Return a figure of learning rate, gradient norm and clipping, update ratios, noise scale, weight norm, and speed.
 
-    Colours are as those of `loss`.
+    Colours as in `loss`. Raises PicoError if none of these was logged.
     """
     runs = colours_of(log["run"].unique(), groups)
     logged = {name.partition("/")[0] for name in log["name"].unique()}
@@ -144,7 +144,7 @@ def training(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> g
 
 
 def _progress(log: pd.DataFrame, run: str, name: str, panel: int, places: tuple[int, int], alone: bool) -> go.Scatter:
-    """One line. places: of the part (a group of tensors) among its parts, and of the run among the colours."""
+    """Return one line. places: of the group of tensors among the groups, and of the run among the colours."""
     own = log[(log["run"] == run) & (log["name"] == name)].sort_values("step")
     prefix, _, group = name.partition("/")
     part, place = places

@@ -1,4 +1,4 @@
-"""The sections that come with Pico, in the order in which they stand in a report."""
+"""The sections of this package, in their order in a report."""
 
 # isort: off
 from picolm.report.sections import run, training, metrics, heatmaps, comparison, text, values  # noqa: F401

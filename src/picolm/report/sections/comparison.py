@@ -1,4 +1,4 @@
-"""Several runs side by side."""
+"""Section: comparison of several runs."""
 
 from picolm.report import plot
 from picolm.report.material import Material
@@ -10,7 +10,7 @@ from picolm.report.sections.metrics import call, summary
 
 @SECTIONS.add("comparison")
 def comparison(material: Material) -> Section | None:
-    """A line per size, with the interval of the mean where there are several seeds."""
+    """Return a figure per metric: a line per group of runs, with a confidence interval if it has several seeds."""
     drawings = []
     for analysis in material.analyses:
         if analysis.table["run"].nunique() < 2:

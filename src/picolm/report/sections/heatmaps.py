@@ -1,4 +1,4 @@
-"""Layer or head by step, layer by layer, step by step."""
+"""Section: heatmaps of layer or head by step, layer by layer, step by step."""
 
 from contextlib import suppress
 
@@ -14,10 +14,10 @@ PAIRS = (("layers", plot.layers), ("steps", plot.steps))
 
 @SECTIONS.add("heatmaps")
 def heatmaps(material: Material) -> Section | None:
-    """Every heatmap that the tables have the values for."""
+    """Return all heatmaps for which the tables have values."""
     drawings = []
     for analysis in material.analyses:
-        with suppress(PicoError):  # one layer, or one step
+        with suppress(PicoError):  # there is only one layer, or one step
             made = plot.heatmap(analysis.table)
             drawings.append(Drawing(made, f"plot.heatmap(load({analysis.place!r}))"))
         for metric, options in metrics_of(analysis.table):

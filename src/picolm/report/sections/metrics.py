@@ -1,4 +1,4 @@
-"""Each metric of an analysis over steps."""
+"""Section: each metric of an analysis over steps."""
 
 from collections.abc import Iterator
 
@@ -11,18 +11,18 @@ from picolm.report.section import SECTIONS, Drawing, Section
 
 
 def summary(metric: str) -> str:
-    """What a metric measures, by its own words."""
+    """Return the summary of a metric, from its docstring."""
     return METRICS.get(metric).summary if metric in METRICS else ""
 
 
 def call(function: str, analysis: Analysis, metric: str, options: str) -> str:
-    """The Python call that draws a figure alone."""
+    """Return the Python call that draws a figure alone."""
     return f"plot.{function}(load({analysis.place!r}), {metric!r}" + (f", {options!r})" if options else ")")
 
 
 @SECTIONS.add("metrics")
 def metrics(material: Material) -> Section | None:
-    """One figure per metric: lines are layers, panels are matrices."""
+    """Return a figure per metric: lines are layers, panels are matrices."""
     drawings = list(_drawings(material))
     lead = "One line per layer, dark to bright from the first to the last; one panel per matrix."
     return Section("Metrics over steps", drawings, lead) if drawings else None
@@ -34,5 +34,5 @@ def _drawings(material: Material) -> Iterator[Drawing]:
             try:
                 made = plot.metric(analysis.table, metric, options)
             except PicoError:
-                continue  # all of it compares layers or steps with each other: that is for the heatmaps
+                continue  # all rows compare layers or steps with each other: see the heatmaps
             yield Drawing(made, call("metric", analysis, metric, options), summary(metric))

@@ -1,4 +1,4 @@
-"""What was trained, on what, and how it differs from the default configuration; what proves it."""
+"""Section: what was trained, on what data, how it differs from the default configuration, and its provenance."""
 
 import math
 from itertools import pairwise
@@ -18,13 +18,13 @@ from picolm.store import Checkpoint, Run
 from picolm.store.listing import damaged
 from picolm.store.sealed import SealedCheckpoint
 
-EXPECTED = {"run_name", "runs_dir"}  # differ from the default in every run and say nothing
-FEW = 3  # runs whose differences from the default configuration are unfolded
+EXPECTED = {"run_name", "runs_dir"}  # differ from the default in every run, so not shown
+FEW = 3  # up to this many runs, differences from the default configuration are unfolded
 
 
 @SECTIONS.add("run")
 def run(material: Material) -> Section | None:
-    """A card for each run."""
+    """Return a card for each run."""
     few = len(material.runs) <= FEW
     cards = [card(name, opened, few) for name, opened in material.named.items()]
     for name, opened in material.named.items():
@@ -34,7 +34,7 @@ def run(material: Material) -> Section | None:
 
 
 def card(name: str, opened: Run, unfolded: bool = True) -> Markup:
-    """The facts of a run, its configuration (differences from the defaults first), and its provenance."""
+    """Return the facts of a run, its configuration (differences from the defaults first) and provenance, as HTML."""
     config, environment = flatten(_config(opened)), _environment(opened)
     last = opened.latest()
     entries = list(opened.read_metrics(("train/loss", "train/perplexity", "tokens", "tokens_per_s")))
@@ -55,7 +55,7 @@ def _config(opened: Run) -> dict[str, Any]:
     try:
         return opened.config
     except StoreError:
-        return {}  # runs written by others may have none
+        return {}  # runs written by other programs may have none
 
 
 def _environment(opened: Run) -> dict[str, Any]:
@@ -79,13 +79,13 @@ def _anatomy(config: dict[str, Any], last: Checkpoint | None) -> Anatomy:
     try:
         return stated_anatomy(section, "") if last is None else read_anatomy(last, section, str(last.path))
     except PicoError:
-        return Anatomy()  # written by somebody else, and no description
+        return Anatomy()  # written by another program, without a description
 
 
 def _facts(
     config: dict[str, Any], entries: list[dict[str, Any]], last: Checkpoint | None
 ) -> list[tuple[str, str, str]]:
-    """Value, what it is, and a remark, for what is known."""
+    """Return (value, what it is, a remark) for all that is known."""
     losses = [(entry["step"], entry["train/loss"], entry) for entry in entries if "train/loss" in entry]
     tokens = [(entry["tokens"], entry["step"]) for entry in entries if "tokens" in entry]
     speeds = [
@@ -101,7 +101,7 @@ def _facts(
         facts.append((f"{max(tokens)[0]:,}", "tokens trained on", f"by step {max(tokens)[1]:,}{each}"))
     if losses:
         step, loss, entry = losses[-1]
-        known = loss < 700 and "train/perplexity" in entry  # a loss that is no likelihood has none
+        known = loss < 700 and "train/perplexity" in entry  # a loss that is not a likelihood has no perplexity
         perplexity = f"perplexity {math.exp(loss):,.1f}, at step {step:,}" if known else f"at step {step:,}"
         facts.append((f"{loss:.3f}", "training loss, nats per token", perplexity))
     if len(speeds) > 1:
@@ -119,7 +119,9 @@ def _parameters(last: Checkpoint | None) -> int:
 
 
 def _differences(opened: Run) -> list[tuple[str, Any, Any]]:
-    """Key, value, default; empty where the defaults are not to be had (an architecture that is not installed, or not trusted)."""
+    """Return (key, value, default); empty if the defaults are not available (the architecture is not installed or not
+    trusted).
+    """
     from picolm.provenance import mark_untrusted
     from picolm.train.config import differences, schema_for
 

@@ -1,4 +1,4 @@
-"""Rows of the captured batch as text, each token coloured by its loss under the weights of the step."""
+"""Section: rows of the captured batch as text, each token coloured by its loss under the weights of the step."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,15 @@ from picolm.store import Run
 from picolm.store.checkpoint import Missing
 from picolm.store.sealed import SealedCheckpoint
 
-ROWS, TOKENS, STEPS = 2, 256, 6  # of each split, of each row, of a run
-MOST_PARAMETERS = 100_000_000  # above, the forward passes would take longer than the rest of the report
+ROWS, TOKENS, STEPS = 2, 256, 6  # rows per split, tokens per row, steps per run
+MOST_PARAMETERS = 100_000_000  # for larger models the forward passes take longer than the rest of the report
 
 
 @dataclass
 class Token:
-    """A piece of text and its loss in nats; None where nothing predicts it, at the start of a row. heat: percent of the scale."""
+    """A piece of text and its loss in nats; None if nothing predicts it, at the start of a row. heat: percent of the
+    scale.
+    """
 
     text: str
     nats: float | None
@@ -37,7 +39,7 @@ class Row:
 
 @SECTIONS.add("text")
 def text(material: Material) -> Section | None:
-    """For local runs of moderate size that keep weights, rows and a tokenizer; nothing for others."""
+    """Return the text of local runs of moderate size that keep weights, rows and a tokenizer; else None."""
     shown = [html for run in material.runs if (html := _shown(material, run, len(material.runs) > 1)) is not None]
     lead = (
         "What the model read at a step, and how surprised it was: the stronger the colour, the higher the loss of the token "
@@ -47,7 +49,7 @@ def text(material: Material) -> Section | None:
 
 
 def _shown(material: Material, run: Run, named: bool) -> Any:
-    """The rows of some steps. A step that its training deletes or thins meanwhile is left out, and told."""
+    """Return the rows of some steps as HTML. Steps that training deletes or thins meanwhile are noted and left out."""
     from picolm.train.scoring import NoLikelihood
 
     steps = spread([step for step in run if _readable(run, step)], STEPS) if type(run) is Run else []
@@ -81,14 +83,14 @@ def _readable(run: Run, step: int) -> bool:
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the steps: the first, the last, and others at equal distances in the list."""
+    """Return at most `count` of the steps: the first, the last, and others at equal distances in the list."""
     if len(steps) <= count:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
 
 
 def rows(run: Run, step: int, most: float, prefix: str = "") -> Iterator[Row]:
-    """The first rows that were captured at a step, of each split. most: the loss, in nats, at the end of the scale."""
+    """Yield the first captured rows of a step, of each split. most: the loss at the end of the scale, in nats."""
     import torch
 
     from picolm.train.sample import load_model
@@ -119,7 +121,7 @@ def rows(run: Run, step: int, most: float, prefix: str = "") -> Iterator[Row]:
 
 
 def tokens(pieces: Sequence[str], nats_T: np.ndarray, most: float) -> list[Token]:
-    """Pieces of text with their losses; the first pieces, which are only read, have none."""
+    """Return pieces of text with their losses; the first pieces, which are only read, have none."""
     read = len(pieces) - len(nats_T)
     made = [Token(piece, None, 0, "") for piece in pieces[:read]]
     for place, (piece, nats) in enumerate(zip(pieces[read:], nats_T.tolist(), strict=True), read):

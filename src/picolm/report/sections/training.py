@@ -1,4 +1,4 @@
-"""Loss by source, and how training went."""
+"""Section: loss by source, and the state of training."""
 
 from contextlib import suppress
 
@@ -12,7 +12,7 @@ CALL = "log = plot.log_table({'NAME': Run.open('RUN').metrics()}); plot."
 
 @SECTIONS.add("training")
 def training(material: Material) -> Section | None:
-    """Curves of what was logged; nothing for runs without a log."""
+    """Return curves of what was logged; None for runs without a log."""
     log, drawings = material.log, []
     captions = (
         "Held-out loss is the mean over all predicted tokens of each source. Perplexity is the exponential of the loss in nats; "
@@ -22,7 +22,7 @@ def training(material: Material) -> Section | None:
         "lm-evaluation-harness in the units of their metrics.",
     )
     for name, caption in zip(("loss", "training", "tasks"), captions, strict=True):
-        with suppress(PicoError):  # nothing of it was logged
+        with suppress(PicoError):  # none of its quantities was logged
             made = getattr(plot, name)(log, groups=material.groups)
             drawings.append(Drawing(made, f"{CALL}{name}(log)", caption))
     return Section("Training", drawings, "Loss and the state of the optimizer over steps.") if drawings else None

@@ -1,4 +1,4 @@
-"""All values as tables."""
+"""Section: all values as tables."""
 
 from picolm.report.material import Material
 from picolm.report.section import SECTIONS, Section, Sheet
@@ -6,7 +6,7 @@ from picolm.report.section import SECTIONS, Section, Sheet
 
 @SECTIONS.add("values")
 def values(material: Material) -> Section | None:
-    """The long table of each analysis, and the log of the runs."""
+    """Return the long table of each analysis, and the log of the runs."""
     sheets = [
         Sheet(f"analysis {analysis.name}", analysis.table) for analysis in material.analyses if len(analysis.table)
     ]
