@@ -23,9 +23,7 @@ def main() -> None:
     # Read when torch loads OpenMP: waiting threads spin for microseconds, not milliseconds. By default a second busy
     # process on the same cores makes each small operation up to 70 times slower; alone on the machine it costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ["PYTHONSAFEPATH"] = (
-        "1"  # child processes do not import modules from the working folder either
-    )
+    os.environ["PYTHONSAFEPATH"] = "1"  # child processes do not import modules from the working folder either
     set_code_policy(CodePolicy())
     tolerate()
     before = signal.signal(signal.SIGINT, _leave)
