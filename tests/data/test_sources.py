@@ -19,7 +19,9 @@ def test_names_that_mean_nothing_say_what_was_tried() -> None:
         open_source("/no/such/place")
     with pytest.raises(PicoError, match=r"data source 'parket:x' cannot be imported"):
         open_source("parket:x")
-    assert sorted(SOURCES) == ["datatrove", "embedded", "hub", "mix", "parquet"]
+    assert sorted(SOURCES) == [
+        "datasets", "datatrove", "embedded", "hub", "megatron", "mix", "nanogpt", "olmo", "parquet",
+    ]  # fmt: skip
 
 
 def test_a_folder_here_goes_before_a_repository_of_that_name(

@@ -8,6 +8,10 @@ colon.
     parquet:PATH                  a folder, a file or a glob of parquet shards; PATH alone works if it exists
     hub:owner/name[@revision]     a data set of the Hugging Face Hub; owner/name alone works too
     datatrove:PATH                .ds files of datatrove's DocumentTokenizer, unchanged
+    megatron:PATH                 .bin and .idx files of Megatron-LM and GPT-NeoX
+    olmo:PATH                     .npy files; olmo:uint16:PATH and olmo:uint32:PATH for files without a header
+    nanogpt:PATH                  .bin files of nanoGPT and llm.c
+    datasets:FOLDER               a folder written by `save_to_disk` of the library datasets
     mix:NAME*WEIGHT,NAME*WEIGHT   rows of several sources by weights
     my_lab.module:attribute       a factory of your own, with the same arguments
 
@@ -101,7 +105,7 @@ def is_own_source(name: str) -> bool:
 
 def has_own_length(name: str) -> bool:
     """Return whether the stored rows have a fixed length, so that the data set can be opened without `row_length`."""
-    return name.partition(":")[0] not in ("datatrove", "embedded", "mix")
+    return name.partition(":")[0] not in ("datatrove", "embedded", "megatron", "mix", "nanogpt", "olmo")
 
 
 def _find(name: str) -> tuple[SourceFactory, str]:
@@ -120,4 +124,14 @@ def _find(name: str) -> tuple[SourceFactory, str]:
     )
 
 
-from picolm.data import embedded, flat, hub, mix, parquet  # noqa: E402, F401  (each registers its families above)
+from picolm.data import (  # noqa: E402  (each registers its families above)
+    arrow,  # noqa: F401
+    embedded,  # noqa: F401
+    flat,  # noqa: F401
+    hub,  # noqa: F401
+    megatron,  # noqa: F401
+    mix,  # noqa: F401
+    nanogpt,  # noqa: F401
+    olmo,  # noqa: F401
+    parquet,  # noqa: F401
+)

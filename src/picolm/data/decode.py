@@ -44,7 +44,7 @@ def read_footer(file: Path | Any, name: str) -> Footer:
     """Return the footer of a shard, from its path or an open file (local or remote). `name`: the shard in messages."""
     import pyarrow.parquet as pq
 
-    with _named(name, file):
+    with named(name, file):
         metadata = pq.read_metadata(_regular(file))
     paths = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
     columns = [column for column, path in enumerate(paths) if path.split(".")[0] == "input_ids"]
@@ -140,7 +140,7 @@ def opened(path: Path, name: str) -> Iterator[pq.ParquetFile]:
     import pyarrow.parquet as pq
 
     with (
-        _named(name, path),
+        named(name, path),
         pq.ParquetFile(_regular(path), page_checksum_verification=True) as shard,
     ):  # checked only if the writer stored checksums
         yield shard
@@ -156,8 +156,8 @@ def _regular(file: Path | Any) -> Path | Any:
 
 
 @contextmanager
-def _named(name: str, file: Path | Any) -> Iterator[None]:
-    """Convert errors of pyarrow and the file system into a DataError that names the shard."""
+def named(name: str, file: Path | Any, form: str = "parquet") -> Iterator[None]:
+    """Convert errors of pyarrow and the file system into a DataError that names the shard. form: the expected format."""
     import pyarrow as pa
 
     try:
@@ -167,5 +167,5 @@ def _named(name: str, file: Path | Any) -> Iterator[None]:
             trusted.refuse_lfs_pointer(file.resolve())
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{name}: cannot be read as parquet ({reason}); is the file truncated? fetch or prepare it again"
+            f"{name}: cannot be read as {form} ({reason}); is the file truncated? fetch or prepare it again"
         ) from error

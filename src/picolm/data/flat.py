@@ -2,9 +2,9 @@
 
     datatrove:PATH    .ds files of datatrove's DocumentTokenizer: token ids of 2 or 4 bytes (see .ds.metadata)
 
-PATH is a file, a folder or a glob. A row is the next `row_length` tokens of a file, as in the tool's own reader; the
-rest at the end of a file is in no row. Row i is found by arithmetic, and only its bytes are read. Rows are in the order
-of the files; `data.dataset.shuffle: true` permutes them from the first pass on.
+Others are in `megatron.py`, `olmo.py` and `nanogpt.py`. PATH is a file, a folder or a glob. A row is the next
+`row_length` tokens of a file; the rest at the end of a file is in no row. Row i is found by arithmetic, and only its
+bytes are read. Rows are in the order of the files; `data.dataset.shuffle: true` permutes them from the first pass on.
 
 The fingerprint is a digest of the name, the size and the first and last 64 KiB of each file.
 """
@@ -27,12 +27,16 @@ from picolm.errors import DataError
 
 
 class TokenFile(NamedTuple):
-    """A file of consecutive token ids, starting at byte `offset`."""
+    """A file of consecutive token ids, starting at byte `offset`.
+
+    overlap: number of tokens at the end of a row that are also at the beginning of the next row.
+    """
 
     path: Path
     dtype: np.dtype[Any]
     offset: int
     tokens: int
+    overlap: int = 0
 
 
 class FlatRows:
@@ -45,10 +49,13 @@ class FlatRows:
 
     def __init__(self, files: Sequence[TokenFile], row_length: int, name: str):
         self._files, self.row_length = list(files), row_length
-        self._starts = np.cumsum([0, *(file.tokens // row_length for file in files)])
-        self.fingerprint = digest_of([file.path.name, edges(file.path), str(file.dtype), file.offset] for file in files)
-        beside = (folder / "tokenizer.json" for folder in list(files[0].path.parents)[:2])  # `out/train` of `out`
-        self.tokenizer_file = next((file for file in beside if file.is_file()), None)
+        counts = (max(0, file.tokens - file.overlap) // (row_length - file.overlap) for file in files)
+        self._starts = np.cumsum([0, *counts])
+        self.fingerprint = digest_of(
+            [file.path.name, edges(file.path), str(file.dtype), file.offset, *([file.overlap] if file.overlap else [])]
+            for file in files
+        )
+        self.tokenizer_file = tokenizer_beside(files[0].path)
         if len(self) == 0:
             raise DataError(
                 f"{name}: its {sum(file.tokens for file in files)} tokens are too few for a row of {row_length}"
@@ -66,10 +73,8 @@ class FlatRows:
         for place, index in enumerate(indices.tolist()):
             if not 0 <= index < len(self):
                 raise DataError(f"row {index} of a data set of {len(self)} rows")
-            file, row = self._place(index)
-            first = file.offset + row * self.row_length * file.dtype.itemsize
-            read = np.fromfile(file.path, file.dtype, self.row_length, offset=first)
-            if len(read) < self.row_length or (read.dtype.itemsize > 2 and read.max() > np.iinfo(np.int32).max):
+            read = self._read(index)
+            if len(read) < self.row_length or not _fits_int32(read):
                 raise DataError(
                     f"{self.locate(index)}: is cut off, or holds ids beyond 32 bits; was the file exchanged?"
                 )
@@ -84,6 +89,11 @@ class FlatRows:
         """Return `FILE row J`."""
         file, row = self._place(index)
         return f"{file.path} row {row}"
+
+    def _read(self, index: int) -> np.ndarray:
+        file, row = self._place(index)
+        first = file.offset + row * (self.row_length - file.overlap) * file.dtype.itemsize
+        return np.fromfile(file.path, file.dtype, self.row_length, offset=first)
 
     def _place(self, index: int) -> tuple[TokenFile, int]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -109,7 +119,9 @@ def open_flat(
     if not files:
         raise DataError(f"{place}: there are no {ending} files")
     for file in files:
-        trusted.require_regular(file.resolve() if given == file else file, None if given == file else base)
+        real = file.resolve() if given == file else file
+        trusted.require_regular(real, None if given == file else base)
+        trusted.refuse_lfs_pointer(real)
     splits = {file: split_of(file.relative_to(base).as_posix()) or "train" for file in files}
     own = [file for file in files if splits[file] == canonical(split)]
     if not own:
@@ -119,6 +131,25 @@ def open_flat(
     if row_length is None:
         raise DataError(f"{place}: {ending} files have no rows of their own; say how many tokens a row has")
     return FlatRows([read(file) for file in own], row_length, place)
+
+
+def whole_tokens(path: Path, width: int, offset: int = 0) -> int:
+    """Return how many token ids of `width` bytes a file holds behind byte `offset`. Raises DataError if not whole."""
+    size = path.stat().st_size - offset
+    if size < 0 or size % width:
+        raise DataError(f"{path}: has {size} bytes, which are no whole tokens of {width} bytes; is it cut off?")
+    return size // width
+
+
+def tokenizer_beside(file: Path) -> Path | None:
+    """Return the tokenizer.json in the folder of a file or the one above (`out` of `out/train`), None if there is none."""
+    beside = (folder / "tokenizer.json" for folder in list(file.parents)[:2])
+    return next((tokenizer for tokenizer in beside if tokenizer.is_file()), None)
+
+
+def _fits_int32(tokens: np.ndarray) -> bool:
+    limits = np.iinfo(np.int32)
+    return np.can_cast(tokens.dtype, np.int32) or bool(limits.min <= tokens.min() and tokens.max() <= limits.max)
 
 
 def _is_hidden(path: Path) -> bool:
@@ -133,7 +164,6 @@ def open_datatrove(place: str, *, split: str = "train", row_length: int | None =
 
 def _ds_file(path: Path) -> TokenFile:
     metadata = path.with_name(path.name + ".metadata")
-    size = path.stat().st_size
     width = 2
     if os.path.lexists(metadata):
         first = trusted.read_text(metadata, most_bytes=1 << 20).partition("\n")[0]
@@ -141,6 +171,4 @@ def _ds_file(path: Path) -> TokenFile:
         if word not in ("2", "4"):
             raise DataError(f"{metadata}: its first line should end in |2 or |4, the bytes of a token")
         width = int(word)
-    if size % width:
-        raise DataError(f"{path}: has {size} bytes, which are no whole tokens of {width} bytes; is it cut off?")
-    return TokenFile(path, np.dtype(f"<u{width}"), 0, size // width)
+    return TokenFile(path, np.dtype(f"<u{width}"), 0, whole_tokens(path, width))
