@@ -11,7 +11,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALLEST = {  # script: (its arguments, what it prints then)
     "analyze": (["--shapes", "tiny", "--rows", "16", "--steps", "2"], "calls of algebra alone"),
-    "corpora": (["--megabytes", "1", "--times", "2", "--memory", "1"], "| local, 4 tasks, 4 workers | 2 |"),
+    "corpora": (["--megabytes", "1", "--times", "2"], "| 4 workers | 2 |"),
     "crashes": (["--kills", "2"], "torn"),
     "reading": ([], "files have functions that are called"),
     "report": (["--values", "2000"], "toggle"),

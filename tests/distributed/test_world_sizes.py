@@ -17,7 +17,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 # Relative to the norm of a tensor. Sums over rows are taken in another order; Adam divides small numbers by small numbers.
-LOOSEST = {"activations": 1e-4, "gradients": 1e-4, "weights": 1e-4, "exp_avg": 1e-4, "exp_avg_sq": 1e-4}
+LOOSEST = {"activations": 1e-4, "gradients": 1e-3, "weights": 1e-4, "exp_avg": 1e-3, "exp_avg_sq": 1e-3}
+# The gradients of the two held-out rows, of random tokens, amplify the rounding of 25 updates: they differ by 2e-4 in float32,
+# and by 2e-13 with `training.fabric.precision=64-true`.
+FIRST = 1e-5  # before any update
 PER_PROCESS = ("time/", "tokens_per_s", "flops_per_s", "share_of_peak", "noise_scale", "weights_digest")
 
 
@@ -65,7 +68,8 @@ def check_same_checkpoints(run: Run, other: Run, steps: tuple[int, ...]) -> None
                 )
                 assert per_row.max() < 1e-3, address  # each row in its place
         for address in there:
-            assert difference(there[address], here[address]) < LOOSEST.get(address.kind, 1e-3), address
+            loosest = LOOSEST.get(address.kind, 1e-3) if step else FIRST
+            assert difference(there[address], here[address]) < loosest, address
         assert here.meta["capture"] == there.meta["capture"]
 
 
