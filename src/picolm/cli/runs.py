@@ -21,9 +21,7 @@ def list_run(
         ),
     ],
 ) -> None:
-    """Show the steps of a run, what each holds and its bytes; the runs of a folder; or all shipped configurations, metrics or
-    components.
-    """
+    """Show the steps of a run, the runs of a folder, or all shipped configurations, metrics or components."""
     from picolm.console import screen
 
     console = screen()
