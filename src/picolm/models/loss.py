@@ -30,22 +30,32 @@ def linear_cross_entropy(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor
     return _LinearCrossEntropy.apply(hidden_PH, weight_VH, targets_P)
 
 
+@torch.no_grad()
 def linear_token_nats(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> Tensor:
     """The terms of `linear_cross_entropy`, float32, [P]; no gradient."""
-    return linear_predictions(hidden_PH, weight_VH, targets_P)[0]
+    return torch.cat([_nats(*chunk) for chunk in _logits(hidden_PH, weight_VH, targets_P)])
 
 
 @torch.no_grad()
 def linear_predictions(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor]:
     """The terms of `linear_cross_entropy`, and whether each target has the largest of the logits, both [P]; no gradient."""
-    weight_VH = weight_VH.to(hidden_PH.dtype)
     nats, likeliest = [], []
-    for chunk in _chunks(hidden_PH, weight_VH):
-        logits_CV, targets_C = hidden_PH[chunk] @ weight_VH.mT, targets_P[chunk]
-        exact = torch.promote_types(logits_CV.dtype, torch.float32)
-        nats.append(-logits_CV.to(exact).log_softmax(-1).gather(1, targets_C[:, None]).squeeze(1))
+    for logits_CV, targets_C in _logits(hidden_PH, weight_VH, targets_P):
+        nats.append(_nats(logits_CV, targets_C))
         likeliest.append(logits_CV.argmax(-1) == targets_C)
     return torch.cat(nats), torch.cat(likeliest)
+
+
+def _logits(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits and the targets of one chunk of positions after the other."""
+    weight_VH = weight_VH.to(hidden_PH.dtype)
+    for chunk in _chunks(hidden_PH, weight_VH):
+        yield hidden_PH[chunk] @ weight_VH.mT, targets_P[chunk]
+
+
+def _nats(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    exact = torch.promote_types(logits_CV.dtype, torch.float32)
+    return -logits_CV.to(exact).log_softmax(-1).gather(1, targets_C[:, None]).squeeze(1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
