@@ -30,10 +30,10 @@ def evaluate_steps(
     Computes on CUDA if available, else on the CPU, in the precision of the run, so that results continue the curve
     recorded during training. Raises PicoError for other overrides and if there is nothing to evaluate.
     """
-    strangers = [word for word in overrides if not word.startswith(("evaluation.", "data.dataset.", "data.tokenizer."))]
-    if strangers:
+    others = [word for word in overrides if not word.startswith(("evaluation.", "data.dataset.", "data.tokenizer."))]
+    if others:
         raise PicoError(
-            f"{strangers[0]}: evaluating changes nothing of a run; only keys of its evaluation section can differ"
+            f"{others[0]}: evaluating changes nothing of a run; only keys of its evaluation section can differ"
         )
     config = stored_with(run, overrides)
     if not config.evaluation.metrics:
