@@ -154,16 +154,21 @@ def test_a_run_folder_deleted_meanwhile_ends_the_run(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("halfway", [False, True])
 @pytest.mark.parametrize("look", range(1, 7))
 def test_a_run_folder_deleted_while_an_older_step_is_looked_at_ends_the_run(
-    make_config: Any, monkeypatch: pytest.MonkeyPatch, look: int
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, look: int, halfway: bool
 ) -> None:
+    """halfway: the files of the steps are deleted at that moment, their directories not yet."""
     config, original, looks = make_config("training.max_steps=8"), sealed.SealedCheckpoint._manifest_bytes, count(1)
     place = Path(config.checkpointing.runs_dir) / "toy"
 
     def delete_first(checkpoint: Any) -> bytes:
         if next(looks) == look:
-            delete(place)
+            for file in place.glob("checkpoints/step_*/*") if halfway else ():
+                file.unlink() if file.is_file() else shutil.rmtree(file)
+            if not halfway:
+                delete(place)
         return original(checkpoint)
 
     monkeypatch.setattr(sealed.SealedCheckpoint, "_manifest_bytes", delete_first)

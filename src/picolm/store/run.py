@@ -46,7 +46,7 @@ class Run(Records, Mapping[int, Checkpoint]):
         self.checkpoints_path = inside(path, directories.checkpoints_dir)
         self._lock = RunLock(inside(path, ".lock"))
         self._commits = threading.Lock()
-        self._seen: dict[int, tuple[int, ...]] = {}  # complete manifests: step -> inode, size, change times
+        self._seen: dict[int, tuple[tuple[int, ...], str]] = {}  # complete manifests: inode, size, times; digest
 
     @staticmethod
     def create(
@@ -123,9 +123,17 @@ class Run(Records, Mapping[int, Checkpoint]):
         path = self.step_path(step)
         if path.is_symlink():
             raise StoreError(f"{path}: a symbolic link is not a step; put the directory itself there")
-        if not path.exists():
+        if not path.exists() and step not in self._seen:
             raise self._no_step(step)
-        checkpoint = SealedCheckpoint(path)
+        try:
+            checkpoint = SealedCheckpoint(path)
+        except StoreError:
+            if step not in self._seen or (path / MANIFEST).exists():
+                raise
+            gone = "is gone; was it deleted or moved while in use?"  # perhaps not its directory yet
+            if not path.exists():
+                raise Missing(f"{path} {gone}") from None
+            raise StoreError(f"{path / MANIFEST}: cannot be read (it {gone}); not a whole checkpoint") from None
         if checkpoint.step != step:
             raise StoreError(f"{path}: holds step {checkpoint.step}; the directory was renamed")
         return checkpoint
@@ -243,8 +251,9 @@ class Run(Records, Mapping[int, Checkpoint]):
             with set_aside(self.checkpoints_path, step) as partial:
                 manifest = write_step(partial, content, self.directories.learning_dynamics_dir, self._parent(step))
                 publish(partial, self.step_path(step), manifest, replace)
+            self._seen[step] = (), manifest.digest
             point_latest(self.checkpoints_path, max([step, *self.steps]))
-            return SealedCheckpoint(self.step_path(step))
+            return self._sealed(step)
 
     def thin(self, step: int, drop: Collection[str]) -> Checkpoint:
         """Delete the files of some kinds from a step, and return it. drop: kinds of `files_by_kind` (`optimizer`, …).
@@ -290,6 +299,7 @@ class Run(Records, Mapping[int, Checkpoint]):
             if step not in self.step_directories():
                 raise self._no_step(step)
             discard(self.checkpoints_path, step)
+            self._seen.pop(step, None)
             if (left := self.steps) and left[-1] < step:
                 point_latest(self.checkpoints_path, left[-1])
 
@@ -316,9 +326,8 @@ class Run(Records, Mapping[int, Checkpoint]):
         try:
             state = (self.step_path(step) / MANIFEST).stat()
             identity = (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-            if self._seen.get(step) != identity:
-                self._sealed(step)
-                self._seen[step] = identity
+            if step not in self._seen or self._seen[step][0] != identity:
+                self._seen[step] = identity, self._sealed(step).manifest.digest
         except (OSError, StoreError):
             return False
         return not self.step_path(step).is_symlink()
@@ -329,7 +338,7 @@ class Run(Records, Mapping[int, Checkpoint]):
     def _parent(self, step: int) -> dict[str, Any] | None:
         """Return step and manifest digest of the newest checkpoint before `step`, None for the first."""
         earlier = [other for other in self.steps if other < step]
-        return {"step": earlier[-1], "digest": self._sealed(earlier[-1]).manifest.digest} if earlier else None
+        return {"step": earlier[-1], "digest": self._seen[earlier[-1]][1]} if earlier else None
 
 
 def open_ours(place: str) -> Run | None:
