@@ -43,7 +43,8 @@ test-latest: $(LATEST)/pip
 	$(LATEST)/python tests/versions.py
 	$(LATEST)/pytest -n 2 --dist worksteal $(OUTSIDE)
 
-# Failures are written to siege.log as they are found.
+# Failures are written to siege.log as they are found. The commands take turns: each mutated copy goes through one of those
+# that read it. PICO_SIEGE_EACH=1 sends it through all of them, which takes most of a day.
 siege: .venv/.dev
 	PICO_SIEGE=500 PICO_SIEGE_LOG=siege.log $(BIN)/pytest -n 2 --dist worksteal tests/siege
 

@@ -15,7 +15,9 @@ from tests.siege.sandbox import Result, Sandbox
 
 Case = TypeVar("Case")
 CASES = int(os.environ.get("PICO_SIEGE", "0"))
-"""Mutated copies of each kind of file, through each command that reads it; 0 takes the few that every run can afford."""
+"""Mutated copies of each kind of file; 0 takes the few that every run can afford."""
+EACH = bool(os.environ.get("PICO_SIEGE_EACH"))
+"""Whether a case goes through all commands that read its file. By default through one: the commands take turns."""
 FEW = 5
 LOG = os.environ.get("PICO_SIEGE_LOG")
 """A file that gets the first failures of each kind at once: the whole siege takes hours."""
@@ -93,12 +95,12 @@ class Attack:
         return every if CASES or len(every) <= most else [every[i * len(every) // most] for i in range(most)]
 
     def commands(self, kind: str, number: int) -> list[str]:
-        """The commands that read a kind of file: all in the full siege, else one of them by the number of the case."""
+        """The commands that read a kind of file and get the case of this number."""
         return self.turn(list(self.readers[kind]), number)
 
     def turn(self, commands: list[str], number: int) -> list[str]:
-        """All commands in the full siege, else one of them by the number of the case."""
-        return commands if CASES else [commands[number % len(commands)]]
+        """Those of the commands that get the case of this number."""
+        return commands if EACH else [commands[number % len(commands)]]
 
     def run(self, command: str, folder: Path, case: Any) -> Result:
         """Run a command of the camp; a fault of any kind is noted. case: what was done to it, for the message."""
