@@ -161,6 +161,12 @@ def parse_json(data: bytes | str, name: str, form: Any = Any) -> Any:
         raise FileError("\n".join(_problems(failure, name))) from None
 
 
+def check_columns(names: list[str], name: str) -> None:
+    """Raise FileError when two columns of a table have the same name: reading by name would mean either. name: the file."""
+    if repeated := sorted({column for column in names if names.count(column) > 1}):
+        raise FileError(f"{name}: has more than one column {repeated[0]!r}; write it again with one of each name")
+
+
 def check_form(value: Any, form: Any, name: str) -> None:
     """Raise FileError with every key of a parsed value that does not fit `form`."""
     from pydantic import ValidationError

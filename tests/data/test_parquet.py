@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from picolm.data import open_source
+from picolm.data.documents import Reader, find_files
 from picolm.data.parquet import ByteBoundedCache, ShardedRows
 from picolm.errors import DataError
 
@@ -180,6 +181,28 @@ def test_rows_that_are_none_are_refused(tmp_path: Path, column: Any, message: st
     pq.write_table(pa.table({"input_ids": column}), tmp_path / "train-0.parquet")
     with pytest.raises(DataError, match=message):
         open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("twice", ["input_ids", "source", "text"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, twice: str) -> None:
+    columns = {"input_ids": [[1, 2, 3]] * 4, "source": ["a"] * 4, "text": ["b"] * 4}
+    names = [*columns, twice]
+    table = pa.Table.from_arrays([pa.array(columns[name]) for name in names], names=names)
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=rf"train.parquet: has more than one column '{twice}'; write it again"):
+        open_source(str(tmp_path)).rows(np.arange(4))
+    with pytest.raises(DataError, match=rf"train.parquet: has more than one column '{twice}'; write it again"):
+        [document for file in find_files([tmp_path]) for document in Reader().documents(file)]
+
+
+def test_a_name_of_a_column_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"input_ids": [[1, 2, 3]], "sourcecode": ["a"]}), file, store_schema=False)
+    file.write_bytes(file.read_bytes().replace(b"sourcecode", b"source\xd9ode"))
+    with pytest.raises(DataError, match=r"train.parquet: cannot be read as parquet \('utf-8' codec can't decode"):
+        open_source(str(tmp_path))
+    with pytest.raises(DataError, match=r"train.parquet: cannot be read as parquet \('utf-8' codec can't decode"):
+        [document for file in find_files([tmp_path]) for document in Reader().documents(file)]
 
 
 def test_shards_of_unequal_length_are_refused_when_they_are_read(write_shards: Write, tmp_path: Path) -> None:

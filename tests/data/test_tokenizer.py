@@ -1,6 +1,7 @@
 """Tokenizers: the same from the same text, lossless, and byte for byte accounted for."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from picolm.data.tokenizer import (
     END_OF_TEXT,
@@ -168,7 +170,7 @@ def test_the_end_of_text_is_what_the_configuration_says(tmp_path: Path, end: Any
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
+    from tokenizers import models
 
     with pytest.raises(
         DataError, match=r"nothing: is no tokenizer.json, no folder with one, and not the form owner/name"
@@ -188,6 +190,32 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         train_tokenizer(["a"], 256)
     with pytest.raises(DataError, match=r"allenai/none: tokenizer.json: is not in the Hub's cache, and offline mode"):
         find_tokenizer("allenai/none")
+
+
+@pytest.mark.parametrize("library_speaks", [False, True])
+def test_a_panic_of_the_library_is_one_message_and_what_it_says_otherwise_is_heard(
+    folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    library_speaks: bool,
+) -> None:
+    """A panic writes its stack to the descriptor of the standard error, past Python."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "planted:Part"  # longer than the tokens that it is cut off
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    if library_speaks:
+        loaded = Tokenizer.from_buffer
+        monkeypatch.setattr(
+            Tokenizer, "from_buffer", staticmethod(lambda data: os.write(2, b"a warning\n") and loaded(data))
+        )
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"tokenizer.json: cannot be read as a tokenizer.json \(range end index"):
+            load_tokenizer(tmp_path)
+    assert capfd.readouterr().err == ""
+    load_tokenizer(folder)
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "a warning\n" * library_speaks + "after\n"
 
 
 @pytest.mark.slow

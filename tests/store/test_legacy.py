@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -308,6 +309,16 @@ def test_a_truncated_file_is_named(legacy: Path, kept: float) -> None:
     with pytest.raises(StoreError, match=r"data-00000-of-00002.arrow: (damaged|ends too early)"):
         checkpoint.rows("val")
     assert len(checkpoint.verify()) == 3
+
+
+def test_rows_with_two_columns_of_one_name_are_refused(legacy: Path) -> None:
+    file = legacy / "checkpoints/step_0/learning_dynamics/train_data/data-00000-of-00002.arrow"
+    table = pa.ipc.open_stream(file.read_bytes()).read_all()
+    twice = table.append_column("input_ids", table.column("input_ids"))
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, twice.schema) as writer:
+        writer.write_table(twice)
+    with pytest.raises(StoreError, match=r"arrow: has more than one column 'input_ids'; write it again"):
+        Run.open(legacy)[0].rows_digest("train")
 
 
 def test_rows_cut_between_two_batches_are_noticed(legacy: Path) -> None:

@@ -46,7 +46,7 @@ def read_footer(file: Path | Any, name: str) -> Footer:
 
     with named(name, file):
         metadata = pq.read_metadata(_regular(file))
-    paths = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
+        paths = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
     columns = [column for column, path in enumerate(paths) if path.split(".")[0] == "input_ids"]
     if not columns:
         names = ", ".join(dict.fromkeys(path.split(".")[0] for path in paths))
@@ -143,6 +143,7 @@ def opened(path: Path, name: str) -> Iterator[pq.ParquetFile]:
         named(name, path),
         pq.ParquetFile(_regular(path), page_checksum_verification=True) as shard,
     ):  # checked only if the writer stored checksums
+        trusted.check_columns(shard.schema_arrow.names, name)
         yield shard
 
 
@@ -162,7 +163,7 @@ def named(name: str, file: Path | Any, form: str = "parquet") -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:  # a name that is not UTF-8
         if isinstance(file, Path):
             trusted.refuse_lfs_pointer(file.resolve())
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

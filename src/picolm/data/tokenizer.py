@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 import unicodedata
 from collections import Counter
@@ -32,6 +33,7 @@ END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
 _LONG_RUN, _PIECE_OF_RUN = 4096, 256
 _RUN = re.compile(rf"[^\W\d_]{{{_LONG_RUN},}}|\d{{{_LONG_RUN},}}|(?:[^\s\w]|_){{{_LONG_RUN},}}")
+_STANDARD_ERROR = threading.Lock()
 _ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|eos|>")
 
 
@@ -60,7 +62,7 @@ def parse_tokenizer(content: bytes, where: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
     trusted.parse_json(content, where, dict[str, Any])  # the library does not limit the nesting
-    with _library_errors(f"{where}: cannot be read as a tokenizer.json"):
+    with _library_errors(f"{where}: cannot be read as a tokenizer.json"), _without_its_stack():
         tokenizer = Tokenizer.from_buffer(content.removeprefix(codecs.BOM_UTF8))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -279,6 +281,25 @@ def _library_errors(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise DataError(f"{what} ({str(error) or type(error).__name__})") from error
+
+
+@contextmanager
+def _without_its_stack() -> Iterator[None]:
+    """Drop what native code writes to the standard error when the block raises: a panic prints its stack there."""
+    with _STANDARD_ERROR, tempfile.TemporaryFile() as kept:  # the descriptor belongs to the whole process
+        try:
+            original = os.dup(2)
+        except OSError:  # it is closed
+            yield
+            return
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+            kept.seek(0)
+            os.write(original, kept.read())
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
 
 
 def _interruptible(work: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from picolm.errors import StoreError
 from picolm.store.tensors import TensorPlace, read_header, read_tensor
-from picolm.trusted import open_regular, require_regular
+from picolm.trusted import check_columns, open_regular, require_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -98,6 +98,7 @@ def read_arrow(path: Path | None, where: str) -> "pa.Table":
         raise StoreError(f"{where}: damaged, or not an Arrow stream ({str(error).splitlines()[0]})") from error
     if not data.endswith(_END_OF_STREAM):  # pyarrow accepts a file that was cut between two batches
         raise StoreError(f"{where}: ends too early; fetch or copy it again")
+    check_columns(table.column_names, where)
     return table
 
 
