@@ -11,6 +11,7 @@ the cache of huggingface_hub are links by design; `picolm.network` resolves them
 import errno
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from io import BufferedReader
@@ -163,8 +164,8 @@ def parse_json(data: bytes | str, name: str, form: Any = Any) -> Any:
 
 def check_columns(names: list[str], name: str) -> None:
     """Raise FileError when two columns of a table have the same name: reading by name would mean either. name: the file."""
-    if repeated := sorted({column for column in names if names.count(column) > 1}):
-        raise FileError(f"{name}: has more than one column {repeated[0]!r}; write it again with one of each name")
+    if repeated := [column for column, count in Counter(names).items() if count > 1]:  # there may be many thousands
+        raise FileError(f"{name}: has more than one column {min(repeated)!r}; write it again with one of each name")
 
 
 def check_form(value: Any, form: Any, name: str) -> None:

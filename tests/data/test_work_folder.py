@@ -21,6 +21,10 @@ def test_a_link_in_a_work_folder_is_refused_and_its_target_left_alone(name: str,
 
 
 def test_a_folder_that_was_left_is_continued(tmp_path: Path) -> None:
-    (tmp_path / ".out.0123456789ab" / "reports").mkdir(parents=True)
+    report = tmp_path / ".out.0123456789ab" / "reports" / "000000"
+    report.parent.mkdir(parents=True)
+    report.write_text("done")
     require_plain(tmp_path / ".out.0123456789ab")
     require_plain(tmp_path / "not there")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [report]
+    assert report.read_text() == "done"

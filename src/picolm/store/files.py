@@ -18,6 +18,7 @@ from picolm.trusted import check_form, open_regular, parse_json
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+GONE = "is gone; was it deleted or moved while in use?"
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -166,7 +167,7 @@ def _reason(error: OSError, path: Path, needed_bytes: int) -> str:
     if error.errno in _FORBIDDEN:
         return f"no permission ({error.filename or path}); check its owner and mode, or choose another directory"
     if error.errno == errno.ENOENT:
-        return f"{error.filename or path} is gone; was it deleted or moved while in use?"
+        return f"{error.filename or path} {GONE}"
     return f"{error.strerror or error} ({error.filename or path})"
 
 

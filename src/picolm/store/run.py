@@ -15,7 +15,7 @@ from picolm.address import Address
 from picolm.errors import StoreError
 from picolm.store.checkpoint import Checkpoint, Missing
 from picolm.store.compose import Content, write_step
-from picolm.store.files import disk_errors
+from picolm.store.files import GONE, disk_errors
 from picolm.store.layout import MANIFEST, RUN, Directories, check_name, inside, step_directory, step_of
 from picolm.store.lock import RunLock
 from picolm.store.publish import (
@@ -130,10 +130,9 @@ class Run(Records, Mapping[int, Checkpoint]):
         except StoreError:
             if step not in self._seen or (path / MANIFEST).exists():
                 raise
-            gone = "is gone; was it deleted or moved while in use?"  # perhaps not its directory yet
             if not path.exists():
-                raise Missing(f"{path} {gone}") from None
-            raise StoreError(f"{path / MANIFEST}: cannot be read (it {gone}); not a whole checkpoint") from None
+                raise Missing(f"{path} {GONE}") from None
+            raise StoreError(f"{path / MANIFEST}: cannot be read (it {GONE}); not a whole checkpoint") from None
         if checkpoint.step != step:
             raise StoreError(f"{path}: holds step {checkpoint.step}; the directory was renamed")
         return checkpoint

@@ -11,7 +11,7 @@ from picolm.address import Address
 from picolm.errors import FileMissing, StoreError
 from picolm.registry import did_you_mean
 from picolm.store.checkpoint import Checkpoint, Missing
-from picolm.store.files import FileRecord, digest_file, load_json
+from picolm.store.files import GONE, FileRecord, digest_file, load_json
 from picolm.store.forms import ResumableState, TrainerState
 from picolm.store.layout import MANIFEST, STATE, inside, kind_of_file
 from picolm.store.manifest import Manifest, TensorRecord
@@ -199,7 +199,7 @@ class SealedCheckpoint(Checkpoint):
             return read_bytes(self.locate(MANIFEST))
         except FileMissing:
             if not self.path.is_dir():
-                raise StoreError(f"{self.path} is gone; was it deleted or moved while in use?") from None
+                raise StoreError(f"{self.path} {GONE}") from None
             why = "cannot be read (there is no such file); not a whole checkpoint"
             raise StoreError(f"{self.path / MANIFEST}: {why}") from None
 
