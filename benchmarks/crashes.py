@@ -31,10 +31,10 @@ import picolm.train.loop  # noqa: F401  (imported once, for all the lives that a
 from picolm.errors import StoreError
 from picolm.schema import load
 from picolm.store import Checkpoint, Run
-from picolm.store.sealed import SealedCheckpoint
+from picolm.store.checkpoint import SealedCheckpoint
 from picolm.train import run_training
 from picolm.train.config import schema_for
-from picolm.train.resume import resumable
+from picolm.train.state import resumable
 
 STEPS, CADENCE = 60, 3
 NEWEST = 3  # steps that the reader verifies again at each look

@@ -20,10 +20,9 @@ from picolm.schema import load
 from picolm.train import devices
 from picolm.train.build import build
 from picolm.train.config import schema_for
-from picolm.train.job import Job
+from picolm.train.failure import StopSignal
+from picolm.train.job import Due, Job, Schedule
 from picolm.train.loop import train
-from picolm.train.plan import Due, Schedule
-from picolm.train.signals import StopSignal
 
 CONFIG = """
 data: {{dataset: {{name: "embedded:python"}}, dataloader: {{batch_size: 8}}, tokenizer: {{vocab_size: 4096}}}}

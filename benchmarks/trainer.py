@@ -21,10 +21,9 @@ import torch
 from picolm.schema import load
 from picolm.train.build import build
 from picolm.train.config import schema_for
-from picolm.train.job import Job
+from picolm.train.failure import StopSignal
+from picolm.train.job import Due, Job
 from picolm.train.loop import accumulate, measure, train, watch
-from picolm.train.plan import Due
-from picolm.train.signals import StopSignal
 
 SHAPES = {"tiny": (96, 384), "mid": (384, 1536)}
 CONFIG = """

@@ -69,7 +69,7 @@ def compare(folder: Path, shape: str, rounds: int, every: int, stack: ExitStack)
     from picolm.schema import load
     from picolm.train.build import build
     from picolm.train.config import schema_for
-    from picolm.train.signals import StopSignal
+    from picolm.train.failure import StopSignal
 
     width, hidden = SHAPES[shape]
     file = folder / "uploads.yaml"

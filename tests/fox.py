@@ -67,7 +67,7 @@ def prompt(fox: Run) -> torch.Tensor:
 
 def same(a: Run, b: Run, step: int = STEP) -> bool:
     """Whether two runs hold the same bits of weights at a step."""
-    from picolm.store.identity import stored_weights_digest
+    from picolm.store.checkpoint import stored_weights_digest
 
     return stored_weights_digest(a[step]) == stored_weights_digest(b[step])
 

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import picolm
-from picolm.console import ASCII, BLOCKS, can_redraw, screen, shows_blocks, sparkline, visible
-from picolm.logs import configure_logging
+from picolm.console import ASCII, BLOCKS, can_redraw, configure_logging, screen, shows_blocks, sparkline, visible
 
 numbers = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=100)
 

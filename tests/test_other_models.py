@@ -14,7 +14,7 @@ import picolm.analyze
 from picolm.cli import main
 from picolm.registry import code_policy, set_code_policy
 from picolm.store import Run
-from picolm.store.identity import stored_weights_digest
+from picolm.store.checkpoint import stored_weights_digest
 
 HERE = Path(__file__).parent
 Pico = Callable[..., str]

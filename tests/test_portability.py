@@ -34,4 +34,4 @@ print(*import_all())
 def test_every_module_imports_without_the_names_of_linux() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert {"picolm.store.lock", "picolm.suite.cluster", "picolm.train.processors"} <= set(done.stdout.split())
+    assert {"picolm.store.files", "picolm.suite.cluster", "picolm.train.resources"} <= set(done.stdout.split())

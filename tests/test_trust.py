@@ -20,9 +20,8 @@ from tests.test_nothing_is_executed import text_keys
 from picolm.analyze.config import AnalysisConfig
 from picolm.cli import main
 from picolm.data.prepare import prepare
-from picolm.provenance import code_keys
 from picolm.registry import CodePolicy, set_code_policy
-from picolm.schema import load
+from picolm.schema import code_keys, load
 from picolm.train import run_training
 from picolm.train.config import TrainConfig, schema_for
 

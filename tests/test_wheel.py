@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from picolm.cli.arguments import config_and_overrides
+from picolm.cli.app import config_and_overrides
 from picolm.errors import PicoError
 from picolm.shipped import FOLDER, commands, shipped, summary
 

@@ -1,19 +1,30 @@
-"""Terminal output: its width and abilities, safe text, sparklines and durations.
+"""Terminal output: its width and abilities, safe text, sparklines and durations; and the log, to the screen and to a file.
 
 A terminal is not required: if output goes to a file or a pipe, TERM is dumb or the encoding is not UTF-8, the same
 facts are printed as plain ASCII lines. NO_COLOR and COLUMNS have their usual meaning.
 """
 
+import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
+from io import TextIOWrapper
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from picolm.errors import FileError, PicoError
+from picolm.trusted import open_to_append, refuse_links
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+log = logging.getLogger("picolm")
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII = "_.-~=+*#"
@@ -115,3 +126,61 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+class _Visible(logging.Formatter):
+    """A formatter that makes messages and tracebacks `visible`: control characters in them become escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+class _Screen(logging.Handler):
+    """A handler that writes to the current sys.stderr, which a progress bar may have replaced."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record), error=True)
+
+
+class _File(logging.FileHandler):
+    """A handler that appends to a regular file. If the disk is full or missing, lines are lost only in the file."""
+
+    def _open(self) -> TextIOWrapper:
+        return os.fdopen(open_to_append(Path(self.baseFilename)), "a", encoding="utf-8")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record. If another package that configures logging has closed the file, it is opened again."""
+        with suppress(OSError, FileError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+def configure_logging(level: str, file: Path | None = None, within: Path | None = None) -> None:
+    """Log plain lines to stderr and, if `file` is given, the same lines with time and level to that file.
+
+    within: the folder below which `file` and its parent folders may not be links. Raises PicoError if the file cannot
+    be written.
+    """
+    log.setLevel(level)
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    screen = _Screen()
+    screen.setFormatter(_Visible("%(message)s"))
+    log.addHandler(screen)
+    if file is not None:
+        try:
+            refuse_links(file, within or file.parent)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            written = _File(file, encoding="utf-8")
+        except OSError as error:
+            raise PicoError(f"{file}: the log cannot be written ({error.strerror})") from error
+        written.setFormatter(_Visible("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(written)
+    log.propagate = False

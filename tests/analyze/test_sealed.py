@@ -13,7 +13,7 @@ from picolm.analyze import table
 from picolm.analyze.table import COLUMNS, load, read_parquet
 from picolm.analyze.values import Value, Values, set_aside_damaged
 from picolm.errors import FileError, PicoError
-from picolm.store.lock import RunLock
+from picolm.store.files import RunLock
 
 Analyze = Callable[..., tuple[Any, pd.DataFrame]]
 GINI = "metrics: [{metric_name: gini, components: [{layer_suffixes: w_2}]}]"

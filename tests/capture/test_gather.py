@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from picolm.address import Address
-from picolm.capture.gather import full_tensor, gather_rows, is_first, laid_out_like, on_every_process, whole_tensors
+from picolm.capture.taps import full_tensor, gather_rows, is_first, laid_out_like, on_every_process, whole_tensors
 
 
 @given(st.permutations(range(7)))

@@ -12,7 +12,7 @@ import pytest
 from tests.hub_server import clients_of
 from tests.scripted_server import Scripted, serving
 
-from picolm.data import ahead
+from picolm.data import batches
 from picolm.data.hub import Repository, open_hub
 from picolm.data.parquet import ShardedRows
 from picolm.errors import DataError
@@ -33,7 +33,7 @@ def opened(hub: Any, tmp_path: Path) -> Callable[..., ShardedRows]:
 
 @pytest.fixture
 def no_prefetch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead.Ahead, "start", lambda self, key: None)
+    monkeypatch.setattr(batches.Ahead, "start", lambda self, key: None)
 
 
 def expected(indices: np.ndarray) -> np.ndarray:
@@ -220,7 +220,7 @@ def test_offline_uses_what_was_fetched_and_says_what_was_not(
     from huggingface_hub import constants
 
     write_shards([20] * 4, folder=DATA)
-    monkeypatch.setattr(ahead.Ahead, "start", lambda self, key: None)
+    monkeypatch.setattr(batches.Ahead, "start", lambda self, key: None)
     online = opened(row_length=9)
     online.rows(np.array([25]))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

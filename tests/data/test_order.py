@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from picolm.data.order import permute, rows_in_order
+from picolm.data.batches import permute, rows_in_order
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(-(2**63), 2**63), number=st.integers(0, 10**9))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from picolm.data import open_source
-from picolm.data.splits import NoSplit, matching, shards_of, split_of
+from picolm.data.manifest import NoSplit, matching, shards_of, split_of
 from picolm.errors import DataError
 
 SPELLINGS = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from picolm.data.work import require_plain
+from picolm.data.recipe import require_plain
 from picolm.errors import DataError
 
 

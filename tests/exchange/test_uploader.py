@@ -19,8 +19,7 @@ from picolm.exchange.uploader import Uploader
 from picolm.store import Run
 from picolm.store.hub import open_branch
 from picolm.store.repository import Branch
-from picolm.store.retention import Retention
-from picolm.store.writer import BackgroundWriter
+from picolm.store.writer import BackgroundWriter, Retention
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from picolm.address import Address
 from picolm.errors import StoreError
 from picolm.store import Run
 from picolm.store.folders import new_folder
-from picolm.store.retention import Retention
+from picolm.store.writer import Retention
 
 NAMES = ["training_config.yaml", "environment.json", "metrics.jsonl"]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from picolm.errors import StoreError
 from picolm.store.files import _NOT_FINITE, dump_json, load_json, size, write_atomically
-from picolm.store.journal import Journal
+from picolm.store.records import Journal
 
 # Texts that would be read back as numbers are refused, see below.
 texts = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: text not in _NOT_FINITE)

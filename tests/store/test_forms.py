@@ -19,9 +19,9 @@ from picolm.exchange.outbox import Outbox
 from picolm.store import Missing, Run
 from picolm.store.files import write_bytes
 from picolm.store.foreign import PickledTensors
-from picolm.store.journal import Journal
 from picolm.store.legacy import LegacyCheckpoint, LocalFiles
 from picolm.store.manifest import Manifest, natural
+from picolm.store.records import Journal
 from picolm.store.roworder import RowOrder
 from picolm.store.tensors import read_header
 

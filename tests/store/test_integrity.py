@@ -188,18 +188,18 @@ def test_a_step_that_its_writer_replaces_during_verification_is_reported_or_whol
     run: Run, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the digests of its files and a look at their headers, a file may go: that is a sentence, not an exception."""
-    from picolm.store import sealed
+    from picolm.store import checkpoint as module
 
     checkpoint = run.commit(0, **content)
-    real = sealed.read_header
+    real = module.read_header
 
     def thinned_meanwhile(path: Path) -> Any:
-        monkeypatch.setattr(sealed, "read_header", real)
+        monkeypatch.setattr(module, "read_header", real)
         run.thin(0, {"optimizer", "activations", "gradients"})
         return real(path)
 
-    monkeypatch.setattr(sealed, "read_header", thinned_meanwhile)
+    monkeypatch.setattr(module, "read_header", thinned_meanwhile)
     (problem,) = checkpoint.verify()
     assert "there is no such file" in problem
-    monkeypatch.setattr(sealed, "read_header", thinned_meanwhile)
+    monkeypatch.setattr(module, "read_header", thinned_meanwhile)
     assert run.problems(0) == []

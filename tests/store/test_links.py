@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from picolm.address import Address
+from picolm.console import configure_logging, log
 from picolm.errors import PicoError
 from picolm.exchange.outbox import Outbox
-from picolm.logs import configure_logging, log
 from picolm.store import Run
 from picolm.tracking import _identity
 

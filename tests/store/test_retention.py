@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from picolm.store import Checkpoint, Run
 from picolm.store import run as run_module
-from picolm.store.retention import Retention, surplus
+from picolm.store.writer import Retention, surplus
 
 PARTS = ("weights", "optimizer", "dynamics")
 Content = dict[str, Any]

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from picolm.console import configure_logging
 from picolm.errors import PicoError, StoreError
-from picolm.logs import configure_logging
-from picolm.store import Run, sealed
+from picolm.store import Run
+from picolm.store.checkpoint import SealedCheckpoint
 from picolm.train import report, run_training
 
 Train = Callable[..., Run]
@@ -160,7 +161,7 @@ def test_a_run_folder_deleted_while_an_older_step_is_looked_at_ends_the_run(
     make_config: Any, monkeypatch: pytest.MonkeyPatch, look: int, halfway: bool
 ) -> None:
     """halfway: the files of the steps are deleted at that moment, their directories not yet."""
-    config, original, looks = make_config("training.max_steps=8"), sealed.SealedCheckpoint._manifest_bytes, count(1)
+    config, original, looks = make_config("training.max_steps=8"), SealedCheckpoint._manifest_bytes, count(1)
     place = Path(config.checkpointing.runs_dir) / "toy"
 
     def delete_first(checkpoint: Any) -> bytes:
@@ -171,7 +172,7 @@ def test_a_run_folder_deleted_while_an_older_step_is_looked_at_ends_the_run(
                 delete(place)
         return original(checkpoint)
 
-    monkeypatch.setattr(sealed.SealedCheckpoint, "_manifest_bytes", delete_first)
+    monkeypatch.setattr(SealedCheckpoint, "_manifest_bytes", delete_first)
     with pytest.raises(StoreError, match=r"is gone; was it deleted or moved while in use\?"):
         run_training(config)
 

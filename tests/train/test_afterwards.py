@@ -20,7 +20,7 @@ from picolm.errors import DataError, PicoError
 from picolm.formats import export
 from picolm.formats.importing import import_model
 from picolm.store import Run
-from picolm.store.identity import stored_weights_digest
+from picolm.store.checkpoint import stored_weights_digest
 from picolm.train.afterwards import _rows, evaluate_steps
 from picolm.train.history import stored_with
 from picolm.train.sample import load_model

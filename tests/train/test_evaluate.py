@@ -17,10 +17,9 @@ from torch import Tensor
 
 from picolm.errors import DataError, PicoError
 from picolm.models import Decoder, DecoderConfig, NextToken, Noise, Piece, Score
-from picolm.train.evaluate import Evaluation, Rows, evaluate
+from picolm.train.evaluate import Evaluation, Rows, evaluate, token_nats
 from picolm.train.evaluation_config import Evaluation as Settings
 from picolm.train.sample import load_model
-from picolm.train.scoring import token_nats
 from picolm.train.text import Text
 
 LENGTH = 16

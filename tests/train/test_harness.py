@@ -17,10 +17,9 @@ from tests.fox import STEP, TEXT
 from picolm.data.tokenizer import load_tokenizer
 from picolm.errors import PicoError
 from picolm.store import Run
-from picolm.train.evaluate import Evaluation, Rows, evaluate
+from picolm.train.evaluate import Evaluation, Rows, evaluate, token_nats
 from picolm.train.evaluation_config import Evaluation as Settings
 from picolm.train.sample import load_model
-from picolm.train.scoring import token_nats
 from picolm.train.text import Text
 
 pytestmark = [

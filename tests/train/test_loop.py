@@ -14,7 +14,7 @@ import torch
 from picolm.address import Address
 from picolm.errors import PicoError, StoreError
 from picolm.store import Run
-from picolm.store.identity import stored_weights_digest
+from picolm.store.checkpoint import stored_weights_digest
 from picolm.train import loop, report, run_training
 from picolm.train.sample import load_model
 

@@ -14,8 +14,8 @@ import pytest
 from picolm.errors import DataError, PicoError
 from picolm.models import Decoder, DecoderConfig
 from picolm.store import Run
-from picolm.train.memory import memory_bytes, parameter_count
 from picolm.train.preview import preview
+from picolm.train.resources import memory_bytes, parameter_count
 
 SMALL = {
     "d_model": 24,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from picolm.models import Decoder, DecoderConfig
-from picolm.train import meters
-from picolm.train.meters import WINDOW, Meters, Stopwatch, UpdateSize, group_of
+from picolm.train import metrics
+from picolm.train.metrics import WINDOW, Meters, Stopwatch, UpdateSize, group_of
 from picolm.train.sample import load_model
 
 
@@ -85,7 +85,7 @@ def test_the_noise_scale_averages_numerator_and_denominator_apart() -> None:
         one = Meters()
         one.observe_noise(SMALL, small, LARGE, large)
         pairs.append((one.signal, one.noise))
-    weights = [meters.DECAY**age for age in range(399, -1, -1)]
+    weights = [metrics.DECAY**age for age in range(399, -1, -1)]
     signal, noise = (sum(w * pair[i] for w, pair in zip(weights, pairs)) / sum(weights) for i in (0, 1))
     assert seen.signal == pytest.approx(signal, rel=0.02)  # older samples than 128 have a weight of 0.14 % together
     assert seen.noise == pytest.approx(noise, rel=0.02)
@@ -98,7 +98,7 @@ def test_the_first_sample_has_no_special_weight(samples: int) -> None:
     values = [float(i % 3) for i in range(samples)]
     weights = [0.95**age for age in range(samples - 1, -1, -1)]
     expected = sum(w * x for w, x in zip(weights, values)) / sum(weights)
-    assert meters.recent_mean(values) == pytest.approx(expected, rel=1e-12)
+    assert metrics.recent_mean(values) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("place", [0, 7, 60, 119])
@@ -234,7 +234,7 @@ def test_the_update_ratio_of_a_run_is_that_of_its_checkpoints(train: Callable[..
 
 def test_the_phases_of_a_stopwatch_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(meters.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     watch = Stopwatch()
     for _ in range(2):
         with watch.time("capture"):

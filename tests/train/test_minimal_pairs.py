@@ -14,10 +14,9 @@ from picolm.data.tokenizer import load_tokenizer
 from picolm.errors import DataError, PicoError
 from picolm.models import Piece
 from picolm.store import Run
-from picolm.train.evaluate import Evaluation, evaluate
+from picolm.train.evaluate import Evaluation, evaluate, score
 from picolm.train.evaluation_config import Evaluation as Settings
 from picolm.train.sample import load_model
-from picolm.train.scoring import score
 from picolm.train.text import Text
 
 SENTENCES = [

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from picolm.store import Run
-from picolm.train.plan import Due, Plan
+from picolm.train.job import Due, Plan
 
 Train = Callable[..., Run]
 

@@ -16,8 +16,7 @@ from picolm.store import Run
 from picolm.train import report, run_training
 from picolm.train.history import config_at, parse_steps, recorded_digests, segments
 from picolm.train.inspection import batch_at
-from picolm.train.job import Job
-from picolm.train.plan import Due
+from picolm.train.job import Due, Job
 from picolm.train.replay import replay
 
 Train = Callable[..., Run]

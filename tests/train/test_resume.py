@@ -17,10 +17,10 @@ from picolm.errors import DataError, PicoError, StoreError
 from picolm.store import Run
 from picolm.train import loop, run_training
 from picolm.train.fork import fork
-from picolm.train.plan import Due
+from picolm.train.job import Due
 from picolm.train.replay import replay
-from picolm.train.resume import changes
 from picolm.train.sample import load_model
+from picolm.train.state import changes
 
 Train = Callable[..., Run]
 
@@ -129,16 +129,16 @@ def test_a_full_disk_ends_the_run_and_leaves_the_previous_checkpoint(
 ) -> None:
     import errno
 
-    from picolm.store import compose
+    from picolm.store import publish
 
-    original = compose.write_tensors
+    original = publish.write_tensors
 
     def full(path: Path, tensors: Any) -> Any:
         if "step_4" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(path, tensors)
 
-    monkeypatch.setattr(compose, "write_tensors", full)
+    monkeypatch.setattr(publish, "write_tensors", full)
     with pytest.raises(StoreError, match="step 4"):
         train()
     run = Run.open(Path(make_config().checkpointing.runs_dir) / "toy")

@@ -9,7 +9,7 @@ import pytest
 from picolm.schema import ConfigError
 from picolm.store import Run
 from picolm.store.listing import contents
-from picolm.store.retention import Retention
+from picolm.store.writer import Retention
 from picolm.train.preview import preview
 
 LEAN = (

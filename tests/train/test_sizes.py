@@ -11,7 +11,7 @@ from picolm.errors import PicoError
 from picolm.formats import export
 from picolm.formats.importing import import_model
 from picolm.store import Run
-from picolm.train.plan import Due
+from picolm.train.job import Due
 from picolm.train.replay import replay
 from picolm.train.sample import load_model
 

@@ -10,11 +10,10 @@ from picolm.analyze.config import AnalysisConfig
 from picolm.analyze.engine import Outcome, analyze, plan
 from picolm.analyze.groups import alike, config_of
 from picolm.analyze.intervals import aggregate
-from picolm.console import can_redraw, say, screen
-from picolm.logs import configure_logging
+from picolm.console import can_redraw, configure_logging, say, screen
 from picolm.schema import dump, load, plain
 from picolm.store import Run
-from picolm.store.lock import RunLock
+from picolm.store.files import RunLock
 from picolm.tracking import Session
 
 log = logging.getLogger("picolm")

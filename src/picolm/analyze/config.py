@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from picolm.analyze.components import COMPONENTS
 from picolm.analyze.metrics import find_metric
 from picolm.errors import PicoError
-from picolm.provenance import NamesCode
 from picolm.registry import did_you_mean
-from picolm.schema import Place, Rule, Section
+from picolm.schema import NamesCode, Place, Rule, Section
 
 
 class StepRange(Section):

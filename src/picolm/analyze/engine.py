@@ -23,9 +23,9 @@ from picolm.analyze.values import Value, Values, set_aside_damaged
 from picolm.errors import PicoError
 from picolm.registry import CodePolicy, code_policy, set_code_policy
 from picolm.store import Run
-from picolm.store.layout import step_of
+from picolm.store.checkpoint import SealedCheckpoint
 from picolm.store.listing import damaged
-from picolm.store.sealed import SealedCheckpoint
+from picolm.store.manifest import step_of
 
 log = logging.getLogger("picolm")
 

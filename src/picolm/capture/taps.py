@@ -1,19 +1,23 @@
-"""Choose the modules and positions to capture, and read them with hooks.
+"""Choose the modules and positions to capture, read them with hooks, and gather them from all processes.
+
+With FSDP2, parameters, gradients and moments are DTensors: each process holds a shard. All processes must call the
+functions that gather in the same order. Gathered tensors are returned on the first process only.
 
 Shapes: B rows of a micro-batch, T positions, H width of a module's output, R rows kept, P positions kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from picolm.address import Address, has_suffix
-from picolm.capture.gather import full_tensor, gather_rows
 from picolm.errors import PicoError
 from picolm.registry import did_you_mean
 from picolm.seeds import derive
@@ -156,3 +160,62 @@ def _select(output_BTH: Tensor, rows: list[int], taps: Taps, step: int) -> Tenso
         if positions is not None:
             chosen = chosen[:, positions[0]] if len(positions) == 1 else chosen[:, positions]
     return chosen.to(device="cpu", dtype=taps.dtype or chosen.dtype, copy=True)
+
+
+def world_size() -> int:
+    """Return the number of processes (1 without a process group)."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Return whether this is the first process: the one that gets gathered tensors and writes files."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
+def full_tensor(tensor: Tensor) -> Tensor | None:
+    """Return a copy of the full tensor on the CPU, gathered if it is a DTensor; None on all processes but the first."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to(device="cpu", copy=True) if is_first() else None
+
+
+def whole_tensors(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    """Return `tensors` with each DTensor gathered to the CPU, one at a time; other processes get no DTensors."""
+    gathered = {key: full_tensor(t) if isinstance(t, DTensor) else t for key, t in tensors.items()}
+    return {key: tensor for key, tensor in gathered.items() if tensor is not None}
+
+
+def summed(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the sum of a CPU tensor over all processes, on every process; the all-reduce runs on `device`."""
+    if world_size() == 1:
+        return tensor
+    on_device = tensor.to(device)
+    dist.all_reduce(on_device)
+    return on_device.cpu()
+
+
+def on_every_process(tensor: Tensor) -> Tensor:
+    """Return the full tensor on every process, on its own device."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def laid_out_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Return `whole`, which every process has, with the placement of `like`. No communication."""
+    if not isinstance(like, DTensor):
+        return whole
+    mesh = like.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(mesh, like.placements)
+
+
+def gather_rows(rows: Tensor, places: Sequence[int]) -> Tensor | None:
+    """Return the rows of all processes, sorted by place in the global batch; None on all processes but the first."""
+    if world_size() > 1:
+        pieces: list[tuple[Tensor, Sequence[int]]] | None = [(rows, places)] * world_size() if is_first() else None
+        dist.gather_object((rows, places), pieces)
+        if pieces is None:
+            return None
+        rows = torch.cat([piece for piece, _ in pieces])
+        places = [place for _, some in pieces for place in some]
+    if list(places) == sorted(places):
+        return rows
+    return rows[torch.tensor(places).argsort()]

@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from picolm.cli.app import app
-from picolm.cli.arguments import RunArgument, TrustRemoteCode
+from picolm.cli.app import RunArgument, TrustRemoteCode, app
 from picolm.console import say
 from picolm.errors import PicoError
 
 if TYPE_CHECKING:
     from picolm.store import Run
-    from picolm.train.plan import Due
+    from picolm.train.job import Due
     from picolm.train.replay import Verdict
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Configuration keys to change.")]
@@ -69,7 +68,7 @@ def _kinds(capture: str | None) -> "tuple[Due, list[str]]":
     import json
 
     from picolm.document import ConfigError, parse_yaml
-    from picolm.train.plan import Due
+    from picolm.train.job import Due
 
     if capture is None:
         return Due(weights=True, optimizer=True, dynamics=True), []

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from picolm.cli.app import app
-from picolm.cli.arguments import TrustRemoteCode
+from picolm.cli.app import TrustRemoteCode, app
 from picolm.console import say
 
 Runs = Annotated[list[str] | None, typer.Argument(metavar="[RUN]…", help="Runs to show: their folders.")]
@@ -29,7 +28,7 @@ def report(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write one HTML file with the plots and tables of runs and analyses. It opens without a network."""
-    from picolm.logs import configure_logging
+    from picolm.console import configure_logging
     from picolm.report.assembly import write
 
     configure_logging("WARNING")

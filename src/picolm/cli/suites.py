@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from picolm.cli.app import app
-from picolm.cli.arguments import ConfigArguments, ConfigPath, TrustRemoteCode, config_and_overrides
+from picolm.cli.app import ConfigArguments, ConfigPath, TrustRemoteCode, app, config_and_overrides
 
 
 @app.command()

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from picolm.cli.app import app
-from picolm.cli.arguments import RunArgument, TrustRemoteCode
+from picolm.cli.app import RunArgument, TrustRemoteCode, app
 from picolm.console import say
 from picolm.errors import PicoError
 

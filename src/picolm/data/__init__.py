@@ -15,7 +15,7 @@ colon.
     mix:NAME*WEIGHT,NAME*WEIGHT   rows of several sources by weights
     my_lab.module:attribute       a factory of your own, with the same arguments
 
-The names of files and folders give the split (see `splits.py`). Published data sets and `picolm.data.prepare` use
+The names of files and folders give the split (see `manifest.py`). Published data sets and `picolm.data.prepare` use
 `train-*.parquet` and `val-*.parquet`, in the folder itself or in its `data/` folder. Shards whose names contain no
 split are the train split; if other shards are named train, this is an error.
 """
@@ -30,7 +30,7 @@ from typing import Protocol
 
 import numpy as np
 
-from picolm.data.splits import matching
+from picolm.data.manifest import matching
 from picolm.errors import DataError
 from picolm.network import cache_folder
 from picolm.registry import Registry, did_you_mean, names_code

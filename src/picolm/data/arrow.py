@@ -19,9 +19,8 @@ from picolm import trusted
 from picolm.data import SOURCES
 from picolm.data.decode import named
 from picolm.data.flat import FlatRows, tokenizer_beside
-from picolm.data.manifest import digest_of
+from picolm.data.manifest import NoSplit, canonical, digest_of, split_of
 from picolm.data.parquet import check_length, edges
-from picolm.data.splits import NoSplit, canonical, split_of
 from picolm.errors import DataError
 
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of a complete Arrow stream

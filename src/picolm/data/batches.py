@@ -1,6 +1,6 @@
 """The batch of a step is a function of the step number: the same rows for any number of processes and micro-batches.
 
-Step s takes the positions [s B, (s + 1) B) of the order (see `order.py`). Process r of W gets those at r, r + W, …
+Step s takes the positions [s B, (s + 1) B) of the order (`rows_in_order`). Process r of W gets those at r, r + W, …
 of the batch, in `accumulation` micro-batches. So the step number alone is enough to resume, or to replay a step.
 
 Shapes: B rows of a step, b rows of a micro-batch, T tokens of a row.
@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+import math
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
 from picolm.data import Source
-from picolm.data.ahead import Ahead
-from picolm.data.order import rows_in_order
 from picolm.errors import DataError
+from picolm.seeds import derive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,3 +126,88 @@ def _too_large(token: int, vocab_size: int) -> str:
         f"token id {token} is outside of the vocabulary of {vocab_size} (0 to {vocab_size - 1}); "
         "were the data made with another tokenizer, or is vocab_size too small?"
     )
+
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class Ahead(Generic[Key, Value]):
+    """At most one value computed in advance, by at most one daemon thread."""
+
+    def __init__(self, compute: Callable[[Key], Value]):
+        self._compute = compute
+        self._key: Key | None = None
+        self._value: Future[Value] | None = None
+        self._lock = threading.Lock()
+
+    def start(self, key: Key) -> None:
+        """Start to compute the value of `key`, unless another computation is running or this value is ready."""
+        with self._lock:
+            if self._value is not None and (self._key == key or not self._value.done()):
+                return
+            self._key, self._value = key, Future()
+            threading.Thread(target=self._run, args=(key, self._value), daemon=True, name=f"ahead {key}").start()
+
+    def take(self, key: Key) -> Value:
+        """Return the value of `key`: wait for it if it was started, otherwise compute it now."""
+        with self._lock:
+            started, value = self._key == key, self._value
+            if started:
+                self._key, self._value = None, None
+        return value.result() if started and value is not None else self._compute(key)
+
+    def _run(self, key: Key, value: Future[Value]) -> None:
+        try:
+            value.set_result(self._compute(key))
+        except BaseException as error:  # `take` raises it
+            value.set_exception(error)
+
+
+_ROUNDS = 8
+
+
+def permute(indices: np.ndarray, size: int, seed: int, purpose: str, *position: int) -> np.ndarray:
+    """Permute `indices` (below `size`) and return the images, int64.
+
+    (seed, purpose, *position) select the permutation of 0 … size-1. It is a Feistel network over pairs (left, right) of
+    numbers below a = ceil(sqrt(size)): each round adds a keyed hash of one half to the other modulo a. This can be
+    inverted, so the network permutes 0 … a²-1 for any hash. Results outside 0 … size-1 go through it again until they are
+    inside ("cycle walking"; Black & Rogaway 2002); a² exceeds size by less than 2 sqrt(size) + 1, so there are few.
+    Nothing is stored.
+    """
+    side = np.uint64(math.isqrt(max(size - 1, 0)) + 1)  # ceil(sqrt(size)), at least 1
+    keys = [np.uint64(derive(seed, purpose, *position, turn)) for turn in range(_ROUNDS)]
+    images: np.ndarray = _network(np.asarray(indices, dtype=np.uint64), side, keys)
+    while (outside := np.flatnonzero(images >= size)).size:
+        images[outside] = _network(images[outside], side, keys)
+    return images.astype(np.int64)
+
+
+def _network(numbers: np.ndarray, side: np.uint64, keys: list[np.uint64]) -> np.ndarray:
+    left: np.ndarray = numbers // side
+    right: np.ndarray = numbers % side
+    for key in keys:
+        left, right = right, (left + _mix(right ^ key) % side) % side
+    return left * side + right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Apply the finalizer of splitmix64 (Steele, Lea & Flood 2014): each input bit affects every bit of the result."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def rows_in_order(positions: np.ndarray, size: int, *, seed: int, shuffle: bool) -> np.ndarray:
+    """Return the row (0 … size-1) at each position (0, 1, … over all passes) of the order, int64.
+
+    Pass 0 takes the rows in their order on disk; each later pass (and pass 0 too, with shuffling) has its own permutation.
+    """
+    positions = np.asarray(positions, dtype=np.int64)
+    passes, rows = positions // size, positions % size
+    for number in np.unique(passes):
+        if number > 0 or shuffle:
+            here = passes == number
+            rows[here] = permute(rows[here], size, seed, "order", int(number))
+    return rows

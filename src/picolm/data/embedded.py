@@ -58,8 +58,7 @@ def open_embedded(
 
 def prepare_embedded(name: str, *, seq_len: int, vocab_size: int, cache_dir: Path | None = None) -> Path:
     """Return the cache folder of an embedded corpus, preparing it first if it does not exist."""
-    from picolm.data.recipe import is_free
-    from picolm.data.work import alone
+    from picolm.data.recipe import alone, is_free
 
     files = CORPORA.get(name)()
     recipe = {

@@ -20,9 +20,8 @@ import numpy as np
 
 from picolm import trusted
 from picolm.data import SOURCES
-from picolm.data.manifest import digest_of
+from picolm.data.manifest import NoSplit, canonical, digest_of, matching, split_of
 from picolm.data.parquet import edges
-from picolm.data.splits import NoSplit, canonical, matching, split_of
 from picolm.errors import DataError
 
 

@@ -25,12 +25,22 @@ from pydantic import Field
 
 from picolm import trusted
 from picolm.data import SOURCES
-from picolm.data.ahead import Ahead
+from picolm.data.batches import Ahead
 from picolm.data.decode import Footer, read_footer
-from picolm.data.manifest import FILE, Count, Manifest, Name, digest_of, parse_manifest
+from picolm.data.manifest import (
+    FILE,
+    Count,
+    Manifest,
+    Name,
+    NoSplit,
+    canonical,
+    digest_of,
+    no_shards,
+    parse_manifest,
+    shards_of,
+)
 from picolm.data.parquet import ShardedRows, check_length, rows_fingerprint
 from picolm.data.shards import written
-from picolm.data.splits import NoSplit, canonical, no_shards, shards_of
 from picolm.errors import DataError, FileError
 from picolm.network import TreeEntry, answers_of, cache_folder, fetch, file_list, in_cache, is_offline, persist
 

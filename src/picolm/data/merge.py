@@ -15,10 +15,9 @@ from picolm.data.inspection import prepared_manifest
 from picolm.data.manifest import FILE, Manifest, Shard, damaged_files
 from picolm.data.mix import Mixture, mixed
 from picolm.data.parquet import rows_fingerprint
-from picolm.data.recipe import VERSION, already_there, is_free
+from picolm.data.recipe import VERSION, alone, already_there, is_free
 from picolm.data.shards import ROWS_PER_SHARD, SPLITS, Row, shard_name, write_shard
 from picolm.data.tokenizer import load_vocabulary, write_tokenizer
-from picolm.data.work import alone
 from picolm.errors import DataError
 
 Progress = Callable[[str, int, int | None], None]

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from picolm.data import SOURCES, Source, is_own_source, open_source
+from picolm.data.batches import permute
 from picolm.data.manifest import digest_of
-from picolm.data.order import permute
 from picolm.errors import DataError
 
 _SEED = 42

@@ -24,8 +24,18 @@ import numpy as np
 
 from picolm.data import SOURCES
 from picolm.data.decode import Footer, read_footer, read_labels, read_tokens
-from picolm.data.manifest import Manifest, damaged_files, digest_of, read_manifest
-from picolm.data.splits import NoSplit, canonical, matching, no_shards, shards_in, shards_of
+from picolm.data.manifest import (
+    Manifest,
+    NoSplit,
+    canonical,
+    damaged_files,
+    digest_of,
+    matching,
+    no_shards,
+    read_manifest,
+    shards_in,
+    shards_of,
+)
 from picolm.errors import DataError
 
 _CACHE_BYTES = 1 << 30

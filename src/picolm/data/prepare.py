@@ -28,7 +28,19 @@ import numpy as np
 
 from picolm.data.documents import LONGEST, Found, TextFile, digest_files, survey
 from picolm.data.manifest import FILE, Manifest, Shard, digest_of, read_manifest
-from picolm.data.recipe import already_there, check_apart, is_free, recipe_of
+from picolm.data.recipe import (
+    Plan,
+    Report,
+    Unusable,
+    alone,
+    already_there,
+    check_apart,
+    explained,
+    is_free,
+    publish,
+    recipe_of,
+    require_plain,
+)
 from picolm.data.scan import decide, scan, texts
 from picolm.data.shards import ROWS_PER_SHARD, SPLITS, TOKEN, Segment, StreamRows, shard_name, write_shard, written
 from picolm.data.tokenizer import (
@@ -40,7 +52,6 @@ from picolm.data.tokenizer import (
     train_tokenizer,
     write_tokenizer,
 )  # fmt: skip
-from picolm.data.work import Plan, Report, Unusable, alone, explained, publish, require_plain
 
 UNIT_BYTES = 32 << 20
 _SMALLEST_PIECE_BYTES = 1 << 16

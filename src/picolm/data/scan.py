@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from picolm.data.batches import permute
 from picolm.data.documents import Document, Reader, TextFile
 from picolm.data.filters import load_filter
-from picolm.data.order import permute
+from picolm.data.recipe import Plan, Report, Unusable
 from picolm.data.shards import written
-from picolm.data.work import Plan, Report, Unusable
 from picolm.errors import DataError
 
 DROPPED = -1

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
+from picolm.data.batches import permute
 from picolm.data.manifest import Shard
-from picolm.data.order import permute
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from picolm.errors import FileError, StoreError
-from picolm.store.files import disk_errors, write_atomically
+from picolm.store.checkpoint import SealedCheckpoint
+from picolm.store.files import RunLock, disk_errors, write_atomically
 from picolm.store.forms import Queue
-from picolm.store.layout import MANIFEST, inside, step_directory, step_of
-from picolm.store.lock import RunLock
+from picolm.store.manifest import MANIFEST, inside, step_directory, step_of
 from picolm.store.run import Run
-from picolm.store.sealed import SealedCheckpoint
 from picolm.trusted import read_json, refuse_links, require_regular
 
 log = logging.getLogger("picolm")

@@ -17,26 +17,33 @@ from typing import NamedTuple
 
 from picolm.errors import FileError, StoreError
 from picolm.store import hub
-from picolm.store.files import digest_file, disk_errors, link_or_copy, sync_directory, write_atomically, written_aside
+from picolm.store.checkpoint import SealedCheckpoint
+from picolm.store.files import (
+    RunLock,
+    digest_file,
+    disk_errors,
+    link_or_copy,
+    sync_directory,
+    write_atomically,
+    written_aside,
+)
 from picolm.store.hub import HubCheckpoint, HubRun
-from picolm.store.layout import (
+from picolm.store.legacy_run import configured_directories
+from picolm.store.manifest import (
     CONFIG,
     ENVIRONMENT,
     MANIFEST,
     METRICS,
     RUN,
     Directories,
+    Manifest,
     check_name,
     inside,
     step_directory,
 )
-from picolm.store.legacy_run import configured_directories
-from picolm.store.lock import RunLock
-from picolm.store.manifest import Manifest
 from picolm.store.publish import exchange, point_latest
 from picolm.store.records import identity, read_directories
 from picolm.store.run import Run
-from picolm.store.sealed import SealedCheckpoint
 from picolm.store.selection import check_parts, chosen, origin, united
 from picolm.trusted import open_regular, read_bytes, refuse_links, require_regular
 

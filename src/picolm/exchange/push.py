@@ -15,17 +15,30 @@ from picolm.exchange.card import FILE, kept_by_hand, model_card, with_front_matt
 from picolm.exchange.commits import commit, has_moved, prepare_repository
 from picolm.exchange.outbox import FOLDER, Damaged, Outbox
 from picolm.network import persist
-from picolm.store import hub, layout
+from picolm.store import hub
+from picolm.store.checkpoint import SealedCheckpoint
 from picolm.store.files import disk_errors, written_aside
 from picolm.store.hub import Whole, whole_body, whole_steps
-from picolm.store.journal import Journal
-from picolm.store.layout import MANIFEST, METRICS, OPTIMIZER, STATE, WEIGHTS, inside, step_directory, step_of
-from picolm.store.manifest import Manifest
-from picolm.store.records import identity
+from picolm.store.manifest import (
+    CONFIG,
+    ENVIRONMENT,
+    MANIFEST,
+    METRICS,
+    OPTIMIZER,
+    RUN,
+    STATE,
+    TOKENIZER,
+    WEIGHTS,
+    Directories,
+    Manifest,
+    inside,
+    step_directory,
+    step_of,
+)
+from picolm.store.records import Journal, identity
 from picolm.store.repository import Branch, Commit
 from picolm.store.roworder import lookup
 from picolm.store.run import Run
-from picolm.store.sealed import SealedCheckpoint
 from picolm.store.selection import check_parts, chosen, origin, united
 from picolm.train.config import REPOSITORY, differences
 from picolm.trusted import read_bytes, read_text, require_regular
@@ -33,7 +46,7 @@ from picolm.trusted import read_bytes, read_text, require_regular
 log = logging.getLogger("picolm")
 
 _ATTEMPTS = 5
-_RESULTS = layout.Directories.eval_results_dir
+_RESULTS = Directories.eval_results_dir
 
 Files = dict[str, Path | bytes]
 
@@ -124,7 +137,7 @@ class Sender:
         prepare_repository(self.branch.repository, self.branch.name, "model", self._private, StoreError)
         self._refuse_another_run(self._look())
         about: Files = {}
-        for name in (layout.CONFIG, layout.ENVIRONMENT, layout.RUN):
+        for name in (CONFIG, ENVIRONMENT, RUN):
             if os.path.lexists(self.run.path / name):
                 about[name] = _regular(inside(self.run.path, name))
         self._send(f"Saving {hub.CONFIGURATION} -- Step 0", about)
@@ -206,7 +219,7 @@ class Sender:
         shown = self._manifest(head)  # files of another step that the branch shows now, and this step does not have
         stale = sorted(shown.files.keys() - manifest.files.keys()) if shown else []
         if not any(each.title.startswith(f"Saving {hub.TOKENIZER} ") for each in commits):
-            words: Files = {name: checkpoint.locate(name) for name in manifest.files if name in layout.TOKENIZER}
+            words: Files = {name: checkpoint.locate(name) for name in manifest.files if name in TOKENIZER}
             head = self._send(f"Saving {hub.TOKENIZER} -- Step 0", words, head) if words else head
         *artefacts, (last, files) = self._artefacts(checkpoint, manifest)
         for kind, part in artefacts:
@@ -253,7 +266,7 @@ class Sender:
 
     def _refuse_another_run(self, commits: list[Commit]) -> None:
         """Raise StoreError for a branch that holds another run: the steps of both would seem to be one run."""
-        path, here = self.branch.find(layout.RUN, commits[0].sha), self.run.path / layout.RUN
+        path, here = self.branch.find(RUN, commits[0].sha), self.run.path / RUN
         if path is not None:
             created, name = identity(read_bytes(path))
             found = f"{name!r}, made {created}"

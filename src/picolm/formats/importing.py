@@ -23,12 +23,11 @@ from picolm.formats.plain import CONFIG, STATE_DICT
 from picolm.models import MODELS, Decoder
 from picolm.models.llama import check_names, decoder_config, from_llama, special_tokens, with_output_layer
 from picolm.network import fetch, file_list, in_cache
-from picolm.provenance import mark_untrusted
-from picolm.schema import plain
+from picolm.schema import mark_untrusted, plain
 from picolm.store import Run
 from picolm.store.folders import new_folder, refuse_content
 from picolm.store.foreign import PickledTensors, SafeTensors
-from picolm.store.layout import check_name
+from picolm.store.manifest import check_name
 from picolm.train.config import stored_config
 from picolm.train.sample import GenerationConfig
 from picolm.train.state import outline, weight_address

@@ -12,8 +12,7 @@ from torch import Tensor
 from picolm.errors import PicoError
 from picolm.models.anatomy import Anatomy, Part
 from picolm.models.decoder import Decoder, DecoderConfig
-from picolm.models.noise import Noise
-from picolm.models.objective import Likelihood, Loss, NextToken, Piece, Score
+from picolm.models.objective import Likelihood, Loss, NextToken, Noise, Piece, Score
 from picolm.registry import Registry
 
 __all__ = [

@@ -1,12 +1,13 @@
 """What the loss of a model means, and how likely a model finds a text.
 
 A model says which rows it needs, what it predicted of them, and whether its likelihood is exact, a bound, or none. Whoever
-trains, scores or generates asks the model, and never shifts tokens or logits itself.
+trains, scores or generates asks the model, and never shifts tokens or logits itself. What is random in it (masks, noise levels)
+comes from `Noise`.
 
 Legend: B rows, S tokens of a row, T = S - 1 predicted tokens, V vocabulary, N pieces of text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -100,3 +101,30 @@ class NextToken:
     def generate(self, prompt_BT: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """Return the prompt and what the model makes of it; options as in `generate.generate`."""
         return generate(self, prompt_BT, max_new_tokens, context=self.config.max_seq_len, **options)
+
+
+class Noise:
+    """The random numbers for the B rows of one micro-batch; each call continues the streams of the call before.
+
+    Each row has its own generator, seeded by the step and the row's place in the global batch. So a row gets the same
+    numbers for any number of micro-batches and processes. They are drawn on the CPU, so they are the same on any device.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+        self.device = device
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return uniform float32 numbers in [0, 1), [B, *shape]."""
+        return self._each(lambda generator: torch.rand(shape, generator=generator))
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return normal float32 numbers of mean 0 and variance 1, [B, *shape]."""
+        return self._each(lambda generator: torch.randn(shape, generator=generator))
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Return uniform int64 numbers in [0, high), [B, *shape]."""
+        return self._each(lambda generator: torch.randint(high, shape, generator=generator))
+
+    def _each(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        return torch.stack([draw(generator) for generator in self._generators]).to(self.device)

@@ -2,7 +2,7 @@
 
 from picolm.store import hub, legacy_run  # noqa: F401  (each registers its formats for `Run.open`)
 from picolm.store.checkpoint import Checkpoint, Missing
-from picolm.store.layout import Directories
+from picolm.store.manifest import Directories
 from picolm.store.run import Run
 
 __all__ = ["Checkpoint", "Directories", "Missing", "Run"]

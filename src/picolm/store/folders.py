@@ -13,7 +13,7 @@ from pathlib import Path
 
 from picolm.errors import StoreError
 from picolm.store.files import disk_errors, sync_directory
-from picolm.store.layout import RUN
+from picolm.store.manifest import RUN
 
 log = logging.getLogger("picolm")
 

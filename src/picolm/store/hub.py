@@ -26,16 +26,14 @@ from typing import Any, NamedTuple
 from picolm.address import Address
 from picolm.errors import StoreError
 from picolm.network import is_offline
-from picolm.store.checkpoint import Checkpoint, Missing
+from picolm.store.checkpoint import Checkpoint, Missing, SealedCheckpoint
 from picolm.store.files import load_json
-from picolm.store.journal import Journal
-from picolm.store.layout import CONFIG, MANIFEST, METRICS, Directories, step_directory
 from picolm.store.legacy import DYNAMICS, SPLITS, LegacyCheckpoint, capture_meta
-from picolm.store.records import parse_config
+from picolm.store.manifest import CONFIG, MANIFEST, METRICS, Directories, step_directory
+from picolm.store.records import Journal, parse_config
 from picolm.store.repository import Branch, Commit
 from picolm.store.roworder import RowOrder, lookup
 from picolm.store.run import OPENERS, Run
-from picolm.store.sealed import SealedCheckpoint
 from picolm.trusted import TEXT_BYTES, read_bytes
 
 _PLACE = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@(.+))?")

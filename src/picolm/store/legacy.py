@@ -27,8 +27,7 @@ from picolm.store.checkpoint import Checkpoint, Missing, absence
 from picolm.store.files import digest_file
 from picolm.store.foreign import PickledTensors, SafeTensors, read_arrow
 from picolm.store.forms import DataSetState
-from picolm.store.layout import Directories, check_name, inside, kind_of_file
-from picolm.store.manifest import natural
+from picolm.store.manifest import Directories, check_name, inside, kind_of_file, natural
 from picolm.store.roworder import RowOrder, lookup
 from picolm.trusted import parse_json, read_bytes, require_regular
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from picolm.errors import StoreError
 from picolm.store.checkpoint import Checkpoint
-from picolm.store.layout import CONFIG, Directories, step_of
 from picolm.store.legacy import MODEL_FILES, STATE, LegacyCheckpoint, LocalFiles, capture_meta
+from picolm.store.manifest import CONFIG, Directories, step_of
 from picolm.store.records import parse_config
 from picolm.store.roworder import RowOrder, lookup
 from picolm.store.run import OPENERS, Run

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from picolm.errors import FileError, StoreError
 from picolm.network import TreeEntry, cache_folder, fetch, file_list, in_cache, is_offline, listed, persist
 from picolm.store.files import digest_file, disk_errors, write_atomically
-from picolm.store.layout import check_name
+from picolm.store.manifest import check_name
 from picolm.trusted import TEXT_BYTES, parse_json, read_bytes
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from picolm.errors import StoreError
-from picolm.store.layout import CONFIG
+from picolm.store.manifest import CONFIG
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from picolm.address import Address
 from picolm.errors import StoreError
-from picolm.store.checkpoint import Checkpoint, Missing
-from picolm.store.compose import Content, write_step
-from picolm.store.files import GONE, disk_errors
-from picolm.store.layout import MANIFEST, RUN, Directories, check_name, inside, step_directory, step_of
-from picolm.store.lock import RunLock
+from picolm.store.checkpoint import Checkpoint, Missing, SealedCheckpoint
+from picolm.store.files import GONE, RunLock, disk_errors
+from picolm.store.manifest import MANIFEST, RUN, Directories, check_name, inside, step_directory, step_of
 from picolm.store.publish import (
+    Content,
     discard,
     exchange,
     point_latest,
@@ -26,10 +25,10 @@ from picolm.store.publish import (
     set_aside,
     sweep,
     write_renewed,
+    write_step,
     write_thinned,
 )
 from picolm.store.records import Records, read_directories
-from picolm.store.sealed import SealedCheckpoint
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,10 +9,9 @@ from collections.abc import Collection
 from typing import Any
 
 from picolm.errors import StoreError
-from picolm.store.layout import STATE
-from picolm.store.manifest import Manifest, natural
-from picolm.store.retention import part_of
-from picolm.store.sealed import SealedCheckpoint
+from picolm.store.checkpoint import SealedCheckpoint
+from picolm.store.manifest import STATE, Manifest, natural
+from picolm.store.writer import part_of
 
 PARTS = ("weights", "optimizer", "dynamics")
 

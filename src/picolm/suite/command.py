@@ -8,9 +8,8 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from picolm.console import LEAST_WIDTH, say, screen
+from picolm.console import LEAST_WIDTH, configure_logging, say, screen
 from picolm.errors import PicoError
-from picolm.logs import configure_logging
 from picolm.schema import dump
 from picolm.store.files import write_atomically
 from picolm.suite.comparison import REPORT, analyze_members, write_report

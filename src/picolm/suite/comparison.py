@@ -20,7 +20,7 @@ from picolm.store import Run
 from picolm.store.files import disk_errors, write_atomically
 from picolm.suite.config import SEED, Member, Suite
 from picolm.suite.convergence import by_group, figures
-from picolm.train.plan import Plan
+from picolm.train.job import Plan
 from picolm.train.preview import estimate
 from picolm.trusted import read_bytes
 

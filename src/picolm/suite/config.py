@@ -14,7 +14,6 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from picolm.analyze.config import AnalysisConfig
-from picolm.provenance import refuse_untrusted
 from picolm.schema import (
     ConfigError,
     Document,
@@ -27,6 +26,7 @@ from picolm.schema import (
     load,
     plain,
     read_document,
+    refuse_untrusted,
     resolve,
     validate,
 )

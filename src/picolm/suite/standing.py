@@ -7,9 +7,9 @@ from picolm.schema import plain
 from picolm.store import Run
 from picolm.suite.config import FREE, Member
 from picolm.train.history import last_step
-from picolm.train.plan import Plan
-from picolm.train.resume import FREE as MAY_MOVE
-from picolm.train.resume import changes
+from picolm.train.job import Plan
+from picolm.train.state import FREE as MAY_MOVE
+from picolm.train.state import changes
 
 State = Literal["new", "interrupted", "running", "finished"]
 

@@ -12,11 +12,11 @@ def run_training(config: "TrainConfig") -> int:
 
     Raises UntrustedCode, before anything is written, if `config` comes from a run and names code that is not trusted.
     """
-    from picolm.provenance import refuse_untrusted
+    from picolm.schema import refuse_untrusted
     from picolm.train.build import build
+    from picolm.train.failure import StopSignal
     from picolm.train.loop import train
     from picolm.train.report import log_summary
-    from picolm.train.signals import StopSignal
 
     refuse_untrusted(config)
     with ExitStack() as stack:

@@ -16,10 +16,10 @@ from lightning_fabric import Fabric
 
 from picolm.capture import Taps
 from picolm.capture.taps import find_modules
+from picolm.console import configure_logging
 from picolm.data import Source, has_own_length, open_source
 from picolm.data.batches import Batches
 from picolm.errors import DataError, PicoError
-from picolm.logs import configure_logging
 from picolm.models import find_model
 from picolm.registry import Registry
 from picolm.schema import plain
@@ -28,18 +28,14 @@ from picolm.store.files import disk_errors
 from picolm.store.writer import BackgroundWriter
 from picolm.train import devices
 from picolm.train.config import TrainConfig, row_length
+from picolm.train.devices import make_strategy, mark_forward
 from picolm.train.evaluate import Rows
-from picolm.train.failure import Together
-from picolm.train.job import Job
-from picolm.train.loggers import build_loggers, log_folder
-from picolm.train.memory import require_memory
+from picolm.train.failure import StopSignal, Together
+from picolm.train.job import Job, Plan
+from picolm.train.metrics import Progress, build_loggers, log_folder
 from picolm.train.optim import build_optimizers, left_out, schedule_remarks
-from picolm.train.plan import Plan
-from picolm.train.progress import Progress
-from picolm.train.resume import FORKED, open_run, restore, retention
-from picolm.train.signals import StopSignal
-from picolm.train.state import State
-from picolm.train.strategies import make_strategy, mark_forward
+from picolm.train.resources import require_memory
+from picolm.train.state import FORKED, State, open_run, restore, retention
 from picolm.train.text import Text, anatomy_of, checkpoint_files
 
 log = logging.getLogger("picolm")
@@ -277,7 +273,7 @@ def _held_out(config: TrainConfig, name: str, split: str, source: Source) -> Sou
 
     Raises DataError if the rows are damaged or come from another tokenizer.
     """
-    from picolm.data.splits import NoSplit
+    from picolm.data.manifest import NoSplit
     from picolm.data.tokenizer import check_same
 
     own = config.data.dataset.name

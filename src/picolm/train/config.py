@@ -19,9 +19,8 @@ from picolm.errors import PicoError
 from picolm.models import MODELS, find_model
 from picolm.models.anatomy import CAPTURED
 from picolm.models.decoder import PARTS, DecoderConfig
-from picolm.provenance import NamesCode, code_keys, mark_untrusted
 from picolm.registry import Registry, Untrusted, UntrustedCode, names_code
-from picolm.schema import NoSchema, Place, Rule, Section, flatten, plain
+from picolm.schema import NamesCode, NoSchema, Place, Rule, Section, code_keys, flatten, mark_untrusted, plain
 from picolm.train.evaluate import EVALUATIONS
 from picolm.train.evaluation_config import Evaluation
 from picolm.train.optim import OPTIMIZERS, SCHEDULES

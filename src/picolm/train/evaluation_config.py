@@ -5,8 +5,7 @@ from typing import Annotated
 from pydantic import NonNegativeInt, PositiveInt
 
 from picolm.data import is_own_source
-from picolm.provenance import NamesCode
-from picolm.schema import Place, Section
+from picolm.schema import NamesCode, Place, Section
 
 
 class Paloma(Section):

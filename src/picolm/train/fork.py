@@ -5,16 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from picolm.errors import PicoError
-from picolm.provenance import refuse_untrusted
-from picolm.schema import flatten, plain
+from picolm.schema import flatten, plain, refuse_untrusted
 from picolm.store import Run
+from picolm.store.checkpoint import stored_weights_digest
 from picolm.store.folders import new_folder
-from picolm.store.identity import stored_weights_digest
 from picolm.train.config import TrainConfig
 from picolm.train.history import check_trained, config_at, place_of, same_elsewhere
-from picolm.train.plan import Due
+from picolm.train.job import Due
 from picolm.train.replay import UNUSED, replay
-from picolm.train.resume import FORKED, changes, directories
+from picolm.train.state import FORKED, changes, directories
 
 COLLECTED = "replay_of"  # key in environment.json of a collection: the run that its steps belong to
 SHAPED = ("model.", "training.optimization.optimizer")  # keys a fork cannot change: the state would no longer fit

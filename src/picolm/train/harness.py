@@ -22,8 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from picolm.errors import PicoError
 from picolm.models import Piece
 from picolm.registry import did_you_mean, require_trust
-from picolm.train.evaluate import Evaluation
-from picolm.train.scoring import Language, score
+from picolm.train.evaluate import Evaluation, Language, score
 
 NEW_TOKENS = 256  # to generate if a task does not set a number
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from picolm.errors import PicoError
 from picolm.schema import load, plain
 from picolm.store import Checkpoint, Run
-from picolm.store.identity import stored_weights_digest
-from picolm.store.layout import CONFIG
+from picolm.store.checkpoint import stored_weights_digest
+from picolm.store.manifest import CONFIG
 from picolm.train import devices
 from picolm.train.config import TrainConfig, schema_for
-from picolm.train.resume import changes, resumable
+from picolm.train.state import changes, resumable
 
 # Keys that set where to compute or what to record, and do not change the result of training.
 ELSEWHERE = (

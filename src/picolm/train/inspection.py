@@ -14,12 +14,10 @@ from picolm.errors import PicoError
 from picolm.store import Run
 from picolm.train.build import open_batches, tokenizer_file
 from picolm.train.config import row_length
-from picolm.train.evaluate import Rows
+from picolm.train.evaluate import Rows, token_nats
 from picolm.train.history import check_same_data, check_trained, last_step, same_elsewhere
-from picolm.train.job import Job
-from picolm.train.plan import Due
+from picolm.train.job import Due, Job
 from picolm.train.replay import replay
-from picolm.train.scoring import token_nats
 from picolm.train.text import Text
 
 ROWS_AT_ONCE = 8  # rows per forward pass

@@ -12,17 +12,15 @@ from torch import Tensor
 
 from picolm.address import Address
 from picolm.capture import capture
-from picolm.capture.gather import summed
-from picolm.capture.taps import Order
+from picolm.capture.taps import Order, summed
 from picolm.errors import PicoError
 from picolm.models import Loss, Noise
 from picolm.seeds import derive
 from picolm.train import report
+from picolm.train.devices import keeps_shards, reshard
 from picolm.train.evaluate import Evaluation, evaluate
-from picolm.train.job import Job
-from picolm.train.meters import UpdateSize, norm
-from picolm.train.plan import Due
-from picolm.train.strategies import keeps_shards, reshard
+from picolm.train.job import Due, Job
+from picolm.train.metrics import UpdateSize, norm
 
 
 class Gradient(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 
 from picolm.errors import DataError
 from picolm.models import Piece
-from picolm.train.scoring import Language, score
+from picolm.train.evaluate import Language, score
 
 if TYPE_CHECKING:
     from picolm.train.evaluate import Evaluation

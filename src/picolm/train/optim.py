@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from picolm.capture.gather import laid_out_like, on_every_process
+from picolm.capture.taps import laid_out_like, on_every_process
 from picolm.errors import PicoError
 from picolm.registry import Registry
 

@@ -15,13 +15,13 @@ from picolm.data import open_source
 from picolm.errors import DataError, PicoError
 from picolm.models import find_model
 from picolm.schema import dump, plain
-from picolm.store.retention import surplus
+from picolm.store.writer import surplus
 from picolm.train import devices
 from picolm.train.build import make_taps
 from picolm.train.config import TrainConfig
-from picolm.train.memory import require_blocks
+from picolm.train.job import Plan
 from picolm.train.optim import build_optimizers, schedule_remarks
-from picolm.train.plan import Plan
+from picolm.train.resources import require_blocks
 from picolm.train.state import State
 
 

@@ -17,19 +17,18 @@ from torch import Tensor
 
 from picolm.address import Address
 from picolm.errors import PicoError
-from picolm.provenance import refuse_untrusted
+from picolm.schema import refuse_untrusted
 from picolm.store import Run
-from picolm.store.identity import weights_digest
+from picolm.store.checkpoint import weights_digest
 from picolm.store.writer import BackgroundWriter
 from picolm.train.build import equip
 from picolm.train.config import TrainConfig
+from picolm.train.devices import keeps_shards
+from picolm.train.failure import StopSignal
 from picolm.train.history import check_same_data, check_trained, origin, recorded_digests, relative_difference, segments
-from picolm.train.job import Job
+from picolm.train.job import Due, Job, Plan, Schedule
 from picolm.train.loop import train
-from picolm.train.plan import Due, Plan, Schedule
-from picolm.train.signals import StopSignal
 from picolm.train.state import check_sizes
-from picolm.train.strategies import keeps_shards
 
 log = logging.getLogger("picolm")
 

@@ -14,16 +14,15 @@ from torch import Tensor
 from picolm.address import Address
 from picolm.data.embedded import unigram_entropy
 from picolm.store import Checkpoint
-from picolm.store.identity import weights_digest
-from picolm.store.layout import CONFIG
+from picolm.store.checkpoint import weights_digest
 from picolm.store.listing import loss_line
+from picolm.store.manifest import CONFIG
 from picolm.train.config import row_length
 from picolm.train.evaluate import Rows
-from picolm.train.job import Job
-from picolm.train.meters import UpdateSize, norm
-from picolm.train.plan import Due
-from picolm.train.processors import load_average, usable_cpus
-from picolm.train.resume import last_finite
+from picolm.train.job import Due, Job
+from picolm.train.metrics import UpdateSize, norm
+from picolm.train.resources import load_average, usable_cpus
+from picolm.train.state import last_finite
 
 log = logging.getLogger("picolm")
 

@@ -1,10 +1,16 @@
 """The training state at step n: weights, optimizer moments and a few counters. All else is a function of the step.
 
-The state of random generators is not part of it: each step uses generators derived from (seed, step).
+The state of random generators is not part of it: each step uses generators derived from (seed, step). A run is created,
+or resumed from its latest complete checkpoint, bit for bit.
 """
 
+import logging
+import math
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +18,17 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from picolm.address import Address
-from picolm.capture.gather import laid_out_like, whole_tensors
+from picolm.capture.taps import laid_out_like, whole_tensors
 from picolm.errors import PicoError
 from picolm.models import MODELS
-from picolm.store import Checkpoint
-from picolm.train.meters import Meters
+from picolm.schema import flatten, plain
+from picolm.store import Checkpoint, Directories, Run
+from picolm.store.manifest import OPTIMIZER, WEIGHTS
+from picolm.store.writer import Retention
+from picolm.train.config import TrainConfig, completed, schema_for, with_roles
+from picolm.train.metrics import Meters
+
+log = logging.getLogger("picolm")
 
 
 @dataclass
@@ -168,3 +180,174 @@ def _fitting(tensors: Mapping[Address, Tensor], address: Address, shape: torch.S
             "use the model section of the run's training_config.yaml, or another checkpointing.run_name"
         )
     return tensors[address]
+
+
+# Keys that cannot change within a run, and exceptions. The data may move: their fingerprint identifies them.
+FIXED = ("model.", "data.", "training.seeds.", "training.optimization.optimizer")
+FREE = ("data.dataset.name", "data.dataset.cache_dir", "data.tokenizer.name", "model.batch_size")
+FORKED = "forked_from"  # key in environment.json: the run and step that the first checkpoint of a fork comes from
+# Keys ignored when configurations are compared: the location of the run, names of its folders, and keys without effect.
+IGNORED = (
+    "checkpointing.runs_dir",
+    "checkpointing.run_name",
+    "checkpointing.fabric_checkpoint_dir",
+    "checkpointing.fabric_checkpoint_filename",
+    "checkpointing.training.auto_resume",
+    "monitoring.save_to_picolabs",
+    "monitoring.pico_report.",
+    "model.batch_size",
+)
+FOLDERS = (
+    "checkpointing.checkpoints_dir",
+    "checkpointing.learning_dynamics_dir",
+    "checkpointing.evaluation.eval_results_dir",
+    "checkpointing.logs_dir",
+)
+
+
+def open_run(config: TrainConfig, environment: dict[str, Any], stack: ExitStack, writes: bool) -> Run:
+    """Open the folder of the run, or create it. Returns the run, locked until `stack` closes if this process `writes`.
+
+    Raises PicoError if the folder holds another experiment, or holds a run and auto_resume is false.
+    """
+    path = Path(config.checkpointing.runs_dir).expanduser() / str(config.checkpointing.run_name)
+    if not (path / "run.json").exists():
+        if writes:
+            Run.create(path, plain(config), environment | {"starts": []}, directories(config))
+    elif not config.checkpointing.training.auto_resume:
+        raise PicoError(
+            f"{path} holds a run already and checkpointing.training.auto_resume is false; choose another "
+            "checkpointing.run_name, or let it continue"
+        )
+    run = Run.open(path)
+    _check_same_experiment(run, config, environment)
+    if writes:
+        stack.enter_context(run.lock())
+    return run
+
+
+def restore(config: TrainConfig, environment: dict[str, Any], run: Run, state: State, writes: bool) -> int | None:
+    """Load the newest complete resumable checkpoint into `state`. Returns its step, or None for a start from step 0.
+
+    If this process `writes`, it also applies retention and records the start in the run. Raises PicoError for a fork
+    without its first checkpoint.
+    """
+    checkpoint, problems = run.latest_whole(accept=resumable)
+    for problem in problems:
+        log.warning("Damaged checkpoint: %s", problem)
+    if checkpoint is not None:
+        state.restore(checkpoint, checkpoint.meta)
+        if state.skipped_in_a_row >= config.training.max_skipped_steps:
+            state.skipped_in_a_row = 0  # these skipped updates stopped the run, so counting starts again
+        log.info("Continuing %s from step %d.", run.path, checkpoint.step)
+        if writes:  # the process may have been killed after a save, before retention was applied
+            retention(config, run).apply(checkpoint.step)
+    elif FORKED in run.environment:
+        raise PicoError(
+            f"{run.path} is a fork whose first checkpoint is not there or not whole; delete the folder and fork again"
+        )
+    elif problems or run.steps:
+        log.warning(
+            "%s holds no whole checkpoint with weights and optimizer state; starting again from step 0.", run.path
+        )
+    finished = checkpoint is not None and checkpoint.step >= config.training.max_steps
+    if writes and not finished:  # a finished run is not changed
+        _record_start(run, config, environment, state.step)
+    return checkpoint.step if checkpoint is not None else None
+
+
+def last_finite(run: Run, before: int) -> Checkpoint | None:
+    """Return the newest resumable checkpoint before step `before` with a finite loss and gradient norm, or None."""
+
+    def accept(checkpoint: Checkpoint) -> bool:
+        finite = all(math.isfinite(float(checkpoint.meta.get(name) or 0.0)) for name in ("loss", "gradient_norm"))
+        return checkpoint.step < before and resumable(checkpoint) and finite
+
+    found, _ = run.latest_whole(False, accept)
+    return found
+
+
+def resumable(checkpoint: Checkpoint) -> bool:
+    """Return whether training can resume from a checkpoint: it still holds both weights and optimizer state."""
+    return bool(checkpoint.meta.get("resumable")) and not {WEIGHTS, OPTIMIZER} & checkpoint.dropped
+
+
+def retention(config: TrainConfig, run: Run) -> Retention:
+    """Return the retention of a run: the rules of `checkpointing.keep` for its older checkpoints."""
+    return Retention(run, plain(config.checkpointing.keep), resumable)
+
+
+def directories(config: TrainConfig) -> Directories:
+    names = config.checkpointing
+    return Directories(
+        checkpoints_dir=names.checkpoints_dir,
+        learning_dynamics_dir=names.learning_dynamics_dir,
+        eval_results_dir=names.evaluation.eval_results_dir,
+        logs_dir=names.logs_dir,
+    )
+
+
+def _check_same_experiment(run: Run, config: TrainConfig, environment: Mapping[str, Any]) -> None:
+    changed = changes(run.config, plain(config))
+    refused = changes_of_experiment(changed)
+    if refused:
+        lines = [f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in refused.items()]
+        raise PicoError(
+            f"{run.path} is another experiment; these keys cannot change within a run:\n" + "\n".join(lines) + "\n"
+            "Choose another checkpointing.run_name, or put these values back"
+        )
+    before, now = run.environment.get("data"), environment["data"]
+    known = (before := before or {}).get("fingerprint")  # a fork that has not started yet has none
+    if known and known != now["fingerprint"]:
+        raise PicoError(
+            f"{run.path} was trained on other data: fingerprint {known[:12]}… ({before.get('rows')} rows of "
+            f"{before.get('name')}), now {now['fingerprint'][:12]}… ({now['rows']} rows of {now['name']}). Point "
+            "data.dataset.name to the same data, or choose another checkpointing.run_name"
+        )
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return {dotted key: (value before, value now)} for the values that differ, except keys in IGNORED and FOLDERS.
+
+    A key that is missing in `before` counts as its default: `before` was written by a version without the key.
+    """
+    old, new = completed(before, schema_for(now)), with_roles(flatten(now))
+    keys = [key for key in dict.fromkeys([*flatten(before), *new]) if not key.startswith((*IGNORED, *FOLDERS))]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def changes_of_experiment(changed: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Return the changes that are not allowed within a run, because they make another experiment."""
+    return {key: pair for key, pair in changed.items() if key.startswith(FIXED) and key not in FREE}
+
+
+def _record_start(run: Run, config: TrainConfig, environment: dict[str, Any], step: int) -> None:
+    """Record the time, the environment and the changed keys of this start in the run. Deletes metrics from `step` on,
+    which training writes again.
+    """
+    changed = changes(run.config, plain(config))
+    for key, (old, new) in changed.items():
+        log.warning("%s was %r in this run until now and is %r from step %d on.", key, old, new, step)
+    then, now = run.environment.get("hardware", {}).get("threads"), environment["hardware"]["threads"]
+    if step and then and then != now:
+        log.info(
+            "This run was computed with %d thread(s) until now and is with %d from step %d on: sums on a CPU round "
+            "differently. OMP_NUM_THREADS=%d keeps its bits.", then, now, step, then,
+        )  # fmt: skip
+    kept = {key: value for key, value in run.environment.items() if key == FORKED}
+    starts = run.environment.get("starts") or []
+    start = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changed": changed}
+    run.write_environment(kept | environment | {"starts": [*starts, start | {"packages": environment["packages"]}]})
+    run.write_config(_with_folders_of(run, plain(config)))
+    run.truncate_metrics(step - 1)
+
+
+def _with_folders_of(run: Run, config: dict[str, Any]) -> dict[str, Any]:
+    """Put the folder names that the run was created with into `config`; log each change. Returns `config`."""
+    chosen = config["checkpointing"]
+    for section, names in ((chosen, asdict(run.directories)), (chosen["evaluation"], asdict(run.directories))):
+        for key, name in names.items():
+            if key in section and section[key] != name:
+                log.info("%s stays %r, not %r: folders get their names when a run is created.", key, name, section[key])
+                section[key] = name
+    return config

@@ -15,8 +15,8 @@ from picolm.report.render import render
 from picolm.report.section import SECTIONS, Section
 from picolm.schema import flatten
 from picolm.store import Checkpoint, Run
+from picolm.store.checkpoint import SealedCheckpoint
 from picolm.store.listing import damaged
-from picolm.store.sealed import SealedCheckpoint
 
 EXPECTED = {"run_name", "runs_dir"}  # differ from the default in every run, so not shown
 FEW = 3  # up to this many runs, differences from the default configuration are unfolded
@@ -122,7 +122,7 @@ def _differences(opened: Run) -> list[tuple[str, Any, Any]]:
     """Return (key, value, default); empty if the defaults are not available (the architecture is not installed or not
     trusted).
     """
-    from picolm.provenance import mark_untrusted
+    from picolm.schema import mark_untrusted
     from picolm.train.config import differences, schema_for
 
     config = _config(opened)

@@ -12,8 +12,7 @@ from picolm.report.material import Material
 from picolm.report.render import render
 from picolm.report.section import SECTIONS, Section
 from picolm.store import Run
-from picolm.store.checkpoint import Missing
-from picolm.store.sealed import SealedCheckpoint
+from picolm.store.checkpoint import Missing, SealedCheckpoint
 
 ROWS, TOKENS, STEPS = 2, 256, 6  # rows per split, tokens per row, steps per run
 MOST_PARAMETERS = 100_000_000  # for larger models the forward passes take longer than the rest of the report
@@ -50,7 +49,7 @@ def text(material: Material) -> Section | None:
 
 def _shown(material: Material, run: Run, named: bool) -> Any:
     """Return the rows of some steps as HTML. Steps that training deletes or thins meanwhile are noted and left out."""
-    from picolm.train.scoring import NoLikelihood
+    from picolm.train.evaluate import NoLikelihood
 
     steps = spread([step for step in run if _readable(run, step)], STEPS) if type(run) is Run else []
     blocks = []
@@ -93,8 +92,8 @@ def rows(run: Run, step: int, most: float, prefix: str = "") -> Iterator[Row]:
     """Yield the first captured rows of a step, of each split. most: the loss at the end of the scale, in nats."""
     import torch
 
+    from picolm.train.evaluate import token_nats
     from picolm.train.sample import load_model
-    from picolm.train.scoring import token_nats
     from picolm.train.text import Text
 
     checkpoint = run[step]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from picolm.train import processors
-from picolm.train.processors import Pace, threads_for, usable_cpus
+from picolm.train import resources
+from picolm.train.resources import Pace, threads_for, usable_cpus
 
 V2 = "0::/system.slice/job.service\n"
 V1 = "5:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc\n"
@@ -78,7 +78,7 @@ def test_a_real_process_on_one_cpu_computes_with_one_thread() -> None:
         "from picolm.train import devices\n"
         "devices.choose_threads(Fabric()); print(torch.get_num_threads())"
     )
-    environment = {key: value for key, value in os.environ.items() if key not in processors.SET_BY_USER}
+    environment = {key: value for key, value in os.environ.items() if key not in resources.SET_BY_USER}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
     kept = subprocess.run(
