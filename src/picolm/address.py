@@ -9,7 +9,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.([0-9]{1,9})(?:\.(.+))?$")
 
 
 class Address(NamedTuple):
-    """The identity of a tensor within a step, for example `gradients/train/layers.3.attention.o_proj`.
+    """The identity of a tensor within a step, for example `gradients/train/layers.3.attention.out`.
 
     kind: `weights`, `gradients`, `activations`, or the name of an optimizer moment such as `exp_avg`.
     split: `train` or `val`; empty for tensors that belong to no batch (weights, moments).
@@ -39,7 +39,7 @@ class Address(NamedTuple):
 
     @property
     def suffix(self) -> str:
-        """The name of the module in its block (`attention.o_proj`): empty for a block; the full name outside blocks."""
+        """The name of the module in its block (`attention.out`): empty for a block; the full name outside blocks."""
         match = _LAYER.search(self.module)
         return (match[2] or "") if match else self.module
 
@@ -51,5 +51,5 @@ class Address(NamedTuple):
 
 
 def has_suffix(module: str, suffix: str) -> bool:
-    """Return whether `module` ends in `suffix` in whole words: `o_proj` and `attention.o_proj`, but not `proj`."""
+    """Return whether `module` ends in `suffix` in whole words: `out` and `attention.out`, but not `t.out`."""
     return module == suffix or module.endswith("." + suffix)

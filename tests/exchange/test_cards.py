@@ -20,6 +20,7 @@ def test_names_with_markup_change_nothing_else_in_the_card(tmp_path: Path) -> No
             "data": {"name": HOSTILE, "fingerprint": HOSTILE, "rows": 5},
             "packages": {HOSTILE: HOSTILE},
             "seeds": {HOSTILE: 1},
+            "model": {HOSTILE: HOSTILE, "layers": 12},
         },
     )
     run.append_metrics({"step": 0, "train/loss": 2.0})
@@ -28,6 +29,7 @@ def test_names_with_markup_change_nothing_else_in_the_card(tmp_path: Path) -> No
     headings = re.findall(r"<h[1-6]>(.*?)</h[1-6]>", rendered)
     assert headings[1:] == ["Data and order", "Configuration", "Loss", "Loading a step", "Analyzing it"]
     assert headings[0].startswith("x --- # &lt;script&gt;")
+    assert "layers 12)" in rendered
     assert not re.search(r"<script|<a |<img", rendered.split("-->")[1])
     assert rendered.count("<pre>") == 4
     assert rendered.count("<!--") == rendered.count("-->") == 1
@@ -36,6 +38,7 @@ def test_names_with_markup_change_nothing_else_in_the_card(tmp_path: Path) -> No
     compile(program[2], "card", "exec")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "front",
     ["a: &a [*a]", "[" * 5000, "a: !!python/object/apply:os.system [id]", "just text", "- a", "1: 2", "a: [\n"],

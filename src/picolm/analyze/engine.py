@@ -30,7 +30,7 @@ from picolm.store.manifest import step_of
 log = logging.getLogger("picolm")
 
 MOST_MISSING = 1000  # steps of a range that are listed one by one
-WIDE = 192  # d_model from which layers are computed in parallel; below it, Python takes most of the time
+WIDE = 192  # width of a model from which layers are computed in parallel; below it, Python takes most of the time
 # If every step is compared with every other, this many layers get a unit each; the rest share one.
 MOST_LAYERS = 512
 

@@ -211,7 +211,7 @@ def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def json_name(row: Mapping[str, Any]) -> str:
-    """Return the name of a value in the JSON files: `layers.0.swiglu.w_2.weights`,
+    """Return the name of a value in the JSON files: `layers.0.mlp.out.weights`,
     `layers.0.ov_circuit.activations.heads.3`.
     """
     return f"{row['module']}.{row['kind']}" + ("" if row["head"] is None else f".heads.{row['head']}")

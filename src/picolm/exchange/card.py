@@ -25,7 +25,6 @@ FILE = "README.md"
 _WIDTH = 60  # bars of the curve
 _POINTS = 8  # rows of the table of losses
 _STEPS = 40  # rows of the table of commits
-_SHAPE = {"n_layers": "layers", "d_model": "wide", "attention_n_heads": "heads", "vocab_size": "tokens of vocabulary"}
 _FRONT = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PROGRAM = """from huggingface_hub import list_repo_commits
@@ -70,7 +69,7 @@ def model_card(
         kind=code(model["model_type"])
         if "model_type" in model
         else "model of a type that its configuration leaves out",
-        shape=", ".join(f"{plain(model[key])} {word}" for key, word in _SHAPE.items() if key in model),
+        shape=", ".join(f"{plain(name)} {_number(value)}" for name, value in (environment.get("model") or {}).items()),
         held=f"{len(steps)} checkpoints, from step {steps[0]} to step {steps[-1]}" if steps else "no checkpoint yet",
         branch=branch,
         data=data,
@@ -88,6 +87,10 @@ def model_card(
             repository=repository, branch=shlex.quote(branch), place=shlex.quote(f"{repository}@{branch}")
         ),
     )
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else plain(value)
 
 
 def kept_by_hand(text: str, place: str) -> bool:

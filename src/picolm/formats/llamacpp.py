@@ -15,7 +15,7 @@ from picolm.data.tokenizer import parse_tokenizer
 from picolm.errors import PicoError
 from picolm.formats import FORMATS, Exported
 from picolm.models import MODELS
-from picolm.models.llama import check_equivalent, gguf_name
+from picolm.models.llama import check_equivalent, gguf_name, llama_config
 
 log = logging.getLogger("picolm")
 
@@ -56,14 +56,15 @@ def _write_shape(writer: Any, exported: Exported) -> None:
     writer.add_file_type(LlamaFileType[types[exported.dtype]])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.d_model)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.activation_hidden_dim)
-    writer.add_head_count(config.attention_n_heads)
-    writer.add_head_count_kv(config.attention_n_kv_heads)
-    writer.add_rope_dimension_count(config.d_model // config.attention_n_heads)
-    writer.add_rope_freq_base(config.position_emb_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
+    llama = llama_config(config, exported.dtype, exported.generation)
+    writer.add_embedding_length(llama["hidden_size"])
+    writer.add_block_count(llama["num_hidden_layers"])
+    writer.add_feed_forward_length(llama["intermediate_size"])
+    writer.add_head_count(llama["num_attention_heads"])
+    writer.add_head_count_kv(llama["num_key_value_heads"])
+    writer.add_rope_dimension_count(llama["head_dim"])
+    writer.add_rope_freq_base(llama["rope_theta"])
+    writer.add_layer_norm_rms_eps(llama["rms_norm_eps"])
 
 
 def _write_tensor(writer: Any, name: str, tensor: Tensor) -> None:

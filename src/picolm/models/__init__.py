@@ -29,6 +29,8 @@ __all__ = [
     "Part",
     "Piece",
     "Score",
+    "block_count",
+    "describe",
     "find_model",
 ]
 
@@ -42,6 +44,30 @@ class ModelConfig(Protocol):
     def problems(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Yield each broken rule between fields: (names of the fields, what to change)."""
         ...
+
+
+def block_count(config: Any) -> tuple[str, int] | None:
+    """Return the key of a model's configuration that says how many blocks it has, and its value; None if none does.
+
+    It is needed before the model is built: a typing error may ask for more blocks than can be. A configuration names the
+    key in its class variable `blocks`; without one, the key is `n_layers`, if there is one.
+    """
+    key = getattr(type(config), "blocks", "n_layers")
+    number = getattr(config, key, None)
+    return (key, number) if isinstance(number, int) else None
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Return what a card says of a model: the numbers of its anatomy that it states, and its count of parameters.
+
+    A model that has more to say, or other things, defines `describe()` itself.
+    """
+    if hasattr(model, "describe"):
+        return dict(model.describe())
+    anatomy = model.anatomy() if hasattr(model, "anatomy") else Anatomy()
+    numbers = {name: getattr(anatomy, name) for name in ("layers", "width", "heads", "kv_heads", "head_size")}
+    stated = {name.replace("_", " "): number for name, number in numbers.items() if number is not None}
+    return stated | {"vocabulary": model.config.vocab_size, "parameters": sum(p.numel() for p in model.parameters())}
 
 
 @runtime_checkable

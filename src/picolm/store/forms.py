@@ -66,6 +66,7 @@ class Environment(_Form):
     hardware: Hardware | None = None
     world_size: Count | None = None
     seeds: dict[str, int] | None = None
+    model: dict[str, Any] | None = None
     data: DataFacts | None = None
     tokenizer_sha256: str | None = None
     starts: list[Start] | None = None

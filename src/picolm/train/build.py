@@ -20,7 +20,7 @@ from picolm.console import configure_logging
 from picolm.data import Source, has_own_length, open_source
 from picolm.data.batches import Batches
 from picolm.errors import DataError, PicoError
-from picolm.models import find_model
+from picolm.models import describe, find_model
 from picolm.registry import Registry
 from picolm.schema import plain
 from picolm.seeds import derive
@@ -55,7 +55,7 @@ def build(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     devices.choose_threads(config.training.fabric)
     job = equip(config, stop, stack)
     config, first = job.config, job.fabric.is_global_zero
-    environment = _environment(config, job.fabric, job.batches, job.text)
+    environment = _environment(job)
     with job.fabric.rank_zero_first():  # the first process creates the folder, the others open it
         job.run = open_run(config, environment, stack, writes=first)
     if first:
@@ -347,17 +347,19 @@ def make_taps(config: TrainConfig, model: torch.nn.Module) -> Taps:
     )
 
 
-def _environment(config: TrainConfig, fabric: Fabric, batches: Batches, text: Text) -> dict[str, Any]:
-    """Return the content of environment.json for this start: versions, hardware, seeds, data and tokenizer."""
+def _environment(job: Job) -> dict[str, Any]:
+    """Return the content of environment.json for this start: versions, hardware, seeds, model, data and tokenizer."""
     import hashlib
     import platform
 
+    config, batches, text = job.config, job.batches, job.text
     return {
         "python": platform.python_version(),
         "packages": devices.package_versions(),
         "hardware": devices.hardware(),
-        "world_size": fabric.world_size,
+        "world_size": job.fabric.world_size,
         "seeds": plain(config.training.seeds),
+        "model": describe(job.state.model),
         "data": {"name": config.data.dataset.name, "fingerprint": batches.fingerprint, "rows": len(batches.source)},
         "tokenizer_sha256": hashlib.sha256(text.file.read_bytes()).hexdigest() if text.file else None,
     }

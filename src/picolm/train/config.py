@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from picolm.data import is_own_source
 from picolm.errors import PicoError
-from picolm.models import MODELS, find_model
+from picolm.models import MODELS, block_count, find_model
 from picolm.models.anatomy import CAPTURED
 from picolm.models.decoder import PARTS, DecoderConfig
 from picolm.registry import Registry, Untrusted, UntrustedCode, names_code
@@ -394,11 +394,12 @@ def _model_rules(config: TrainConfig) -> Iterator[Rule]:
                 "the model would have no row for some tokens"
             ),
         )
-    beyond = [i for i in dynamics.layers if isinstance(i, int) and i >= getattr(model, "n_layers", i + 1)]
-    if beyond:
+    counted = block_count(model)
+    beyond = [i for i in dynamics.layers if isinstance(i, int) and counted is not None and i >= counted[1]]
+    if counted is not None and beyond:
         yield (
-            ("checkpointing.learning_dynamics.layers", "model.n_layers"),
-            (f"there is no layer {beyond[0]}: the model has {model.n_layers}, counted from 0"),
+            ("checkpointing.learning_dynamics.layers", f"model.{counted[0]}"),
+            (f"there is no layer {beyond[0]}: the model has {counted[1]}, counted from 0"),
         )
     asked = dynamics.positions if isinstance(dynamics.positions, tuple) else (dynamics.sequence_idx,)
     key = "positions" if isinstance(dynamics.positions, tuple) else "sequence_idx"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from picolm.capture import Taps
@@ -37,44 +38,60 @@ class Estimate(NamedTuple):
     disk_bytes: int
 
 
+class Imagined(NamedTuple):
+    """A run without values. config: resolved for this machine. model: on no device. In bytes: moments of the optimizer;
+    captured: one capture; activations: what the forward pass of one micro-batch keeps for backward.
+    """
+
+    config: TrainConfig
+    model: Any
+    moments: int
+    captured: int
+    activations: int
+
+
 def preview(config: TrainConfig) -> str:
     """Return the resolved configuration, the estimates of its run and warnings, as text.
 
     Raises PicoError if the model is too large to be built.
     """
-    config, model, moments, captured = _imagined(config)
-    figures = _sizes(config, model, moments) | _saving(config, model, moments, captured)
+    run = _imagined(config)
+    figures = _sizes(run) | _saving(run)
     width = max(map(len, figures))
     lines = [f"{name:{width}}  {value}" for name, value in figures.items()]
-    return dump(config) + "\n" + "\n".join(lines) + "\n" + "\n".join(_remarks(config))
+    return dump(run.config) + "\n" + "\n".join(lines) + "\n" + "\n".join(_remarks(run.config))
 
 
 def estimate(config: TrainConfig) -> Estimate:
     """Return the estimates of the run of `config` as numbers. Raises PicoError if the model is too large to be built."""
-    config, model, moments, captured = _imagined(config)
+    run = _imagined(config)
     length = config.model.max_seq_len
     tokens = config.data.dataloader.batch_size * length * config.training.max_steps
     return Estimate(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in run.model.parameters()),
         tokens=tokens,
-        flops=model.flops_per_token(length) * tokens,
-        disk_bytes=sum(_disk(config, model, moments, captured).values()),
+        flops=run.model.flops_per_token(length) * tokens,
+        disk_bytes=sum(_disk(run).values()),
     )
 
 
-def _imagined(config: TrainConfig) -> tuple[TrainConfig, Any, int, int]:
-    """Return (configuration resolved for this machine, model without values, bytes of moments, bytes of one capture)."""
+def _imagined(config: TrainConfig) -> Imagined:
     fabric = devices.resolve(config.training.fabric)
     config = config.model_copy(update={"training": config.training.model_copy(update={"fabric": fabric})})
     require_blocks(config.model)
     with FakeTensorMode():  # shapes and element types without values: no memory, no time
         model = find_model(config.model.model_type)(config.model)
         taps = make_taps(config, model)
+        activations = _activations(config, model)
         moments, outputs = _moments(config, model), _outputs(config, model, taps)
-    return config, model, moments, _captured(config, taps, outputs)
+    return Imagined(config, model, moments, _captured(config, taps, outputs), activations)
 
 
-def _sizes(config: TrainConfig, model: Any, moments: int) -> dict[str, str]:
+def _sizes(run: Imagined) -> dict[str, str]:
+    config, model = run.config, run.model
+    weights = _bytes(config, model.parameters())
+    # weights, gradients, moments, the snapshot that is being saved, and the activations
+    memory = 2 * weights + run.moments + (weights + run.moments) + run.activations
     parameters = sum(p.numel() for p in model.parameters())
     roles = model.parameter_roles()
     embeddings = sum(p.numel() for name, p in model.named_parameters() if roles[name] == "embedding")
@@ -86,27 +103,44 @@ def _sizes(config: TrainConfig, model: Any, moments: int) -> dict[str, str]:
         "tokens per step": f"{tokens:,}",
         "tokens in all": f"{tokens * steps:,} in {steps:,} steps",
         "compute": f"{flops:,} FLOP per token, {flops * tokens * steps:.3g} FLOP in all",
-        "memory": _memory(config, model, moments),
+        "memory": f"about {rounded_bytes(memory)} per device",
     }
 
 
-def _memory(config: TrainConfig, model: Any, moments: int) -> str:
-    """Return the estimated memory per device, as text: weights, gradients, moments, the snapshot that is being saved,
-    and the activations of one micro-batch.
-
-    Assumes that per token, each block keeps about 10 vectors of width d_model and 4 of its hidden width for backward.
-    """
-    weights = _bytes(config, model.parameters())
+def _activations(config: TrainConfig, model: nn.Module) -> int:
+    """Return the bytes that the forward pass of one micro-batch keeps for backward."""
     optimization, fabric = config.training.optimization, config.training.fabric
     devices_in_all = fabric.num_devices * fabric.num_nodes
     rows = config.data.dataloader.batch_size // (optimization.gradient_accumulation_steps * devices_in_all)
-    shape, least = config.model, 2 * weights + moments + (weights + moments)
-    layers, width = (getattr(shape, name, None) for name in ("n_layers", "d_model"))
-    if layers is None or width is None:
-        return f"at least {rounded_bytes(least)} per device, without activations: {shape.model_type} does not state its sizes"
-    per_token = layers * (10 * width + 4 * getattr(shape, "activation_hidden_dim", 4 * width))
-    size = devices.compute_dtype(fabric.precision).itemsize
-    return f"about {rounded_bytes(least + size * rows * shape.max_seq_len * per_token)} per device"
+    two, four = (_kept_for_backward(config, model, tokens) for tokens in (2, 4))  # a part does not grow with the tokens
+    return two + (rows * config.model.max_seq_len - 2) * (four - two) // 2
+
+
+def _kept_for_backward(config: TrainConfig, model: nn.Module, tokens: int) -> int:
+    """Return the bytes of the tensors, without the weights, that a forward pass of so many tokens keeps for backward."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = _forward(config, model, tokens)
+    del output  # until here, no storage was freed and its number used again
+    mixed = config.training.fabric.precision.endswith("-mixed")
+    wide = 4 if mixed else devices.weight_dtype(config.training.fabric.precision).itemsize
+    return sum(kept.values()) * wide // 4
+
+
+def _forward(config: TrainConfig, model: nn.Module, tokens: int) -> Any:
+    """Return the output of the model without values for a row of so many tokens, in the precision of the run."""
+    precision = config.training.fabric.precision
+    mixed = precision.endswith("-mixed")
+    with AnyValue(), torch.autocast("cpu", devices.compute_dtype(precision), enabled=mixed):
+        return model(torch.zeros(1, tokens, dtype=torch.long))
 
 
 def _bytes(config: TrainConfig, tensors: Iterable[Tensor]) -> int:
@@ -124,8 +158,8 @@ def _moments(config: TrainConfig, model: Any) -> int:
     return _bytes(config, State(model, optimizers).moments().values())
 
 
-def _saving(config: TrainConfig, model: Any, moments: int, captured: int) -> dict[str, str]:
-    steps, totals = Plan(config).saved_steps(), _disk(config, model, moments, captured)
+def _saving(run: Imagined) -> dict[str, str]:
+    steps, totals = Plan(run.config).saved_steps(), _disk(run)
     shown = steps if len(steps) <= 20 else [*steps[:12], "…", *steps[-5:]]
     return {
         "saved steps": f"{len(steps)}: {', '.join(map(str, shown))}",
@@ -134,14 +168,14 @@ def _saving(config: TrainConfig, model: Any, moments: int, captured: int) -> dic
     }
 
 
-def _disk(config: TrainConfig, model: Any, moments: int, captured: int) -> dict[str, int]:
+def _disk(run: Imagined) -> dict[str, int]:
     """Return the bytes on disk when the run has ended, by kind."""
-    plan = Plan(config)
-    kept = _kept(config, plan, plan.saved_steps())
+    plan = Plan(run.config)
+    kept = _kept(run.config, plan, plan.saved_steps())
     return {
-        "weights": _bytes(config, model.parameters()) * kept["weights"],
-        "optimizer": moments * kept["optimizer"],
-        "learning dynamics": captured * kept["dynamics"],
+        "weights": _bytes(run.config, run.model.parameters()) * kept["weights"],
+        "optimizer": run.moments * kept["optimizer"],
+        "learning dynamics": run.captured * kept["dynamics"],
     }
 
 
@@ -175,8 +209,8 @@ def _outputs(config: TrainConfig, model: nn.Module, taps: Taps) -> list[tuple[in
     ]
     precision = config.training.fabric.precision
     mixed = precision.endswith("-mixed")
-    with torch.no_grad(), AnyValue(), torch.autocast("cpu", devices.compute_dtype(precision), enabled=mixed):
-        model(torch.zeros(1, 2, dtype=torch.long))
+    with torch.no_grad():
+        _forward(config, model, 2)
     for hook in hooks:
         hook.remove()
     return [(output.shape[-1], output.dtype if mixed else devices.weight_dtype(precision)) for output in seen]

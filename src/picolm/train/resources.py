@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from picolm.errors import PicoError
-from picolm.models import MODELS
+from picolm.models import MODELS, block_count
 
 SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 SLOW = 3.0  # a step is slow if it takes more than this many times the usual duration
@@ -132,11 +132,11 @@ def parameter_count(config: Any) -> float | None:
     For more than COUNTED blocks, the count is extrapolated linearly from models of two and three blocks. None if the
     model cannot be built on the meta device.
     """
-    layers = getattr(config, "n_layers", 0)
-    if not isinstance(layers, int) or layers <= COUNTED or not dataclasses.is_dataclass(config):
+    key, blocks = block_count(config) or ("", 0)
+    if blocks <= COUNTED or not dataclasses.is_dataclass(config):
         return _count(config)
-    two, three = (_count(dataclasses.replace(config, n_layers=number)) for number in (2, 3))  # type: ignore[type-var]
-    return None if two is None or three is None else two + (layers - 2) * (three - two)
+    two, three = (_count(dataclasses.replace(config, **{key: number})) for number in (2, 3))  # type: ignore[type-var]
+    return None if two is None or three is None else two + (blocks - 2) * (three - two)
 
 
 def _count(config: Any) -> float | None:
@@ -152,7 +152,7 @@ def require_memory(config: Any) -> None:
     count, memory = parameter_count(config), memory_bytes()
     if count is None or memory is None:
         return
-    needed = 4 * count + BLOCK_BYTES * getattr(config, "n_layers", 0)
+    needed = 4 * count + BLOCK_BYTES * _blocks(config)
     if needed > memory:
         size = f"{count:.3g} parameters" if math.isfinite(count) else "more parameters than can be counted"
         raise PicoError(
@@ -163,9 +163,14 @@ def require_memory(config: Any) -> None:
 
 def require_blocks(config: Any) -> None:
     """Raise PicoError if a model has too many blocks to be built, even on the meta device."""
-    memory, blocks = memory_bytes(), getattr(config, "n_layers", 0)
-    if parameter_count(config) == math.inf or (memory is not None and BLOCK_BYTES * blocks > memory):
+    memory = memory_bytes()
+    if parameter_count(config) == math.inf or (memory is not None and BLOCK_BYTES * _blocks(config) > memory):
         raise PicoError(f"model: it is too large to be built; make {', '.join(_large(config))} smaller")
+
+
+def _blocks(config: Any) -> int:
+    found = block_count(config)
+    return found[1] if found is not None else 0
 
 
 def memory_bytes(root: Path = Path("/")) -> float | None:

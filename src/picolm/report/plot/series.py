@@ -27,7 +27,7 @@ class Matter(NamedTuple):
 
     @property
     def title(self) -> str:
-        """`attention.o_proj · gradients (train) · with step 300`; a circuit has its own name."""
+        """`attention.out · gradients (train) · with step 300`; a circuit has its own name."""
         name = self.module if self.component in ("simple", self.module) else f"{self.component} {self.module}"
         kind = f"{self.kind} ({self.split})" if self.split else self.kind
         return " · ".join(filter(None, (name, kind, self.against)))
