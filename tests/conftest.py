@@ -26,6 +26,7 @@ if (
 ):  # a shell starts what runs in its background so, and children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["WANDB_MODE"] = "offline"
+os.fsync = lambda descriptor: None  # no test cuts the power, and a tenth of their time was spent waiting for the disk
 
 VOCABULARY = 64
 LENGTH = 16

@@ -140,6 +140,7 @@ def test_without_a_command_the_help_is_shown(call: Call) -> None:
     assert call("--version") == Answer(0, f"{__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_a_wrong_configuration_is_a_message_and_exit_code_2(config: Path) -> None:
     config.write_text(config.read_text().replace("max_seq_len: 24", "max_seq_len: 24, n_layer: 3"))
     answer = pico("train", config, "training.max_steps=soon")
@@ -200,6 +201,7 @@ def test_a_device_that_is_not_there_is_a_message(call: Call, config: Path) -> No
     assert "this machine has no MPS device; set training.fabric.accelerator=auto (or cpu)" in answer.err
 
 
+@pytest.mark.slow
 def test_a_run_is_listed_verified_and_lets_its_model_write(call: Call, run: Path) -> None:
     listed = call("list", run)
     assert listed.code == 0
@@ -250,6 +252,7 @@ def test_what_cannot_be_written_is_told(call: Call, run: Path, arguments: tuple[
     assert message in answer.err
 
 
+@pytest.mark.slow
 def test_a_step_without_weights_or_tokenizer_cannot_write(
     call: Call, config: Path, tmp_path: Path, toy_data: Path
 ) -> None:

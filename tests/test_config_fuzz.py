@@ -163,6 +163,7 @@ def test_no_file_makes_loading_fail_otherwise_than_in_words(
     test()
 
 
+@pytest.mark.slow
 @settings(MANY, max_examples=200)
 @given(st.lists(st.one_of(st.text(max_size=12), st.sampled_from(TEXTS).map("model.n_layers={}".format)), max_size=3),
        st.lists(st.sampled_from(ODD)))  # fmt: skip

@@ -22,6 +22,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_a_shipped_configuration_loads_and_can_be_previewed(file: Path) -> None:
     text = preview(load(file, schema_for))

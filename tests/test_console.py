@@ -138,6 +138,7 @@ def test_lines_of_the_log_are_visible_on_the_screen_and_in_its_file(
         assert "\x1b" not in text
 
 
+@pytest.mark.slow
 def test_nothing_prints_lines_but_say() -> None:
     source = Path(picolm.__file__).parent
     for file in source.rglob("*.py"):

@@ -49,6 +49,7 @@ def place(train: Callable[..., Any], tmp_path: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_prints_what_a_terminal_obeys(
     command: str, place: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

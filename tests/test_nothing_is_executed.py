@@ -70,6 +70,7 @@ def text_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
+@pytest.mark.slow
 def test_a_model_that_a_stored_run_names_is_not_imported(run: Run, trap: Path) -> None:
     rewrite(run, "model.model_type", "evil_lab:Part")
     message = (
@@ -94,6 +95,7 @@ def test_the_flag_imports_it(run: Run, trap: Path, monkeypatch: pytest.MonkeyPat
     assert pico(monkeypatch, "batch", run.path, "--step", "1") == 1  # it is not remembered
 
 
+@pytest.mark.slow
 def test_no_command_imports_what_the_configuration_of_a_run_names(
     run: Run, trap: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -107,6 +109,7 @@ def test_no_command_imports_what_the_configuration_of_a_run_names(
         assert not trap.exists(), arguments
 
 
+@pytest.mark.slow
 def test_no_command_imports_the_code_that_lies_in_a_run(
     run: Run, trap: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -143,6 +146,7 @@ class Malice:
         return Path.touch, (self.place,)
 
 
+@pytest.mark.slow
 def test_pickles_beside_the_tensors_of_a_run_are_not_opened(
     run: Run, tmp_path: Path, train: Callable[..., Run]
 ) -> None:
@@ -177,6 +181,7 @@ METHODS = {"pickle.load", "pickle.loads", "torch.load", "yaml.load", "yaml.unsaf
            "joblib.load", "marshal.loads", "os.system"}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_package_has_no_door_to_foreign_code() -> None:
     """torch.load only with weights_only, and nothing else that runs what it reads; one place that imports by a name."""
     found, importers = set(), set()

@@ -228,6 +228,7 @@ def test_what_is_not_a_configuration(tmp_path: Path, text: str, message: str) ->
     assert message in "\n".join(problems(tmp_path, text))
 
 
+@pytest.mark.slow
 def test_a_few_lines_of_aliases_do_not_fill_the_memory(tmp_path: Path) -> None:
     lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in zip("abcdefgh", "bcdefghi")]

@@ -228,6 +228,7 @@ def test_text_of_any_other_key_is_no_code(theirs: Theirs, key: str, capsys: Any)
         assert "names code of its own" not in told, (command, told)
 
 
+@pytest.mark.slow
 def test_a_model_folder_names_no_code(theirs: Theirs, capsys: Any) -> None:
     folder = theirs.folder / "model"
     assert theirs.run(capsys, "export", str(theirs.path), "--format", "torch", "--out", str(folder))[0] == 0

@@ -45,6 +45,7 @@ metrics:
 """
 
 
+@pytest.mark.slow
 def test_a_published_configuration_gives_a_table_and_the_known_files(analyze: Analyze, tmp_path: Path) -> None:
     outcome, frame = analyze(PUBLISHED)
     assert tuple(frame.columns) == COLUMNS
@@ -60,6 +61,7 @@ def test_a_published_configuration_gives_a_table_and_the_known_files(analyze: An
     assert per["layers.1.swiglu.w_2.gradients"] == row["value"]
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_functions_on_the_stored_tensors(analyze: Analyze, runs: dict[str, Path]) -> None:
     _, frame = analyze(PUBLISHED)
     run = Run.open(runs["narrow"])
@@ -94,6 +96,7 @@ def test_an_analysis_run_twice_computes_nothing_the_second_time(analyze: Analyze
     pd.testing.assert_frame_equal(table, again)
 
 
+@pytest.mark.slow
 def test_more_steps_or_one_more_metric_compute_only_what_is_new(analyze: Analyze) -> None:
     _, before = analyze(PUBLISHED)
     outcome, after = analyze(PUBLISHED.replace("end: 5", "end: 6"))
@@ -108,6 +111,7 @@ def test_an_edited_formula_is_computed_anew(analyze: Analyze, monkeypatch: pytes
     assert analyze(PUBLISHED)[0].computed > 0
 
 
+@pytest.mark.slow
 def test_each_tensor_is_read_once(analyze: Analyze) -> None:
     outcome, _ = analyze("""
 metrics:
@@ -224,6 +228,7 @@ def test_the_step_before(analyze: Analyze, runs: dict[str, Path]) -> None:
     assert frame["value"][1] == pytest.approx(((new - old).norm() / old.norm()).item(), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_table(analyze: Analyze, tmp_path: Path) -> None:
     _, alone = analyze(PUBLISHED)
     (tmp_path / "results" / ".values.sqlite").unlink()
@@ -284,6 +289,7 @@ def test_two_targets_of_one_metric_stay_two(analyze: Analyze, tmp_path: Path) ->
     assert (shown.count("with first"), shown.count("with previous")) == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "words"),
     [
@@ -324,6 +330,7 @@ def test_a_table_of_an_earlier_version_is_read_with_the_new_columns(analyze: Ana
     assert loaded["forced"].dtype == frame["forced"].dtype == "Int64"
 
 
+@pytest.mark.slow
 def test_a_metric_of_the_users_own_is_not_merged_with_ours_of_that_name(
     analyze: Analyze, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +348,7 @@ def test_a_metric_of_the_users_own_is_not_merged_with_ours_of_that_name(
     assert files == {"gini_train.json", "lab_one.gini_train.json", "lab_two.gini_train.json"}
 
 
+@pytest.mark.slow
 def test_forced_correlations_and_chance_are_columns_and_told_once(
     analyze: Analyze, capsys: pytest.CaptureFixture[str]
 ) -> None:

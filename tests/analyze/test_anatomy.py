@@ -93,6 +93,7 @@ TOLD: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", TOLD)
 def test_heads_are_as_wide_as_the_tensors_say(told: str, analyze: Analyze, tmp_path: Path) -> None:
     tensors = attention()
@@ -108,6 +109,7 @@ def test_heads_are_as_wide_as_the_tensors_say(told: str, analyze: Analyze, tmp_p
         assert row.value == pytest.approx(metrics.per(expected), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", TOLD)
 @pytest.mark.parametrize("name", ["ov_circuit", "qk_circuit"])
 def test_circuits_are_cut_as_the_tensors_say(name: str, told: str, analyze: Analyze, tmp_path: Path) -> None:
@@ -124,6 +126,7 @@ def test_circuits_are_cut_as_the_tensors_say(name: str, told: str, analyze: Anal
         assert row.value == pytest.approx(torch.linalg.svdvals(dense).sum().item(), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [PER_HEAD, CIRCUIT % "ov_circuit", CIRCUIT % "qk_circuit"])
 @pytest.mark.parametrize("model", [None, {}, {"d_model": WIDTH, "n_layers": 2}])
 def test_an_unknown_number_of_heads_is_an_error_that_names_the_key(
@@ -156,6 +159,7 @@ def test_a_configuration_that_contradicts_the_tensors_is_refused(
         analyze(PER_HEAD, make(tmp_path / "wrong", STATED | wrong, attention()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [{"attention_n_heads": HEADS}, STATED | {"n_layers": 14}])
 def test_all_layers_that_are_there_are_measured(model: dict[str, Any], analyze: Analyze, tmp_path: Path) -> None:
     place = make(tmp_path / "deep", model, attention(14), steps=2)

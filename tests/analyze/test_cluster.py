@@ -65,6 +65,7 @@ def test_small_matrices_are_analyzed_with_one_thread_and_the_number_before_comes
     assert chosen == [1, 5]
 
 
+@pytest.mark.slow
 def test_layers_computed_beside_each_other_give_the_same_bits(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

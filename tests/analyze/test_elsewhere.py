@@ -78,6 +78,7 @@ def table_of(place: str, folder: Path) -> pd.DataFrame:
     return load(folder / "analysis")
 
 
+@pytest.mark.slow
 def test_a_run_of_pico_train_gives_the_table_of_the_same_tensors_in_our_layout(
     ours: Path, theirs: Path, tmp_path: Path
 ) -> None:

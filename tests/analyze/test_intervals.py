@@ -50,6 +50,7 @@ def test_the_difference_of_groups_is_that_of_welch() -> None:
     assert all(map(math.isnan, difference([], [2.0, 3.0])))
 
 
+@pytest.mark.slow
 def test_a_difference_of_unequal_groups_is_covered_as_it_says_and_a_pooled_one_is_not() -> None:
     """The small group varies ten times as much: pooling takes it for as calm as the large one."""
     random = np.random.default_rng(2)
@@ -124,6 +125,7 @@ def table_of(runs: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@pytest.mark.slow
 def test_of_three_seeds_student_covers_as_it_says_and_the_bootstrap_does_not() -> None:
     found = aggregate(table_of(np.random.default_rng(1).normal(size=(1500, 3))))
     covered = {name: ((found[f"{name}low"] <= 0) & (found[f"{name}high"] >= 0)).mean() for name in ("", "bootstrap_")}

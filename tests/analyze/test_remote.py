@@ -93,6 +93,7 @@ def test_the_bar_counts_the_steps_that_are_fetched_and_then_those_that_are_analy
     assert seen == 2 * [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_the_values_by_step(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ def rows(count: int, value: float) -> list[dict[str, Any]]:
     return [row | {"step": step, "value": value + step, "asked_split": "train", "module": "m"} for step in range(count)]
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_of_the_results_is_believed(tmp_path: Path) -> None:
     path = table.write(rows(30, 0.5), tmp_path, csv=True)
     table.seal(tmp_path, table.AGGREGATED, table.to_parquet(load(tmp_path)))
@@ -42,6 +43,7 @@ def test_no_flipped_byte_of_the_results_is_believed(tmp_path: Path) -> None:
     assert (tmp_path / table.SUMS).read_text().count("  results.csv\n") == 1
 
 
+@pytest.mark.slow
 def test_pages_have_checksums_where_the_file_was_copied_alone(tmp_path: Path) -> None:
     written = table.write(rows(3000, 0.1), tmp_path)
     alone = tmp_path / "elsewhere" / "results.parquet"
@@ -124,6 +126,7 @@ def test_a_forged_value_is_computed_again_and_told(
     assert (tmp_path / "results" / ".values.sqlite.damaged-1").is_file()
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_of_the_kept_values_is_believed(tmp_path: Path) -> None:
     wanted = {f"key {number}": Value(number / 7, "", None, 0.5, 0.1) for number in range(60)}
     path, pristine = tmp_path / "v.sqlite", tmp_path / "pristine"
@@ -180,6 +183,7 @@ def damage(run: Path, how: str) -> str:
     return "step 4 of hurt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [GINI, CKA], ids=["one", "pairs"])
 @pytest.mark.parametrize("how", ["manifest cut", "manifest gone", "another number", "another name", "link"])
 def test_a_step_that_cannot_be_read_is_missing_and_not_dropped(

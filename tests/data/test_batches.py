@@ -24,6 +24,7 @@ def in_global_order(ranks: list[Batches], step: int) -> torch.Tensor:
     return whole
 
 
+@pytest.mark.slow
 @given(
     step=st.integers(0, 60),
     split=st.sampled_from([(1, 2), (2, 1), (2, 3), (3, 1), (4, 3), (6, 2), (12, 1), (1, 12)]),

@@ -72,6 +72,7 @@ def test_weights_are_numbers(call: Call, tmp_path: Path) -> None:
     assert (code, "--weights a,b: numbers with commas between them" in err) == (1, True)
 
 
+@pytest.mark.slow
 def test_texts_of_the_hub_give_the_rows_of_the_same_texts_here(hub: Any, texts: Path, tmp_path: Path) -> None:
     texts.rename(tmp_path / "repository" / "text")
     (tmp_path / "repository" / "README.md").write_text("not within the folder that is asked for")

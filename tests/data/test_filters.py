@@ -28,6 +28,7 @@ def test_filters_by_name_with_options() -> None:
     assert kept("sources,but=[web]", *documents) == [False, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -80,6 +81,7 @@ def test_what_is_left_out_is_counted_and_part_of_the_recipe(
         prepare([texts], tmp_path / "none", **OPTIONS, filters=["letters,min_share=2"])
 
 
+@pytest.mark.slow
 def test_of_equal_texts_the_first_stays_wherever_they_are(
     write_texts: Any, tmp_path: Path, story: Callable[[int], str]
 ) -> None:

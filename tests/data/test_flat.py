@@ -62,6 +62,7 @@ def test_rows_of_megatron_are_cut_as_neox_cuts_them(tmp_path: Path, dtype: str) 
     assert source.locate(3) == f"{tmp_path}/pile_text_document.bin row 3"
 
 
+@pytest.mark.slow
 def test_files_of_megatron_itself_are_read_as_it_samples_them(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages for GPUs that it does not find

@@ -112,6 +112,7 @@ def test_a_word_that_has_no_token_and_no_unknown_one_is_a_message(write_texts: A
         prepare([write_texts({"a.txt": "the zebra"})], tmp_path / "rows", tokenizer=tmp_path)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @example(part="eos_token", value=["</s>"])
 @example(part="eos_token", value=3)
@@ -192,6 +193,7 @@ def test_cutting_long_runs_loses_nothing_and_leaves_other_texts_alone(parts: lis
         assert pieces == [text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("letters", ["ACGT", "天地玄黄宇宙洪荒日月盈昃", "0123456789abcdef"])
 def test_training_on_one_long_run_takes_seconds(letters: str) -> None:
     text = "".join(random.Random(0).choices(letters, k=300_000))
@@ -200,6 +202,7 @@ def test_training_on_one_long_run_takes_seconds(letters: str) -> None:
     assert time.monotonic() - start < 60  # 150 s and more before, growing with the square
 
 
+@pytest.mark.slow
 def test_training_answers_ctrl_c(tmp_path: Path) -> None:
     code = (
         "import random; from picolm.data import tokenizer as t; t._LONG_RUN = 10**9\n"

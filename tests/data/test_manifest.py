@@ -45,6 +45,7 @@ def use(folder: Path, tmp_path: Path) -> None:
             call()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.data())
 def test_no_value_of_a_manifest_makes_a_traceback(rows: Path, tmp_path: Path, data: st.DataObject) -> None:

@@ -123,6 +123,7 @@ def test_a_mixture_is_a_source_with_the_rows_of_the_merged_folder(parts: tuple[P
     assert open_source(name, row_length=9).rows(np.arange(3)).shape == (3, 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -14,6 +14,7 @@ def test_every_pass_is_a_permutation(size: int, seed: int, number: int) -> None:
     assert np.array_equal(np.sort(images), np.arange(size))
 
 
+@pytest.mark.slow
 @given(size=st.integers(10**6, 2**40), seed=st.integers(0, 100))
 def test_a_part_of_a_large_permutation_stays_inside_and_repeats_nothing(size: int, seed: int) -> None:
     indices = np.unique(np.linspace(0, size - 1, 500).astype(np.int64))
@@ -45,6 +46,7 @@ def test_shuffle_permutes_the_first_pass_by_the_seed() -> None:
     assert not np.array_equal(orders[0], np.arange(1000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [5, 7, 16])
 def test_each_row_comes_first_equally_often(size: int) -> None:
     trials = 1500

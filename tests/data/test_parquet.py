@@ -127,6 +127,7 @@ def test_the_cache_is_bounded_in_bytes_and_drops_what_was_used_longest_ago() -> 
     assert computed[-1:] == ["huge"]  # one value is kept however large
 
 
+@pytest.mark.slow
 def test_threads_get_the_same_rows(write_shards: Write) -> None:
     folder = write_shards([200] * 3, group=4)
     source = open_source(str(folder))

@@ -104,12 +104,14 @@ def test_a_source_of_one_document_is_never_held_out(
     assert manifest.sources["two"]["train_rows"] > 0
 
 
+@pytest.mark.slow
 def test_one_long_text_has_a_held_out_part_too(write_texts: Any, tmp_path: Path, story: Callable[[int], str]) -> None:
     text = "".join(story(number) for number in range(2500))  # about 800 kB
     manifest = prepare([write_texts({"book.txt": text})], tmp_path / "out", **OPTIONS, val_fraction=0.1)
     assert 0.05 < manifest.rows("val") / manifest.rows("train") < 0.2
 
 
+@pytest.mark.slow
 def test_the_result_follows_from_inputs_and_options_alone(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

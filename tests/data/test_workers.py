@@ -88,6 +88,7 @@ def test_killed_in_any_stage_and_started_again_it_ends_in_the_same_bytes(corpus:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "killed", "said", "texts"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_that_had_all_but_the_name_is_finished(corpus: Path, tmp_path: Path) -> None:
     alone = prepare([corpus], tmp_path / "alone", workers=1, **OPTIONS)
     with pytest.MonkeyPatch.context() as killed:

@@ -35,6 +35,7 @@ def pico(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple
     return run
 
 
+@pytest.mark.slow
 def test_there_and_back(hub: WritableHub, make_run: Callable[..., Run], pico: Callable[..., tuple[int, str]]) -> None:
     run = make_run()
     code, said = pico("push", "runs/toy", "--repo-id", "lab/run")
@@ -50,6 +51,7 @@ def test_there_and_back(hub: WritableHub, make_run: Callable[..., Run], pico: Ca
     assert "nothing was missing" in said
 
 
+@pytest.mark.slow
 def test_where_to_is_remembered(
     hub: WritableHub, make_run: Callable[..., Run], pico: Callable[..., tuple[int, str]]
 ) -> None:
@@ -60,6 +62,7 @@ def test_where_to_is_remembered(
     assert "lab/run@first: sent 1 step." in pico("push", "runs/toy")[1]
 
 
+@pytest.mark.slow
 def test_mistakes_are_explained(
     hub: WritableHub, make_run: Callable[..., Run], pico: Callable[..., tuple[int, str]]
 ) -> None:
@@ -104,6 +107,7 @@ def test_secrets_in_messages_of_others_are_left_out(monkeypatch: pytest.MonkeyPa
     assert said == "PUT https://store/x/y?… failed for … (why? because)"
 
 
+@pytest.mark.slow
 def test_code_that_a_run_on_the_hub_names_is_imported_only_with_the_flag(
     hub: WritableHub, make_run: Callable[..., Run], pico: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:

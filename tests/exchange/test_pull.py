@@ -40,6 +40,7 @@ def downloads(hub: WritableHub) -> list[str]:
     return [path.split("/", 5)[5] for verb, path, _ in hub.log if verb == "GET" and "/resolve/" in path]
 
 
+@pytest.mark.slow
 def test_what_is_brought_is_the_run_byte_for_byte(sent: Run, tmp_path: Path) -> None:
     sent.write_evaluation(3, {"paloma": 1.5})  # of a step without a checkpoint
     commit(sent, 6)
@@ -57,6 +58,7 @@ def test_what_is_brought_is_the_run_byte_for_byte(sent: Run, tmp_path: Path) -> 
     commit(run, 8)  # it is a run of ours like any other, and goes on
 
 
+@pytest.mark.slow
 def test_what_is_here_is_not_fetched_again(sent: Run, tmp_path: Path, hub: WritableHub) -> None:
     pull(source(), tmp_path / "here")
     hub.log.clear()
@@ -88,6 +90,7 @@ def test_parts_come_alone_and_together_are_the_step(sent: Run, tmp_path: Path, o
     assert pull(source(), here, [2], [only]) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_pull_goes_on_and_shows_nothing_half_done(
     sent: Run, tmp_path: Path, hub: WritableHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +107,7 @@ def test_an_interrupted_pull_goes_on_and_shows_nothing_half_done(
     assert not (here / ".pull").exists()
 
 
+@pytest.mark.slow
 def test_bytes_that_are_not_those_of_the_manifest_are_refused(sent: Run, tmp_path: Path, hub: WritableHub) -> None:
     repository = hub.repository("lab/run")
     commits = repository.commits("toy")
@@ -120,6 +124,7 @@ def test_bytes_that_are_not_those_of_the_manifest_are_refused(sent: Run, tmp_pat
     assert Run.open(tmp_path / "here").steps == [0]
 
 
+@pytest.mark.slow
 def test_no_name_leads_out_of_the_folder(sent: Run, hub: WritableHub, tmp_path: Path) -> None:
     whole = Manifest.from_bytes((sent.step_path(2) / "manifest.json").read_bytes(), "x")
     for step, name in enumerate(["../outside", "/tmp/outside", "a/../../outside", "a\\..\\outside"], start=10):
@@ -132,6 +137,7 @@ def test_no_name_leads_out_of_the_folder(sent: Run, hub: WritableHub, tmp_path: 
     assert not list(tmp_path.rglob("*outside"))
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_run_is_left_alone(sent: Run, make_run: Callable[..., Run], tmp_path: Path) -> None:
     other = make_run("other", (0,))
     before = files_of(other.path)
@@ -193,6 +199,7 @@ def published(hub: WritableHub, folder: Path, **options: Any) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_published_run_is_brought_as_it_is(hub: WritableHub, tmp_path: Path) -> None:
     original = Run.open(published(hub, tmp_path))
     here = tmp_path / "here"

@@ -34,6 +34,7 @@ def sent_files(hub: WritableHub) -> int:
     return len(hub.requests("PUT", "/large/"))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_sent_is_the_run(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
     assert push(Sender(run, "lab/run")) == ([0, 2, 4], [])
@@ -72,6 +73,7 @@ def test_git_agrees(hub: WritableHub, make_run: Callable[..., Run], tmp_path: Pa
     assert (tmp_path / "clone/config.json").read_bytes() == run[4].read("config.json")
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_sent_again(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
     push(Sender(run, "lab/run"), [0, 2])
@@ -108,6 +110,7 @@ def test_parts_are_sent_alone_and_together_are_the_step(hub: WritableHub, make_r
     assert push(Sender(run, "lab/run")) == ([], [])  # the Hub has more of it
 
 
+@pytest.mark.slow
 def test_a_step_that_lacks_something_hides_that_of_the_step_before(
     hub: WritableHub, make_run: Callable[..., Run]
 ) -> None:
@@ -130,6 +133,7 @@ def test_a_step_trained_again_takes_the_place_of_the_other(hub: WritableHub, mak
     assert digests(read()) == digests(run)
 
 
+@pytest.mark.slow
 def test_a_damaged_step_is_not_sent(
     hub: WritableHub, make_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -140,6 +144,7 @@ def test_a_damaged_step_is_not_sent(
     assert re.search(r"step 2 is not sent: .*config.json: damaged", caplog.text)
 
 
+@pytest.mark.slow
 def test_a_branch_of_another_run_is_left_alone(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     push(Sender(make_run(), "lab/run"))
     before = titles(hub)
@@ -234,6 +239,7 @@ def test_one_process_sends_at_a_time(hub: WritableHub, make_run: Callable[..., R
         push(Sender(run, "lab/run"))
 
 
+@pytest.mark.slow
 def test_private_and_collection(
     hub: WritableHub, make_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -245,6 +251,7 @@ def test_private_and_collection(
     assert "lab/run is not in the collection: collection lab/suite-ffff: the Hub" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_card_says_what_the_run_is(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run()
     push(Sender(run, "lab/run"))
@@ -269,6 +276,7 @@ def test_the_card_says_what_the_run_is(hub: WritableHub, make_run: Callable[...,
     assert (hub.repository("lab/run").commits("main") or [])[0].files["README.md"].decode() == card
 
 
+@pytest.mark.slow
 def test_what_people_wrote_on_a_card_stays(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     run = make_run(steps=(0,))
     push(Sender(run, "lab/run"))

@@ -85,6 +85,7 @@ def _link(request: Scripted) -> str:
     return f'<{request.server.url}/api/models/lab/run/commits/main?p={number + 1}>; rel="next"'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "message", "most"),
     [
@@ -120,6 +121,7 @@ def test_a_slow_answer_is_given_up(client: pytest.MonkeyPatch) -> None:
         Branch("lab/run", "main", hub.url).commits()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["9" * 5000, "86400", "²", "-5", "tomorrow"])
 @pytest.mark.parametrize("name", ["Retry_After", "RateLimit"])
 def test_no_server_makes_us_wait_as_long_as_it_likes(client: pytest.MonkeyPatch, name: str, asked: str) -> None:
@@ -176,6 +178,7 @@ def test_what_the_client_cannot_read_is_a_message(client: pytest.MonkeyPatch, an
 
 @pytest.mark.parametrize("link", ["\x1b[31m", "http://[", "http://a b/", "//", "?p=\x7f", "http://127.0.0.1:99999/"])
 def test_an_address_that_is_none_is_a_message(client: pytest.MonkeyPatch, link: str) -> None:
+    client.setattr(network, "_PAGES", 30)  # some lead to the same page again, and so on
     with (
         serving(lambda request: request.reply([commit(1)], Link=f'<{link}>; rel="next"')) as hub,
         pytest.raises(StoreError),

@@ -46,6 +46,7 @@ def whole_steps(hub: WritableHub) -> list[str]:
     return [commit.body.split()[1] for commit in commits if "is whole with this commit" in commit.body]
 
 
+@pytest.mark.slow
 def test_steps_are_sent_in_order_as_they_come(
     hub: WritableHub, make_run: Callable[..., Run], start: Callable[..., Uploader]
 ) -> None:
@@ -61,6 +62,7 @@ def test_steps_are_sent_in_order_as_they_come(
     assert "from step 0 to step 4" in (hub.repository("lab/run").commits("toy") or [])[0].files["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_what_retention_deletes_is_sent_first_or_kept_for_it(
     hub: WritableHub, make_run: Callable[..., Run], start: Callable[..., Uploader], tmp_path: Path
 ) -> None:
@@ -86,6 +88,7 @@ def test_what_retention_deletes_is_sent_first_or_kept_for_it(
     assert [path.name for path in (run.path / ".hub").iterdir() if path.is_dir()] == []
 
 
+@pytest.mark.slow
 def test_an_outage_is_one_warning_and_one_sentence_at_the_end(
     hub: WritableHub, make_run: Callable[..., Run], start: Callable[..., Uploader], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -109,6 +112,7 @@ def test_an_outage_is_one_warning_and_one_sentence_at_the_end(
     assert Outbox(run).place == "hub:lab/run@toy"
 
 
+@pytest.mark.slow
 def test_what_was_saved_before_a_kill_and_deleted_since_is_sent_by_the_next_start(
     hub: WritableHub, make_run: Callable[..., Run], start: Callable[..., Uploader]
 ) -> None:
@@ -155,6 +159,7 @@ def test_a_disk_that_is_full_does_not_stop_the_run(
     assert Outbox(run).held == []
 
 
+@pytest.mark.slow
 def test_a_step_that_is_gone_or_damaged_does_not_hold_up_the_others(
     hub: WritableHub, make_run: Callable[..., Run], start: Callable[..., Uploader], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -170,6 +175,7 @@ def test_a_step_that_is_gone_or_damaged_does_not_hold_up_the_others(
     assert "step 3 is not sent: " in caplog.text
 
 
+@pytest.mark.slow
 def test_a_queue_that_cannot_be_read_costs_nothing(
     hub: WritableHub, make_run: Callable[..., Run], start: Callable[..., Uploader]
 ) -> None:
@@ -180,6 +186,7 @@ def test_a_queue_that_cannot_be_read_costs_nothing(
     assert digests(there()) == digests(run)
 
 
+@pytest.mark.slow
 def test_a_bug_in_sending_does_not_end_the_run(
     hub: WritableHub, make_run: Callable[..., Run], start: Callable[..., Uploader], caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -192,6 +199,7 @@ def test_a_bug_in_sending_does_not_end_the_run(
     assert "Not on the Hub yet: step 0 (ZeroDivisionError: not foreseen)" in caplog.text
 
 
+@pytest.mark.slow
 def test_no_token_is_kept(
     hub: WritableHub, make_run: Callable[..., Run], start: Callable[..., Uploader], tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def test_a_shape_survives_its_config_json(config: DecoderConfig) -> None:
     assert decoder_config(json.loads(json.dumps(llama_config(config, "float32", {})))) == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_round_trip_keeps_every_bit(make_run: Callable[..., Run], tmp_path: Path, dtype: torch.dtype) -> None:
     run = make_run(dtype)
@@ -136,6 +137,7 @@ def test_a_round_trip_keeps_every_bit(make_run: Callable[..., Run], tmp_path: Pa
         assert again.environment["imported"] == {"imported_from": str(tmp_path / name), "run": "fox", "step": STEP}
 
 
+@pytest.mark.slow
 def test_an_imported_run_is_a_run(fox: Run, prompt: torch.Tensor, tmp_path: Path) -> None:
     from picolm.train.fork import fork
     from picolm.train.sample import sample

@@ -45,6 +45,7 @@ def test_roles_are_what_optimizers_ask_for(model):
     assert roles["layers.2.attention.o_proj.weight"] == roles["layers.0.swiglu.w_0.weight"] == "matrix"
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_llama_after_the_permutation_of_q_and_k_rows(model, config, tokens):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,6 +101,7 @@ def test_a_later_token_changes_nothing_before_it(model, tokens):
     assert not torch.equal(before[:, 100:], after[:, 100:])
 
 
+@pytest.mark.slow
 def test_loss_and_predictions_are_the_cross_entropy_of_the_logits(model, tokens):
     loss = model.loss(tokens)
     expected = torch.nn.functional.cross_entropy(
@@ -263,6 +265,7 @@ def test_it_is_registered_and_keeps_the_protocol(model):
     assert isinstance(model, Model)
 
 
+@pytest.mark.slow
 def test_importing_the_models_does_not_import_transformers():
     check = "import sys, picolm.models; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -6,6 +6,7 @@ import torch
 from picolm.models.generate import KeyValueCache, choose
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8, "top_k": 50}],

@@ -40,6 +40,7 @@ def own_page(table: pd.DataFrame) -> str:
     return page(material, compose(material))
 
 
+@pytest.mark.slow
 def test_only_the_two_scripts_of_the_page_may_run(toy_table: pd.DataFrame) -> None:
     text = own_page(toy_table)
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1].replace("&#39;", "'")  # type: ignore[index]
@@ -68,6 +69,7 @@ def test_a_sheet_keeps_what_is_missing_and_leaves_out_what_is_empty() -> None:
     assert found == {"a": {"values": [1.5, None, "-Infinity"]}, "b": {"codes": [0, 1, 0], "words": ["x", ""]}}
 
 
+@pytest.mark.slow
 def test_the_same_material_gives_the_same_bytes(toy_table: pd.DataFrame) -> None:
     assert own_page(toy_table) == own_page(toy_table)
 
@@ -103,6 +105,7 @@ def test_tokens_carry_their_loss() -> None:
     assert spread([3, 4], 6) == [3, 4]
 
 
+@pytest.mark.slow
 def test_a_section_of_ones_own(toy_table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_lab.py").write_text(
         "from picolm.report import Section, html\n"
@@ -142,6 +145,7 @@ def test_a_section_may_hold_any_plotly_figure(toy_table: pd.DataFrame) -> None:
     assert html("<i>{}</i>", "<") == "<i>&lt;</i>"
 
 
+@pytest.mark.slow
 def test_a_run_is_told_by_its_differences_and_its_digests(train: Callable[..., Run]) -> None:
     run = train("training.max_steps=2")
     text = page(gather([str(run.path)], []), compose(gather([str(run.path)], [])))

@@ -44,6 +44,7 @@ def drawn(name: str, material: Any) -> dict[str, list[float]]:
     return {trace.name: list(trace.y) for trace in figure.data}
 
 
+@pytest.mark.slow
 def test_results_of_evaluations_are_drawn_over_steps(train: Callable[..., Any]) -> None:
     run = train()
     logged = {entry["step"]: entry for entry in run.metrics() if "val/paloma" in entry}
@@ -70,6 +71,7 @@ def test_results_of_evaluations_are_drawn_over_steps(train: Callable[..., Any]) 
     assert set(logged) <= set(at.index)
 
 
+@pytest.mark.slow
 def test_damaged_results_of_an_evaluation_are_told(
     train: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +105,7 @@ def test_a_step_that_is_deleted_while_it_is_read_is_left_out_and_told(
     assert f"The text of step 3 of fox is left out: {why}" in html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["renamed", "no manifest", "half a manifest"])
 def test_damaged_and_renamed_steps_are_told(
     damage: str,
@@ -164,6 +167,7 @@ def test_a_source_that_is_called_as_a_unit_overwrites_nothing(label: str) -> Non
     assert source_name("books") == "books"
 
 
+@pytest.mark.slow
 def test_the_total_of_a_source_called_as_a_unit_is_right_in_the_log_and_in_the_report(
     toy_data: Path, train: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def failing(call: Callable[..., Any], countdown: list[int], number: int) -> Call
     return wrapped
 
 
+@pytest.mark.slow
 def test_whichever_operation_fails_the_step_is_whole_or_absent(run: Run, content: dict[str, Any]) -> None:
     """The first, the second, … write, fsync, rename or link of a commit meets a full disk."""
     run.commit(0, **content)

@@ -24,6 +24,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(value=values)
 def test_json_round_trip_is_exact(value: object) -> None:
     assert repr(load_json(dump_json(value), "x", Any)) == repr(value)  # repr tells nan, inf and -0.0 apart

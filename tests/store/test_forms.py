@@ -94,6 +94,7 @@ def test_lines_with_what_is_wanted_alone_are_parsed(full: Run) -> None:
     assert [entry["step"] for entry in full.metrics()] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_file_of_metrics_is_never_held_whole(tmp_path: Path) -> None:
     """40 MB of lines of 4 kB; what is held is a few lines."""
     line = (
@@ -183,6 +184,7 @@ def test_a_state_that_does_not_fit_is_named(full: Run, state: Any, key: str) -> 
     assert key in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run.json", "environment.json", "eval_results/step_0.json", "trainer_state.json"])
 @pytest.mark.parametrize("text", [DEEP, '{"a": ' + DEEP + "}", "", "{", "\xff", "null", '"x"', "9" * 5000, "[1]"])
 def test_no_json_of_a_run_ends_in_a_traceback(full: Run, name: str, text: str) -> None:
@@ -199,6 +201,7 @@ def test_no_json_of_a_run_ends_in_a_traceback(full: Run, name: str, text: str) -
         use()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -75,6 +75,7 @@ def cached(tmp_path: Path) -> list[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_run_on_the_hub_is_the_same_as_on_disk(opened: Callable[..., Run], legacy: Path) -> None:
     there, here = opened(), Run.open(legacy)
     assert (there.name, there.steps, there.config) == ("tiny-1", STEPS, here.config)
@@ -316,6 +317,7 @@ def ours(tmp_path: Path, history: History) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_is_ours_on_the_hub_too(ours: Run, opened: Callable[..., Run], hub: FakeHub) -> None:
     run = opened("ours")
     assert (run.steps, run.config) == ([0, 5], {"model": {"d_model": 8}})

@@ -24,6 +24,7 @@ def flip(path: Path, position: int, bit: int) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_anywhere_is_found(run: Run, content: dict[str, Any]) -> None:
     """Half of the flips fall on the manifest, the other half anywhere by size; the damage is named by its file."""
     path = run.commit(0, **content).path
@@ -45,6 +46,7 @@ def test_any_flipped_bit_anywhere_is_found(run: Run, content: dict[str, Any]) ->
     assert run.problems(0) == []
 
 
+@pytest.mark.slow
 def test_a_damaged_tensor_is_never_handed_out(run: Run, content: dict[str, Any]) -> None:
     """Without any verification beforehand: what is read is what was written, or an error."""
     checkpoint = run.commit(0, **content)

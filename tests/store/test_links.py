@@ -89,6 +89,7 @@ def use_all(path: Path, content: dict[str, Any]) -> list[str]:
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_no_regular_file_is_named_and_not_followed(

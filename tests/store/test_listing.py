@@ -136,6 +136,7 @@ def test_verify_goes_through_every_step_damaged_ones_too(run: Run, content: dict
     assert "step_2/config.json: 0 bytes where 20 were written" in results[2][0]
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_folder_are_listed(
     train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +161,7 @@ def test_the_runs_of_a_folder_are_listed(
     assert "no run here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_is_listed_and_reported_where_the_locale_is_not_utf_8(train: Callable[..., Any], tmp_path: Path) -> None:
     run = train("monitoring.logging.log_level=ERROR")
     place = run.path.with_name("Größe [1] 你")

@@ -26,6 +26,7 @@ def holder(run: Run, code: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [SAY, f"{FORK}; time.sleep(60)"])
 def test_a_second_process_is_refused_with_the_holder_s_name_until_the_holder_dies(run: Run, code: str) -> None:
     """Also when a forked worker of the holder lives on."""

@@ -42,6 +42,7 @@ def left(run: Run) -> dict[int, set[str]]:
     return {step: parts(run[step]) for step in run}
 
 
+@pytest.mark.slow
 def test_each_part_has_its_rule(run: Run, content: Content) -> None:
     write(run, range(10), content, {"weights": "every 4", "optimizer": "last 3", "dynamics": "last 1"})
     assert left(run) == {
@@ -72,6 +73,7 @@ def test_with_the_weights_goes_what_belongs_to_them(run: Run, content: Content) 
     assert run[0].dropped >= {"model.safetensors", "tokenizer.json"}
 
 
+@pytest.mark.slow
 def test_the_newest_step_to_go_on_from_keeps_what_that_takes(run: Run, content: Content) -> None:
     """Steps 5 and 6 have weights only, so the rules alone would leave no step with both."""
     write(run, range(5), content, {"weights": "last 1", "optimizer": "last 1", "dynamics": "last 1"})
@@ -104,6 +106,7 @@ def test_steps_of_an_earlier_start_follow_the_rules_too(run: Run, content: Conte
     assert left(run) == {step: set(PARTS) for step in (3, 4)}
 
 
+@pytest.mark.slow
 def test_steps_beyond_the_one_just_written_count_for_nothing(run: Run, content: Content) -> None:
     """A run that goes on from step 1 finds 5 and 6 of its earlier life; 2 must not fall behind them."""
     write(run, range(7), content, {})
@@ -142,6 +145,7 @@ def test_what_cannot_be_deleted_stays_and_the_training_goes_on(
     assert "optimizer" not in left(run).get(0, set()) | left(run).get(1, set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["thin", "remove"])
 def test_killed_at_any_operation_of_a_deletion_each_step_is_whole_or_gone(
     run: Run, content: Content, call: str

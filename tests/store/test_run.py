@@ -324,6 +324,7 @@ def test_a_run_travels_to_another_process(run: Run, content: dict[str, Any]) -> 
     assert set(checkpoint) == set(copy[0])
 
 
+@pytest.mark.slow
 def test_listing_and_verifying_do_not_import_torch(run: Run, content: dict[str, Any]) -> None:
     run.commit(0, **content)
     code = (

@@ -25,6 +25,7 @@ def digests(runs: Path) -> dict[str, str]:
     return {run.name: str(Run.open(run)[6].files["model.safetensors"]) for run in runs.iterdir()}
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again_and_what_is_added_is_done(
     toy_suite: Callable[..., Path], trained_here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +49,7 @@ def test_what_is_done_is_not_done_again_and_what_is_added_is_done(
     assert (folder / "report.html").read_bytes() != page
 
 
+@pytest.mark.slow
 def test_sizes_are_compared_with_intervals_over_seeds(
     toy_suite: Callable[..., Path], trained_here: list[str], tmp_path: Path
 ) -> None:
@@ -71,6 +73,7 @@ def test_sizes_are_compared_with_intervals_over_seeds(
     assert set(compared["metric"].dropna()) == {"cka", "per"}
 
 
+@pytest.mark.slow
 def test_the_report_begins_with_the_sizes_side_by_side(
     toy_suite: Callable[..., Path], trained_here: list[str], tmp_path: Path
 ) -> None:
@@ -109,6 +112,7 @@ def test_the_step_at_which_a_run_was_interrupted_is_not_compared(
     assert planned(values, members)["step"].tolist() == [0, 2, 4, 6]
 
 
+@pytest.mark.slow
 def test_an_interrupted_member_goes_on(
     toy_suite: Callable[..., Path], trained_here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +131,7 @@ def test_an_interrupted_member_goes_on(
     assert digests(tmp_path / "runs")["toys-small"] == whole
 
 
+@pytest.mark.slow
 def test_a_folder_with_another_experiment_is_refused(toy_suite: Callable[..., Path], trained_here: list[str]) -> None:
     assert run_suite(toy_suite(), report=False) == 0
     with pytest.raises(PicoError) as raised:
@@ -139,6 +144,7 @@ def test_a_folder_with_another_experiment_is_refused(toy_suite: Callable[..., Pa
     assert {s.state for s in moved} == {"finished"}
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_writes_is_left_to_it(
     toy_suite: Callable[..., Path], trained_here: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +171,7 @@ def test_a_dry_run_says_what_it_will_take_and_makes_nothing(
     assert trained_here == []
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_what_is_done(
     toy_suite: Callable[..., Path], trained_here: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,6 +111,7 @@ def test_the_shipped_suites_train_the_shipped_configurations(suite: str, family:
         assert {key for key in ours if ours[key] != theirs[key]} <= set(NAMES)
 
 
+@pytest.mark.slow
 def test_the_shipped_sizes_are_what_they_are_called() -> None:
     from picolm.train.preview import estimate
 

@@ -69,6 +69,7 @@ def test_a_disk_without_a_byte_left_shows_one_message(
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_and_space_lets_it_go_on(
     train: Train, make_config: Any, small_disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_read_only_disk_is_named(train: Train, make_config: Any, small_disk: P
         run_training(make_config(*options, "training.max_steps=4"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["logs", "logs/train.log"])
 def test_logs_that_lead_elsewhere_are_named(train: Train, name: str) -> None:
     run = train()
@@ -155,6 +157,7 @@ def test_a_run_folder_deleted_meanwhile_ends_the_run(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halfway", [False, True])
 @pytest.mark.parametrize("look", range(1, 7))
 def test_a_run_folder_deleted_while_an_older_step_is_looked_at_ends_the_run(
@@ -196,6 +199,7 @@ def test_a_second_training_of_the_same_run_is_told_who_has_it(
     assert states(Run.open(place)) == alone
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_back_changes_nothing(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train("checkpointing.run_name=whole", "checkpointing.keep.optimizer=last 1")
     real, chance = time.time, random.Random(0)

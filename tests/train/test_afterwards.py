@@ -44,6 +44,7 @@ def pico(*words: str) -> None:
     app(list(words), standalone_mode=False)
 
 
+@pytest.mark.slow
 def test_pairs_are_counted_while_training_and_change_nothing_of_it(
     train: Callable[..., Run], reading: list[str], tmp_path: Path
 ) -> None:
@@ -61,6 +62,7 @@ def test_pairs_are_counted_while_training_and_change_nothing_of_it(
         assert results["minimal_pairs/order"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
 
 
+@pytest.mark.slow
 def test_afterwards_gives_what_training_gave_and_keeps_what_was_there(
     train: Callable[..., Run], reading: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +86,7 @@ def test_afterwards_gives_what_training_gave_and_keeps_what_was_there(
     assert "minimal_pairs" in run.evaluation(6)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_afterwards_in_the_precision_of_the_run(train: Callable[..., Run], reading: list[str]) -> None:
     """The results of one curve are comparable: in float32 those of a run in bfloat16 would be shifted."""
     run = train(*reading, "training.fabric.precision=bf16-mixed")
@@ -92,6 +95,7 @@ def test_afterwards_in_the_precision_of_the_run(train: Callable[..., Run], readi
     assert {step: run.evaluation(step) for step in run.steps} == then
 
 
+@pytest.mark.slow
 def test_a_continued_run_keeps_results_of_its_first_step_alone(
     train: Callable[..., Run], reading: list[str], tmp_path: Path
 ) -> None:
@@ -177,6 +181,7 @@ def prepared(tmp_path: Path, name: str, **options: Any) -> Path:
     return tmp_path / name
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_is_not_that_of_the_rows_is_refused_with_both_digests(
     train: Callable[..., Run], tmp_path: Path, another_tokenizer: Path
 ) -> None:

@@ -93,6 +93,7 @@ def test_what_fabric_refuses_is_a_message(train: Train) -> None:
         train("training.fabric.strategy=ddpp")
 
 
+@pytest.mark.slow
 def test_the_precision_asked_for_is_the_one_that_computes(train: Train) -> None:
     losses = {}
     for precision, weights, activations in (
@@ -112,6 +113,7 @@ def test_the_precision_asked_for_is_the_one_that_computes(train: Train) -> None:
     assert len(set(losses.values())) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_a_run_goes_on_exactly_in_every_precision(train: Train, precision: str) -> None:
     options = (

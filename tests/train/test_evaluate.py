@@ -187,6 +187,7 @@ def short_val(toy_data: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_held_out_rows_may_be_one_token_shorter_than_training_rows(train: Callable[..., Any], short_val: Path) -> None:
     run = train(
         f"data.dataset.name={short_val}", "training.max_steps=2", "checkpointing.learning_dynamics.positions=[-1, 0]"

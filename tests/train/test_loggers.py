@@ -42,6 +42,7 @@ def check_equal(seen: Numbers, written: Numbers, rel: float) -> None:
         assert seen[key] == pytest.approx(value, rel=rel, nan_ok=True), key
 
 
+@pytest.mark.slow
 def test_metrics_jsonl_has_a_line_of_json_for_each_logged_step_and_evaluation(train: Train) -> None:
     run = train("training.max_steps=5", "evaluation.every_n_steps=3")
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
@@ -58,6 +59,7 @@ def test_tensorboard_files_say_what_metrics_jsonl_says(train: Train) -> None:
     check_equal(seen, numbers(run), rel=1e-6)  # they are kept in float32
 
 
+@pytest.mark.slow
 def test_a_continued_run_has_each_step_once(train: Train) -> None:
     options = ("monitoring.save_to_tensorboard=true", "monitoring.logging.log_every_n_steps=1")
     run = train(*options, "training.max_steps=5", "training.optimization.lr_scheduler=constant")
@@ -102,6 +104,7 @@ class Wandb:
         self._do("finish")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fail", "words"),
     [
@@ -127,6 +130,7 @@ def test_a_server_that_fails_does_not_stop_a_run(
         assert wandb.logged == [0, 0, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_continued_run_keeps_its_identity_and_another_of_the_same_name_has_its_own(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals =
     monkeypatch.setattr(report, "step", and_kill)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_an_interrupted_run_ends_with_the_same_bytes(
     train: Train, make_config: Any, monkeypatch: pytest.MonkeyPatch, optimizer: str
@@ -65,11 +66,13 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert {step: losses[0][step] for step in losses[1]} == losses[1]
 
 
+@pytest.mark.slow
 def test_the_same_configuration_gives_the_same_bytes(train: Train) -> None:
     first, second = train("checkpointing.run_name=one"), train("checkpointing.run_name=two")
     assert [first[step].files for step in first] == [second[step].files for step in second]
 
 
+@pytest.mark.slow
 def test_the_stored_gradient_is_the_one_that_trained_the_model(train: Train) -> None:
     run = train(
         "checkpointing.learning_dynamics.what=[gradients]", "training.optimization.optimizer=sgd",
@@ -89,6 +92,7 @@ def test_the_stored_gradient_is_the_one_that_trained_the_model(train: Train) -> 
             assert before[address].abs().max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["all", "[0, 3, -1]", "last", "random:5"])
 def test_stored_activations_equal_a_forward_of_the_stored_weights(train: Train, positions: str) -> None:
     run = train(f"checkpointing.learning_dynamics.positions='{positions}'".replace("'[", "[").replace("]'", "]"))
@@ -113,6 +117,7 @@ def test_stored_activations_equal_a_forward_of_the_stored_weights(train: Train, 
                 torch.testing.assert_close(checkpoint[address], fresh, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_capture_changes_no_byte_of_the_weights(train: Train) -> None:
     watched = train("checkpointing.run_name=watched", "checkpointing.learning_dynamics.positions=all")
     blind = train(
@@ -124,6 +129,7 @@ def test_capture_changes_no_byte_of_the_weights(train: Train) -> None:
     assert digests(watched, 6) == digests(blind, 6)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_rounding_only(train: Train) -> None:
     runs = [
         train(
@@ -138,6 +144,7 @@ def test_accumulation_changes_rounding_only(train: Train) -> None:
     assert runs[0][0].rows("train").equals(runs[1][0].rows("train"))
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_capture_are_those_of_the_batch(train: Train, toy_data: Path) -> None:
     run = train("checkpointing.learning_dynamics.max_rows=5")
     rows = run[2].rows("train")
@@ -146,6 +153,7 @@ def test_the_rows_of_the_capture_are_those_of_the_batch(train: Train, toy_data: 
     assert len(run[2][Address("activations", "train", "layers.1.swiglu.w_2")]) == 5
 
 
+@pytest.mark.slow
 def test_a_logged_step_tells_what_the_facts_ask_for(train: Train) -> None:
     entries = [entry for entry in train().metrics() if "train/loss" in entry]
     assert [entry["step"] for entry in entries] == [0, 2, 4, 6]
@@ -176,6 +184,7 @@ def test_a_logged_step_tells_what_the_facts_ask_for(train: Train) -> None:
     assert entries[1]["tokens"] == 2 * 8 * 16
 
 
+@pytest.mark.slow
 def test_evaluation_is_by_source(train: Train) -> None:
     run = train()
     results = run.evaluation(6)
@@ -189,6 +198,7 @@ def test_evaluation_is_by_source(train: Train) -> None:
     assert results["paloma/nats_per_token"] == pytest.approx(by_hand.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_non_finite_gradient_skips_the_update_and_names_the_rows(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,12 +229,14 @@ def test_too_many_skipped_updates_stop_the_run_with_a_checkpoint(train: Train, m
     assert run.latest().step > 0
 
 
+@pytest.mark.slow
 def test_a_second_process_on_the_same_run_is_refused_by_name(train: Train) -> None:
     run = train()
     with run.lock(), pytest.raises(StoreError, match=f"process {os.getpid()}"):
         train("training.max_steps=8")
 
 
+@pytest.mark.slow
 def test_rows_of_several_passes_are_permuted(train: Train) -> None:
     run = train(
         "training.max_steps=30", "checkpointing.save_every_n_steps=15", "monitoring.logging.log_every_n_steps=30"
@@ -241,6 +253,7 @@ def test_a_module_that_is_not_called_is_refused(train: Train) -> None:
         train("checkpointing.learning_dynamics.layer_suffixes=[de_embedding_proj]")
 
 
+@pytest.mark.slow
 def test_what_is_logged_of_the_weights_is_of_those_that_the_step_has(train: Train) -> None:
     run = train("monitoring.logging.log_every_n_steps=2", "monitoring.logging.digest_every_n_steps=1")
     lines = {entry["step"]: entry for entry in run.metrics()}
@@ -279,6 +292,7 @@ def some_model(folder: Path, monkeypatch: pytest.MonkeyPatch, nothing: str = "-1
     return f"model.model_type={name}:Some", "training.optimization.grad_clip_norm=null"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_loss_of_a_model_that_predicts_a_quarter_of_the_tokens_is_per_predicted_token(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
@@ -291,6 +305,7 @@ def test_the_loss_of_a_model_that_predicts_a_quarter_of_the_tokens_is_per_predic
     assert run[0].meta["loss"] == first["train/loss"]
 
 
+@pytest.mark.slow
 def test_a_batch_in_which_nothing_is_predicted_makes_no_update(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,12 +79,14 @@ def test_a_held_out_row_with_an_impossible_id_is_named(
         train(f"evaluation.paloma.dataset_name={tmp_path}/few")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", ["123456789012345678901234567890", "18446744073709551616"])
 def test_a_huge_seed_is_a_seed(train: Callable[..., Run], seed: str) -> None:
     run = train(*(f"training.seeds.{name}={seed}" for name in ("init", "data", "noise")), "data.dataset.shuffle=true")
     assert math.isfinite(run.latest().meta["loss"])
 
 
+@pytest.mark.slow
 def test_an_unknown_home_is_told(make_config: Callable[..., Any], tmp_path: Path) -> None:
     code = (
         "import pwd\ndef unknown(uid): raise KeyError(uid)\npwd.getpwuid = unknown\nfrom picolm.cli import main\nmain()"

@@ -178,6 +178,7 @@ def test_the_noise_scale_of_a_run_follows_from_gradients_computed_apart(train: C
     assert run.metrics()[-1]["grad_norm"] == pytest.approx(math.sqrt(large), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_says_once_why_it_has_no_noise_scale(
     train: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_run_says_once_why_it_has_no_noise_scale(
     assert "Set training.optimization.gradient_accumulation_steps to 2 or more" in said
 
 
+@pytest.mark.slow
 def test_both_parts_are_logged_where_their_quotient_is_not(
     train: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

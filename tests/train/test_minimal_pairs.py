@@ -51,6 +51,7 @@ def ln_p(run: Run, sentence: str) -> float:
     return sum(float(row_TV[place, token]) for place, token in enumerate(tokens[1:]))
 
 
+@pytest.mark.slow
 def test_the_likelier_sentence_wins_and_phenomena_are_counted_apart(fox: Run, tmp_path: Path) -> None:
     right = [ln_p(fox, pair["sentence_good"]) > ln_p(fox, pair["sentence_bad"]) for pair in PAIRS]
     assert len(set(right)) == 2  # both happen

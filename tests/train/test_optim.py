@@ -253,6 +253,7 @@ def partial_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("partial_lab")
 def test_gradients_of_parameters_without_an_optimizer_do_not_accumulate(
     train: Callable[..., Any], make_config: Callable[..., Any], capsys: pytest.CaptureFixture[str]
@@ -275,6 +276,7 @@ def test_gradients_of_parameters_without_an_optimizer_do_not_accumulate(
         assert run[step].meta["gradient_norm"] == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("partial_lab")
 def test_the_schedule_is_a_factor_on_the_rate_of_each_group(train: Callable[..., Any]) -> None:
     run = train("training.optimization.optimizer=my_lab_partial:grouped", *PLAIN)
@@ -291,6 +293,7 @@ def test_the_schedule_is_a_factor_on_the_rate_of_each_group(train: Callable[...,
     assert lines[0]["lr"] == pytest.approx(0.1)  # that of training.optimization.lr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("partial_lab")
 def test_a_run_that_gave_every_group_the_scheduled_rate_continues_so(
     train: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -357,6 +360,7 @@ def test_a_schedule_that_cannot_work_is_told(total: int, options: dict[str, Any]
         assert rates_found[-1] == pytest.approx(0.00012)
 
 
+@pytest.mark.slow
 def test_training_and_dry_run_say_that_the_schedule_cannot_work(
     train: Callable[..., Any], make_config: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_stop_saves_what_it_takes_to_continue_and_what_was_due_anyway(make_con
     )
 
 
+@pytest.mark.slow
 def test_a_run_holds_what_the_plan_says(train: Train, make_config: Any) -> None:
     options = (
         "checkpointing.save_weights=4", "checkpointing.save_optimizer=last", "checkpointing.save_learning_dynamics=6",
@@ -116,6 +117,7 @@ def test_a_run_holds_what_the_plan_says(train: Train, make_config: Any) -> None:
     assert not [step for step in run if run[step].meta["resumable"]]
 
 
+@pytest.mark.slow
 def test_a_run_without_a_step_to_continue_from_says_that_it_starts_again(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:

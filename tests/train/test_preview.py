@@ -45,6 +45,7 @@ def test_the_configuration_is_shown_resolved(make_config: Callable[..., Any]) ->
     assert shown["model"]["position_emb_theta"] == 10000.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -77,6 +78,7 @@ def test_the_bytes_that_are_foretold_are_those_of_the_tensors_of_the_run(
     assert foretold == pytest.approx(written, rel=0.01)
 
 
+@pytest.mark.slow
 def test_nothing_is_needed_and_nothing_is_made(make_config: Callable[..., Any], tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     text = preview(

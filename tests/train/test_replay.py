@@ -49,6 +49,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(report, "step", and_stop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_every_step_comes_out_with_the_files_that_a_checkpoint_of_it_has(train: Train, optimizer: str) -> None:
     chosen = f"training.optimization.optimizer={optimizer}"
@@ -66,6 +67,7 @@ def test_every_step_comes_out_with_the_files_that_a_checkpoint_of_it_has(train: 
     assert (again.first, again.last) == (5, 6)  # as many updates as there are steps since the checkpoint before
 
 
+@pytest.mark.slow
 def test_what_is_captured_after_the_fact_is_what_was_captured_live(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +88,7 @@ def test_what_is_captured_after_the_fact_is_what_was_captured_live(
     assert {step: content(run, step) for step in run} == before
 
 
+@pytest.mark.slow
 def test_a_replay_that_differs_says_where_and_by_how_much(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +108,7 @@ def test_a_replay_that_differs_says_where_and_by_how_much(
     assert 0 < differences[2] < 1e-3
 
 
+@pytest.mark.slow
 def test_a_step_that_is_there_with_other_weights_is_left_alone(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(*SPARSE)
     replay(run, [3], kinds=EVERYTHING, destination=run)
@@ -122,6 +126,7 @@ def test_a_step_that_is_there_with_other_weights_is_left_alone(train: Train, mon
         replay(run, [3], kinds=Due(weights=True), destination=run)
 
 
+@pytest.mark.slow
 def test_each_stretch_is_made_with_the_configuration_it_had(
     train: Train, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +148,7 @@ def test_each_stretch_is_made_with_the_configuration_it_had(
     assert [found.step for found in verdict.compared] == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_a_change_on_the_way_leaves_no_mark_but_the_one_it_left_live(
     train: Train, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +168,7 @@ def test_a_change_on_the_way_leaves_no_mark_but_the_one_it_left_live(
     assert sparse[4].meta["learning_rate"] == dense[4].meta["learning_rate"]
 
 
+@pytest.mark.slow
 def test_nothing_is_made_of_steps_that_were_never_trained_or_of_other_data(
     train: Train, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +208,7 @@ def test_steps_are_written_in_three_ways() -> None:
             parse_steps(wrong)
 
 
+@pytest.mark.slow
 def test_a_fork_without_a_change_ends_as_its_parent_did(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(*SPARSE)
     assert pico(monkeypatch, "fork", run.path, "--step", 3, "--run-name", "same") == 0
@@ -214,6 +222,7 @@ def test_a_fork_without_a_change_ends_as_its_parent_did(train: Train, monkeypatc
     assert replay(same, [5], kinds=Due(), verify=True).identical
 
 
+@pytest.mark.slow
 def test_a_fork_goes_another_way_from_its_step_on(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +251,7 @@ def test_a_fork_goes_another_way_from_its_step_on(
     assert not (run.path.parent / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_fork_is_not_sent_to_where_its_parent_is_sent_unless_the_user_says_so(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +282,7 @@ def test_a_fork_is_not_sent_to_where_its_parent_is_sent_unless_the_user_says_so(
     assert not sent["checkpointing"]["save_to_hf"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [None, PicoError("no"), KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_fork_touches_no_folder_of_the_user_and_leaves_none_of_its_own(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: BaseException | None
@@ -311,6 +322,7 @@ def test_replayed_steps_are_not_written_into_a_folder_that_holds_something_else(
     assert (notes / "environment.json").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_fork_that_lost_its_first_step_does_not_start_from_nothing(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +335,7 @@ def test_a_fork_that_lost_its_first_step_does_not_start_from_nothing(
         run_training(config_at(lost, 3))
 
 
+@pytest.mark.slow
 def test_the_batch_of_a_step_is_the_one_that_was_trained_on(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -360,6 +373,7 @@ def test_runs_of_others_are_not_made_again(tmp_path: Path, monkeypatch: pytest.M
     assert "only runs of picolm can be trained on exactly" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_replay_that_is_stopped_leaves_whole_steps_only(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(*SPARSE)
     out = Run.create(run.path.parent / "out", run.config, run.environment)

@@ -69,6 +69,7 @@ def test_the_affinity_counts_where_the_system_has_one(tmp_path: Path, monkeypatc
     assert usable_cpus(tmp_path) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity of processes")
 def test_a_real_process_on_one_cpu_computes_with_one_thread() -> None:
     code = (

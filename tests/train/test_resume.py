@@ -25,6 +25,7 @@ from picolm.train.state import changes
 Train = Callable[..., Run]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(train: Train) -> None:
     first = train()
 
@@ -38,6 +39,7 @@ def test_a_finished_run_is_left_as_it_is(train: Train) -> None:
     assert contents() == before
 
 
+@pytest.mark.slow
 def test_keys_that_may_change_are_recorded(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     train()
     run = train("training.max_steps=8", "training.optimization.lr=0.02")
@@ -51,6 +53,7 @@ def test_keys_that_may_change_are_recorded(train: Train, capsys: pytest.CaptureF
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "key"),
     [
@@ -68,6 +71,7 @@ def test_what_makes_another_experiment_is_refused(train: Train, override: str, k
     assert "Choose another checkpointing.run_name" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_other_data_under_the_same_name_are_refused(train: Train, toy_data: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -84,6 +88,7 @@ def test_other_data_under_the_same_name_are_refused(train: Train, toy_data: Path
         train(f"data.dataset.name={other}")
 
 
+@pytest.mark.slow
 def test_data_may_move(train: Train, toy_data: Path, tmp_path: Path) -> None:
     train()
     moved = tmp_path / "moved"
@@ -93,6 +98,7 @@ def test_data_may_move(train: Train, toy_data: Path, tmp_path: Path) -> None:
     assert train(f"data.dataset.name={moved}", "training.max_steps=8").latest().step == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     train: Train, damage: str, capsys: pytest.CaptureFixture[str]
@@ -118,6 +124,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     del whole
 
 
+@pytest.mark.slow
 def test_a_run_may_be_protected(train: Train) -> None:
     train()
     with pytest.raises(PicoError, match=r"holds a run already and checkpointing.training.auto_resume is false"):
@@ -173,6 +180,7 @@ def test_changes_are_told_by_dotted_key() -> None:
     assert changes({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3, "d": None}}) == {"a.c": (2, 3)}
 
 
+@pytest.mark.slow
 def test_the_configuration_in_the_run_is_complete(train: Train) -> None:
     text = (train().path / "training_config.yaml").read_text()
     assert yaml.safe_load(text)["model"]["position_emb_theta"] == 10000.0
@@ -196,6 +204,7 @@ LACKING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacking", LACKING)
 def test_a_key_that_came_later_makes_no_other_experiment(
     train: Train, lacking: str, capsys: pytest.CaptureFixture[str]
@@ -213,12 +222,14 @@ def test_a_key_that_came_later_makes_no_other_experiment(
     assert Run.open(run.path.parent / "other").environment["forked_from"]["changed"] == {}
 
 
+@pytest.mark.slow
 def test_another_value_than_the_default_is_still_another_experiment(train: Train) -> None:
     rewrite(train(), LACKING["a key of the model"])
     with pytest.raises(PicoError, match=r"model.init: 'normal' in the run, 'torch_default' now"):
         train("model.init=torch_default")
 
 
+@pytest.mark.slow
 def test_keys_that_a_run_does_not_follow_are_not_noted_as_changed(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +250,7 @@ def test_keys_that_a_run_does_not_follow_are_not_noted_as_changed(
     assert not {"elsewhere", "journal", "results"} & {file.name for file in run.path.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -276,6 +288,7 @@ def give(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended.value.code == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_for_non_finite_updates_continues_by_the_command_of_its_message(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +310,7 @@ def test_a_run_that_stopped_for_non_finite_updates_continues_by_the_command_of_i
         train(*HOPELESS)
 
 
+@pytest.mark.slow
 def test_a_run_that_met_bad_batches_continues_after_them(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second command of the message: nothing is changed, and the weights are well."""
     original = loop.measure
@@ -316,6 +330,7 @@ def test_a_run_that_met_bad_batches_continues_after_them(train: Train, monkeypat
     assert replay(run, [9], kinds=Due(), verify=True).identical  # it came past them, so a replay does
 
 
+@pytest.mark.slow
 def test_runs_without_a_name_that_start_in_one_second_are_two_runs(
     make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ def held(run: Run) -> dict[int, set[str]]:
     }
 
 
+@pytest.mark.slow
 def test_older_checkpoints_are_thinned_and_the_newest_is_not(train: Callable[..., Run]) -> None:
     run = train(*LEAN)
     assert held(run) == {
@@ -41,6 +42,7 @@ def test_older_checkpoints_are_thinned_and_the_newest_is_not(train: Callable[...
     assert run[4].meta["resumable"]  # it was when it was saved
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint_that_still_has_everything(train: Callable[..., Run]) -> None:
     """Step 4 says `resumable`, and lost its optimizer since: going on from it would be another training."""
     whole = train("training.max_steps=14", LEAN[1], "checkpointing.run_name=whole")
@@ -51,6 +53,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_still_has_everything(train: Callab
     assert run[14].manifest.files == whole[14].manifest.files
 
 
+@pytest.mark.slow
 def test_the_first_step_has_no_optimizer_state_to_lose(train: Callable[..., Run]) -> None:
     run = train("checkpointing.keep.optimizer=last 1")
     before = run[6].manifest.files
@@ -60,6 +63,7 @@ def test_the_first_step_has_no_optimizer_state_to_lose(train: Callable[..., Run]
     assert run[6].manifest.files == before
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_last_save_and_what_follows_it_is_made_good(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

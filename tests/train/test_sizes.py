@@ -25,6 +25,7 @@ def run(train: Callable[..., Run]) -> Run:
     return train("training.max_steps=2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "size", "message"), SIZES)
 def test_a_size_of_a_stored_configuration_is_not_believed(
     run: Run, key: str, size: int, message: str, tmp_path: Path
@@ -42,6 +43,7 @@ def test_a_size_of_a_stored_configuration_is_not_believed(
             use(Run.open(run.path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10**9, 2**62])
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"])
 def test_a_size_of_a_model_to_be_imported_is_not_believed(run: Run, key: str, size: int, tmp_path: Path) -> None:
@@ -54,6 +56,7 @@ def test_a_size_of_a_model_to_be_imported_is_not_believed(run: Run, key: str, si
         import_model(str(tmp_path / "model"), tmp_path / "imported", None)
 
 
+@pytest.mark.slow
 def test_fewer_layers_than_are_stored_can_be_asked_for_as_before(run: Run) -> None:
     config = run.config
     config["model"]["n_layers"] = 1

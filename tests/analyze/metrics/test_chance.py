@@ -54,6 +54,7 @@ def test_independent_data_are_at_chance_and_equal_ones_are_not(normal: Any, metr
         assert (abs(z) < 4) is not far
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "p", "q"), [(64, 48, 48), (64, 20, 50), (98, 48, 48), (400, 300, 200)])
 def test_the_level_of_independent_data_says_little_and_chance_says_so(normal: Any, rows: int, p: int, q: int) -> None:
     x, y = normal(0, rows, p), normal(1, rows, q)

@@ -42,6 +42,7 @@ def test_rounding_stays_below_the_floor_and_the_floor_near_it(
     assert Matrix(x.double()).noise == pytest.approx(float(exact))
 
 
+@pytest.mark.slow
 @pairs
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(200, 32, 8), (300, 200, 8), (64, 60, 3)])
 def test_data_of_low_rank_are_alike_their_rotated_copy(

@@ -28,6 +28,7 @@ def test_pairs(values: dict[str, Any]) -> None:
     assert metrics.svcca(x, y, variance=1.0) == pytest.approx(values["cca_mean"], **exactly)
 
 
+@pytest.mark.slow
 @pairs
 def test_pwcca_where_the_variates_are_not_determined(values: dict[str, Any]) -> None:
     """With p + q > N - 1, p + q - N + 1 correlations are 1, and the weights hang on the basis that a routine happens to return.
@@ -93,6 +94,7 @@ def test_a_condition_number_that_is_rounding_of_float64_is_infinite() -> None:
     assert metrics.condition_number(sparse) == math.inf
 
 
+@pytest.mark.slow
 def test_a_full_matrix_in_a_narrow_type_has_the_condition_number_of_its_numbers() -> None:
     """The smallest singular value of a square matrix lies below the noise floor of bfloat16: that does not make it singular."""
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
