@@ -22,8 +22,7 @@ import picolm
 SOURCE = Path(picolm.__file__).parent
 TRAINING = ("models", "capture", "data", "store", "train")
 """The rooms that `pico train` needs, beside the files of the foundation; of `data` without what prepares text."""
-PREPARATION = {"prepare", "scan", "work", "recipe", "shards", "documents", "walk", "filters", "merge", "inspection", "decode",
-               "splits"}  # fmt: skip
+PREPARATION = {"prepare", "scan", "recipe", "shards", "documents", "walk", "filters", "merge", "inspection", "decode"}
 
 
 def main() -> None:

@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from picolm.cli import main
+from picolm.document import parse_yaml
+from picolm.schema import declared_keys, flatten, plain
+from picolm.train.config import TrainConfig
 
 RELEASES = sorted((Path(__file__).parent / "released").glob("*.tar.xz"))
 Pico = Callable[..., str]
@@ -70,6 +73,18 @@ def test_a_run_is_listed_verified_and_reported(pico: Pico) -> None:
     assert "every digest holds" in pico("verify", "runs/old")
     pico("report", "runs/old", "--analysis", "analysis_results/old", "--out", "report.html")
     assert "condition_number" in Path("report.html").read_text()
+
+
+def test_keys_that_a_version_did_not_have_are_declared_as_newer(pico: Pico, request: pytest.FixtureRequest) -> None:
+    version = request.node.callspec.params["pico"].name.removeprefix("v").removesuffix(".tar.xz")
+    stored = flatten(parse_yaml(Path("runs/old/training_config.yaml").read_text(), "config"))
+    missing = set(flatten(plain(TrainConfig()))) - set(stored)
+    newer = {name for name, key in declared_keys(TrainConfig).items() if number(key.since) > number(version)}
+    assert missing == newer
+
+
+def number(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Reading configurations: what is right comes out typed, what is wrong is told all at once, with its place."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from hypothesis import example, given
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import PositiveInt
 
 from picolm.document import parse_yaml
-from picolm.schema import ConfigError, Place, Section, dump, flatten, load
+from picolm.schema import ConfigError, Key, Place, Section, declared_keys, dump, flatten, load, on_resume, plain
+from picolm.train.config import TrainConfig
 
 
 class Inner(Section):
@@ -294,3 +295,37 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+
+
+def test_of_each_key_is_said_what_another_value_does_on_resume() -> None:
+    declared = declared_keys(TrainConfig)
+    said = {key: on_resume(key, declared) for key in flatten(plain(TrainConfig()))}
+    assert said["model.d_model"] == said["data.dataset.shuffle"] == said["training.seeds.noise"] == "refused"
+    assert said["training.optimization.optimizer"] == "refused"
+    assert said["data.dataset.name"] == said["data.tokenizer.name"] == said["training.max_steps"] == "noted"
+    assert (
+        said["model.batch_size"]
+        == said["checkpointing.run_name"]
+        == said["monitoring.pico_report.lab_hash"]
+        == "ignored"
+    )
+    assert {key for key, word in said.items() if word == "kept"} == {
+        "checkpointing.checkpoints_dir", "checkpointing.learning_dynamics_dir", "checkpointing.logs_dir",
+        "checkpointing.evaluation.eval_results_dir",
+    }  # fmt: skip
+
+
+class Part(Section):
+    plain: int = 0
+    own: Annotated[int, Key(on_resume="noted")] = 0
+
+
+class Whole(Section):
+    inner: Annotated[Part, Key(on_resume="refused")] = Part()
+    many: tuple[Part, ...] = ()
+
+
+def test_a_key_that_declares_nothing_is_as_the_section_around_it() -> None:
+    declared = declared_keys(Whole)
+    asked = ("inner.plain", "inner.own", "many.plain", "many.own")
+    assert [on_resume(key, declared) for key in asked] == ["refused", "noted", "noted", "noted"]

@@ -54,8 +54,26 @@ def _suite() -> Iterator[str]:
     yield from _tables(SuiteConfig)
 
 
+_ON_RESUME = {
+    "refused": "Cannot change within a run.",
+    "ignored": "Another value on resume changes nothing.",
+    "kept": "A run keeps the value it began with.",
+}
+
+
+def _declared(key: str, declared: Any) -> str:
+    """What the schema declares of a key, in a sentence or two."""
+    from picolm.schema import Key, on_resume
+
+    since = declared.get(key, Key()).since
+    words = _ON_RESUME.get(on_resume(key, declared)), "" if since == Key().since else f"Since version {since}."
+    return "".join(f" {sentence}" for sentence in words if sentence)
+
+
 def _tables(schema: type[BaseModel]) -> Iterator[str]:
-    whole = schema.model_json_schema()
+    from picolm.schema import declared_keys
+
+    whole, declared = schema.model_json_schema(), declared_keys(schema)
     by_section: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for key, field in configuration_keys(schema):
         if not field["section"]:
@@ -63,6 +81,7 @@ def _tables(schema: type[BaseModel]) -> Iterator[str]:
     for section, fields in by_section.items():
         yield from ("", f"## {section or 'On top'}", "", "| key | default | values | meaning |", "|---|---|---|---|")
         for key, field in fields:
+            field = field | {"description": field.get("description", "") + _declared(key, declared)}
             yield _row(key, field, whole)
 
 

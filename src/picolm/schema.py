@@ -4,19 +4,20 @@ A configuration is a tree of pydantic models (or dataclasses) whose fields have 
 line numbers, applies `key=value` overrides, validates the fields, checks the rules between fields (`problems()`), and
 raises one `ConfigError` that lists all problems.
 
-A key whose value may name code declares this with `NamesCode`. Values that the user typed are trusted. A configuration from
+What is declared of a key beside its type is a `Key`. Values that the user typed are trusted. A configuration from
 a run, a model or a response of the Hub goes through `mark_untrusted`: its names stay readable, but `Registry.get` refuses to
 import them. So a command needs trust only for the code that it uses.
 """
 
 import copy
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -282,33 +283,67 @@ def _shorten(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-@dataclass(frozen=True)
-class NamesCode:
-    """A marker for a key whose value, or each value of whose list, may name code.
+OnResume = Literal["noted", "refused", "ignored", "kept"]
 
-    family: the kind of part that it names. below: the key inside the marked field, if that is a section which is not a
-    `Section`. is_code: returns whether a value names code.
+
+@dataclass(frozen=True)
+class Key:
+    """What the schema declares of a key, or of a section, beside its type: `Annotated[str, Key("optimizer")]`.
+
+    names: the kind of part that its value, or each value of its list, may name as code; empty for none. below: the key inside the
+    section that names it, if that is no `Section` of its own. is_code: returns whether a value names code. on_resume: what
+    happens to another value where a run is resumed: it is followed and noted, refused (it makes another experiment), ignored
+    (it changes nothing of the run), or the run keeps the value it began with; None: as the section around it, else noted.
+    since: the version in which it came; a run of an earlier one has its default.
     """
 
-    family: str
+    names: str = ""
     below: str = ""
     is_code: Callable[[str], bool] = names_code
+    on_resume: OnResume | None = None
+    since: str = "0.1"
 
 
-def code_keys(schema: type[BaseModel]) -> dict[str, NamesCode]:
-    """Return the dotted keys of a schema that may name code, also in sections in lists: `metrics.metric_name`."""
-    found: dict[str, NamesCode] = {}
-    for name, field in schema.model_fields.items():
-        for mark in field.metadata:
-            if isinstance(mark, NamesCode):
-                found[f"{name}.{mark.below}".removesuffix(".")] = mark
-        for section in _sections(field.annotation):
-            found |= {f"{name}.{key}": mark for key, mark in code_keys(section).items()}
+def declared_keys(schema: Any) -> dict[str, Key]:
+    """Return what is declared of dotted keys and sections, also of sections in lists: `metrics.metric_name`.
+
+    A dataclass, as the section of a model is one, declares `on_resume` in the metadata of its fields.
+    """
+    found: dict[str, Key] = {}
+    for name, annotation, marks in _fields_of(schema):
+        for mark in marks:
+            if isinstance(mark, Key):
+                found[name] = mark
+        for section in _sections(annotation):
+            found |= {f"{name}.{key}": mark for key, mark in declared_keys(section).items()}
     return found
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def code_keys(schema: type[BaseModel]) -> dict[str, Key]:
+    """Return the dotted keys of a schema that may name code."""
+    declared = declared_keys(schema).items()
+    return {f"{name}.{key.below}".removesuffix("."): key for name, key in declared if key.names}
+
+
+def on_resume(key: str, declared: Mapping[str, Key]) -> OnResume:
+    """Return what happens to another value of a dotted key on resume: its own declaration, or that of the closest section."""
+    parts = key.split(".")
+    around = (declared.get(".".join(parts[:end])) for end in range(len(parts), 0, -1))
+    return next((found.on_resume for found in around if found is not None and found.on_resume is not None), "noted")
+
+
+def _fields_of(schema: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
+    if issubclass(schema, BaseModel):
+        for name, field in schema.model_fields.items():
+            yield name, field.annotation, field.metadata
+    else:
+        for entry in dataclasses.fields(schema):
+            rule = entry.metadata.get("on_resume")
+            yield entry.name, entry.type, [Key(on_resume=rule)] if rule else []
+
+
+def _sections(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
         yield annotation
     for inner in get_args(annotation):
         yield from _sections(inner)

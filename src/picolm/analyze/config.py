@@ -13,7 +13,7 @@ from picolm.analyze.components import COMPONENTS
 from picolm.analyze.metrics import find_metric
 from picolm.errors import PicoError
 from picolm.registry import did_you_mean
-from picolm.schema import NamesCode, Place, Rule, Section
+from picolm.schema import Key, Place, Rule, Section
 
 
 class StepRange(Section):
@@ -44,7 +44,7 @@ class Suffixes(Section):
 
 
 class Component(Section):
-    component_name: Annotated[str, NamesCode("component")] = "simple"
+    component_name: Annotated[str, Key("component")] = "simple"
     """simple, mlp, attention, embedding, residual, per_head, ov_circuit, qk_circuit, or my_lab.module:attribute."""
     data_type: str = "weights"
     """weights, gradients, activations, or the name of an optimizer moment such as exp_avg."""
@@ -81,7 +81,7 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
-    metric_name: Annotated[str, NamesCode("metric")]
+    metric_name: Annotated[str, Key("metric")]
     """Name of a metric (`pico list metrics` shows all), or my_lab.module:attribute."""
     data_split: Literal["train", "val"] | None = None
     """Split of gradients and activations (default: val for metrics of two tensors, since it has the same rows at each

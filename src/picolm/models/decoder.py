@@ -8,7 +8,7 @@ Legend: B rows, T positions, S = T + 1 (inputs and the targets shifted by one), 
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -48,7 +48,7 @@ class DecoderConfig:
     vocab_size: int = 50304
     """Number of different tokens; every token id in the data is below it."""
 
-    batch_size: int = 1024
+    batch_size: int = field(default=1024, metadata={"on_resume": "ignored"})
     """Accepted because published configurations have it, and used for nothing: see data.dataloader.batch_size."""
 
     max_seq_len: int = 2048
@@ -76,10 +76,10 @@ class DecoderConfig:
 
     def problems(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What rules between fields are broken: the fields, and what to do about them."""
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for entry in fields(self):
+            value = getattr(self, entry.name)
             if not isinstance(value, str) and not 0 < value < math.inf:
-                yield (field.name,), f"{value} must be positive and finite"
+                yield (entry.name,), f"{value} must be positive and finite"
         if not self._positive("d_model", "attention_n_heads"):
             return
         width, heads, kv_heads = self.d_model, self.attention_n_heads, self.attention_n_kv_heads

@@ -8,16 +8,14 @@ from picolm.store import Run
 from picolm.suite.config import FREE, Member
 from picolm.train.history import last_step
 from picolm.train.job import Plan
-from picolm.train.state import FREE as MAY_MOVE
-from picolm.train.state import changes
+from picolm.train.state import changes, changes_of_experiment
 
 State = Literal["new", "interrupted", "running", "finished"]
 
-# Keys that change the results; others say where to run, how often to save, and what to log.
-DECISIVE = ("model.", "data.", "training.")
+# Keys of `training` that do not change the results: they say where to run.
 ELSEWHERE = (
     "training.fabric.accelerator", "training.fabric.num_", "training.fabric.strategy", "training.deterministic",
-    "training.compile", "training.max_skipped_steps", *FREE, *MAY_MOVE,
+    "training.compile", "training.max_skipped_steps", *FREE,
 )  # fmt: skip
 
 
@@ -72,11 +70,12 @@ def _require_same(member: Member, changed: dict[str, tuple[object, object]]) -> 
 
     A change of precision does not count when the member leaves it open (`auto`).
     """
+    decisive = changes_of_experiment(changed)
     is_open = {"training.fabric.precision"} if member.config.training.fabric.precision == "auto" else set()
     lines = [
         f"  {key}: {old!r} in the run, {new!r} in the suite"
         for key, (old, new) in changed.items()
-        if key.startswith(DECISIVE) and not key.startswith(ELSEWHERE) and key not in is_open
+        if key in decisive or (key.startswith("training.") and not key.startswith(ELSEWHERE) and key not in is_open)
     ]
     if lines:
         advice = (

@@ -20,7 +20,7 @@ from picolm.models import MODELS, block_count, find_model
 from picolm.models.anatomy import CAPTURED
 from picolm.models.decoder import PARTS, DecoderConfig
 from picolm.registry import Registry, Untrusted, UntrustedCode, names_code
-from picolm.schema import NamesCode, NoSchema, Place, Rule, Section, code_keys, flatten, mark_untrusted, plain
+from picolm.schema import Key, NoSchema, Place, Rule, Section, code_keys, flatten, mark_untrusted, plain
 from picolm.train.evaluate import EVALUATIONS
 from picolm.train.evaluation_config import Evaluation
 from picolm.train.optim import OPTIMIZERS, SCHEDULES
@@ -34,14 +34,14 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME on the Hub
 
 
 class Dataset(Section):
-    name: Annotated[Place, NamesCode("data source", is_code=is_own_source)] = "pico-lm/pretokenized-dolma"
+    name: Annotated[Place, Key("data source", is_code=is_own_source, on_resume="noted")] = "pico-lm/pretokenized-dolma"
     """Source of the rows: a Hub data set, a folder of token shards, `embedded:NAME`, tokens of other tools
     (`datatrove:FOLDER`, `megatron:`, `olmo:`, `nanogpt:`, `datasets:`), or a weighted mixture such as
     `mix:rows/books*0.7,rows/web*0.3`."""
     shuffle: bool = False
     """Shuffle the first pass too; later passes are always shuffled. Not needed for prepared and published data, which
     are shuffled on disk."""
-    cache_dir: Place | None = None
+    cache_dir: Annotated[Place | None, Key(on_resume="noted")] = None
     """Folder for downloaded and generated shards (default: $PICO_CACHE or ~/.cache/pico)."""
 
 
@@ -51,7 +51,7 @@ class Dataloader(Section):
 
 
 class Tokenizer(Section):
-    name: Place = "auto"
+    name: Annotated[Place, Key(on_resume="noted")] = "auto"
     """A Hub name, a folder or a tokenizer.json; `auto`: the tokenizer of the data, else allenai/OLMo-7B-0724-hf."""
     vocab_size: PositiveInt = 50304
     """Number of tokens in the tokenizer; for an embedded corpus, a tokenizer of this size is trained."""
@@ -73,7 +73,7 @@ class Fabric(Section):
     32-true. float16 is not supported, because its loss scaling would change the captured gradients."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps", "tpu"] = "auto"
     """Type of device; `auto`: CUDA if available, else MPS, else CPU."""
-    strategy: Annotated[str, NamesCode("strategy")] = "auto"
+    strategy: Annotated[str, Key("strategy")] = "auto"
     """How the model is distributed over processes: auto (ddp if there are several), ddp, fsdp2 (also called
     model_parallel), or my_lab.module:attribute."""
     timeout_s: PositiveFloat = 60.0
@@ -81,11 +81,11 @@ class Fabric(Section):
 
 
 class Optimization(Section):
-    optimizer: Annotated[str, NamesCode("optimizer")] = "adamw"
+    optimizer: Annotated[str, Key("optimizer", on_resume="refused")] = "adamw"
     """adamw, muon (for the matrices of the blocks, with AdamW for the rest), sgd, or my_lab.module:attribute."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
-    lr_scheduler: Annotated[str, NamesCode("schedule")] = "linear_with_warmup"
+    lr_scheduler: Annotated[str, Key("schedule")] = "linear_with_warmup"
     """linear_with_warmup, cosine, wsd (warm-up, stable, decay), constant, or my_lab.module:attribute; all begin with a
     linear warm-up."""
     lr_warmup_steps: NonNegativeInt = 2500
@@ -122,7 +122,7 @@ class Seeds(Section):
 class Training(Section):
     max_steps: NonNegativeInt = 200_000
     """Updates in all."""
-    seeds: Seeds = Seeds()
+    seeds: Annotated[Seeds, Key(on_resume="refused")] = Seeds()
     deterministic: bool = True
     """Use only algorithms that give the same bits every time (on CUDA some operations become slower)."""
     compile: Literal["auto"] | bool = "auto"
@@ -145,7 +145,7 @@ class LearningDynamics(Section):
     default: sequence_idx."""
     batch_size: PositiveInt = 8
     """Sequences per forward pass over the rows of the `val` split."""
-    eval_data: Annotated[Place | None, NamesCode("data source", is_code=is_own_source)] = "auto"
+    eval_data: Annotated[Place | None, Key("data source", is_code=is_own_source)] = "auto"
     """Source of the fixed rows of the `val` split; `auto`: the held-out rows of the data; null: no `val` split."""
     what: tuple[Literal["activations", "gradients"], ...] = ("activations", "gradients")
     """What to record: activations, gradients or both."""
@@ -165,7 +165,7 @@ class HubCheckpoint(Section):
 
 
 class AutoResume(Section):
-    auto_resume: bool = True
+    auto_resume: Annotated[bool, Key(on_resume="ignored")] = True
     """Resume from the latest complete checkpoint if a run of this name exists; false: refuse to start instead."""
 
 
@@ -181,25 +181,25 @@ class Keep(Section):
 
 
 class EvaluationResults(Section):
-    eval_results_dir: Place = "eval_results"
+    eval_results_dir: Annotated[Place, Key(on_resume="kept")] = "eval_results"
     """Folder for evaluation results, inside the run folder."""
 
 
 class Checkpointing(Section):
-    run_name: Place | None = None
+    run_name: Annotated[Place | None, Key(on_resume="ignored")] = None
     """Name of the run and of its folder (default: the start time)."""
-    runs_dir: Place = "runs"
+    runs_dir: Annotated[Place, Key(on_resume="ignored")] = "runs"
     """Folder that holds all runs."""
-    checkpoints_dir: Place = "checkpoints"
+    checkpoints_dir: Annotated[Place, Key(on_resume="kept")] = "checkpoints"
     """Folder for checkpoints, inside the run folder."""
-    logs_dir: Place = "logs"
+    logs_dir: Annotated[Place, Key(on_resume="kept")] = "logs"
     """Folder for logs, inside the run folder."""
-    fabric_checkpoint_dir: str = "fabric_state"
+    fabric_checkpoint_dir: Annotated[str, Key(on_resume="ignored")] = "fabric_state"
     """Accepted but ignored, so that published configurations stay valid; Pico stores the optimizer state in
     optimizer.safetensors, next to the weights."""
-    fabric_checkpoint_filename: str = "checkpoint.pt"
+    fabric_checkpoint_filename: Annotated[str, Key(on_resume="ignored")] = "checkpoint.pt"
     """Accepted but ignored, so that published configurations stay valid; Pico pickles nothing."""
-    learning_dynamics_dir: Place = "learning_dynamics"
+    learning_dynamics_dir: Annotated[Place, Key(on_resume="kept")] = "learning_dynamics"
     """Folder for captures, inside each checkpoint."""
     save_every_n_steps: PositiveInt = 1000
     """Steps between checkpoints; step 0 and the last step are always saved."""
@@ -255,16 +255,16 @@ class Monitoring(Section):
     """Log to TensorBoard files in logs/ too (needs the extra `tensorboard`)."""
     save_to_trackio: bool = False
     """Log to trackio too, on this machine, without an account (needs the extra `trackio`; to view: `trackio show`)."""
-    save_to_picolabs: bool = False
+    save_to_picolabs: Annotated[bool, Key(on_resume="ignored")] = False
     """Accepted but ignored, so that published configurations stay valid; nothing is sent to Pico Labs."""
-    pico_report: PicoReport = PicoReport()
+    pico_report: Annotated[PicoReport, Key(on_resume="ignored")] = PicoReport()
 
 
 class TrainConfig(Section):
     """A complete training configuration; every section and every key is optional."""
 
-    data: Data = Data()
-    model: Annotated[DecoderConfig, NamesCode("model", below="model_type")] = DecoderConfig()
+    data: Annotated[Data, Key(on_resume="refused")] = Data()
+    model: Annotated[DecoderConfig, Key("model", below="model_type", on_resume="refused")] = DecoderConfig()
     training: Training = Training()
     checkpointing: Checkpointing = Checkpointing()
     evaluation: Evaluation = Evaluation()

@@ -5,11 +5,11 @@ from typing import Annotated
 from pydantic import NonNegativeInt, PositiveInt
 
 from picolm.data import is_own_source
-from picolm.schema import NamesCode, Place, Section
+from picolm.schema import Key, Place, Section
 
 
 class Paloma(Section):
-    dataset_name: Annotated[Place, NamesCode("data source", is_code=is_own_source)] = "auto"
+    dataset_name: Annotated[Place, Key("data source", is_code=is_own_source)] = "auto"
     """Source of the rows to evaluate; `auto`: the held-out rows of the data, or pico-lm/pretokenized-paloma-tinsy for
     pico-lm/pretokenized-dolma."""
     dataset_split: str = "val"
@@ -34,9 +34,7 @@ class MinimalPairs(Section):
 class Harness(Section):
     tasks: tuple[str, ...] = ()
     """Names of tasks of lm-evaluation-harness."""
-    include_path: Annotated[
-        Place | None, NamesCode("folder of tasks, whose files may name functions", is_code=bool)
-    ] = None
+    include_path: Annotated[Place | None, Key("folder of tasks, whose files may name functions", is_code=bool)] = None
     """Folder with YAML files of your own tasks."""
     limit: PositiveInt | None = None
     """Largest number of documents to use of each task, for a quick look (the results then describe only this part)."""
@@ -47,12 +45,12 @@ class Harness(Section):
 
 
 class Evaluation(Section):
-    metrics: Annotated[tuple[str, ...] | None, NamesCode("evaluation")] = ("paloma",)
+    metrics: Annotated[tuple[str, ...] | None, Key("evaluation")] = ("paloma",)
     """Evaluations to run: paloma (perplexity by source), minimal_pairs, lm_eval (needs the extra `lm_eval`), or
     my_lab.module:attribute; null or empty: none."""
     every_n_steps: PositiveInt | None = None
     """Steps between evaluations (default: at each checkpoint)."""
-    draws: PositiveInt = 8
+    draws: Annotated[PositiveInt, Key(since="0.2")] = 8
     """Number of random draws over which a bound of a likelihood is averaged; no effect if the likelihood is exact."""
     paloma: Paloma = Paloma()
     minimal_pairs: MinimalPairs = MinimalPairs()

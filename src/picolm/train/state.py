@@ -21,7 +21,7 @@ from picolm.address import Address
 from picolm.capture.taps import laid_out_like, whole_tensors
 from picolm.errors import PicoError
 from picolm.models import MODELS
-from picolm.schema import flatten, plain
+from picolm.schema import declared_keys, flatten, on_resume, plain
 from picolm.store import Checkpoint, Directories, Run
 from picolm.store.manifest import OPTIMIZER, WEIGHTS
 from picolm.store.writer import Retention
@@ -182,27 +182,8 @@ def _fitting(tensors: Mapping[Address, Tensor], address: Address, shape: torch.S
     return tensors[address]
 
 
-# Keys that cannot change within a run, and exceptions. The data may move: their fingerprint identifies them.
-FIXED = ("model.", "data.", "training.seeds.", "training.optimization.optimizer")
-FREE = ("data.dataset.name", "data.dataset.cache_dir", "data.tokenizer.name", "model.batch_size")
 FORKED = "forked_from"  # key in environment.json: the run and step that the first checkpoint of a fork comes from
-# Keys ignored when configurations are compared: the location of the run, names of its folders, and keys without effect.
-IGNORED = (
-    "checkpointing.runs_dir",
-    "checkpointing.run_name",
-    "checkpointing.fabric_checkpoint_dir",
-    "checkpointing.fabric_checkpoint_filename",
-    "checkpointing.training.auto_resume",
-    "monitoring.save_to_picolabs",
-    "monitoring.pico_report.",
-    "model.batch_size",
-)
-FOLDERS = (
-    "checkpointing.checkpoints_dir",
-    "checkpointing.learning_dynamics_dir",
-    "checkpointing.evaluation.eval_results_dir",
-    "checkpointing.logs_dir",
-)
+_DECLARED = declared_keys(TrainConfig)
 
 
 def open_run(config: TrainConfig, environment: dict[str, Any], stack: ExitStack, writes: bool) -> Run:
@@ -307,18 +288,18 @@ def _check_same_experiment(run: Run, config: TrainConfig, environment: Mapping[s
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return {dotted key: (value before, value now)} for the values that differ, except keys in IGNORED and FOLDERS.
+    """Return {dotted key: (value before, value now)} for the values that differ, except keys that are ignored or kept on resume.
 
     A key that is missing in `before` counts as its default: `before` was written by a version without the key.
     """
     old, new = completed(before, schema_for(now)), with_roles(flatten(now))
-    keys = [key for key in dict.fromkeys([*flatten(before), *new]) if not key.startswith((*IGNORED, *FOLDERS))]
+    keys = [key for key in dict.fromkeys([*flatten(before), *new]) if on_resume(key, _DECLARED) in ("noted", "refused")]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
 def changes_of_experiment(changed: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
     """Return the changes that are not allowed within a run, because they make another experiment."""
-    return {key: pair for key, pair in changed.items() if key.startswith(FIXED) and key not in FREE}
+    return {key: pair for key, pair in changed.items() if on_resume(key, _DECLARED) == "refused"}
 
 
 def _record_start(run: Run, config: TrainConfig, environment: dict[str, Any], step: int) -> None:
