@@ -301,3 +301,16 @@ def test_a_model_on_the_hub_becomes_a_run(fox: Run, tmp_path: Path) -> None:
     assert same(run, fox)
     assert run[STEP].read("tokenizer.json") == fox[STEP].read("tokenizer.json")
     assert not (tmp_path / "lab" / "not").exists()
+
+
+NUMBERS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings rms_norm_eps rope_theta"
+)
+
+
+@pytest.mark.parametrize("key", NUMBERS.split())
+@pytest.mark.parametrize("value", [{"k": "x"}, [], "many", True, {"head_dim": 8}])
+def test_a_number_that_is_none_is_named(key: str, value: Any) -> None:
+    with pytest.raises(PicoError, match=rf"config.json of the model: {key}: should be a valid"):
+        decoder_config(GOOD | {"head_dim": 8} | {key: value})

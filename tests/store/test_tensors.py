@@ -3,6 +3,8 @@
 import hashlib
 import json
 import struct
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -114,3 +116,24 @@ def test_no_bytes_make_the_reader_of_headers_fail_otherwise(tmp_path: Path, data
         path.write_bytes(content)
         with suppress(StoreError):
             read_header(path)
+
+
+@pytest.mark.slow
+def test_a_file_larger_than_the_memory_that_may_be_mapped_is_a_message(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    with open(file, "wb") as sparse:
+        sparse.truncate(6 << 30)
+    script = f"""
+import resource
+from pathlib import Path
+import numpy, safetensors
+from picolm.errors import StoreError
+from picolm.store.tensors import read_header
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+try:
+    read_header(Path({str(file)!r}))
+except StoreError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "model.safetensors: damaged, or not a safetensors file (" in done.stdout, done.stderr

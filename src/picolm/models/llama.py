@@ -10,10 +10,12 @@ Legend: N heads, D head size, F = D / 2, H model width.
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from pydantic import BaseModel
 from torch import Tensor
 
 from picolm.errors import PicoError
 from picolm.models.decoder import Decoder, DecoderConfig
+from picolm.trusted import check_form
 
 _OUTSIDE = {
     "embedding_proj.weight": "model.embed_tokens.weight",
@@ -158,11 +160,27 @@ def llama_config(config: DecoderConfig, dtype: str, special: Mapping[str, Any]) 
     }
 
 
+class _Numbers(BaseModel):
+    """The numbers in the config.json of a Llama that a decoder is made from; null where the default holds."""
+
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int | None = None
+    rms_norm_eps: float | None = None
+    rope_theta: float | None = None
+
+
 def decoder_config(llama: Mapping[str, Any]) -> DecoderConfig:
     """Return the `DecoderConfig` of a Llama's config.json, the inverse of `llama_config`.
 
     Raises PicoError with all reasons if a Pico decoder cannot compute the same function.
     """
+    check_form(dict(llama), _Numbers, "config.json of the model")
     if reasons := list(_differences(llama)):
         raise PicoError("a Pico decoder cannot compute what this model computes: " + "; ".join(reasons))
     known = {**_DEFAULTS, **{key: value for key, value in llama.items() if value is not None}}

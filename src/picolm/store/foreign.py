@@ -4,7 +4,9 @@
 is returned, the whole file is compared with its checksums (torch itself does not check them).
 """
 
+import lzma
 import pickle
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+# What zipfile raises for damaged archives; for encrypted parts and unknown methods it is a RuntimeError.
+_DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, RuntimeError, EOFError, ValueError)
 
 
 class PickledTensors:
@@ -134,13 +138,15 @@ def _is_zip(path: Path) -> bool:
         return zipfile.is_zipfile(path)
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+    except _DAMAGED_ZIP as error:
+        raise StoreError(f"{path}: damaged ({_first_line(error)})") from error
 
 
 def _check(path: Path, name: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, *_DAMAGED_ZIP) as error:
         raise StoreError(f"{name}: damaged ({_first_line(error)})") from error
     if damaged is not None:
         raise StoreError(f"{name}: damaged: the checksum of its part {damaged!r} does not hold; fetch or copy it again")

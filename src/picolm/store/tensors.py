@@ -102,7 +102,7 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
             forms = [(key, _TORCH_NAME[entry.get_dtype()], tuple(entry.get_shape())) for key, entry in entries]
     except FileNotFoundError:
         raise FileMissing(f"{path}: there is no such file") from None
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, OSError, MemoryError) as error:
         raise StoreError(f"{path}: damaged, or not a safetensors file ({error})") from error
     places = {}
     for key, dtype, shape in reversed(forms):
