@@ -58,10 +58,10 @@ def prepared(manifest: "Manifest", place: object) -> str:
 
 def _remarks(manifest: "Manifest") -> "Iterator[str]":
     """Yield remarks on prepared rows: unread files, followed links, NUL characters, characters without a token."""
-    from picolm.data.documents import told
+    from picolm.data.documents import described
 
     if manifest.not_read:
-        yield f"Not read: {told(manifest.not_read, manifest.first_not_read)}"
+        yield f"Not read: {described(manifest.not_read, manifest.first_not_read)}"
     if manifest.outside:
         yield f"Links that lead out of the given folders were followed: {', '.join(manifest.outside)}"
     if manifest.nul_characters:

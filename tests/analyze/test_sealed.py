@@ -11,7 +11,7 @@ import pytest
 
 from picolm.analyze import table
 from picolm.analyze.table import COLUMNS, load, read_parquet
-from picolm.analyze.values import Value, Values, set_aside_damaged
+from picolm.analyze.values import Value, Values, rename_damaged
 from picolm.errors import FileError, PicoError
 from picolm.store.files import RunLock
 
@@ -122,7 +122,7 @@ def test_a_forged_value_is_computed_again_and_told(
     outcome, again = analyze(GINI)
     pd.testing.assert_frame_equal(again, right)
     assert outcome.computed == 8
-    assert "8 values do not match their checksums): set aside as .values.sqlite.damaged-1" in capsys.readouterr().err
+    assert "8 values do not match their checksums): the file is now .values.sqlite.damaged-1" in capsys.readouterr().err
     assert (tmp_path / "results" / ".values.sqlite.damaged-1").is_file()
 
 
@@ -139,7 +139,7 @@ def test_no_flipped_byte_of_the_kept_values_is_believed(tmp_path: Path) -> None:
         for leftover in tmp_path.glob("v.sqlite*"):
             leftover.unlink()
         path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
-        set_aside_damaged(path)
+        rename_damaged(path)
         values = Values(path)
         found = values.get(wanted)
         assert all(wanted[key] == value for key, value in found.items())

@@ -19,7 +19,7 @@ from picolm.analyze.config import AnalysisConfig, EachStep, StepRange
 from picolm.analyze.heads import stated_anatomy
 from picolm.analyze.pairing import Place
 from picolm.analyze.reading import Readers, model_section
-from picolm.analyze.values import Value, Values, set_aside_damaged
+from picolm.analyze.values import Value, Values, rename_damaged
 from picolm.errors import PicoError
 from picolm.registry import CodePolicy, code_policy, set_code_policy
 from picolm.store import Run
@@ -130,7 +130,7 @@ def analyze(
     folder = Path(config.monitoring.output_dir)
     named = tuple((name, place) for name, (place, _) in runs.items())
     ask = Ask(config, named, folder / ".values.sqlite", code_policy())
-    set_aside_damaged(ask.values)
+    rename_damaged(ask.values)
     outcome = Outcome()
     units = list(_units(config, {name: run for name, (_, run) in runs.items()}, outcome))
     _fetch_ahead(ask, progress)

@@ -94,13 +94,13 @@ def aggregate(
     rows = rows.assign(target=_asked(rows))
     relative = rows["target"].astype("string").str.contains(r"\b(?:first|last|previous)\b").fillna(False)
     rows["against_step"] = rows["against_step"].mask(relative.to_numpy(dtype=bool))
-    rows, told = _common(rows)
+    rows, left_out = _common(rows)
     keys = ["group", *(name for name in COLUMNS if name not in (*MEASURED, "run", "against_run"))]
     generator = np.random.default_rng(seed)
     grouped = rows.groupby(keys, dropna=False, sort=False)
     records = [_record(key, keys, group, draws, generator) for key, group in grouped]
     made = pd.DataFrame(records, columns=[*keys, *_FIGURES])
-    made.attrs["left_out"] = told
+    made.attrs["left_out"] = left_out
     return made
 
 
@@ -134,9 +134,9 @@ def _common(rows: "pd.DataFrame") -> tuple["pd.DataFrame", list[str]]:
     subject = ["group", *SUBJECT]
     by_step = rows.groupby([*subject, "step"], dropna=False)["run"].transform("nunique")
     runs = rows.groupby(subject, dropna=False)["run"].transform("nunique")
-    kept, told = by_step == runs, []
+    kept, left_out = by_step == runs, []
     for (group, run), own in rows[~kept].groupby(["group", "run"], sort=False):
         steps = sorted(map(int, own["step"].unique()))
         shown = ", ".join(map(str, steps[:6])) + (f", … {steps[-1]} ({len(steps)} in all)" if len(steps) > 6 else "")
-        told.append(f"{group}: left out of the means: step {shown} of {run}, which not all of its runs have")
-    return rows[kept], told
+        left_out.append(f"{group}: left out of the means: step {shown} of {run}, which not all of its runs have")
+    return rows[kept], left_out

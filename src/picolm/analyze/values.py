@@ -43,7 +43,7 @@ class Values:
     """A table on disk, key -> value, with a checksum of each value. Each batch that was added survives a crash."""
 
     def __init__(self, path: Path):
-        """Open or create the file. Raises PicoError if it cannot be used; see `set_aside_damaged` for a damaged one."""
+        """Open or create the file. Raises PicoError if it cannot be used; see `rename_damaged` for a damaged one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise PicoError(f"{path} is a link, or no regular file; remove it (a new one is made)")
@@ -119,7 +119,7 @@ _OF_CONTENT = {
 }
 
 
-def set_aside_damaged(path: Path) -> None:
+def rename_damaged(path: Path) -> None:
     """Rename the file of cached values if it is damaged; the values are computed again. Raises PicoError."""
     if not path.exists():
         return
@@ -131,12 +131,15 @@ def set_aside_damaged(path: Path) -> None:
     if damage is None:
         return
     number = next(number for number in count(1) if not path.with_name(f"{path.name}.damaged-{number}").exists())
-    aside = path.with_name(f"{path.name}.damaged-{number}")
+    renamed = path.with_name(f"{path.name}.damaged-{number}")
     for ending in ("", "-wal", "-shm"):
         with suppress(FileNotFoundError):
-            path.with_name(path.name + ending).rename(aside.with_name(aside.name + ending))
+            path.with_name(path.name + ending).rename(renamed.with_name(renamed.name + ending))
     log.warning(
-        "The values kept in %s are damaged (%s): set aside as %s, all are computed again.", path, damage, aside.name
+        "The values kept in %s are damaged (%s): the file is now %s, and all are computed again.",
+        path,
+        damage,
+        renamed.name,
     )
 
 

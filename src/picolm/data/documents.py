@@ -110,12 +110,12 @@ def survey(paths: Iterable[str | Path], held_out: Iterable[str | Path] = ()) -> 
                 found.setdefault(file.path.resolve(), file._replace(held_out=side))
         if len(found) == before and (places or not side):
             counts, names = counted(not_read)
-            others = f"; not read: {told(counts, names)}" if counts else ""
+            others = f"; not read: {described(counts, names)}" if counts else ""
             raise DataError(f"{', '.join(map(str, places))}: no text files in there ({_KINDS}){others}")
     return Found(list(found.values()), *counted(not_read), [visible(name) for name in outside])
 
 
-def told(counts: Mapping[str, int], names: Sequence[str]) -> str:
+def described(counts: Mapping[str, int], names: Sequence[str]) -> str:
     """Format counts per reason and some names as text for messages."""
     listed = ", ".join(f"{count:,} ({why})" for why, count in counts.items())
     return f"{listed}, such as {', '.join(names)}" if names else listed

@@ -115,16 +115,16 @@ def write_shard(rows: Iterator[Row], path: Path, sources: Sequence[str] | None) 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file to write, renamed to `path` after it is complete and flushed to disk (atomic)."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _table(tokens_RT: np.ndarray, numbers_R: list[int], sources: Sequence[str] | None) -> pa.Table:

@@ -86,16 +86,16 @@ class Outbox:
                 self.release(other)
             log.warning("Little space is left: steps wait for the Hub only until checkpointing.keep deletes them.")
             return
-        target, aside = self.path / step_directory(step), self.path / f".{step_directory(step)}"
-        shutil.rmtree(aside, ignore_errors=True)
+        target, temporary = self.path / step_directory(step), self.path / f".{step_directory(step)}"
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
             for name in (*checkpoint.files, MANIFEST):
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                os.link(checkpoint.locate(name), aside / name)
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(checkpoint.locate(name), temporary / name)
             shutil.rmtree(target, ignore_errors=True)
-            os.rename(aside, target)
+            os.rename(temporary, target)
         except OSError as error:  # no hard links on this file system; a copy would take space that the run may need
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             log.debug("Step %d waits for the Hub without a second name: %s", step, error)
 
     def release(self, step: int) -> None:

@@ -23,9 +23,9 @@ from picolm.store.files import (
     digest_file,
     disk_errors,
     link_or_copy,
+    replacement,
     sync_directory,
     write_atomically,
-    written_aside,
 )
 from picolm.store.hub import HubCheckpoint, HubRun
 from picolm.store.legacy_run import configured_directories
@@ -47,7 +47,7 @@ from picolm.store.run import Run
 from picolm.store.selection import check_parts, chosen, origin, united
 from picolm.trusted import open_regular, read_bytes, refuse_links, require_regular
 
-_ASIDE = ".pull"
+_TEMPORARY = ".pull"
 _THREADS = 8
 _RESULTS = Directories.eval_results_dir
 _NOT_A_MODEL = {"README.md", ".gitattributes", ".gitignore", CONFIG, RUN, ENVIRONMENT, METRICS}
@@ -103,7 +103,7 @@ def pull(
                 if copy.bring(step, only):
                     fetched.append(step)
             copy.add_records()
-            shutil.rmtree(folder / _ASIDE, ignore_errors=True)
+            shutil.rmtree(folder / _TEMPORARY, ignore_errors=True)
     progress(len(wanted), len(wanted))
     return fetched
 
@@ -146,33 +146,36 @@ class _Copy:
         if METRICS in there and self.source.is_ours:
             path, here = self.branch.find(METRICS, self.source.head, None), inside(self.folder, METRICS)
             if path is not None and _continues(path, here):
-                with written_aside(here) as aside:
-                    shutil.copyfile(path, aside)
-                    _sync(aside)
+                with replacement(here) as temporary:
+                    shutil.copyfile(path, temporary)
+                    _sync(temporary)
 
     def stage(self, step: int, files: Mapping[str, RemoteFile]) -> Path:
         """Return a temporary folder that holds the files of a step.
 
         Files that are here already are hard-linked, the others are downloaded.
         """
-        aside, here = inside(self.folder, f"{_ASIDE}/{step_directory(step)}"), self.checkpoints / step_directory(step)
+        temporary, here = (
+            inside(self.folder, f"{_TEMPORARY}/{step_directory(step)}"),
+            self.checkpoints / step_directory(step),
+        )
         refuse_links(here, self.folder)
-        aside.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside / ".cache", ignore_errors=True)  # records of huggingface_hub, and incomplete files
-        for path in [path for path in aside.rglob("*") if path.is_symlink() or not path.is_dir()]:
-            if path.is_symlink() or str(path.relative_to(aside)) not in files:
+        temporary.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary / ".cache", ignore_errors=True)  # records of huggingface_hub, and incomplete files
+        for path in [path for path in temporary.rglob("*") if path.is_symlink() or not path.is_dir()]:
+            if path.is_symlink() or str(path.relative_to(temporary)) not in files:
                 path.unlink()
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="pull") as pool:
             try:
-                list(pool.map(lambda name: self._place(name, files[name], aside, here), files))
+                list(pool.map(lambda name: self._place(name, files[name], temporary, here), files))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        shutil.rmtree(aside / ".cache", ignore_errors=True)
-        return aside
+        shutil.rmtree(temporary / ".cache", ignore_errors=True)
+        return temporary
 
-    def _place(self, name: str, file: RemoteFile, aside: Path, here: Path) -> None:
-        path = aside / check_name(name, self.branch.place)
+    def _place(self, name: str, file: RemoteFile, temporary: Path, here: Path) -> None:
+        path = temporary / check_name(name, self.branch.place)
         path.parent.mkdir(parents=True, exist_ok=True)
         if file.is_at(path):
             return
@@ -180,26 +183,26 @@ class _Copy:
         if not (here / name).is_symlink() and file.is_at(here / name):
             link_or_copy(here / name, path)
         else:
-            self.branch.download(name, file.commit, aside, file.bytes)
+            self.branch.download(name, file.commit, temporary, file.bytes)
         if not file.is_at(path):
             path.unlink(missing_ok=True)
             raise StoreError(f"{self.branch.place}: {name}: what came is not the file that it should be; try again")
         _sync(path)
 
-    def publish(self, step: int, aside: Path, known: Collection[str]) -> None:
+    def publish(self, step: int, temporary: Path, known: Collection[str]) -> None:
         """Rename a staged step to its final name, replacing what is there of it.
 
         known: names of the files of the step; other files that are there are kept.
         """
         place = self.checkpoints / step_directory(step)
         self.checkpoints.mkdir(exist_ok=True)
-        for folder in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
+        for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
             sync_directory(folder)
         if place.exists():
-            exchange(aside, place, known)
-            shutil.rmtree(aside, ignore_errors=True)
+            exchange(temporary, place, known)
+            shutil.rmtree(temporary, ignore_errors=True)
         else:
-            os.rename(aside, place)
+            os.rename(temporary, place)
             sync_directory(self.checkpoints)
 
 
@@ -228,9 +231,9 @@ class _CopyOfOurs(_Copy):
         files = {
             name: RemoteFile(remote.commit, record.bytes, record.sha256) for name, record in manifest.files.items()
         }
-        aside = self.stage(step, files)
-        write_atomically(aside / MANIFEST, manifest.to_bytes())
-        self.publish(step, aside, {*manifest.files, *(present.files if present is not None else ())})
+        temporary = self.stage(step, files)
+        write_atomically(temporary / MANIFEST, manifest.to_bytes())
+        self.publish(step, temporary, {*manifest.files, *(present.files if present is not None else ())})
         point_latest(self.checkpoints, self.run.steps[-1])
         return True
 
@@ -318,7 +321,7 @@ class _CopyOfPublished(_Copy):
 
 def _refuse_other_content(folder: Path, expected: Collection[str] = (CONFIG, ENVIRONMENT)) -> None:
     """Raise StoreError when a new folder holds anything that an interrupted pull does not leave."""
-    others = {path.name for path in folder.iterdir()} - {".lock", _ASIDE, *expected}
+    others = {path.name for path in folder.iterdir()} - {".lock", _TEMPORARY, *expected}
     if others:
         raise StoreError(f"{folder} is not empty (it holds {min(others)}); choose another --out")
 

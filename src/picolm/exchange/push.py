@@ -17,7 +17,7 @@ from picolm.exchange.outbox import FOLDER, Damaged, Outbox
 from picolm.network import persist
 from picolm.store import hub
 from picolm.store.checkpoint import SealedCheckpoint
-from picolm.store.files import disk_errors, written_aside
+from picolm.store.files import disk_errors, replacement
 from picolm.store.hub import Whole, whole_body, whole_steps
 from picolm.store.manifest import (
     CONFIG,
@@ -251,8 +251,8 @@ class Sender:
         files: Files = {}
         if os.path.lexists(self.run.path / METRICS):
             copy = inside(self.run.path, f"{FOLDER}/{METRICS}")
-            with disk_errors("a copy of the metrics", self.run.path), written_aside(copy) as aside:
-                Journal(inside(self.run.path, METRICS)).copy_whole_lines(aside)  # they grow while they are uploaded
+            with disk_errors("a copy of the metrics", self.run.path), replacement(copy) as temporary:
+                Journal(inside(self.run.path, METRICS)).copy_whole_lines(temporary)  # they grow while they are uploaded
             files[METRICS] = copy
         steps = set(self.run.step_directories())
         for path in inside(self.run.path, self.run.directories.eval_results_dir).glob("step_*.json"):

@@ -73,19 +73,19 @@ def write_bytes(path: Path, data: bytes) -> FileRecord:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace the content of a small file atomically: a reader sees either the old or the new content."""
-    with written_aside(path) as aside:
-        write_bytes(aside, data)
+    with replacement(path) as temporary:
+        write_bytes(temporary, data)
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def replacement(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; at the end it replaces `path`. Nothing of it remains when writing fails."""
-    aside = path.with_name(f".{path.name[:100]}.partial-{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f".{path.name[:100]}.partial-{uuid.uuid4().hex[:8]}")
     try:
-        yield aside
-        os.replace(aside, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from picolm.address import Address
 from picolm.errors import StoreError
 from picolm.store.checkpoint import SealedCheckpoint
-from picolm.store.files import FileRecord, dump_json, link_or_copy, sync_directory, write_bytes, written_aside
+from picolm.store.files import FileRecord, dump_json, link_or_copy, replacement, sync_directory, write_bytes
 from picolm.store.folders import move_others, others_in
 from picolm.store.manifest import (
     LATEST,
@@ -50,9 +50,9 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
 @contextmanager
-def set_aside(checkpoints: Path, step: int) -> Iterator[Path]:
+def temporary_step(checkpoints: Path, step: int) -> Iterator[Path]:
     """Create and yield a directory that readers do not see; at the end it is deleted unless it was published."""
-    partial = _name_aside(checkpoints, step)
+    partial = _temporary_name(checkpoints, step)
     partial.mkdir()
     try:
         yield partial
@@ -68,13 +68,13 @@ def discard(checkpoints: Path, step: int) -> None:
     target = checkpoints / step_directory(step)
     if others := others_in(target, {*_names_of(target), MANIFEST}):
         raise StoreError(f"{target}: {others[0]} is no part of the step; move it away first")
-    aside = _name_aside(checkpoints, step)
-    os.rename(checkpoints / step_directory(step), aside)
+    temporary = _temporary_name(checkpoints, step)
+    os.rename(checkpoints / step_directory(step), temporary)
     sync_directory(checkpoints)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _name_aside(checkpoints: Path, step: int) -> Path:
+def _temporary_name(checkpoints: Path, step: int) -> Path:
     return checkpoints / f".{step_directory(step)}{_PARTIAL}{uuid.uuid4().hex[:8]}"
 
 
@@ -210,8 +210,8 @@ def point_latest(checkpoints: Path, step: int) -> None:
     try:
         if os.path.lexists(link) and not link.is_symlink():
             raise FileExistsError(f"{link} is there, and is no link")
-        with written_aside(link) as aside:
-            aside.symlink_to(step_directory(step), target_is_directory=True)
+        with replacement(link) as temporary:
+            temporary.symlink_to(step_directory(step), target_is_directory=True)
     except OSError as error:
         logger.warning("%s: the link cannot be made (%s); the step itself is stored", checkpoints / LATEST, error)
 

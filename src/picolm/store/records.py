@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from picolm.document import ConfigError, parse_yaml
 from picolm.errors import FileError, FileMissing, StoreError
 from picolm.schema import dump
-from picolm.store.files import disk_errors, dump_json, load_json, write_atomically, written_aside
+from picolm.store.files import disk_errors, dump_json, load_json, replacement, write_atomically
 from picolm.store.forms import Environment, LogLine, RunFile
 from picolm.store.manifest import CONFIG, ENVIRONMENT, METRICS, RUN, Directories, inside, step_directory, step_of
 from picolm.trusted import decode, open_regular, open_to_append, read_bytes, read_lines
@@ -194,7 +194,11 @@ class Journal:
         """Rewrite the file with only the entries that `wanted` accepts, unless all are; return the number dropped."""
         dropped = sum(not wanted(entry) for entry in self.entries(("step",)))
         if dropped:
-            with disk_errors("the metrics", self.path, 0), written_aside(self.path) as aside, open(aside, "xb") as file:
+            with (
+                disk_errors("the metrics", self.path, 0),
+                replacement(self.path) as temporary,
+                open(temporary, "xb") as file,
+            ):
                 for number, line in enumerate(self._lines(), 1):
                     if wanted(self._parsed(line, number)):
                         file.write(line + b"\n")

@@ -22,8 +22,8 @@ from picolm.store.publish import (
     exchange,
     point_latest,
     publish,
-    set_aside,
     sweep,
+    temporary_step,
     write_renewed,
     write_step,
     write_thinned,
@@ -246,7 +246,7 @@ class Run(Records, Mapping[int, Checkpoint]):
         with self._changing(f"step {step}", content.bytes):
             self._metrics.sync()
             sweep(self.checkpoints_path)
-            with set_aside(self.checkpoints_path, step) as partial:
+            with temporary_step(self.checkpoints_path, step) as partial:
                 manifest = write_step(partial, content, self.directories.learning_dynamics_dir, self._parent(step))
                 publish(partial, self.step_path(step), manifest, replace)
             self._seen[step] = (), manifest.digest
@@ -264,7 +264,7 @@ class Run(Records, Mapping[int, Checkpoint]):
         with self._changing(f"step {step}, thinned,"):
             checkpoint = self._sealed(step)
             if set(drop) & set(checkpoint.files_by_kind()):
-                with set_aside(self.checkpoints_path, step) as partial:
+                with temporary_step(self.checkpoints_path, step) as partial:
                     write_thinned(partial, checkpoint, drop)
                     exchange(partial, self.step_path(step), checkpoint.files)
         return self[step]
@@ -286,7 +286,7 @@ class Run(Records, Mapping[int, Checkpoint]):
             changed = {name: text for name, text in data.items() if name not in code or checkpoint.read(name) != text}
             gone = code - data.keys()
             if changed or gone:
-                with set_aside(self.checkpoints_path, step) as partial:
+                with temporary_step(self.checkpoints_path, step) as partial:
                     write_renewed(partial, checkpoint, changed, gone)
                     exchange(partial, self.step_path(step), {*checkpoint.files, *changed})
         return sorted({*changed, *gone})

@@ -167,13 +167,13 @@ def circumstances(run: Run) -> str:
     """Return one line with the packages and hardware that differ from those of the run: why bits may differ."""
     then: dict[str, Any] = run.environment
     now: dict[str, dict[str, Any]] = {"packages": devices.package_versions(), "hardware": devices.hardware()}
-    told = [
+    message = [
         f"{name}: {before} then, {after} now"
         for part in ("packages", "hardware")
         for name, after in now[part].items()
         if (before := (then.get(part) or {}).get(name)) != after
     ]
-    return "; ".join(told) if told else "The packages and the hardware are those of the run."
+    return "; ".join(message) if message else "The packages and the hardware are those of the run."
 
 
 def place_of(run: Run) -> str:

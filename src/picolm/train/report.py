@@ -141,9 +141,9 @@ def _speed(job: Job) -> dict[str, float]:
     seconds, steps, phases = job.stopwatch.report()
     if job.device.type == "cpu" and job.loggers:
         step_s = sum(phases.get(phase, 0.0) for phase in ("forward", "backward", "update"))
-        told = job.pace.observe(step_s, job.stopwatch.cpus, load_average(), usable_cpus())
-        if told is not None:
-            job.say_once(told)
+        message = job.pace.observe(step_s, job.stopwatch.cpus, load_average(), usable_cpus())
+        if message is not None:
+            job.say_once(message)
     tokens_per_s = steps * job.tokens_per_step / seconds
     flops_per_s = tokens_per_s * job.state.model.flops_per_token(job.config.model.max_seq_len)
     speed = {"tokens_per_s": tokens_per_s, "flops_per_s": flops_per_s}
@@ -244,14 +244,14 @@ def skipped(job: Job, number: int, gradient: Any) -> None:
 def skipped_too_many(job: Job) -> str:
     """Return the error message of a run that stops after too many skipped updates, with commands to continue it."""
     step = job.state.step
-    told = f"{job.state.skipped_in_a_row} updates in a row had a non-finite loss or gradient; stopped at step {step}"
+    message = f"{job.state.skipped_in_a_row} updates in a row had a non-finite loss or gradient; stopped at step {step}"
     if job.run is None:
-        return told
+        return message
     path = Path(job.run.path)
     resume = f"pico train {shlex.quote(str(path / CONFIG))}"
     found = last_finite(job.run, step)
     return (
-        f"{told}, which is saved in {path}. metrics.jsonl names the rows of their batches.{_fork(job, path, found)}\n"
+        f"{message}, which is saved in {path}. metrics.jsonl names the rows of their batches.{_fork(job, path, found)}\n"
         f"To continue from step {step}, without these batches:\n  {resume}\n"
         "A longer training.optimization.lr_warmup_steps or training.fabric.precision=32-true may help too"
     )

@@ -93,16 +93,16 @@ class Pace:
         step_s: computing time per step. cpus: CPU seconds of this process per second. load: average number of processes
         that want to run, over the last minute; None if unknown. usable: number of CPUs that this process may use.
         """
-        told = None
+        message = None
         if len(self._durations) >= LEAST_INTERVALS:
             usual, share = statistics.median(self._durations), statistics.median(self._shares)
             crowded = load is not None and load > 1.5 * usable + 1
             if step_s > SLOW * usual and (crowded or cpus < 0.7 * share):
-                told = _slow(step_s / usual, cpus, share, load, usable)
-        if told is None:
+                message = _slow(step_s / usual, cpus, share, load, usable)
+        if message is None:
             self._durations.append(step_s)
             self._shares.append(cpus)
-        return told
+        return message
 
 
 def _slow(times: float, cpus: float, share: float, load: float | None, usable: float) -> str:
