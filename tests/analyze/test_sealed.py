@@ -11,7 +11,7 @@ import pytest
 
 from picolm.analyze import table
 from picolm.analyze.table import COLUMNS, load, read_parquet
-from picolm.analyze.values import Value, Values, rename_damaged
+from picolm.analyze.values import Value, Values, _checksum, rename_damaged
 from picolm.errors import FileError, PicoError
 from picolm.store.files import RunLock
 
@@ -124,6 +124,26 @@ def test_a_forged_value_is_computed_again_and_told(
     assert outcome.computed == 8
     assert "8 values do not match their checksums): the file is now .values.sqlite.damaged-1" in capsys.readouterr().err
     assert (tmp_path / "results" / ".values.sqlite.damaged-1").is_file()
+
+
+@pytest.mark.parametrize("column", ["value", "reason", "forced", "chance", "chance_std"])
+@pytest.mark.parametrize("forged", [b"\xff", "12 or so", 1.5])
+def test_a_kept_value_of_another_type_is_not_believed_though_its_checksum_holds(
+    tmp_path: Path, column: str, forged: Any
+) -> None:
+    path = tmp_path / "v.sqlite"
+    values = Values(path)
+    values.add({"key": Value(0.5, "", 3, 0.1, 0.2), "other": Value(0.25)})
+    held = Value(0.5, "", 3, 0.1, 0.2)._replace(**{column: forged})
+    with sqlite3.connect(path) as database:
+        database.execute(
+            f"UPDATE kept SET {column} = ?, checksum = ? WHERE key = 'key'", (forged, _checksum("key", held))
+        )
+    (stored,) = sqlite3.connect(path).execute(f"SELECT {column} FROM kept WHERE key = 'key'").fetchone()
+    fits = stored == forged and isinstance(stored, str if column == "reason" else float) and column != "forced"
+    assert list(values.get(["key", "other"])) == (["key", "other"] if fits else ["other"])
+    assert values.damage() == (None if fits else "1 values do not match their checksums")
+    values.close()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -67,7 +67,7 @@ class Values:
             marks = ",".join("?" * len(batch))
             with self._errors():
                 rows = self._database.execute(f"SELECT * FROM kept WHERE key IN ({marks})", batch).fetchall()
-            found |= {key: Value(*value) for key, *value, checksum in rows if checksum == _checksum(key, value)}
+            found |= {key: Value(*value) for key, *value, checksum in rows if _is_whole(key, value, checksum)}
         return found
 
     def add(self, values: Mapping[str, Value]) -> None:
@@ -85,10 +85,8 @@ class Values:
             (first, *_) = self._database.execute("PRAGMA integrity_check").fetchone()
             if first != "ok":
                 return str(first)
-            wrong = sum(
-                checksum != _checksum(key, value)
-                for key, *value, checksum in self._database.execute("SELECT * FROM kept")
-            )
+            rows = self._database.execute("SELECT * FROM kept")
+            wrong = sum(not _is_whole(key, value, checksum) for key, *value, checksum in rows)
             self._database.execute("PRAGMA user_version = 1")  # only a write shows whether the file is writable
         return f"{wrong} values do not match their checksums" if wrong else None
 
@@ -117,6 +115,14 @@ _OF_CONTENT = {
     sqlite3.SQLITE_FORMAT,
     sqlite3.SQLITE_MISMATCH,
 }
+
+
+_TYPES = (float | int | None, str, int | None, float | int | None, float | int | None)
+
+
+def _is_whole(key: str, value: Sequence[Any], checksum: str) -> bool:
+    """Return whether a row holds what was written: SQLite keeps a text or bytes in a column of numbers, too."""
+    return checksum == _checksum(key, value) and all(map(isinstance, value, _TYPES))
 
 
 def rename_damaged(path: Path) -> None:
