@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ class ForgingHub(WritableHub):
         self.changes: dict[str, bytes] = {}
         self.bodies: dict[str, str] = {}
         self.forge: Callable[[str, Any, dict[str, str]], tuple[Any, dict[str, str]]] | None = None
+
+    def forget(self, *names: str) -> None:
+        """Delete repositories, if they are there."""
+        for name in names:
+            if self.repositories.pop(name, None) is not None:
+                shutil.rmtree(self.storage / name)
 
     def change(self, repository: str, branch: str, name: str, data: bytes, seal: bool) -> None:
         """Send another file. seal: and a manifest that says so, and a message of the commit that has its digest."""

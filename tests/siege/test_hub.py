@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Frozen, StopTest
 from tests.planted import TOKEN
 from tests.siege import planting
-from tests.siege.conftest import CASES, Attack
+from tests.siege.conftest import CASES, EACH, Attack
 from tests.siege.forging_hub import ForgingHub
 from tests.siege.mutations import HUGE, changed_trees, damaged
 from tests.siege.planting import RAW
@@ -100,9 +101,14 @@ def test_a_mutated_list_of_the_hub_is_read_or_refused_in_words(part: str, attack
     @given(st.data())
     def case(data: st.DataObject) -> None:
         def forge(path: str, content: Any, headers: dict[str, str]) -> tuple[Any, dict[str, str]]:
-            return (data.draw(changed_trees(content)) if part in path else content), headers
+            try:
+                return (data.draw(changed_trees(content)) if part in path else content), headers
+            except (StopTest, Frozen):  # Hypothesis has no choices left for this case; this is a thread of the Hub
+                return content, headers
 
-        for command in attack.turn(commands, attack.cases):
+        # Hypothesis draws the command, and each case finds the same Hub: the same choices forge the same answers.
+        for command in commands if EACH else [data.draw(st.sampled_from(commands))]:
+            hub.forget("models/lab/sent", "datasets/lab/sent_rows")
             hub.forge = forge
             attack.run(command, attack.fresh(".pico_cache"), part)
             hub.be_honest()
