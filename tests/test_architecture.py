@@ -47,8 +47,8 @@ ONE_DOOR = {
 }
 
 
-def floor(part: str) -> int:
-    return 0 if part in WORDS else 1 if part in NOUNS else 2 if part in VERBS else 3
+def floor(part: str) -> float:
+    return 0 if part in WORDS else 1 if part in NOUNS else 1.5 if part == "readers" else 2 if part in VERBS else 3
 
 
 def part_of(file: Path) -> str:
@@ -156,7 +156,7 @@ NAMED = re.compile(
 
 def test_only_models_know_the_name_of_a_parameter_or_a_dimension() -> None:
     """Other rooms speak of the roles of an anatomy; what pico-train wrote is read by the names that it had."""
-    others = [file for file in FILES if file.parent.name != "models" and file.name != "legacy.py"]
+    others = [file for file in FILES if file.parent.name not in ("models", "readers") and file.name != "legacy.py"]
     found = {(file.name, match[0]) for file in others for match in NAMED.finditer(file.read_text())}
     assert len(others) > 100
     assert not found

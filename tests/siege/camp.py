@@ -35,6 +35,12 @@ metrics:
 - {metric_name: cka, components: [{component_name: simple, data_type: activations}]}
 monitoring: {output_dir: results}
 """
+WEIGHTS = """
+analysis_name: circuits
+metrics:
+- {metric_name: norm, components: [{component_name: simple}, {component_name: ov_circuit}]}
+monitoring: {output_dir: results}
+"""
 SUITE = """
 suite_name: toys
 base: base.yaml
@@ -60,6 +66,9 @@ COMMANDS = {
     "export gguf": "export runs/toy --out exported.gguf --format gguf",
     "export torch": "export runs/toy --out exported --format torch",
     "import": "import model --out runs/imported",
+    "list series": "list series",
+    "verify series": "verify series",
+    "analyze series": "analyze weights.yaml --run series",
     "import torch": "import state --out runs/imported",
     "renew": "renew runs/toy",
     "push": "push runs/toy --repo-id lab/sent",
@@ -85,7 +94,7 @@ COMMANDS = {
 KINDS = (Path(__file__).parent / "kinds.txt").read_text().splitlines()
 
 # Files that the user wrote and typed the name of: what stands in them is asked for, and they may be links.
-TYPED = {"base.yaml", "analysis.yaml", "suite.yaml"}
+TYPED = {"base.yaml", "analysis.yaml", "weights.yaml", "suite.yaml"}
 
 
 def build(folder: Path, sandbox: Sandbox) -> None:
@@ -93,6 +102,7 @@ def build(folder: Path, sandbox: Sandbox) -> None:
     _write_texts(folder / "texts")
     (folder / "base.yaml").write_text(BASE)
     (folder / "analysis.yaml").write_text(ANALYSIS)
+    (folder / "weights.yaml").write_text(WEIGHTS)
     (folder / "suite.yaml").write_text(SUITE)
     picotrain.write_run(folder / "legacy", steps=(0, 1000))
     for words in [
@@ -105,6 +115,8 @@ def build(folder: Path, sandbox: Sandbox) -> None:
         "analyze analysis.yaml --run runs/toy --csv --report",
         "export runs/toy --out model",
         "export runs/toy --out state --format torch",
+        "export runs/toy --step 0 --out series/step0",
+        "export runs/toy --step 2 --out series/step2",
         "push runs/toy --repo-id lab/toy",
         "data push rows --repo-id lab/rows",
         "analyze analysis.yaml --repo_id lab/toy --branch toy",
@@ -112,6 +124,9 @@ def build(folder: Path, sandbox: Sandbox) -> None:
     ]:
         result = sandbox.run(shlex.split(words), folder, seconds=300)
         assert result.code == 0, (words, result.output)
+    (folder / "series/step2/trainer_state.json").write_text(
+        '{"global_step": 2, "log_history": [{"step": 1, "loss": 2.5}]}'
+    )
     shutil.rmtree(folder / "runs/hubbed")
     shutil.rmtree(folder / ".hub_cache")  # that of huggingface_hub: links by design, named by digests
 

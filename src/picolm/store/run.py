@@ -8,11 +8,13 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from picolm.address import Address
 from picolm.errors import StoreError
+from picolm.registry import Registry
 from picolm.store.checkpoint import Checkpoint, Missing, SealedCheckpoint
 from picolm.store.files import GONE, RunLock, disk_errors
 from picolm.store.manifest import MANIFEST, RUN, Directories, check_name, inside, step_directory, step_of
@@ -82,7 +84,7 @@ class Run(Records, Mapping[int, Checkpoint]):
         Raises StoreError that says what was expected when there is no run.
         """
         try:
-            for recognise in OPENERS:
+            for recognise in chain(OPENERS, map(READERS.get, HIGHER)):
                 run = recognise(str(place))
                 if run is not None:
                     return run
@@ -93,7 +95,8 @@ class Run(Records, Mapping[int, Checkpoint]):
             raise StoreError(f"{place}: cannot be read ({error.strerror})") from error
         raise StoreError(
             f"{place}: no run here ({found}); expected {RUN} in it, or checkpoints/step_N/{MANIFEST}, or a run of "
-            "pico-train (checkpoints/step_N/learning_dynamics), or hub:OWNER/REPOSITORY@BRANCH"
+            "pico-train (checkpoints/step_N/learning_dynamics), or folders of transformers checkpoints with their steps in their "
+            "names, or hub:OWNER/REPOSITORY@BRANCH"
         )
 
     @property
@@ -360,6 +363,8 @@ def _run_at(path: Path) -> Run | None:
     return None
 
 
+READERS: Registry[Callable[[str], Run | None]] = Registry("reader")
+HIGHER = ("picolm.readers.series:open_series",)  # names, because store must not import readers, a higher room
 OPENERS: list[Callable[[str], Run | None]] = [open_ours]  # other formats append theirs; the first run returned wins
 
 

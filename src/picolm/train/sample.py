@@ -9,6 +9,7 @@ from picolm.data.tokenizer import encode_text, parse_tokenizer
 from picolm.errors import PicoError
 from picolm.models import find_model
 from picolm.models.generate import NotFinite
+from picolm.readers.series import Series
 from picolm.store import Checkpoint, Run
 from picolm.train.config import TrainConfig, stored_config
 from picolm.train.state import State, check_sizes
@@ -17,6 +18,12 @@ from picolm.trusted import parse_json
 
 def config_of(run: Run) -> TrainConfig:
     """Return the configuration of a run. Raises PicoError if it is not valid, or its model is code that is not trusted."""
+    if isinstance(run, Series):
+        raise PicoError(
+            f"{run.path}: its model is a {run.config['model'].get('model_type')} of transformers, which Pico reads and does not "
+            f"run; "
+            f"AutoModelForCausalLM.from_pretrained({str(run.step_path(run.steps[-1]))!r}) does"
+        )
     return stored_config(run.config, str(run.path))
 
 
