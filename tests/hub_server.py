@@ -29,6 +29,9 @@ class Commit(NamedTuple):
     body: str = ""
 
 
+NONE = Commit("0" * 40, "", {})
+
+
 class Repository(Protocol):
     def commits(self, revision: str) -> list[Commit] | None:
         """From the newest commit of a branch, or from the commit of that id, backwards; None for an unknown revision."""
@@ -190,7 +193,8 @@ class Answers(BaseHTTPRequestHandler):
             return self._send(status, b"", {"X-Error-Code": "RepoNotFound"})
         if found[3] == "refs":
             branches = [
-                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": "0" * 40} for name in repository.branches
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": (repository.commits(name) or [NONE])[0].sha}
+                for name in repository.branches
             ]
             return self._send_json({"branches": branches, "tags": [], "converts": []})
         commits = repository.commits(found[4])

@@ -173,7 +173,7 @@ def test_shards_are_one_checkpoint(two: Path) -> None:
     assert checkpoint.verify() == []
     (folder / "model-00002-of-00002.safetensors").unlink()
     (problem,) = Run.open(two)[200].verify()
-    assert "names model-00002-of-00002.safetensors, which is not there; it is half a checkpoint" in problem
+    assert problem.endswith("has no file 'model-00002-of-00002.safetensors'; it is half a checkpoint")
 
 
 def test_half_a_checkpoint_is_named_and_the_others_are_read(two: Path) -> None:
@@ -215,6 +215,21 @@ def test_steps_with_the_weights_of_others_are_named(two: Path) -> None:
     assert {step for step, problems in found.items() if problems} == {1, 150}
     assert found[1][0].endswith("holds the weights of step 0, to the byte")
     assert found[150][0].endswith("holds the weights of step 200 (the last one), to the byte")
+
+
+@pytest.mark.slow
+def test_an_analysis_says_what_is_doubtful_before_its_first_number(
+    two: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(two / "step200", two / "step150")
+    monkeypatch.chdir(two.parent)
+    Path("analysis.yaml").write_text("metrics: [{metric_name: norm, components: [{component_name: simple}]}]\n")
+    assert pico(monkeypatch, "analyze", "analysis.yaml", "--run", "pythia-like") == 0
+    printed = capsys.readouterr()
+    assert "Doubtful: " in printed.err
+    assert "step150: holds the weights of step 200 (the last one), to the byte." in printed.err
+    assert pico(monkeypatch, "analyze", "analysis.yaml", "--run", "pythia-like", "steps=[0, 200]") == 0
+    assert "Doubtful" not in capsys.readouterr().err
 
 
 def test_a_step_that_mixes_two_is_named(series: Path) -> None:

@@ -130,6 +130,11 @@ def analyze(
     folder = Path(config.monitoring.output_dir)
     named = tuple((name, place) for name, (place, _) in runs.items())
     ask = Ask(config, named, folder / ".values.sqlite", code_policy())
+    for _, run in runs.values():
+        asked = set(chosen_steps(config, run.steps)[0])
+        for step, sentences in run.doubts.items():
+            if step in asked:
+                log.warning("Doubtful: %s.", "; ".join(sentences))
     rename_damaged(ask.values)
     outcome = Outcome()
     units = list(_units(config, {name: run for name, (_, run) in runs.items()}, outcome))

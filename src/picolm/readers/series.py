@@ -71,12 +71,15 @@ class _Series(BaseModel, extra="forbid"):
 
 
 class SeriesCheckpoint(Checkpoint):
-    """One checkpoint of transformers: its weights, as named in its files, and what its configuration says of its parts."""
+    """One checkpoint of transformers: its weights, as named in its files, and what its configuration says of its parts.
 
-    def __init__(self, step: int, files: StepFiles):
+    identities: digests of files that are known already, by name; those that are computed are added.
+    """
+
+    def __init__(self, step: int, files: StepFiles, identities: dict[str, str] | None = None):
         self.step, self.path, self._files = step, files.where, files
         self._opened: dict[str, PickledTensors | SafeTensors] = {}
-        self._identities: dict[str, str] = {}
+        self._identities = {} if identities is None else identities
 
     @property
     def meta(self) -> Mapping[str, Any]:
@@ -111,22 +114,27 @@ class SeriesCheckpoint(Checkpoint):
     @cached_property
     def _keys(self) -> dict[str, tuple[str, str]]:
         """The file and the key in it of each module, layers in order; buffers are left out."""
-        name = next((name for name in WEIGHTS if self._files.has(name)), None)
-        if name is None:
-            raise StoreError(
-                f"{self.path}: holds no weights (looked for {', '.join(WEIGHTS)}); it is half a checkpoint"
-            )
+        name = self._weights()
         held: dict[str, str] = {}
         if name.endswith(INDEXED):
             held = parse_json(self.read(name), str(self.path / name), _Index).weight_map
-            if gone := sorted({file for file in held.values() if not self._files.has(check_name(file, name))}):
-                raise StoreError(f"{self.path}: {name} names {gone[0]}, which is not there; it is half a checkpoint")
+            for file in set(held.values()):
+                check_name(file, str(self.path / name))
         else:
             held = dict.fromkeys(self._open(name).keys, name)
         trained = (key for key in sorted(held, key=natural) if not _BUFFER.search(key))
         names = self.family.renamed if self.family is not None else {}
         modules = {key.removesuffix(".weight"): (held[key], key) for key in trained}
         return {names.get(module, module): place for module, place in modules.items()}
+
+    def _weights(self) -> str:
+        """Return the file of the weights, or their index. Raises StoreError without one."""
+        name = next((name for name in WEIGHTS if self._files.has(name)), None)
+        if name is None:
+            raise StoreError(
+                f"{self.path}: holds no weights (looked for {', '.join(WEIGHTS)}); it is half a checkpoint"
+            )
+        return name
 
     @cached_property
     def _modules(self) -> dict[str, tuple[str, str | None]]:
@@ -177,9 +185,7 @@ class SeriesCheckpoint(Checkpoint):
         """Return a digest of the file's digest, the key in it, and which part of the tensor it is."""
         holder, role = self._place(address)
         file, key = self._keys[holder]
-        if file not in self._identities:
-            self._identities[file] = self._files.identity(file)
-        text = "\n".join((self._identities[file], key, role or ""))
+        text = "\n".join((self._identity(file), key, role or ""))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def location(self, address: Address) -> str:
@@ -205,8 +211,22 @@ class SeriesCheckpoint(Checkpoint):
         return kinds
 
     def identities(self) -> dict[str, str]:
-        """Return the digest of each file that holds weights, by name."""
-        return {file: self._files.identity(file) for file in sorted({file for file, _ in self._keys.values()})}
+        """Return the digest of each file that holds weights, by name. On the Hub, where digests are kept, none is downloaded."""
+        name = self._weights()
+        stem, _, ending = name.removesuffix(INDEXED).rpartition(".")
+        shard = re.compile(rf"{stem}-\d+-of-\d+\.{ending}")
+        files = [file for file in self._files.sizes() if shard.fullmatch(file)] if name.endswith(INDEXED) else [name]
+        return {file: self._identity(file) for file in sorted(files)}
+
+    def _identity(self, file: str) -> str:
+        if file not in self._identities:
+            self._identities[file] = self._files.identity(file)
+        return self._identities[file]
+
+    def fetch(self, addresses: Collection[Address], rows: Collection[str] = ()) -> None:
+        found = {a for kind, split, module in addresses for a in self.select(kind=kind, split=split, module=module)}
+        for file in sorted({self._keys[self._modules[address.module][0]][0] for address in found}):
+            self._files.find(file)
 
     def verify(self) -> list[str]:
         """Return what is wrong with the files of the weights; these formats keep no digests, so only damage that breaks them."""
@@ -231,7 +251,7 @@ class SeriesCheckpoint(Checkpoint):
         if file not in self._opened:
             path = self._files.find(file)
             if path is None:
-                raise Missing(f"{self.path} has no file {file!r}")
+                raise Missing(f"{self.path} has no file {file!r}; it is half a checkpoint")
             name = str(self.path / file)
             self._opened[file] = (
                 SafeTensors(path, name) if file.endswith(".safetensors") else PickledTensors(path, name)
@@ -271,6 +291,7 @@ class Series(Run):
     def __init__(self, path: Path, folders: Mapping[int, str]):
         super().__init__(path, Directories())
         self.folders = dict(sorted(folders.items()))
+        self._identities: dict[int, dict[str, str]] = {}
 
     @property
     def name(self) -> str:
@@ -298,15 +319,18 @@ class Series(Run):
     def __getitem__(self, step: int) -> Checkpoint:
         if step not in self.folders:
             raise self._no_step(step)
-        return SeriesCheckpoint(step, LocalFiles(self.step_path(step)))
+        return SeriesCheckpoint(step, self._files(step), self._identities.setdefault(step, {}))
+
+    def _files(self, step: int) -> StepFiles:
+        return LocalFiles(self.step_path(step))
 
     def __contains__(self, step: object) -> bool:
         return step in self.folders
 
     def read_metrics(self, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
         """Yield what the Trainer logged until its last checkpoint, under the names that Pico logs; nothing without it."""
-        file = self.step_path(self.steps[-1]) / "trainer_state.json"
-        if not os.path.lexists(file):
+        file = self._files(self.steps[-1]).find("trainer_state.json")
+        if file is None:
             return
         names = {"loss": "train/loss", "grad_norm": "grad_norm", "learning_rate": "lr"}
         state = parse_json(read_bytes(file), str(file), _TrainerState)
@@ -320,10 +344,10 @@ class Series(Run):
 
     def problems(self, step: int) -> list[str]:
         """Return what is wrong with a step, and which other steps hold the same weights, or some of the same files."""
-        return [*self[step].verify(), *self._doubts.get(step, [])]
+        return [*self[step].verify(), *self.doubts.get(step, [])]
 
     @cached_property
-    def _doubts(self) -> dict[int, list[str]]:
+    def doubts(self) -> dict[int, list[str]]:
         """For each step, what is doubtful of it: files of weights that are those of another step, by their digests.
 
         Of steps with the same file, the last step of the series counts as right, else the earliest one.
@@ -371,6 +395,10 @@ def open_series(place: str) -> Run | None:
 
     Raises StoreError where two folders have the same step, and for what series.yaml says that is not so.
     """
+    if place.startswith("hub:"):
+        from picolm.readers.hub_series import open_hub_series
+
+        return open_hub_series(place)
     path = Path(place).absolute()
     if path.name == SERIES:
         path = path.parent

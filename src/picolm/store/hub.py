@@ -50,6 +50,10 @@ _PARTS = {MODEL, *CAPTURES.values()}
 _THREADS = 8
 
 
+class NoRun(StoreError):
+    """The error for a branch whose commits hold no run."""
+
+
 class Whole(NamedTuple):
     """A complete step in Pico's format: the commit that holds all of it, and the digest of its manifest."""
 
@@ -265,22 +269,30 @@ class HubCheckpoint(SealedCheckpoint):
 
 
 def open_hub(place: str) -> Run | None:
-    """Return the run at `hub:OWNER/REPOSITORY@BRANCH`, None for any other place. Raises StoreError without a run."""
+    """Return the run at `hub:OWNER/REPOSITORY@BRANCH`, None for any other place. Raises StoreError without a run.
+
+    Of a place without a branch it is the run on `main`; None where that has none: each branch may be a step of one series.
+    """
     if not place.startswith("hub:"):
         return None
     match = _PLACE.fullmatch(place)
     if match is None:
         raise StoreError(f"{place!r} is not of the form hub:OWNER/REPOSITORY@BRANCH")
-    return open_branch(Branch(match[1], match[2] or "main"))
+    try:
+        return open_branch(Branch(match[1], match[2] or "main"))
+    except NoRun:
+        if match[2] is None:
+            return None
+        raise
 
 
 def open_branch(branch: Branch) -> Run:
-    """Return the run on a branch. Raises StoreError when its commits hold none."""
+    """Return the run on a branch. Raises NoRun when its commits hold none, StoreError when it cannot be read."""
     commits = branch.commits()
     run = HubRun(branch, commits)
     if not run.steps:
         others = f" (branches: {', '.join(branch.names())})" if not is_offline() else ""
-        raise StoreError(
+        raise NoRun(
             f"{branch.place}: no run here: none of its {len(commits)} commits is called 'Saving {MODEL} -- Step N' or "
             f"'Saving {CAPTURES['train']} -- Step N'; each run is a branch{others}"
         )

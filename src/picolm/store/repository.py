@@ -105,6 +105,10 @@ class Branch:
                 return None
             raise
 
+    def is_cached(self, file: str, commit: str) -> bool:
+        """Return whether a file at a commit is in the Hub's cache on this machine."""
+        return isinstance(self._cached(check_name(file, self.place), commit), str)
+
     def identity(self, file: str, commit: str) -> str | None:
         """Return the Hub's id of a file (the sha-256 of a large one), without downloading it; None when there is none.
 
@@ -140,12 +144,17 @@ class Branch:
 
     def names(self) -> list[str]:
         """Return the names of the branches of the repository."""
+        return list(self.heads())
+
+    def heads(self, tags: bool = False) -> dict[str, str]:
+        """Return the newest commit of each branch of the repository, by name; with `tags`, those of its tags too."""
         from huggingface_hub import HfApi
 
         refs = persist(
             lambda: HfApi(endpoint=self.endpoint).list_repo_refs(self.repository), self.place, StoreError, self.endpoint
         )
-        return [branch.name for branch in refs.branches]
+        named = [*(refs.tags if tags else ()), *refs.branches]  # of one name, the branch counts
+        return {ref.name: ref.target_commit for ref in named}
 
     def _cached(self, file: str, commit: str) -> Any:
         """Look a file up in the Hub's cache.

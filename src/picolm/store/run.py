@@ -6,7 +6,7 @@ So a reader sees only complete steps at any moment, and a crash costs at most th
 
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -103,6 +103,11 @@ class Run(Records, Mapping[int, Checkpoint]):
     def steps(self) -> list[int]:
         """The steps that have a complete manifest, ascending. Their other files are not checked: see `problems`."""
         return [step for step in self.step_directories() if self._is_whole(step)]
+
+    @property
+    def doubts(self) -> Mapping[int, Sequence[str]]:
+        """For each doubtful step, why: sentences. Steps in Pico's format have digests, and are whole or damaged."""
+        return {}
 
     def step_directories(self) -> list[int]:
         """Return the steps that have a directory, ascending, including damaged ones."""

@@ -1,0 +1,129 @@
+"""A series of checkpoints of transformers on the Hugging Face Hub: a repository with a branch or a tag for each step.
+
+Names, sizes and digests of files come from the Hub's list of them, without a download. A file is downloaded into the Hub's own
+cache, once, when it is read.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from picolm.address import Address
+from picolm.errors import FileError, StoreError
+from picolm.network import cache_folder, is_offline
+from picolm.readers.series import CONFIG, WEIGHTS, Series, step_of
+from picolm.store.checkpoint import Missing
+from picolm.store.files import disk_errors, write_atomically
+from picolm.store.legacy import StepFiles
+from picolm.store.manifest import natural
+from picolm.store.repository import Branch
+from picolm.trusted import parse_json, read_bytes
+
+
+class RevisionFiles:
+    """The files of a repository at one commit. where: for messages."""
+
+    def __init__(self, branch: Branch, commit: str):
+        self.where = Path(branch.place)
+        self._branch, self._commit = branch, commit
+
+    def has(self, name: str) -> bool:
+        """Return whether there is such a file; offline, whether it is in the cache."""
+        if is_offline():
+            return self._branch.is_cached(name, self._commit)
+        return name in self._branch.entries(self._commit)
+
+    def find(self, name: str) -> Path | None:
+        if not is_offline() and name not in self._branch.entries(self._commit):
+            return None
+        return self._branch.find(name, self._commit, None)
+
+    def identity(self, name: str) -> str:
+        found = self._branch.identity(name, self._commit)
+        if found is None:
+            raise Missing(f"{self.where} has no file {name!r}")
+        return found
+
+    def sizes(self) -> dict[str, int]:
+        return {} if is_offline() else {name: entry.size for name, entry in self._branch.entries(self._commit).items()}
+
+
+class HubSeries(Series):
+    """A repository whose branches or tags are steps, read-only. revisions: (branch or tag, commit) of each step."""
+
+    def __init__(self, repository: str, revisions: Mapping[int, tuple[str, str]]):
+        super().__init__(Path(f"hub:{repository}"), {step: name for step, (name, _) in revisions.items()})
+        self.repository, self.revisions = repository, dict(sorted(revisions.items()))
+        self._branches = {step: Branch(repository, name) for step, (name, _) in self.revisions.items()}
+
+    @property
+    def name(self) -> str:
+        return self.repository.split("/")[1]
+
+    def step_path(self, step: int) -> Path:
+        return Path(self._branches[step].place)
+
+    def _files(self, step: int) -> StepFiles:
+        return RevisionFiles(self._branches[step], self.revisions[step][1])
+
+    def prefetch(
+        self,
+        steps: Iterable[int],
+        addresses: Collection[Address],
+        *,
+        rows: Collection[str] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Download nothing ahead: a series may be larger than the disk."""
+
+    def problems(self, step: int) -> list[str]:
+        """Return what is wrong with a step by the Hub's list of files alone, see `Series.problems`."""
+        files = self._files(step)
+        if not any(files.has(name) for name in WEIGHTS):
+            return [f"{self.step_path(step)}: holds no weights (looked for {', '.join(WEIGHTS)})"]
+        missing = [] if files.has(CONFIG) else [f"{self.step_path(step)}: holds no {CONFIG}"]
+        return [*missing, *self.doubts.get(step, [])]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HubSeries, (self.repository, self.revisions)
+
+
+def open_hub_series(place: str) -> HubSeries:
+    """Return the series at `hub:OWNER/NAME`. Raises StoreError without one, and where two branches have the same step."""
+    repository = place.removeprefix("hub:")
+    heads = _heads(Branch(repository))
+    numbered = {name: step for name in sorted(heads, key=natural) if (step := step_of(name)) is not None}
+    if not numbered:
+        raise StoreError(
+            f"{place}: no run here, and no series: none of its branches and tags has a step in its name "
+            f"(there are: {', '.join(heads)}); a run is named hub:{repository}@BRANCH"
+        )
+    revisions: dict[int, tuple[str, str]] = {}
+    for name, step in numbered.items():
+        if step in revisions and revisions[step][1] != heads[name]:
+            raise StoreError(
+                f"{place}: the branches {revisions[step][0]} and {name} are both step {step}; download those that are meant "
+                "into folders, and name these in a series.yaml"
+            )
+        revisions.setdefault(step, (name, heads[name]))
+    return HubSeries(repository, revisions)
+
+
+def _heads(branch: Branch) -> dict[str, str]:
+    """Return the commit of each branch and tag; offline, as they were when they were last asked for."""
+    kept = cache_folder() / "hub" / f"{branch.repository.replace('/', '--')}--heads.json"
+    if is_offline():
+        try:
+            found: dict[str, str] = parse_json(read_bytes(kept), str(kept), dict[str, str])
+            return found
+        except FileError as error:
+            raise StoreError(
+                f"hub:{branch.repository}: offline mode (HF_HUB_OFFLINE) is on, and this machine has never read this series; "
+                "switch it off once"
+            ) from error
+    heads = branch.heads(tags=True)
+    with disk_errors("the list of branches", kept):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, json.dumps(heads).encode())
+    return heads

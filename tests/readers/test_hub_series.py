@@ -1,0 +1,154 @@
+"""A series on the Hub, a branch for each step: verified by the Hub's digests alone, and read file by file."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from tests.hub_server import FakeHub, History, clients_of
+
+from picolm.address import Address
+from picolm.analyze.config import AnalysisConfig
+from picolm.analyze.engine import analyze
+from picolm.errors import StoreError
+from picolm.schema import load
+from picolm.store import Run
+
+STEPS = [*range(0, 190, 10), 1000]
+CONFIG = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "vocab_size": 11, "intermediate_size": 12}  # fmt: skip
+SHAPES = {"q_proj": (8, 8), "k_proj": (4, 8), "v_proj": (4, 8), "o_proj": (8, 8)}
+COPIES, MIXED = (20, 30, 150), 70
+
+
+def shards(step: int) -> dict[str, bytes]:
+    """The weights of a step in three files, with their index."""
+    generator = torch.Generator().manual_seed(step)
+    tensors = {"model.embed_tokens.weight": torch.randn(11, 8, generator=generator)}
+    for layer in range(2):
+        for name, shape in SHAPES.items():
+            tensors[f"model.layers.{layer}.self_attn.{name}.weight"] = torch.randn(shape, generator=generator)
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for number, (key, tensor) in enumerate(tensors.items()):
+        files.setdefault(f"model-{number % 3 + 1:05}-of-00003.safetensors", {})[key] = tensor
+    places = {key: file for file, held in files.items() for key in held}
+    index = {"model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": places}).encode()}
+    return index | {file: save(held) for file, held in files.items()}
+
+
+@pytest.fixture(scope="module")
+def history() -> History:
+    """20 branches; three of them are copies of the last, and one has a shard of it."""
+    history = History()
+    for step in STEPS:
+        files = shards(STEPS[-1] if step in COPIES else step)
+        if step == MIXED:
+            first = "model-00001-of-00003.safetensors"
+            files[first] = shards(STEPS[-1])[first]
+        history.commit(f"step{step}", "as published", {"config.json": json.dumps(CONFIG).encode(), **files})
+    history.commit("main", "a card", {"README.md": b"# A series"})
+    return history
+
+
+@pytest.fixture
+def hub(history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with FakeHub({"models/lab/series": history}).serving() as server, clients_of(monkeypatch, tmp_path):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield server
+
+
+def fetched(hub: FakeHub) -> Counter[str]:
+    return Counter(path.rsplit("/", 1)[1] for verb, path, _ in hub.log if verb == "GET" and "/resolve/" in path)
+
+
+def test_the_steps_are_its_branches(hub: FakeHub) -> None:
+    run = Run.open("hub:lab/series")
+    assert (run.name, run.steps) == ("series", STEPS)
+
+
+def test_copies_and_mixed_shards_are_named_without_a_download(hub: FakeHub) -> None:
+    run = Run.open("hub:lab/series")
+    problems = {step: run.problems(step) for step in run}
+    assert {step for step, found in problems.items() if found} == {*COPIES, MIXED}
+    for step in COPIES:
+        assert problems[step] == [
+            f"hub:lab/series@step{step}: holds the weights of step 1000 (the last one), to the byte"
+        ]
+    assert problems[MIXED] == [
+        "hub:lab/series@step70: mixes two steps: model-00001-of-00003.safetensors of step 1000 (the last one) with 2 other "
+        "file(s)"
+    ]
+    assert fetched(hub) == {}
+
+
+@pytest.mark.slow
+def test_an_analysis_fetches_what_it_needs_once_and_goes_on_after_the_server_failed(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    def values(steps: str) -> Any:
+        (tmp_path / "a.yaml").write_text(
+            f"steps: {steps}\nmetrics: [{{metric_name: norm, components: [{{component_name: ov_circuit}}]}}]\n"
+            f"monitoring: {{output_dir: {tmp_path}/results}}\n"
+        )
+        return analyze(load(tmp_path / "a.yaml", AnalysisConfig), ["hub:lab/series"])
+
+    hub.faults["model-00002"] += [503, "cut"]
+    outcome = values("[0, 10, 40]")
+    assert outcome.computed == 3 * 2 * 4
+    once = fetched(hub)
+    assert values("[0, 10, 40]").computed == 0
+    assert fetched(hub) == once
+    assert (once["model-00001-of-00003.safetensors"], once["model-00003-of-00003.safetensors"]) == (3, 3)
+    assert (once["config.json"], once["model.safetensors.index.json"]) == (1, 1)  # the same content in each branch
+    weights = Run.open("hub:lab/series")[40]
+    value = weights[Address("weights", "", "model.layers.1.self_attn.v_proj")]
+    assert torch.equal(value, _tensor(40, "model.layers.1.self_attn.v_proj.weight"))
+
+
+def _tensor(step: int, key: str) -> torch.Tensor:
+    from safetensors.torch import load as parse
+
+    return next(
+        held[key]
+        for name, data in shards(step).items()
+        if name.endswith("safetensors") and key in (held := parse(data))
+    )
+
+
+def test_what_was_read_once_is_read_offline(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = Address("weights", "", "model.embed_tokens")
+    before = Run.open("hub:lab/series")[50][name]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = len(hub.log)
+    run = Run.open("hub:lab/series")
+    assert run.steps == STEPS
+    assert torch.equal(run[50][name], before)
+    assert len(hub.log) == asked
+
+
+def test_a_repository_without_steps_is_told_apart(hub: FakeHub, history: History) -> None:
+    other = History()
+    other.commit("release", "weights", {"config.json": b"{}"})
+    hub.repositories["models/lab/other"] = other
+    with pytest.raises(StoreError, match=r"no run here, and no series: none of its branches .*main, release"):
+        Run.open("hub:lab/other")
+
+
+def test_two_branches_of_one_step_are_an_error(hub: FakeHub) -> None:
+    other = History()
+    for name in ("stage1-step5", "stage2-step5"):
+        other.commit(name, "weights", {"config.json": name.encode()})
+    hub.repositories["models/lab/stages"] = other
+    with pytest.raises(StoreError, match=re.escape("the branches stage1-step5 and stage2-step5 are both step 5")):
+        Run.open("hub:lab/stages")
