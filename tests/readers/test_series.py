@@ -1,9 +1,11 @@
 """Folders of checkpoints as others leave them: which folder is which step, what is read of it, what is doubtful."""
 
+import hashlib
 import json
 import math
 import os
 import pickle
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -115,7 +117,7 @@ def test_two_folders_of_one_step_are_an_error_that_says_what_to_write(two: Path)
     ("text", "words"),
     [
         ("steps: {../step0: 0}", "not a plain relative path"), ("steps: {nowhere: 0}", "nowhere holds no checkpoint"),
-        ("steps: [step0]", "steps: should be a valid dictionary"), ("stages: {}", "steps: Field required"),
+        ("steps: [step0]", "steps: should be a valid dictionary"), ("stages: {}", "stages: Extra inputs are not permitted"),
         ("steps: {step0: a}", "valid integer"), ("steps: {/etc: 0}", "not a plain relative path"),
         ("steps: {step0: -1}", "greater"),
         ("steps: {step0: 1, step200: 1}", "step0 and step200 are both step 1"),
@@ -247,6 +249,49 @@ def test_a_step_that_mixes_two_is_named(series: Path) -> None:
     )
 
 
+def in_cache(series: Path, root: Path) -> Path:
+    """The layout of huggingface_hub: refs name commits, whose snapshots are links to blobs named by their digests."""
+    cache = root / "models--lab--pythia-like"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for number, step in enumerate(("step0", "step200")):
+        snapshot = cache / "snapshots" / f"{number:040x}"
+        snapshot.mkdir(parents=True)
+        (cache / "refs" / step).write_text(snapshot.name)
+        for file in (series / step).iterdir():
+            data = file.read_bytes()
+            blob = (
+                cache
+                / "blobs"
+                / (
+                    hashlib.sha256(data).hexdigest()
+                    if file.suffix == ".safetensors"
+                    else hashlib.sha1(data).hexdigest()
+                )
+            )
+            blob.write_bytes(data)
+            (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+    return cache
+
+
+def test_the_cache_of_the_hub_is_read_as_it_lies(two: Path, tmp_path: Path) -> None:
+    cache = in_cache(two, tmp_path / "hub")
+    run, plain = Run.open(cache), Run.open(two)
+    assert run.steps == [0, 200]
+    assert all(same_weights(run[step], plain[step]) for step in run)
+    assert [run[200].digest(address) for address in run[200]] == [plain[200].digest(address) for address in plain[200]]
+    assert run.problems(0) == run.problems(200) == []
+
+
+def test_a_link_in_the_cache_that_leads_out_of_it_is_not_followed(two: Path, tmp_path: Path) -> None:
+    cache = in_cache(two, tmp_path / "hub")
+    file = cache / "snapshots" / f"{1:040x}" / "model.safetensors"
+    file.unlink()
+    file.symlink_to(two / "step200" / "model.safetensors")
+    with pytest.raises(StoreError, match="leads out of the cache"):
+        len(Run.open(cache)[200])
+
+
 def test_what_the_trainer_logged_are_the_metrics(series: Path) -> None:
     run = Run.open(series / "trainer-llama")
     lines = run.metrics()
@@ -270,16 +315,61 @@ def test_a_number_in_the_configuration_that_is_none_is_a_message(two: Path) -> N
 
 
 def test_an_unknown_architecture_is_read_by_the_names_of_its_weights(
-    two: Path, monkeypatch: pytest.MonkeyPatch
+    two: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in ("step0", "step200"):
         file = two / step / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "somebodys"}))
     checkpoint = Run.open(two)[200]
+    assert "architecture 'somebodys' is not known" in caplog.text
+    assert f"say in {two}/series.yaml what its parts are called" in caplog.text
     assert Address("weights", "", "gpt_neox.layers.0.attention.query_key_value") in checkpoint
     assert Address("weights", "", "gpt_neox.layers.0.attention.query") not in checkpoint
     assert checkpoint.anatomy.heads == 4  # type: ignore[attr-defined]
     assert checkpoint.anatomy.parts == {}  # type: ignore[attr-defined]
+
+
+OF_NEOX = """
+anatomy:
+  block: gpt_neox.layers.{}
+  parts:
+    attention.query: {module: attention.q, cut: heads}
+    attention.key: {module: attention.k, cut: kv_heads}
+    attention.value: {module: attention.v, cut: kv_heads}
+    attention.output: {module: attention.dense, cut: heads, by: columns}
+  fused: attention.query_key_value
+  order: by head
+"""
+
+
+def test_an_architecture_is_described_in_a_few_lines(two: Path) -> None:
+    known = dict(Run.open(two)[200])
+    for step in ("step0", "step200"):
+        file = two / step / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "somebodys"}))
+    (two / "series.yaml").write_text(OF_NEOX)
+    run = Run.open(two)
+    assert run.steps == [0, 200]
+    for part, short in (("query", "q"), ("key", "k"), ("value", "v")):
+        theirs = Address("weights", "", f"gpt_neox.layers.1.attention.{short}")
+        assert torch.equal(run[200][theirs], known[Address("weights", "", f"gpt_neox.layers.1.attention.{part}")])
+    assert run[200].anatomy.module("attention.output") == "attention.dense"  # type: ignore[attr-defined]
+    assert run[200].anatomy.kv_heads == 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("layers.{}", "layers"), "anatomy.block is 'gpt_neox.layers'"),
+        (("attention.key:", "attention.keys:"), "no attention.key"),
+        (("cut: heads, by", "cut: lines, by"), "cut"), (("order: by head", "order: backwards"), "order"),
+        (("  fused", "  used"), "used"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_an_architecture_is_a_message(two: Path, change: tuple[str, str], words: str) -> None:
+    (two / "series.yaml").write_text(OF_NEOX.replace(*change))
+    with pytest.raises(PicoError, match=re.escape(words)):
+        Run.open(two)
 
 
 def test_what_needs_its_code_says_who_has_it(

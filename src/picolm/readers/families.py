@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
+from picolm.errors import StoreError
 from picolm.models.anatomy import Anatomy, Part
 
 Fused = Literal["by head", "by part"]
@@ -30,6 +33,37 @@ class Family:
     transposed: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+class PartForm(BaseModel, extra="forbid"):
+    module: str
+    cut: Literal["heads", "kv_heads"] | None = None
+    by: Literal["rows", "columns"] = "rows"
+
+
+class FamilyForm(BaseModel, extra="forbid"):
+    """A family as a user writes it in series.yaml."""
+
+    block: str
+    parts: dict[str, PartForm] = {}
+    fused: str | None = None
+    order: Fused = "by part"
+    transposed: list[str] = []
+    notes: list[str] = []
+
+    def family(self, where: str) -> Family:
+        """Return the family. Raises StoreError for a block without a place for its number, and for a part that is missing."""
+        if self.block.count("{}") != 1 or self.block.count("{") != 1:
+            raise StoreError(
+                f"{where}: anatomy.block is {self.block!r}; expected a name with {{}} for the number of the block"
+            )
+        three = ("attention.query", "attention.key", "attention.value")
+        if self.fused and (missing := [role for role in three if role not in self.parts]):
+            raise StoreError(
+                f"{where}: anatomy.fused is {self.fused!r}, and anatomy.parts has no {missing[0]}: a name for each third"
+            )
+        parts = {role: Part(part.module, part.cut, part.by) for role, part in self.parts.items()}
+        return Family(self.block, parts, self.fused, self.order, tuple(self.transposed), {}, tuple(self.notes))
 
 
 def _parts(embedding: str, unembedding: str, attention: tuple[str, str, str, str], mlp: str) -> dict[str, Part]:

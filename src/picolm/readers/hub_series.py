@@ -12,7 +12,8 @@ from typing import Any
 from picolm.address import Address
 from picolm.errors import FileError, StoreError
 from picolm.network import cache_folder, is_offline
-from picolm.readers.series import CONFIG, WEIGHTS, Series, step_of
+from picolm.readers.checkpoint import CONFIG, WEIGHTS
+from picolm.readers.series import Series, step_of
 from picolm.store.checkpoint import Missing
 from picolm.store.files import disk_errors, write_atomically
 from picolm.store.legacy import StepFiles
