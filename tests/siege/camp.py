@@ -41,6 +41,13 @@ metrics:
 - {metric_name: norm, components: [{component_name: simple}, {component_name: ov_circuit}]}
 monitoring: {output_dir: results}
 """
+FAMILY = """
+anatomy:
+  block: model.layers.{}
+  parts:
+    attention.value: {module: self_attn.v_proj, cut: kv_heads}
+    attention.output: {module: self_attn.o_proj, cut: heads, by: columns}
+"""
 SUITE = """
 suite_name: toys
 base: base.yaml
@@ -124,6 +131,7 @@ def build(folder: Path, sandbox: Sandbox) -> None:
     ]:
         result = sandbox.run(shlex.split(words), folder, seconds=300)
         assert result.code == 0, (words, result.output)
+    (folder / "series/series.yaml").write_text("steps: {step0: 0, step2: 2}\n" + FAMILY)
     (folder / "series/step2/trainer_state.json").write_text(
         '{"global_step": 2, "log_history": [{"step": 1, "loss": 2.5}]}'
     )
