@@ -13,7 +13,7 @@ help:
 	@echo "make test   run every test"
 	@echo "make test-latest  test what stands on other packages with their newest versions (in .venv-latest)"
 	@echo "make siege  attack every command with forged runs, rows, models and answers of the Hub (hours; make test has a sample)"
-	@echo "make check  format, lint, types and the fast tests (about six minutes on two cores)"
+	@echo "make check  format, lint, types and the fast tests (about a minute on two cores)"
 	@echo "make docs   build the documentation into site/, with its figures; a warning is an error"
 
 demo: .venv/.demo

@@ -116,6 +116,7 @@ def test_a_text_without_line_ends_is_cut_between_characters(
     assert max(len(piece) for piece, _ in found) <= 10
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1), st.integers(1, 9))
 def test_cutting_a_text_anywhere_loses_nothing(tmp_path: Path, text: str, longest: int) -> None:

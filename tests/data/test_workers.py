@@ -119,6 +119,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(corpus: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_failure_in_a_worker_is_told_as_it_is(write_texts: Any, tmp_path: Path) -> None:
     texts = write_texts({"a.jsonl.gz": b"no gzip", "b.txt": "fine", "c.txt": "fine"})
     with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be read"):

@@ -46,6 +46,7 @@ def test_a_run_that_was_sent_is_the_run(hub: WritableHub, make_run: Callable[...
     assert all(there.problems(step) == [] for step in there)
 
 
+@pytest.mark.slow
 def test_commits_are_called_as_those_of_published_runs(hub: WritableHub, make_run: Callable[..., Run]) -> None:
     push(Sender(make_run(steps=(0, 2)), "lab/run"))
     artefacts = [

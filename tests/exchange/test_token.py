@@ -178,7 +178,7 @@ def test_what_the_client_cannot_read_is_a_message(client: pytest.MonkeyPatch, an
 
 @pytest.mark.parametrize("link", ["\x1b[31m", "http://[", "http://a b/", "//", "?p=\x7f", "http://127.0.0.1:99999/"])
 def test_an_address_that_is_none_is_a_message(client: pytest.MonkeyPatch, link: str) -> None:
-    client.setattr(network, "_PAGES", 30)  # some lead to the same page again, and so on
+    client.setattr(network, "_PAGES", 9)  # some lead to the same page again, and so on
     with (
         serving(lambda request: request.reply([commit(1)], Link=f'<{link}>; rel="next"')) as hub,
         pytest.raises(StoreError),

@@ -112,6 +112,7 @@ def test_the_files_that_travel_import_nothing_of_this_package(model):
     ]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_as_published_loads_without_its_own_code(model, tokens, tmp_path):
     """Published config.json files have no `init`; published modelling code does not run with transformers 5."""
     from picolm.models.hf import PicoDecoderHF, PicoDecoderHFConfig

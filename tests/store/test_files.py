@@ -30,6 +30,7 @@ def test_json_round_trip_is_exact(value: object) -> None:
     assert repr(load_json(dump_json(value), "x", Any)) == repr(value)  # repr tells nan, inf and -0.0 apart
 
 
+@pytest.mark.slow
 @given(value=values)
 def test_what_is_written_is_json_for_every_reader(value: object) -> None:
     def refuse(word: str) -> None:

@@ -158,6 +158,7 @@ def test_a_run_that_another_process_writes_is_left_to_it(
     assert len(trained_here) == 2
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_it_will_take_and_makes_nothing(
     toy_suite: Callable[..., Path], trained_here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 3, 64, 65, 100])
 def test_parameters_are_counted_without_building_all_of_them(layers: int) -> None:
     config = DecoderConfig(n_layers=layers, **SMALL)

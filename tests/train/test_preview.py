@@ -90,6 +90,7 @@ def test_nothing_is_needed_and_nothing_is_made(make_config: Callable[..., Any], 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_more_rows_at_once_take_more_memory(make_config: Callable[..., Any]) -> None:
     def memory(accumulation: int) -> float:
         text = preview(make_config(f"training.optimization.gradient_accumulation_steps={accumulation}"))
