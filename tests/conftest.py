@@ -9,6 +9,9 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of the test run in parallel already; before numpy reads it
+
+# isort: split
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -19,7 +22,6 @@ from picolm.registry import code_policy, set_code_policy
 settings.register_profile("tests", deadline=None)  # a busy machine is no error
 settings.load_profile("tests")
 os.environ.update(SECRETS)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of the test run in parallel already
 os.environ["HF_HUB_OFFLINE"] = "1"
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN

@@ -19,6 +19,7 @@ from picolm.address import Address
 from picolm.analyze import load
 from picolm.cli import main
 from picolm.errors import PicoError, StoreError
+from picolm.readers.families import BIASES, NORM_AFTER, NORMED
 from picolm.readers.series import step_of
 from picolm.store import Run
 
@@ -69,6 +70,14 @@ def test_an_analysis_of_ordinary_yaml_gives_the_reference_values(
     table = load("analysis_results/series")
     reference = json.loads((series / name / "reference.json").read_text())
     compared = 0
+    left_out = {
+        "pythia-like": {"ov_circuit": [BIASES], "qk_circuit": [BIASES]},
+        "crfm-like": {"ov_circuit": [BIASES], "qk_circuit": [BIASES]},
+        "olmo2-like": {"ov_circuit": [NORM_AFTER], "qk_circuit": [NORMED]},
+    }
+    for component in ("simple", "ov_circuit", "qk_circuit"):
+        notes = table[table.component == component].note.unique().tolist()
+        assert notes == left_out.get(name, {}).get(component, [""])
     for step, expected in reference.items():
         rows = table[table.step == int(step)]
         for metric, key in (("effective_rank", "effective_rank"), ("norm", "weight_frobenius")):
@@ -230,6 +239,9 @@ def test_an_analysis_says_what_is_doubtful_before_its_first_number(
     printed = capsys.readouterr()
     assert "Doubtful: " in printed.err
     assert "step150: holds the weights of step 200 (the last one), to the byte." in printed.err
+    notes = load("analysis_results/analysis").groupby("step").note.unique()
+    assert [notes[step].tolist() for step in (0, 200)] == [[""], [""]]
+    assert notes[150].tolist()[0].endswith("step150: holds the weights of step 200 (the last one), to the byte")
     assert pico(monkeypatch, "analyze", "analysis.yaml", "--run", "pythia-like", "steps=[0, 200]") == 0
     assert "Doubtful" not in capsys.readouterr().err
 

@@ -281,6 +281,7 @@ def _row(
         **dict(zip(("against_run", "against_step", "against_layer"), compared)),
         "target": "" if task.target is None else task.target.words,
         "reason": value.reason,
+        "note": "",  # the engine writes it
         "asked_split": task.split,
     }
 

@@ -16,7 +16,7 @@ from picolm.address import Address
 from picolm.analyze.components import available
 from picolm.analyze.compute import Cell, Task, compute, plan_step, rows_of, tasks_of
 from picolm.analyze.config import AnalysisConfig, EachStep, StepRange
-from picolm.analyze.heads import stated_anatomy
+from picolm.analyze.heads import read_anatomy, stated_anatomy
 from picolm.analyze.pairing import Place
 from picolm.analyze.reading import Readers, model_section
 from picolm.analyze.values import Value, Values, rename_damaged
@@ -33,6 +33,7 @@ MOST_MISSING = 1000  # steps of a range that are listed one by one
 WIDE = 192  # width of a model from which layers are computed in parallel; below it, Python takes most of the time
 # If every step is compared with every other, this many layers get a unit each; the rest share one.
 MOST_LAYERS = 512
+CIRCUITS = ("ov_circuit", "qk_circuit", "per_head")
 
 
 @dataclass
@@ -144,8 +145,26 @@ def analyze(
             values.add(new)
             outcome.add(part)
             progress(done, len(units))
+    _note(outcome.rows, {name: run for name, (_, run) in runs.items()})
     _report(outcome, ask, strict)
     return outcome
+
+
+def _note(rows: Iterable[dict[str, Any]], runs: Mapping[str, Run]) -> None:
+    """Write the column `note`: doubts about the steps of a row, and what the circuits of an architecture leave out."""
+    left_out: dict[str, tuple[str, ...]] = {}
+    for row in rows:
+        places = {(row["run"], row["step"]), (row["against_run"], row["against_step"])}
+        found = [
+            doubt for run, step in sorted(places, key=str) if run in runs for doubt in runs[run].doubts.get(step, ())
+        ]
+        if row["component"] in CIRCUITS:
+            if row["run"] not in left_out:
+                run = runs[row["run"]]
+                left_out[row["run"]] = read_anatomy(run[row["step"]], model_section(run), row["run"]).notes
+            other = {"ov_circuit": "QK", "qk_circuit": "OV"}.get(row["component"])
+            found += [note for note in left_out[row["run"]] if other is None or other not in note]
+        row["note"] = "; ".join(found)
 
 
 def _open(config: AnalysisConfig, places: Iterable[str]) -> dict[str, tuple[str, Run]]:

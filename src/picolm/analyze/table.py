@@ -4,7 +4,8 @@ COLUMNS names the columns. A missing value is null, and `reason` says why; infin
 distance or quantity. chance, chance_std: mean and standard deviation over permutations of the rows; z: how many of
 these standard deviations the value is above the mean. forced: number of canonical correlations that are 1 whatever the
 data; null for metrics without them. target: what the configuration compares with (`last`, `previous`, `300`, `run
-wide`); against_run, against_step and against_layer: what that is for this row.
+wide`); against_run, against_step and against_layer: what that is for this row. note: why the step, or the one that it is compared
+with, is doubtful; what a circuit of this architecture leaves out.
 """
 
 import hashlib
@@ -31,13 +32,14 @@ if TYPE_CHECKING:
 
 TEXT = (
     "run", "split", "component", "kind", "module", "metric", "metric_kind", "options", "against_run", "target", "reason",
+    "note",
 )  # fmt: skip
 NUMBERS = ("value", "chance", "chance_std", "z")
 COLUMNS = (
     "run", "step", "split", "component", "kind", "layer", "head", "module", "metric", "metric_kind", "options", *NUMBERS,
-    "forced", "against_run", "against_step", "against_layer", "target", "reason",
+    "forced", "against_run", "against_step", "against_layer", "target", "reason", "note",
 )  # fmt: skip
-MEASURED = (*NUMBERS, "forced", "reason")  # the other columns say what a row is about
+MEASURED = (*NUMBERS, "forced", "reason", "note")  # the other columns say what a row is about
 COUNTS = ("layer", "head", "forced", "against_step", "against_layer")  # whole numbers or null
 RESULTS = "results.parquet"
 AGGREGATED = "aggregated.parquet"
