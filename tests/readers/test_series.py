@@ -384,6 +384,16 @@ def test_what_cannot_be_an_architecture_is_a_message(two: Path, change: tuple[st
         Run.open(two)
 
 
+@pytest.mark.slow
+def test_a_series_has_a_report(series: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(series)
+    assert pico(monkeypatch, "report", "trainer-llama", "-o", "page.html") == 0
+    page = Path("page.html").read_text()
+    assert "llama of 3 layers, 32 dimensions, 4 heads, trained to step 200" in page
+    assert "Differs from the default configuration" not in page
+    assert "3.976" in page  # the last loss that the Trainer logged
+
+
 def test_what_needs_its_code_says_who_has_it(
     two: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from picolm.analyze.heads import read_anatomy, stated_anatomy
 from picolm.console import duration
 from picolm.errors import PicoError, StoreError
 from picolm.models import Anatomy
+from picolm.readers.series import Series
 from picolm.report.material import Material
 from picolm.report.render import render
 from picolm.report.section import SECTIONS, Section
@@ -120,12 +121,14 @@ def _parameters(last: Checkpoint | None) -> int:
 
 def _differences(opened: Run) -> list[tuple[str, Any, Any]]:
     """Return (key, value, default); empty if the defaults are not available (the architecture is not installed or not
-    trusted).
+    trusted), or are not those of this model (a series of transformers).
     """
     from picolm.schema import mark_untrusted
     from picolm.train.config import differences, schema_for
 
     config = _config(opened)
+    if isinstance(opened, Series):
+        return []
     try:
         found = differences(config, schema_for(mark_untrusted(config, str(opened.path))))
     except (PicoError, ValueError):
