@@ -164,7 +164,7 @@ def test_the_keys_that_may_name_code_are_declared() -> None:
 
 def value_for(key: str) -> Any:
     """Code, where the key names no data under the name of a family of data."""
-    value = "evil_lab:Part" if KEYS[key].family == "data source" else "hub:Part"
+    value = "evil_lab:Part" if KEYS[key].names == "data source" else "hub:Part"
     return [value] if key == "evaluation.metrics" else value
 
 

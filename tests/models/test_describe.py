@@ -21,7 +21,7 @@ def test_one_that_has_something_else_to_say_says_it(model: Decoder) -> None:
 
 def test_a_configuration_may_call_its_number_of_blocks_otherwise(model: Decoder) -> None:
     class Deep:
-        blocks = "depth"
+        blocks_key = "depth"
         depth = 7
 
     assert block_count(Deep()) == ("depth", 7)

@@ -50,9 +50,9 @@ def block_count(config: Any) -> tuple[str, int] | None:
     """Return the key of a model's configuration that says how many blocks it has, and its value; None if none does.
 
     It is needed before the model is built: a typing error may ask for more blocks than can be. A configuration names the
-    key in its class variable `blocks`; without one, the key is `n_layers`, if there is one.
+    key in its class variable `blocks_key`; without one, the key is `n_layers`, if there is one.
     """
-    key = getattr(type(config), "blocks", "n_layers")
+    key = getattr(type(config), "blocks_key", "n_layers")
     number = getattr(config, key, None)
     return (key, number) if isinstance(number, int) else None
 
