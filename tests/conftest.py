@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,20 @@ def no_secret_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def the_process_is_left_as_it_was() -> Iterator[None]:
-    """Commands that run in the process of the tests set variables for their children, trust, and where the log goes."""
+def the_process_is_left_as_it_was(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands that run in the process of the tests set variables for their children, trust, and where the log goes, and
+    import modules of folders that only this test has: the next one may have others of the same name.
+    """
     log = logging.getLogger("picolm")
     log.propagate = True  # to the handler of `caplog`
     log.setLevel(logging.NOTSET)
-    environment, policy = dict(os.environ), code_policy()
+    environment, policy, modules = dict(os.environ), code_policy(), set(sys.modules)
     yield
+    for name in set(sys.modules) - modules:
+        module = sys.modules[name]
+        place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+        if place is not None and Path(place).is_relative_to(tmp_path_factory.getbasetemp()):
+            del sys.modules[name]
     os.environ.clear()
     os.environ.update(environment)
     set_code_policy(policy)

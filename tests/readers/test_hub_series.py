@@ -15,6 +15,7 @@ from tests.hub_server import FakeHub, History, clients_of
 from picolm.address import Address
 from picolm.analyze.config import AnalysisConfig
 from picolm.analyze.engine import analyze
+from picolm.cli import main
 from picolm.errors import StoreError
 from picolm.schema import load
 from picolm.store import Run
@@ -141,8 +142,17 @@ def test_a_repository_without_steps_is_told_apart(hub: FakeHub, history: History
     other = History()
     other.commit("release", "weights", {"config.json": b"{}"})
     hub.repositories["models/lab/other"] = other
-    with pytest.raises(StoreError, match=r"no run here, and no series: none of its branches .*main, release"):
+    with pytest.raises(StoreError, match=r"no run here, and no series .*\(branches: main, release\)"):
         Run.open("hub:lab/other")
+
+
+def test_a_series_is_not_pulled(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pico", "pull", "lab/series"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "is not pulled: it is read where it is, as --run hub:lab/series" in capsys.readouterr().err
 
 
 def test_two_branches_of_one_step_are_an_error(hub: FakeHub) -> None:

@@ -63,11 +63,15 @@ def pull(
 ) -> None:
     """Download a run from the Hugging Face Hub, of Pico or pico-train, and verify it. Continues where it stopped."""
     from picolm.exchange.pull import pull as fetch
-    from picolm.store.hub import HubRun, open_hub
+    from picolm.store import Run
+    from picolm.store.hub import HubRun
     from picolm.terminal import phases
 
-    source = open_hub("hub:" + place.removeprefix("hub:"))
-    assert isinstance(source, HubRun)
+    source = Run.open("hub:" + place.removeprefix("hub:"))
+    if not isinstance(source, HubRun):
+        raise PicoError(
+            f"{place}: a series of checkpoints is not pulled: it is read where it is, as --run {source.path}"
+        )
     folder = out or Path("runs") / source.name
     with phases() as progress:
         fetched = fetch(

@@ -97,8 +97,8 @@ def open_hub_series(place: str) -> HubSeries:
     numbered = {name: step for name in sorted(heads, key=natural) if (step := step_of(name)) is not None}
     if not numbered:
         raise StoreError(
-            f"{place}: no run here, and no series: none of its branches and tags has a step in its name "
-            f"(there are: {', '.join(heads)}); a run is named hub:{repository}@BRANCH"
+            f"{place}: no run here, and no series of checkpoints: no branch or tag has a step in its name; each run is a branch "
+            f"(branches: {', '.join(heads)}), and is called hub:{repository}@BRANCH"
         )
     revisions: dict[int, tuple[str, str]] = {}
     for name, step in numbered.items():
