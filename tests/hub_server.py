@@ -169,6 +169,16 @@ def clients_of(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
     huggingface_hub.close_session()
 
 
+def ask(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Let clients in this process take the Hub at `url` for that of the environment."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+
+
 class Answers(BaseHTTPRequestHandler):
     server: FakeHub
     protocol_version = "HTTP/1.1"

@@ -6,20 +6,18 @@ expected.json what the same version gives when it trains to step 12. The file wa
 
 import json
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.commands import Pico, command
 
-from picolm.cli import main
 from picolm.document import parse_yaml
 from picolm.schema import declared_keys, flatten, plain
 from picolm.train.config import TrainConfig
 
 RELEASES = sorted((Path(__file__).parent / "released").glob("*.tar.xz"))
-Pico = Callable[..., str]
 
 
 @pytest.fixture(params=RELEASES, ids=lambda path: path.name.removesuffix(".tar.xz"))
@@ -30,16 +28,7 @@ def pico(
     with tarfile.open(request.param) as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> str:
-        monkeypatch.setattr("sys.argv", ["pico", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        assert not ended.value.code, printed.err
-        return printed.out
-
-    return run
+    return command(monkeypatch, capsys)
 
 
 def expected() -> dict[str, Any]:

@@ -77,14 +77,14 @@ def fetch(
         return Path(persist(download, name or f"{repository}: {file}", failure, endpoint))
 
 
-def in_cache(path: Path) -> Path:
+def in_cache(path: Path, folder: Path | None = None) -> Path:
     """Return the regular file behind a path in the cache of huggingface_hub, where names are links to the content.
 
-    Raises FileError if it leads out of the cache.
+    folder: another cache than that of this process. Raises FileError if it leads out of the cache.
     """
     from huggingface_hub import constants
 
-    target, cache = path.resolve(), Path(constants.HF_HUB_CACHE).resolve()
+    target, cache = path.resolve(), (folder or Path(constants.HF_HUB_CACHE)).resolve()
     if not target.is_relative_to(cache):
         raise FileError(f"{path}: leads out of the cache of the Hub ({cache}); delete it, and it is fetched again")
     require_regular(target)

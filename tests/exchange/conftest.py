@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hub_server import clients_of
+from tests.hub_server import ask, clients_of
 from tests.hub_writing import WritableHub
 from tests.picotrain import content
 from tests.planted import TOKEN
@@ -22,13 +22,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     warnings.filterwarnings("ignore", message="Use 'content=")  # huggingface_hub's own call of httpx
     with WritableHub(tmp_path / "hub", TOKEN).serving() as server, clients_of(monkeypatch, tmp_path):
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-        monkeypatch.setattr(
-            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-            server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        ask(monkeypatch, server.url)
         yield server
 
 

@@ -5,19 +5,17 @@ the run in released/VERSION.tar.xz.
 """
 
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.commands import Pico, command
 from tests.hub_writing import WritableHub
 
 from picolm.analyze import load
-from picolm.cli import main
 from picolm.store import Run
 
 RELEASED = Path(__file__).parents[1] / "released"
 PUSHED = sorted((RELEASED / "pushed").glob("*.tar.xz"))
-Pico = Callable[..., str]
 
 
 @pytest.fixture(params=PUSHED, ids=lambda path: path.name.removesuffix(".tar.xz"))
@@ -34,16 +32,7 @@ def pico(
             archive.extractall(place, filter="data")
     hub.create("lab/old")
     monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> str:
-        monkeypatch.setattr("sys.argv", ["pico", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        assert not ended.value.code, printed.err
-        return printed.out
-
-    return run
+    return command(monkeypatch, capsys)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from tests.hub_server import FakeHub, History, clients_of
+from tests.hub_server import FakeHub, History, ask, clients_of
 
 from picolm.address import Address
 from picolm.analyze.config import AnalysisConfig
@@ -59,13 +59,7 @@ def history() -> History:
 @pytest.fixture
 def hub(history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with FakeHub({"models/lab/series": history}).serving() as server, clients_of(monkeypatch, tmp_path):
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-        monkeypatch.setattr(
-            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-            server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        ask(monkeypatch, server.url)
         yield server
 
 

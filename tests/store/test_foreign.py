@@ -23,24 +23,24 @@ def spanning_disks(data: bytes) -> bytes:
     return data[: end + 16] + (2).to_bytes(4, "little") + data[end + 20 :]
 
 
-def flagged(flag: int) -> Callable[[bytes], bytes]:
+def with_field(value: int, central: int, local: int) -> Callable[[bytes], bytes]:
+    """Change a field of two bytes in the first entry of the directory and in the header of its file. central, local: where."""
+
     def change(data: bytes) -> bytes:
-        for mark, place in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        for mark, place in ((b"PK\x01\x02", central), (b"PK\x03\x04", local)):
             at = data.index(mark) + place
-            data = data[:at] + flag.to_bytes(2, "little") + data[at + 2 :]
+            data = data[:at] + value.to_bytes(2, "little") + data[at + 2 :]
         return data
 
     return change
+
+
+def flagged(flag: int) -> Callable[[bytes], bytes]:
+    return with_field(flag, 8, 6)
 
 
 def compressed_by(method: int) -> Callable[[bytes], bytes]:
-    def change(data: bytes) -> bytes:
-        for mark, place in ((b"PK\x01\x02", 10), (b"PK\x03\x04", 8)):
-            at = data.index(mark) + place
-            data = data[:at] + method.to_bytes(2, "little") + data[at + 2 :]
-        return data
-
-    return change
+    return with_field(method, 10, 8)
 
 
 @pytest.mark.parametrize(

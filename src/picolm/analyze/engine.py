@@ -130,22 +130,23 @@ def analyze(
     runs = _open(config, places)
     folder = Path(config.monitoring.output_dir)
     named = tuple((name, place) for name, (place, _) in runs.items())
+    by_name = {name: run for name, (_, run) in runs.items()}
     ask = Ask(config, named, folder / ".values.sqlite", code_policy())
-    for _, run in runs.values():
+    for run in by_name.values():
         asked = set(chosen_steps(config, run.steps)[0])
         for step, sentences in run.doubts.items():
             if step in asked:
                 log.warning("Doubtful: %s.", "; ".join(sentences))
     rename_damaged(ask.values)
     outcome = Outcome()
-    units = list(_units(config, {name: run for name, (_, run) in runs.items()}, outcome))
+    units = list(_units(config, by_name, outcome))
     _fetch_ahead(ask, progress)
     with closing(Values(ask.values)) as values:
         for done, (part, new) in enumerate(_results(ask, units, workers, backend), start=1):
             values.add(new)
             outcome.add(part)
             progress(done, len(units))
-    _note(outcome.rows, {name: run for name, (_, run) in runs.items()})
+    _note(outcome.rows, by_name)
     _report(outcome, ask, strict)
     return outcome
 

@@ -29,6 +29,7 @@ __all__ = [
     "Part",
     "Piece",
     "Score",
+    "anatomy_of",
     "block_count",
     "describe",
     "find_model",
@@ -57,6 +58,12 @@ def block_count(config: Any) -> tuple[str, int] | None:
     return (key, number) if isinstance(number, int) else None
 
 
+def anatomy_of(model: Any) -> Anatomy:
+    """Return the anatomy of a model (the roles of its modules); an empty one if the model does not define it."""
+    found: Anatomy = model.anatomy() if hasattr(model, "anatomy") else Anatomy()
+    return found
+
+
 def describe(model: Any) -> dict[str, Any]:
     """Return what a card says of a model: the numbers of its anatomy that it states, and its count of parameters.
 
@@ -64,7 +71,7 @@ def describe(model: Any) -> dict[str, Any]:
     """
     if hasattr(model, "describe"):
         return dict(model.describe())
-    anatomy = model.anatomy() if hasattr(model, "anatomy") else Anatomy()
+    anatomy = anatomy_of(model)
     numbers = {name: getattr(anatomy, name) for name in ("layers", "width", "heads", "kv_heads", "head_size")}
     stated = {name.replace("_", " "): number for name, number in numbers.items() if number is not None}
     return stated | {"vocabulary": model.config.vocab_size, "parameters": sum(p.numel() for p in model.parameters())}

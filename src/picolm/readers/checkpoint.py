@@ -18,14 +18,15 @@ from pydantic import BaseModel
 from picolm.address import Address
 from picolm.errors import FileError, StoreError
 from picolm.models.anatomy import Anatomy
-from picolm.readers.families import FAMILIES, Family, anatomy_of
+from picolm.network import in_cache
+from picolm.readers.families import FAMILIES, QKV, Family, anatomy_of
 from picolm.registry import did_you_mean
 from picolm.store.checkpoint import Checkpoint, Missing, absence
 from picolm.store.files import digest_file
 from picolm.store.foreign import PickledTensors, SafeTensors
 from picolm.store.legacy import StepFiles
 from picolm.store.manifest import check_name, kind_of_file, natural
-from picolm.trusted import parse_json, read_bytes, require_regular
+from picolm.trusted import parse_json, read_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 ANATOMY, CONFIG, INDEXED = "anatomy.json", "config.json", ".index.json"
 WEIGHTS = ("model.safetensors", f"model.safetensors{INDEXED}", "pytorch_model.bin", f"pytorch_model.bin{INDEXED}")
-QKV = ("attention.query", "attention.key", "attention.value")
 _SHA256 = re.compile("[0-9a-f]{64}")
 # Buffers: causal masks and frequencies, which are computed and not trained.
 _BUFFER = re.compile(r"(?:\.(?:attn|attention)\.(?:bias|masked_bias)|rotary_emb\.inv_freq)$")
@@ -254,7 +254,7 @@ class SeriesCheckpoint(Checkpoint):
                 f"key-value heads ({anatomy.key('heads')}, {anatomy.key('kv_heads')})"
             )
         size = rows // (heads + 2 * kv_heads)
-        return {"attention.query": heads * size, "attention.key": kv_heads * size, "attention.value": kv_heads * size}
+        return dict(zip(QKV, (heads * size, kv_heads * size, kv_heads * size)))
 
     def _part(self, tensor: "Tensor", role: str) -> "Tensor":
         """Return the rows of one role of a matrix of three, sorted by head."""
@@ -278,17 +278,9 @@ class CachedFiles:
         return os.path.lexists(self.where / name)
 
     def find(self, name: str) -> Path | None:
-        """Return the blob of a file, None without one. Raises StoreError where the link leads out of the cache."""
+        """Return the blob of a file, None without one. Raises FileError where the link leads out of the cache."""
         check_name(name, str(self.where))
-        if not self.has(name):
-            return None
-        target = (self.where / name).resolve()
-        if not target.is_relative_to(self._root.resolve()):
-            raise StoreError(
-                f"{self.where / name}: leads out of the cache ({self._root}); delete it, and fetch it again"
-            )
-        require_regular(target)
-        return target
+        return in_cache(self.where / name, self._root) if self.has(name) else None
 
     def identity(self, name: str) -> str:
         path = self.find(name)

@@ -14,6 +14,7 @@ from picolm.errors import StoreError
 from picolm.models.anatomy import Anatomy, Part
 
 Fused = Literal["by head", "by part"]
+QKV = ("attention.query", "attention.key", "attention.value")
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ class FamilyForm(BaseModel, extra="forbid"):
             raise StoreError(
                 f"{where}: anatomy.block is {self.block!r}; expected a name with {{}} for the number of the block"
             )
-        three = ("attention.query", "attention.key", "attention.value")
-        if self.fused and (missing := [role for role in three if role not in self.parts]):
+        if self.fused and (missing := [role for role in QKV if role not in self.parts]):
             raise StoreError(
                 f"{where}: anatomy.fused is {self.fused!r}, and anatomy.parts has no {missing[0]}: a name for each third"
             )
@@ -142,7 +142,7 @@ _NUMBERS = {
 }
 
 
-def anatomy_of(config: Mapping[str, Any], family: Family | None, notes: tuple[str, ...] = ()) -> Anatomy:
+def anatomy_of(config: Mapping[str, Any], family: Family | None) -> Anatomy:
     """Return the anatomy of a model from its config.json. Raises ValueError for a number that is none.
 
     In a known family without `num_key_value_heads`, each query head has a key-value head of its own. Tied embeddings are one
@@ -154,10 +154,10 @@ def anatomy_of(config: Mapping[str, Any], family: Family | None, notes: tuple[st
     }
     numbers: dict[str, Any] = {number: config.get(key) for number, key in keys.items()}
     if family is None:
-        return Anatomy(**numbers, keys=keys, notes=notes)
+        return Anatomy(**numbers, keys=keys)
     if numbers["kv_heads"] is None:
         numbers["kv_heads"], keys["kv_heads"] = numbers["heads"], keys["heads"]
     parts = dict(family.parts)
     if config.get("tie_word_embeddings", False):
         parts["unembedding"] = parts["embedding"]
-    return Anatomy(**numbers, block=family.block, parts=parts, keys=keys, notes=(*family.notes, *notes))
+    return Anatomy(**numbers, block=family.block, parts=parts, keys=keys, notes=family.notes)

@@ -5,11 +5,10 @@ cache, once, when it is read.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from picolm.address import Address
 from picolm.errors import FileError, StoreError
 from picolm.network import cache_folder, is_offline
 from picolm.readers.checkpoint import CONFIG, WEIGHTS
@@ -51,7 +50,10 @@ class RevisionFiles:
 
 
 class HubSeries(Series):
-    """A repository whose branches or tags are steps, read-only. revisions: (branch or tag, commit) of each step."""
+    """A repository whose branches or tags are steps, read-only. revisions: (branch or tag, commit) of each step.
+
+    Nothing is downloaded ahead: a series may be larger than the disk.
+    """
 
     def __init__(self, repository: str, revisions: Mapping[int, tuple[str, str]]):
         super().__init__(Path(f"hub:{repository}"), {step: name for step, (name, _) in revisions.items()})
@@ -67,16 +69,6 @@ class HubSeries(Series):
 
     def _files(self, step: int) -> StepFiles:
         return RevisionFiles(self._branches[step], self.revisions[step][1])
-
-    def prefetch(
-        self,
-        steps: Iterable[int],
-        addresses: Collection[Address],
-        *,
-        rows: Collection[str] = (),
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Download nothing ahead: a series may be larger than the disk."""
 
     def problems(self, step: int) -> list[str]:
         """Return what is wrong with a step by the Hub's list of files alone, see `Series.problems`."""

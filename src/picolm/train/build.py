@@ -20,7 +20,7 @@ from picolm.console import configure_logging
 from picolm.data import Source, has_own_length, open_source
 from picolm.data.batches import Batches
 from picolm.errors import DataError, PicoError
-from picolm.models import describe, find_model
+from picolm.models import anatomy_of, describe, find_model
 from picolm.registry import Registry
 from picolm.schema import plain
 from picolm.seeds import derive
@@ -36,7 +36,7 @@ from picolm.train.metrics import Progress, build_loggers, log_folder
 from picolm.train.optim import build_optimizers, left_out, schedule_remarks
 from picolm.train.resources import require_memory
 from picolm.train.state import FORKED, State, open_run, restore, retention
-from picolm.train.text import Text, anatomy_of, checkpoint_files
+from picolm.train.text import Text, checkpoint_files
 
 log = logging.getLogger("picolm")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from picolm import trusted
 from picolm.data.manifest import file_of
 from picolm.data.tokenizer import load_vocabulary, token_bytes
-from picolm.models import Anatomy
+from picolm.models import Anatomy, anatomy_of
 
 
 class Text:
@@ -58,12 +58,6 @@ class Text:
         folder, names = self.file.parent, ("tokenizer_config.json", "special_tokens_map.json")
         beside = {name: trusted.read_bytes(file_of(folder, name)) for name in names if os.path.lexists(folder / name)}
         return {"tokenizer.json": trusted.read_bytes(self.file.resolve())} | beside
-
-
-def anatomy_of(model: Any) -> Anatomy:
-    """Return the anatomy of a model (the roles of its modules); an empty one if the model does not define it."""
-    found: Anatomy = model.anatomy() if hasattr(model, "anatomy") else Anatomy()
-    return found
 
 
 def checkpoint_files(model: Any, text: Text) -> dict[str, str | bytes]:
