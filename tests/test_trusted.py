@@ -1,6 +1,8 @@
 """Files of others: what is no regular file, leads elsewhere, is too large or too deep is a message with the file and the key."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,46 @@ def test_the_size_is_bounded(tmp_path: Path) -> None:
     assert trusted.read_bytes(tmp_path / "a", most_bytes=11) == b"x" * 11
     with pytest.raises(FileError, match="holds more than 10 bytes"):
         trusted.read_bytes(tmp_path / "a", most_bytes=10)
+
+
+def test_only_a_folder_is_removed_and_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    os.mkfifo(tmp_path / "folder" / "deep" / "pipe")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "piped").symlink_to(tmp_path / "pipe")
+    for name in ("folder", "pipe", "link", "piped", "nothing"):
+        trusted.remove_folder(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "piped", "real"]
+
+
+def test_a_folder_that_cannot_be_made_is_a_message(tmp_path: Path) -> None:
+    trusted.make_folder(tmp_path / "a" / "b")
+    trusted.make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/deeper"):
+        with pytest.raises(FileError, match=r"file.*: the folder cannot be made"):
+            trusted.make_folder(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_a_file_larger_than_the_memory_is_a_message(tmp_path: Path) -> None:
+    with open(tmp_path / "huge", "wb") as sparse:
+        sparse.truncate(6 << 30)
+    script = f"""
+import resource
+from pathlib import Path
+from picolm import trusted
+from picolm.errors import FileError
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+try:
+    trusted.read_bytes(Path({str(tmp_path / "huge")!r}), most_bytes=6 << 30)
+except FileError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "huge: its 6,442,450,944 bytes do not fit into the memory" in done.stdout, done.stderr
 
 
 def test_lines_come_one_by_one_and_an_unfinished_one_is_left_out(tmp_path: Path) -> None:

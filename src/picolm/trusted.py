@@ -10,6 +10,7 @@ the cache of huggingface_hub are links by design; `picolm.network` resolves them
 
 import errno
 import os
+import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -93,6 +94,20 @@ def open_to_append(path: Path, within: Path | None = None, flags: int = os.O_WRO
     return descriptor
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder, and those above it, unless they are there. Raises FileError, for example where a file has its name."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{path}: the folder cannot be made ({error.strerror})") from error
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder and all that is in it, as far as possible; anything else of that name stays (rmtree would open a pipe)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def read_bytes(path: Path, within: Path | None = None, most_bytes: int = TEXT_BYTES) -> bytes:
     """Return the content of a file. Raises like `open_regular`, and FileError if it has more than `most_bytes`."""
     with open_regular(path, within) as file:
@@ -100,6 +115,8 @@ def read_bytes(path: Path, within: Path | None = None, most_bytes: int = TEXT_BY
             data = file.read(most_bytes + 1)
         except OSError as error:
             raise _cannot_open(path, error) from None
+        except MemoryError:
+            raise FileError(f"{path}: its {path.stat().st_size:,} bytes do not fit into the memory") from None
     if len(data) > most_bytes:
         raise FileError(f"{path}: holds more than {most_bytes:,} bytes, the most that is read of such a file")
     return data

@@ -99,6 +99,25 @@ def test_results_are_not_read_through_a_link(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name", ["results.parquet", "results.csv", "aggregated.parquet", "checksums.sha256", "narrow/step_0/gini_train.json"]
+)
+def test_a_folder_where_a_file_of_results_is_to_be_is_a_message(analyze: Analyze, tmp_path: Path, name: str) -> None:
+    blocked = tmp_path / "results" / "analysis" / name
+    blocked.mkdir(parents=True)
+    with pytest.raises(PicoError, match=blocked.name.replace(".", r"\.")):
+        analyze(GINI, "narrow", "other", csv=True, aggregated=True)
+
+
+def test_results_are_not_written_through_a_link(analyze: Analyze, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "analysis").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileError, match="results/analysis: is a link"):
+        analyze(GINI)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_two_analyses_do_not_write_into_one_folder(analyze: Analyze, tmp_path: Path) -> None:
     _, before = analyze(GINI)
     folder = tmp_path / "results" / "analysis"

@@ -113,6 +113,18 @@ def test_every_change_is_named(rows: Path) -> None:
         assert problem in said
 
 
+@pytest.mark.parametrize("groups", [0, 1])
+def test_a_shard_without_rows_is_named(rows: Path, groups: int) -> None:
+    path = rows / "val-00000-of-00001.parquet"
+    empty = pq.read_table(path).slice(0, 0)
+    with pq.ParquetWriter(path, empty.schema) as writer:
+        for _ in range(groups):
+            writer.write_batch(pa.RecordBatch.from_pylist([], empty.schema))
+    assert any("has 0 rows" in problem for problem in verify(rows))
+    with pytest.raises(DataError, match="val-00000-of-00001"):
+        inspect(rows)
+
+
 def test_numbers_in_the_manifest_are_checked(rows: Path) -> None:
     manifest = json.loads((rows / "manifest.json").read_text())
     manifest["tokens"] += 1

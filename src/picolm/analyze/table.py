@@ -85,13 +85,14 @@ def seal(folder: Path, name: str, content: bytes) -> None:
     """Write a file of results, and its digest to SUMS, which `sha256sum --check` can read.
 
     Between the two writes SUMS has the digests of both the old and the new file: whenever this is interrupted, the file
-    that is there matches.
+    that is there matches. Raises StoreError if it cannot be written.
     """
     new = hashlib.sha256(content).hexdigest()
     digests = {file: found for file, found in _digests(folder).items() if (folder / file).exists()}
-    _write_digests(folder, digests | {name: [*digests.get(name, []), new]})
-    write_atomically(folder / name, content)
-    _write_digests(folder, digests | {name: [new]})
+    with disk_errors(name, folder):
+        _write_digests(folder, digests | {name: [*digests.get(name, []), new]})
+        write_atomically(folder / name, content)
+        _write_digests(folder, digests | {name: [new]})
 
 
 def _write_digests(folder: Path, digests: Mapping[str, Sequence[str]]) -> None:

@@ -134,6 +134,8 @@ def _content_problems(path: Path, manifest: Manifest, shard: Shard) -> Iterator[
     footer, content, lengths, low, high = read_footer(path, str(path)), hashlib.sha256(), {manifest.row_length}, 0, -1
     for group in range(len(footer.ends_G)):
         tokens_RT = read_tokens(path, str(path), group)
+        if not len(tokens_RT):
+            continue
         lengths.add(tokens_RT.shape[1])
         low, high = min(low, int(tokens_RT.min())), max(high, int(tokens_RT.max()))
         content.update(tokens_RT.astype("<i4").tobytes())

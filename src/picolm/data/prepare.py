@@ -16,7 +16,6 @@ on held-out documents.
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -52,6 +51,7 @@ from picolm.data.tokenizer import (
     train_tokenizer,
     write_tokenizer,
 )  # fmt: skip
+from picolm.trusted import remove_folder
 
 UNIT_BYTES = 32 << 20
 _SMALLEST_PIECE_BYTES = 1 << 16
@@ -117,7 +117,7 @@ def prepare(
     with alone(out):
         if not is_free(out):
             manifest = already_there(out, recipe | {"inputs": digest_files(found.files)})
-            shutil.rmtree(plan.folder, ignore_errors=True)
+            remove_folder(plan.folder)
             return manifest
         require_plain(plan.folder)
         with explained(plan, out):

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -152,7 +151,7 @@ class Unusable(DataError):
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Wait for and hold a lock, so that only one process prepares `out`. No lock if the file system has none."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    trusted.make_folder(out.parent)
     lock = FileLock(out.parent / f".{out.name}.lock", fallback_to_soft=False)
     os.close(trusted.open_to_append(Path(lock.lock_file)))  # refuses a link
     try:
@@ -191,7 +190,7 @@ def explained(plan: Plan, out: Path) -> Iterator[None]:
     except (DataError, OSError) as error:
         message = f"{out}: cannot be written ({error})" if isinstance(error, OSError) else str(error)
         if isinstance(error, Unusable) or not plan.path("reports").is_dir():
-            shutil.rmtree(plan.folder, ignore_errors=True)
+            trusted.remove_folder(plan.folder)
             raise DataError(
                 message + ("; nothing of it was left behind" if isinstance(error, OSError) else "")
             ) from error
@@ -210,5 +209,5 @@ def publish(plan: Plan, out: Path) -> Manifest:
     if out.is_dir():
         out.rmdir()  # an empty one
     result.rename(out)
-    shutil.rmtree(plan.folder, ignore_errors=True)
+    trusted.remove_folder(plan.folder)
     return manifest

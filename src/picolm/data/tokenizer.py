@@ -25,7 +25,7 @@ from picolm.errors import DataError, PicoError
 from picolm.network import fetch
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
     from picolm.data import Source
 
@@ -71,7 +71,12 @@ def parse_tokenizer(content: bytes, where: str) -> Tokenizer:
 
 
 def encode_text(tokenizer: Tokenizer, text: str, what: str) -> list[int]:
-    """Return the token ids of a text as in training: without special tokens, truncation and padding.
+    """Return the token ids of a text as in training: without special tokens, truncation and padding; see `encoding_of`."""
+    return list(encoding_of(tokenizer, text, what).ids)
+
+
+def encoding_of(tokenizer: Tokenizer, text: str, what: str) -> Encoding:
+    """Return the token ids of a text, and the characters that each stands for, without special tokens.
 
     what: a name for the text, for messages. Raises DataError if the text is not valid Unicode or cannot be encoded.
     """
@@ -81,8 +86,8 @@ def encode_text(tokenizer: Tokenizer, text: str, what: str) -> list[int]:
         raise DataError(
             f"{what} is not valid UTF-8 (at character {error.start}); give it in the encoding UTF-8"
         ) from None
-    with _library_errors(f"{what} cannot be encoded by the tokenizer of the run"):
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    with _library_errors(f"{what} cannot be encoded by the tokenizer of the run"), _without_its_stack():
+        return tokenizer.encode(text, add_special_tokens=False)
 
 
 def load_vocabulary(place: str | Path) -> Vocabulary:
@@ -200,7 +205,8 @@ def is_same(one: Path, other: Path) -> bool:
 
 def encode(vocabulary: Vocabulary, texts: list[str]) -> list[list[int]]:
     """Return the token ids of each text, without special tokens. Raises DataError if a text cannot be encoded."""
-    with _library_errors(f"{vocabulary.file or 'tokenizer'}: cannot encode the text; is its unknown token missing?"):
+    what = f"{vocabulary.file or 'tokenizer'}: cannot encode the text; is its unknown token missing?"
+    with _library_errors(what), _without_its_stack():
         encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 

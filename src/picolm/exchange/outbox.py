@@ -19,7 +19,7 @@ from picolm.store.files import RunLock, disk_errors, write_atomically
 from picolm.store.forms import Queue
 from picolm.store.manifest import MANIFEST, inside, step_directory, step_of
 from picolm.store.run import Run
-from picolm.trusted import read_json, refuse_links, require_regular
+from picolm.trusted import read_json, refuse_links, remove_folder, require_regular
 
 log = logging.getLogger("picolm")
 
@@ -87,20 +87,20 @@ class Outbox:
             log.warning("Little space is left: steps wait for the Hub only until checkpointing.keep deletes them.")
             return
         target, temporary = self.path / step_directory(step), self.path / f".{step_directory(step)}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
         try:
             for name in (*checkpoint.files, MANIFEST):
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 os.link(checkpoint.locate(name), temporary / name)
-            shutil.rmtree(target, ignore_errors=True)
+            remove_folder(target)
             os.rename(temporary, target)
         except OSError as error:  # no hard links on this file system; a copy would take space that the run may need
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_folder(temporary)
             log.debug("Step %d waits for the Hub without a second name: %s", step, error)
 
     def release(self, step: int) -> None:
         """Delete the hard links of a step."""
-        shutil.rmtree(self.path / step_directory(step), ignore_errors=True)
+        remove_folder(self.path / step_directory(step))
 
     def checkpoint(self, step: int) -> SealedCheckpoint | None:
         """Return a step, from its hard links or else from the run; None when it was deleted. Raises Damaged."""

@@ -45,7 +45,7 @@ from picolm.store.publish import exchange, point_latest
 from picolm.store.records import identity, read_directories
 from picolm.store.run import Run
 from picolm.store.selection import check_parts, chosen, origin, united
-from picolm.trusted import open_regular, read_bytes, refuse_links, require_regular
+from picolm.trusted import open_regular, read_bytes, refuse_links, remove_folder, require_regular
 
 _TEMPORARY = ".pull"
 _THREADS = 8
@@ -103,7 +103,7 @@ def pull(
                 if copy.bring(step, only):
                     fetched.append(step)
             copy.add_records()
-            shutil.rmtree(folder / _TEMPORARY, ignore_errors=True)
+            remove_folder(folder / _TEMPORARY)
     progress(len(wanted), len(wanted))
     return fetched
 
@@ -161,7 +161,7 @@ class _Copy:
         )
         refuse_links(here, self.folder)
         temporary.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary / ".cache", ignore_errors=True)  # records of huggingface_hub, and incomplete files
+        remove_folder(temporary / ".cache")  # records of huggingface_hub, and incomplete files
         for path in [path for path in temporary.rglob("*") if path.is_symlink() or not path.is_dir()]:
             if path.is_symlink() or str(path.relative_to(temporary)) not in files:
                 path.unlink()
@@ -171,7 +171,7 @@ class _Copy:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        shutil.rmtree(temporary / ".cache", ignore_errors=True)
+        remove_folder(temporary / ".cache")
         return temporary
 
     def _place(self, name: str, file: RemoteFile, temporary: Path, here: Path) -> None:
@@ -200,7 +200,7 @@ class _Copy:
             sync_directory(folder)
         if place.exists():
             exchange(temporary, place, known)
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_folder(temporary)
         else:
             os.rename(temporary, place)
             sync_directory(self.checkpoints)

@@ -8,6 +8,7 @@ from pathlib import Path
 from picolm.errors import PicoError
 from picolm.report.browser import find
 from picolm.report.section import Drawing
+from picolm.trusted import make_folder
 
 FORMATS = ("svg", "pdf", "png")
 
@@ -20,7 +21,7 @@ def export(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
     """
     figures = _numbered(drawings)
     kaleido = _kaleido()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     made = [folder / f"{name}.{kind}" for name in figures for kind in FORMATS]
     jobs = [
         {

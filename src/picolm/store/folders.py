@@ -5,7 +5,6 @@ Only what the same call has made is deleted.
 
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 from picolm.errors import StoreError
 from picolm.store.files import disk_errors, sync_directory
 from picolm.store.manifest import RUN
+from picolm.trusted import remove_folder
 
 log = logging.getLogger("picolm")
 
@@ -38,7 +38,7 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
             os.rename(partial, out)
             sync_directory(out.parent)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_folder(partial)
 
 
 def refuse_content(out: Path) -> None:

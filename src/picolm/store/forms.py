@@ -78,6 +78,7 @@ class Environment(_Form):
 class Capture(_Form):
     positions: list[int] | None = None
     val_positions: list[int] | None = None
+    observed_positions: list[int] | None = None
 
 
 class MeterState(_Form):

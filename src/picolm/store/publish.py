@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from picolm.store.manifest import (
     table_file,
 )
 from picolm.store.tensors import DTYPES, dtype_name, write_tensors
+from picolm.trusted import remove_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ def temporary_step(checkpoints: Path, step: int) -> Iterator[Path]:
     try:
         yield partial
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_folder(partial)
 
 
 def discard(checkpoints: Path, step: int) -> None:
@@ -71,7 +71,7 @@ def discard(checkpoints: Path, step: int) -> None:
     temporary = _temporary_name(checkpoints, step)
     os.rename(checkpoints / step_directory(step), temporary)
     sync_directory(checkpoints)
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_folder(temporary)
 
 
 def _temporary_name(checkpoints: Path, step: int) -> Path:
@@ -160,7 +160,7 @@ def exchange(partial: Path, target: Path, known: Collection[str]) -> None:
         raise
     move_others(old, target, {*known, MANIFEST})
     sync_directory(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(old)
 
 
 def _swap(one: Path, other: Path) -> bool:
@@ -183,7 +183,7 @@ def sweep(checkpoints: Path) -> None:
             os.rename(leftover, target)
         else:
             logger.info("%s was left by a writer that did not finish; removed", leftover)
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove_folder(leftover)
     for link in checkpoints.glob(f".{LATEST}{_PARTIAL}*"):  # as `point_latest` names them
         if link.is_symlink():
             link.unlink(missing_ok=True)

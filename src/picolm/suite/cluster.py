@@ -18,7 +18,7 @@ from typing import Any
 from picolm.errors import PicoError
 from picolm.registry import CodePolicy, code_policy, set_code_policy
 from picolm.slurm import queued
-from picolm.store.files import write_atomically
+from picolm.store.files import disk_errors, write_atomically
 from picolm.suite.config import Member, SuiteConfig
 from picolm.suite.local import Failure
 from picolm.trusted import read_json
@@ -117,7 +117,8 @@ def _jobs(config: SuiteConfig, members: list[Member], files: Mapping[str, Path])
         else:
             job = _submit(config, member, files[member.name].resolve(), folder)
             known[member.name] = job.job_id
-            write_atomically(record, (json.dumps(known, indent=1) + "\n").encode())
+            with disk_errors("the list of jobs", record):
+                write_atomically(record, (json.dumps(known, indent=1) + "\n").encode())
             log.info("%s: job %s is queued; what it says is in %s.", member.name, job.job_id, folder)
         jobs[member.name] = job
     return jobs

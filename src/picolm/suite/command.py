@@ -11,13 +11,13 @@ from rich.table import Table
 from picolm.console import LEAST_WIDTH, configure_logging, say, screen
 from picolm.errors import PicoError
 from picolm.schema import dump
-from picolm.store.files import write_atomically
+from picolm.store.files import disk_errors, write_atomically
 from picolm.suite.comparison import REPORT, analyze_members, write_report
 from picolm.suite.config import Member, Suite, differing, load_suite
 from picolm.suite.local import Failure, train_locally
 from picolm.suite.standing import Standing, standings
 from picolm.train.preview import estimate, rounded_bytes
-from picolm.trusted import refuse_links
+from picolm.trusted import make_folder, refuse_links
 
 log = logging.getLogger("picolm")
 
@@ -44,7 +44,7 @@ def run_suite(
     if dry_run:
         _preview(suite.members, found)
         return 0
-    suite.config.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(suite.config.folder)
     configure_logging("INFO", suite.config.folder / "suite.log")
     _tell_standings(suite, found)
     failures, stopped = _train(suite, found, executor, jobs)
@@ -116,11 +116,12 @@ def _written(suite: Suite, members: list[Member]) -> dict[str, Path]:
     """Write the configuration of each member to a file for `pico train`. Return the files by name."""
     folder = suite.config.folder / "configs"
     refuse_links(folder, suite.config.folder)
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     files = {member.name: folder / f"{member.name}.yaml" for member in members}
     for member in members:
         refuse_links(files[member.name], suite.config.folder)
-        write_atomically(files[member.name], dump(member.config).encode())
+        with disk_errors("a configuration", folder):
+            write_atomically(files[member.name], dump(member.config).encode())
     return files
 
 

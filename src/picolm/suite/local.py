@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from picolm.registry import CodePolicy, code_policy
-from picolm.trusted import open_to_append
+from picolm.trusted import make_folder, open_to_append
 
 log = logging.getLogger("picolm")
 
@@ -44,7 +44,7 @@ def train_locally(files: dict[str, Path], logs: Path, jobs: int) -> tuple[list[F
     files: the configuration of each member, by name, as `pico train` reads it. logs: the folder for the output of each
     process. Ctrl-C and SIGTERM are passed on to every process, which saves and ends.
     """
-    logs.mkdir(parents=True, exist_ok=True)
+    make_folder(logs)
     waiting, processes, failures = list(files.items()), list[Process](), list[Failure]()
     with _recorded_signals() as signals:
         passed_on = 0
