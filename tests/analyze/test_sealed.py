@@ -100,7 +100,8 @@ def test_results_are_not_read_through_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["results.parquet", "results.csv", "aggregated.parquet", "checksums.sha256", "narrow/step_0/gini_train.json"]
+    "name",
+    ["results.parquet", "results.csv", "aggregated.parquet", "checksums.sha256", "narrow/step_0/gini_train.json"],
 )
 def test_a_folder_where_a_file_of_results_is_to_be_is_a_message(analyze: Analyze, tmp_path: Path, name: str) -> None:
     blocked = tmp_path / "results" / "analysis" / name

@@ -113,6 +113,15 @@ def test_every_change_is_named(rows: Path) -> None:
         assert problem in said
 
 
+def test_a_shard_is_opened_once_however_many_groups_it_has(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = rows / "train-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=1)
+    opened, read = list[int](), pq.ParquetFile
+    monkeypatch.setattr(pq, "ParquetFile", lambda *words, **options: opened.append(1) or read(*words, **options))  # type: ignore[func-returns-value]
+    verify(rows)
+    assert len(opened) <= 4  # of both splits
+
+
 @pytest.mark.parametrize("groups", [0, 1])
 def test_a_shard_without_rows_is_named(rows: Path, groups: int) -> None:
     path = rows / "val-00000-of-00001.parquet"
@@ -120,7 +129,7 @@ def test_a_shard_without_rows_is_named(rows: Path, groups: int) -> None:
     with pq.ParquetWriter(path, empty.schema) as writer:
         for _ in range(groups):
             writer.write_batch(pa.RecordBatch.from_pylist([], empty.schema))
-    assert any("has 0 rows" in problem for problem in verify(rows))
+    assert any("has 0 rows" in problem for problem in verify(rows)), verify(rows)
     with pytest.raises(DataError, match="val-00000-of-00001"):
         inspect(rows)
 

@@ -64,9 +64,23 @@ def read_tokens(path: Path, name: str, group: int) -> np.ndarray:
 
     Raises DataError for rows of unequal length or without tokens, negative ids, nulls and other types.
     """
+    with opened(path, name) as shard:
+        return _tokens(shard, name, group)
+
+
+def read_groups(path: Path, name: str, with_labels: bool = False) -> Iterator[tuple[np.ndarray, list[str] | None]]:
+    """Yield the tokens and the labels of each row group, in order, from a file that is opened once: a footer of many groups takes
+    as long to read as they do. Raises like `read_tokens`.
+    """
+    with opened(path, name) as shard:
+        for group in range(shard.num_row_groups):
+            yield _tokens(shard, name, group), _labels(shard, name, group) if with_labels else None
+
+
+def _tokens(shard: pq.ParquetFile, name: str, group: int) -> np.ndarray:
     import pyarrow as pa
 
-    column = _read_column(path, name, group, "input_ids")
+    column = _read_column(shard, name, group, "input_ids")
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise DataError(f"{name}: column input_ids is of type {kind}; rows of integers (a list) are needed")
@@ -91,23 +105,24 @@ def read_tokens(path: Path, name: str, group: int) -> np.ndarray:
 
 def read_labels(path: Path, name: str, group: int) -> list[str]:
     """Return the `source` of each row of one row group; empty text for null."""
-    labels = _read_column(path, name, group, "source").to_pylist()
+    with opened(path, name) as shard:
+        return _labels(shard, name, group)
+
+
+def _labels(shard: pq.ParquetFile, name: str, group: int) -> list[str]:
+    labels = _read_column(shard, name, group, "source").to_pylist()
     return ["" if label is None else str(label) for label in labels]
 
 
-def _read_column(path: Path, name: str, group: int, column: str) -> pa.Array:
-    import pyarrow as pa
-
-    with opened(path, name) as shard:
-        metadata = shard.metadata.row_group(group)
-        sizes = [metadata.column(place).num_values for place in range(metadata.num_columns)]
-        if max(sizes, default=0) > _MOST_VALUES:
-            raise DataError(
-                f"{name}: row group {group} holds {max(sizes):,} values, which are decoded at once; write it again with fewer "
-                "rows in a group"
-            )
-        chunks = shard.read_row_group(group, columns=[column], use_threads=False).column(column)
-        return pa.concat_arrays(chunks.chunks) if chunks.num_chunks != 1 else chunks.chunk(0)
+def _read_column(shard: pq.ParquetFile, name: str, group: int, column: str) -> pa.Array:
+    metadata = shard.metadata.row_group(group)
+    sizes = [metadata.column(place).num_values for place in range(metadata.num_columns)]
+    if max(sizes, default=0) > _MOST_VALUES:
+        raise DataError(
+            f"{name}: row group {group} holds {max(sizes):,} values, which are decoded at once; write it again with fewer "
+            "rows in a group"
+        )
+    return shard.read_row_group(group, columns=[column], use_threads=False).column(column).combine_chunks()
 
 
 def _common_length(column: pa.Array, name: str, group: int) -> int:

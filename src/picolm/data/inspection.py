@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from picolm.data.decode import read_footer, read_labels, read_tokens
+from picolm.data.decode import read_footer, read_groups
 from picolm.data.manifest import Manifest, Shard, damaged_files, file_of, read_manifest
 from picolm.data.parquet import open_parquet
 from picolm.data.tokenizer import load_tokenizer
@@ -132,15 +132,14 @@ def _shard_problems(folder: Path, manifest: Manifest, shard: Shard) -> Iterator[
 
 def _content_problems(path: Path, manifest: Manifest, shard: Shard) -> Iterator[str]:
     footer, content, lengths, low, high = read_footer(path, str(path)), hashlib.sha256(), {manifest.row_length}, 0, -1
-    for group in range(len(footer.ends_G)):
-        tokens_RT = read_tokens(path, str(path), group)
+    for tokens_RT, labels in read_groups(path, str(path), footer.has_labels):
         if not len(tokens_RT):
             continue
         lengths.add(tokens_RT.shape[1])
         low, high = min(low, int(tokens_RT.min())), max(high, int(tokens_RT.max()))
         content.update(tokens_RT.astype("<i4").tobytes())
-        if footer.has_labels:
-            content.update("\n".join(read_labels(path, str(path), group)).encode())
+        if labels is not None:
+            content.update("\n".join(labels).encode())
     for length in lengths - {manifest.row_length}:
         yield f"has rows of {length} tokens, {manifest.row_length} in the manifest"
     if footer.rows != shard.rows:
@@ -157,8 +156,7 @@ def _groups(folder: Path, manifest: Manifest, split: str) -> Iterator[np.ndarray
     """Yield the tokens of a split, int32 [R, T], row group by row group."""
     for shard in manifest.splits.get(split, []):
         path = folder / shard.file
-        for group in range(len(read_footer(path, str(path)).ends_G)):
-            yield read_tokens(path, str(path), group)
+        yield from (tokens_RT for tokens_RT, _ in read_groups(path, str(path)))
 
 
 def _digests(tokens_RT: np.ndarray) -> list[bytes]:
