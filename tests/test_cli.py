@@ -237,6 +237,42 @@ def test_a_place_without_a_run(call: Call, tmp_path: Path, command: str) -> None
     assert f"{tmp_path}/nothing: no run here (there is no such directory)" in answer.err
 
 
+ANALYSIS = "metrics: [{metric_name: gini, components: [{layer_suffixes: w_2}]}]\n"
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["a file", "below a file"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "analyze analysis.yaml --run RUN monitoring.output_dir=OUT",
+        "analyze analysis.yaml --run RUN analysis_name=OUT",
+        "report RUN -o OUT/report.html",
+        "report RUN -o report.html --figures OUT",
+        "train small.yaml checkpointing.runs_dir=OUT training.max_steps=1",
+        "data prepare text.txt --out OUT",
+        "export RUN --out OUT",
+        "fork RUN --step 2 --run-name OUT",
+        "replay RUN --steps 1 --out OUT",
+        "observe RUN --out OUT",
+    ],
+)
+def test_a_file_where_a_folder_is_to_be_made_is_a_message(
+    call: Call, run: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, deep: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "analysis.yaml").write_text(ANALYSIS)
+    (tmp_path / "text.txt").write_text("some words of text\n" * 50)
+    (tmp_path / "taken").write_text("mine")
+    out = "taken/deeper" if deep and "name=" not in command and "--run-name" not in command else "taken"
+    for folder in (tmp_path / "analysis_results", run.parent):
+        folder.mkdir(exist_ok=True)
+        (folder / "taken").write_text("mine")
+    answer = call(*command.replace("OUT", out).replace("RUN", str(run)).split())
+    assert answer.code in (1, 2)
+    assert "taken" in answer.err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

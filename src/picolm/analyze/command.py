@@ -15,6 +15,7 @@ from picolm.schema import dump, load, plain
 from picolm.store import Run
 from picolm.store.files import RunLock
 from picolm.tracking import Session
+from picolm.trusted import make_folder, refuse_links
 
 log = logging.getLogger("picolm")
 
@@ -42,7 +43,8 @@ def analyze_runs(
         say(dump(config) + "\n" + plan(config, places))
         return None
     folder = Path(config.monitoring.output_dir) / config.analysis_name
-    folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder, folder.parent)
+    make_folder(folder)
     with RunLock(folder / ".lock", "analysis", "analysis_name").held():
         configure_logging("INFO", folder / "analysis.log")
         outcome = _with_bar(config, places, workers=workers, backend=backend, strict=strict)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from picolm.errors import PicoError
+from picolm.trusted import make_folder
 
 log = logging.getLogger("picolm")
 
@@ -44,7 +45,7 @@ class Values:
 
     def __init__(self, path: Path):
         """Open or create the file. Raises PicoError if it cannot be used; see `rename_damaged` for a damaged one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise PicoError(f"{path} is a link, or no regular file; remove it (a new one is made)")
         self.path = path
