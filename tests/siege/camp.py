@@ -76,6 +76,8 @@ COMMANDS = {
     "list series": "list series",
     "verify series": "verify series",
     "analyze series": "analyze weights.yaml --run series",
+    "observe": "observe runs/toy --steps 2 --what activations,gradients,scores --out runs/seen",
+    "observe series": "observe series --prompt the --what activations,patterns,logits --steps 2 --out runs/seen",
     "import torch": "import state --out runs/imported",
     "renew": "renew runs/toy",
     "push": "push runs/toy --repo-id lab/sent",

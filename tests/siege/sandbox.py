@@ -33,7 +33,7 @@ FILE_BYTES = 256 << 20
 LATE = [
     "pandas", "tokenizers", "safetensors.torch", "huggingface_hub.hf_api", "plotly.graph_objects", "plotly.io",
     "plotly.offline", "gguf", "pyarrow.parquet", "jinja2", "joblib", "lightning_fabric", "torch.optim", "torch._dynamo",
-    "torch.profiler", "sqlite3", "orjson",
+    "torch.profiler", "sqlite3", "orjson", "transformers.models.llama.modeling_llama", "transformers.initialization",
 ]  # fmt: skip
 # Events of Python's audit hooks whose arguments are paths.
 PATHS = {

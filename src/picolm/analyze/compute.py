@@ -17,7 +17,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from picolm.analyze.components import COMPONENTS, Operand, digest_of
-from picolm.analyze.config import Component, Entry, Target
+from picolm.analyze.config import AnalysisConfig, Component, Target
 from picolm.analyze.matrix import Matrix
 from picolm.analyze.metrics import Metric, Undefined, find_metric
 from picolm.analyze.pairing import Place, by_name, check_same_rows, partner_places, partners
@@ -65,13 +65,13 @@ class Work:
     absent: list[str] = field(default_factory=list)
 
 
-def tasks_of(entries: Iterable[Entry]) -> list[Task]:
+def tasks_of(config: AnalysisConfig) -> list[Task]:
     """Return the tasks of a configuration, in its order."""
-    tasks = []
-    for entry in entries:
+    tasks, observed = [], config.observe.split if config.observe is not None else None
+    for entry in config.metrics:
         metric = find_metric(entry.metric_name)
         target = entry.compared_with if metric.arity == 2 else None
-        split = entry.data_split or ("val" if metric.arity == 2 else "train")
+        split = entry.data_split or observed or ("val" if metric.arity == 2 else "train")
         options = tuple(sorted(entry.options.items()))
         for component in entry.components or default_components(metric):
             tasks.append(Task(metric, options, component, split, target, entry.chance))

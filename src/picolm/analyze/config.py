@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from picolm.analyze.components import COMPONENTS
 from picolm.analyze.metrics import find_metric
 from picolm.errors import PicoError
+from picolm.observe.config import Observe
 from picolm.registry import did_you_mean
 from picolm.schema import Key, Place, Rule, Section
 
@@ -83,9 +84,9 @@ class Entry(BaseModel):
 
     metric_name: Annotated[str, Key("metric")]
     """Name of a metric (`pico list metrics` shows all), or my_lab.module:attribute."""
-    data_split: Literal["train", "val"] | None = None
-    """Split of gradients and activations (default: val for metrics of two tensors, since it has the same rows at each
-    step; else train).
+    data_split: Literal["train", "val", "observed"] | None = None
+    """Split of gradients and activations (default: what is observed; else val for metrics of two tensors, since it has the same
+    rows at each step, and train for others).
     """
     components: tuple[Component, ...] | None = None
     """What the metric is computed on. Default: activations of ov_circuit and mlp for metrics that need matching rows;
@@ -149,6 +150,8 @@ class AnalysisConfig(Section):
     """Which steps: all; log (the first, each next one at least twice the one before, and the last); a list; a range
     {start, end, step}; or {every: k}.
     """
+    observe: Observe | None = None
+    """Run the model of each step on these rows, and measure its activations and gradients there (default: what is stored)."""
     metrics: Annotated[tuple[Entry, ...], Field(min_length=1)]
     """The metrics to compute."""
     monitoring: Monitoring = Monitoring()
@@ -157,6 +160,11 @@ class AnalysisConfig(Section):
         for index, entry in enumerate(self.metrics):
             for keys, message in entry_problems(entry):
                 yield tuple(f"metrics.{index}.{key}" for key in keys), message
+        if self.observe is not None and (others := sorted({*self.observe.what} - {"activations", "gradients"})):
+            yield (
+                ("observe.what",),
+                f"an analysis measures activations and gradients; `pico observe` writes {', '.join(others)}",
+            )
         name = self.analysis_name
         if not name or name in (".", "..") or "/" in name or "\0" in name:
             yield ("analysis_name",), f"{name!r} cannot be the name of a folder"

@@ -21,6 +21,7 @@ from picolm.analyze.pairing import Place
 from picolm.analyze.reading import Readers, model_section
 from picolm.analyze.values import Value, Values, rename_damaged
 from picolm.errors import PicoError
+from picolm.observe.config import Observe
 from picolm.registry import CodePolicy, code_policy, set_code_policy
 from picolm.store import Run
 from picolm.store.checkpoint import SealedCheckpoint
@@ -107,7 +108,7 @@ def unreadable_steps(config: AnalysisConfig, run: Run) -> dict[int, str]:
                 step = SealedCheckpoint(path.parent).step
                 if step not in whole:
                     found[step] = f"{path.parent}: holds step {step} under another name; call it step_{step}"
-    compares = any(task.target is not None for task in tasks_of(config.metrics))
+    compares = any(task.target is not None for task in tasks_of(config))
     asked = found if compares else set(chosen_steps(config, sorted({*whole, *found}))[0])
     return {step: found[step] for step in sorted(found) if step in asked}
 
@@ -126,7 +127,7 @@ def analyze(
 
     progress: called with the number of units that are done and of all units.
     """
-    _readers.cache_clear()  # a run may have changed since the last analysis in this process
+    _opened.cache_clear()  # a run may have changed since the last analysis in this process
     runs = _open(config, places)
     folder = Path(config.monitoring.output_dir)
     named = tuple((name, place) for name, (place, _) in runs.items())
@@ -193,7 +194,7 @@ def _open(config: AnalysisConfig, places: Iterable[str]) -> dict[str, tuple[str,
 
 
 def _units(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) -> Iterator[Unit]:
-    tasks = tasks_of(config.metrics)
+    tasks = tasks_of(config)
     for task in tasks:
         if task.target is not None and task.target.run is not None and task.target.run not in runs:
             raise PicoError(
@@ -220,7 +221,7 @@ def _units(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) ->
 
 def _results(ask: Ask, units: list[Unit], workers: int, backend: str) -> Iterator[tuple[Outcome, dict[str, Value]]]:
     if workers == 1 and backend == "loky":
-        with _threads_for(_readers(ask.runs)) as threads:
+        with _threads_for(_readers(ask)) as threads:
             yield from (run_unit(ask, unit, threads) for unit in units)
         return
     from joblib import Parallel, delayed, parallel_config
@@ -276,15 +277,26 @@ def _in_worker(ask: Ask, unit: Unit) -> tuple[Outcome, dict[str, Value]]:
     return run_unit(ask, unit)
 
 
-@cache
-def _readers(runs: tuple[tuple[str, str], ...]) -> Readers:
+def _readers(ask: Ask) -> Readers:
     """Return the open runs, cached per process: a step that many steps are compared with is read once per process."""
-    return Readers({name: Run.open(place) for name, place in runs})
+    return _opened(ask.runs, _observed(ask.config))
+
+
+@cache
+def _opened(runs: tuple[tuple[str, str], ...], observe: Observe | None) -> Readers:
+    return Readers({name: Run.open(place) for name, place in runs}, observe)
+
+
+def _observed(config: AnalysisConfig) -> Observe | None:
+    """Return what is to be observed, None if nothing of it is measured."""
+    kinds = {(task.component.data_type, task.split) for task in tasks_of(config)}
+    asked = config.observe
+    return asked if asked is not None and kinds & {(kind, asked.split) for kind in asked.what} else None
 
 
 def run_unit(ask: Ask, unit: Unit, threads: int = 1) -> tuple[Outcome, dict[str, Value]]:
     """Return the outcome of one unit, and the values that were computed for it, `threads` layers at a time."""
-    readers, all_tasks = _readers(ask.runs), tasks_of(ask.config.metrics)
+    readers, all_tasks = _readers(ask), tasks_of(ask.config)
     tasks = [all_tasks[number] for number in unit.tasks]
     steps = {name: chosen_steps(ask.config, there)[0] for name, there in readers.steps.items()}
     before, readers.threads = readers.tensors_read, threads
@@ -292,6 +304,8 @@ def run_unit(ask: Ask, unit: Unit, threads: int = 1) -> tuple[Outcome, dict[str,
     outcome.found = {number for number, task in zip(unit.tasks, tasks) if any(cell.task is task for cell in cells)}
     with closing(Values(ask.values)) as values:
         known = values.get(cell.key for cell in cells)
+    asked = (cell for cell in cells if cell.key not in known and readers.observes(cell.operand.address))
+    readers.fetch(sorted({place for cell in asked for place in (cell.place, cell.against) if place is not None}))
     new = dict(compute(cells, known, readers.fixed, threads))
     known |= new
     outcome.rows = [row for cell in cells for row in rows_of(cell, known[cell.key])]
@@ -315,34 +329,34 @@ def _cells(
 
 def _fetch_ahead(ask: Ask, progress: Callable[[int, int], None]) -> None:
     """Download what the analysis needs of remote runs: only the kinds of files it reads, several at a time."""
-    tasks = tasks_of(ask.config.metrics)
-    wanted = {pattern for task in tasks for pattern in _patterns(task)}
+    tasks = tasks_of(ask.config)
+    wanted = {pattern for task in tasks for pattern in _patterns(task, _observed(ask.config) is not None)}
     rows = {task.split for task in tasks if task.target is not None and task.component.data_type == "activations"}
-    for name, run in _readers(ask.runs).runs.items():
+    for name, run in _readers(ask).runs.items():
         if type(run).prefetch is not Run.prefetch:
             steps = chosen_steps(ask.config, run.steps)[0]
             log.info("Fetching what is needed of %d steps of %s.", len(steps), name)
             run.prefetch(steps, wanted, rows=rows, progress=progress)
 
 
-def _patterns(task: Task) -> Iterator[Address]:
-    """Yield what a task reads, as patterns of addresses; circuits need weights too."""
+def _patterns(task: Task, observes: bool) -> Iterator[Address]:
+    """Yield what a task reads, as patterns of addresses; circuits need weights too, and so does what is observed."""
     kind = task.component.data_type
     yield Address(kind, task.split if kind in ("gradients", "activations") else "", "*")
-    if task.component.component_name in ("ov_circuit", "qk_circuit"):
+    if task.component.component_name in ("ov_circuit", "qk_circuit") or observes:
         yield Address("weights", "", "*")
 
 
 def _report(outcome: Outcome, ask: Ask, strict: bool) -> None:
     """Log what is missing. Raises PicoError if a metric found nothing at all, or if `strict` and any is missing."""
-    tasks, readers = tasks_of(ask.config.metrics), _readers(ask.runs)
+    tasks, readers = tasks_of(ask.config), _readers(ask)
     for number, task in enumerate(tasks):
         if number not in outcome.found:
             run = next(iter(readers.runs.values()))
             raise PicoError(
                 f"{task.metric.name} of {task.component.component_name} ({task.component.data_type}, split {task.split}, "
                 f"{task.component.layer_suffixes or 'default layers'}) finds nothing at any step. "
-                f"Step {run.steps[-1]} of {run.name} holds {available(run[run.steps[-1]])}"
+                f"Step {run.steps[-1]} of {run.name} holds {available(readers.at(run.name, run.steps[-1]))}"
             )
     given = [row for row in outcome.rows if row["value"] is not None]
     for metric in dict.fromkeys(row["metric"] for row in given if row["forced"]):
@@ -363,14 +377,14 @@ def plan(config: AnalysisConfig, places: Iterable[str]) -> str:
     """Return what an analysis would do, as text: numbers of values and tensors, and the files. Reads manifests only."""
     runs, outcome = _open(config, places), Outcome()
     opened = {name: run for name, (_, run) in runs.items()}
-    readers, tasks = Readers(opened), tasks_of(config.metrics)
+    readers, tasks = Readers(opened, _observed(config)), tasks_of(config)
     steps = {name: chosen_steps(config, there)[0] for name, there in readers.steps.items()}
     values = 0
     for unit in _units(config, opened, outcome):
         cells, part = _cells(readers, unit, [tasks[number] for number in unit.tasks], steps)
         outcome.add(part)
         values += sum(1 for cell in cells for _ in rows_of(cell, Value(None)))
-    files = {str(opened[name][step].location(address)) for name, step, address in readers.asked}
+    files = {readers.location(*asked) for asked in readers.asked}
     lines = [f"{len(tasks)} metrics of components, {sum(map(len, steps.values()))} steps of {len(opened)} run(s)"]
     lines += [
         f"{values} values from {len(readers.asked)} tensors in {len(files)} files:",

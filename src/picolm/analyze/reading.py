@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from picolm.analyze.matrix import Matrix
     from picolm.models import Anatomy
+    from picolm.observe.config import Observe
+    from picolm.observe.observed import Observer
     from picolm.store import Checkpoint, Run
 
 log = logging.getLogger("picolm")
@@ -95,7 +97,7 @@ class Reader(Mapping[Address, "Tensor"]):
     def positions(self, split: str) -> list[int] | None:
         """Return the positions in each input that the activations belong to; None for all, or if not stored."""
         captured = self.checkpoint.meta.get("capture") or {}
-        return captured.get("val_positions" if split == "val" else "positions")
+        return captured.get("positions" if split == "train" else f"{split}_positions")
 
 
 def model_section(run: "Run") -> dict[str, Any]:
@@ -111,8 +113,9 @@ def model_section(run: "Run") -> dict[str, Any]:
 class Readers:
     """The readers of the steps in use: those that are pinned, and the last two others."""
 
-    def __init__(self, runs: Mapping[str, "Run"]):
-        self.runs = runs
+    def __init__(self, runs: Mapping[str, "Run"], observe: "Observe | None" = None):
+        """observe: what is observed of all runs, beside what they store."""
+        self.runs, self._observe = runs, observe
         self.steps = {name: run.steps for name, run in runs.items()}  # as they were when the analysis began
         self.models = {name: model_section(run) for name, run in runs.items()}
         self.pinned: dict[tuple[str, int], Reader] = {}
@@ -132,7 +135,8 @@ class Readers:
         if reader is None:
             if step not in self.steps[run]:
                 return None
-            reader = Reader(self.runs[run][step], self.runs[run], self)
+            stored = self.runs[run][step]
+            reader = Reader(self._observers[run].at(stored) if self._observe else stored, self.runs[run], self)
         if pin:
             self.pinned[key] = reader
         elif key not in self.pinned:
@@ -140,6 +144,29 @@ class Readers:
             while len(self._recent) > 2:
                 self._recent.popitem(last=False)
         return reader
+
+    @cached_property
+    def _observers(self) -> "Mapping[str, Observer]":
+        from picolm.observe.observed import observers
+
+        assert self._observe is not None
+        return observers(self._observe, self.runs)
+
+    def observes(self, address: Address) -> bool:
+        """Return whether a tensor is observed, and not stored."""
+        asked = self._observe
+        return asked is not None and address.split == asked.split and address.kind in asked.what
+
+    def fetch(self, places: Iterable[tuple[str, int]]) -> None:
+        """Compute what is observed at some steps of runs, in this thread."""
+        for run, step in places:
+            if (reader := self.at(run, step)) is not None:
+                reader.checkpoint.fetch(self._observers[run].addresses)
+
+    def location(self, run: str, step: int, address: Address) -> str:
+        """Return the file that holds a tensor, for messages."""
+        reader = self.at(run, step)
+        return reader.checkpoint.location(address) if reader is not None else ""
 
     def say_once(self, text: str) -> None:
         if text not in self._said:

@@ -6,7 +6,7 @@ functions that gather in the same order. Gathered tensors are returned on the fi
 Shapes: B rows of a micro-batch, T positions, H width of a module's output, R rows kept, P positions kept.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,26 +68,37 @@ class Taps:
 def find_modules(
     model: nn.Module, suffixes: Sequence[str], layers: Literal["all"] | Sequence[int]
 ) -> dict[str, nn.Module]:
-    """Return the modules whose names end in one of `suffixes` (whole words), in the order of the model.
-
-    Of modules inside blocks, only those of `layers` are returned. Raises PicoError, listing the known suffixes, if a
-    suffix matches no module.
-    """
+    """Return the modules whose names end in one of `suffixes` (whole words), in the order of the model; see `matching`."""
     named = {name: module for name, module in model.named_modules() if name}
-    found: dict[str, nn.Module] = {}
+    lists = {name for name, module in named.items() if isinstance(module, nn.ModuleList)}
+    found = matching(named, suffixes, layers, "checkpointing.learning_dynamics.layer_suffixes", but=lists)
+    return {name: named[name] for name in found}
+
+
+def matching(
+    names: Collection[str],
+    suffixes: Sequence[str],
+    layers: Literal["all"] | Sequence[int],
+    key: str,
+    but: Collection[str] = (),
+) -> list[str]:
+    """Return the names of modules that end in one of `suffixes` (whole words), in the order of `names`.
+
+    Of modules inside blocks, only those of `layers` are returned. key: the key of the configuration, for messages; but: names
+    that are not listed there. Raises PicoError, listing the known suffixes, if a suffix matches no module.
+    """
+    found: set[str] = set()
     for suffix in suffixes:
-        matching = {name: module for name, module in named.items() if has_suffix(name, suffix)}
-        if not matching:
-            known = dict.fromkeys(
-                Address("", "", name).suffix or name for name, m in named.items() if not isinstance(m, nn.ModuleList)
-            )
+        matches = [name for name in names if has_suffix(name, suffix)]
+        if not matches:
+            known = dict.fromkeys(Address("", "", name).suffix or name for name in names if name not in but)
             raise PicoError(
-                f"checkpointing.learning_dynamics.layer_suffixes: {suffix!r} matches no module"
+                f"{key}: {suffix!r} matches no module"
                 f"{did_you_mean(suffix, [*known, *(name.rsplit('.', 1)[-1] for name in known)])} (there are: {', '.join(known)})"
             )
-        layer_of = {name: Address("", "", name).layer for name in matching}
-        found |= {n: m for n, m in matching.items() if layers == "all" or layer_of[n] is None or layer_of[n] in layers}
-    return {name: found[name] for name in named if name in found}  # in the order of the model, not of `suffixes`
+        layer_of = {name: Address("", "", name).layer for name in matches}
+        found |= {n for n in matches if layers == "all" or layer_of[n] is None or layer_of[n] in layers}
+    return [name for name in names if name in found]
 
 
 class Captured(dict[Address, Tensor]):

@@ -1,11 +1,12 @@
-"""`pico analyze`."""
+"""`pico analyze` and `pico observe`."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from picolm.cli.app import ConfigArguments, ConfigPath, TrustRemoteCode, app, config_and_overrides
+from picolm.cli.app import ConfigArguments, ConfigPath, RunArgument, TrustRemoteCode, app, config_and_overrides
+from picolm.console import say
 from picolm.errors import PicoError
 
 
@@ -63,3 +64,70 @@ def _report(config_path: Path, overrides: list[str], places: list[str]) -> None:
     config = load(config_path, AnalysisConfig, overrides)
     folder = Path(config.monitoring.output_dir) / config.analysis_name
     say_where(write(places or list(config.runs), [str(folder)], folder / "report.html"))
+
+
+@app.command()
+def observe(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="The folder to create: a run that holds what was observed.")],
+    rows: Annotated[
+        str,
+        typer.Option(
+            help="val (the held-out rows of the run), a file of texts, or of token ids: FILE.npy, FILE.parquet:COLUMN."
+        ),
+    ] = "val",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text to read, instead of --rows. Repeat for several.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="5,9,20 or 100:200 or 100:200:10 (default: all with weights).")
+    ] = None,
+    what: Annotated[
+        str, typer.Option(help="activations, gradients, patterns, logits, scores, separated by commas.")
+    ] = "activations",
+    modules: Annotated[
+        str | None, typer.Option(help="Modules: roles or ends of names, separated by commas (default: as in training).")
+    ] = None,
+    layers: Annotated[str, typer.Option(help="Numbers of blocks, separated by commas, or all.")] = "all",
+    positions: Annotated[str, typer.Option(help="last, all, or positions in a row, separated by commas.")] = "last",
+    max_rows: Annotated[int | None, typer.Option(help="At most so many rows (default: 64 of a file).")] = None,
+    length: Annotated[int | None, typer.Option(help="Predicted tokens of a row of a text (default: 512).")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Run the model of checkpoints on given rows, and keep its activations, gradients, attention patterns, logits or scores."""
+    from functools import partial
+
+    from picolm.document import COMMAND_LINE, Document
+    from picolm.observe.command import observe_steps
+    from picolm.observe.config import Observe
+    from picolm.schema import resolve
+    from picolm.store import Run
+    from picolm.store.files import size
+    from picolm.terminal import phases
+    from picolm.train.history import parse_steps
+
+    asked: dict[str, Any] = {
+        "rows": prompt or rows,
+        "what": what.split(","),
+        "layers": _words(layers),
+        "positions": _words(positions),
+        "max_rows": max_rows,
+        "length": length,
+        "batch_size": batch_size,
+    }
+    asked |= {"modules": modules.split(",")} if modules else {}
+    given = Document("pico observe")
+    for key, value in asked.items():
+        given.assign((key,), value, COMMAND_LINE)
+    asking, chosen = resolve(given, Observe), parse_steps(steps) if steps else None
+    with phases() as progress:
+        written = dict(observe_steps(Run.open(run), chosen, asking, out, partial(progress, "observing")))
+    say(f"{len(written)} steps of {run}, {size(sum(written.values()))}, are in {out}.  See:  pico list {out}")
+
+
+def _words(text: str) -> Any:
+    """Return the numbers in a text, separated by commas; all, last and what is no number as they are."""
+    if text in ("all", "last"):
+        return text
+    return [int(word) if word.lstrip("-").isdecimal() else word for word in text.split(",")]

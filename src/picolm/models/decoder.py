@@ -133,15 +133,24 @@ class Decoder(NextToken, nn.Module):
         """
         return self.de_embedding_proj(self.hidden(tokens_BT, cache))
 
-    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return the normed residual stream that the logits are read from, [B, T, H]. Raises ValueError past the context."""
+    def patterns(self, tokens_BT: Tensor) -> list[Tensor]:
+        """Return the attention weights of each layer, [B, heads, T, T]: rows are positions, columns what they attend to."""
+        weights: list[Tensor] = []
+        self.hidden(tokens_BT, weights=weights)
+        return weights
+
+    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None, weights: list[Tensor] | None = None) -> Tensor:
+        """Return the normed residual stream that the logits are read from, [B, T, H]. Raises ValueError past the context.
+
+        weights: a list that the attention weights of each layer are appended to.
+        """
         start = cache.get_seq_length() if cache is not None else 0
         stop = start + tokens_BT.shape[1]
         self.check_context(stop)
         x_BTH = self.embedding_proj(tokens_BT)
         rotations_TF2 = self.rotations(torch.arange(start, stop, device=x_BTH.device), x_BTH)
         for layer in self.layers:
-            x_BTH = layer(x_BTH, rotations_TF2, cache)
+            x_BTH = layer(x_BTH, rotations_TF2, cache, None, weights)
         return self.output_norm(x_BTH)
 
     def check_context(self, positions: int) -> None:

@@ -153,15 +153,15 @@ class SeriesCheckpoint(Checkpoint):
         holder, role = self._place(address)
         file, key = self._keys[holder]
         tensor = self._open(file)[key]
-        if self._is_transposed(holder):
+        if self.is_transposed(holder):
             tensor = tensor.T.contiguous()
-        return tensor if role is None else self._part(tensor, role)
+        return tensor if role is None else self.part(tensor, role)
 
     def shape(self, address: Address) -> tuple[int, ...]:
         holder, role = self._place(address)
         file, key = self._keys[holder]
         shape = self._open(file).shape(key)
-        shape = shape[::-1] if self._is_transposed(holder) else shape
+        shape = shape[::-1] if self.is_transposed(holder) else shape
         return shape if role is None else (self._rows(shape[0])[role], *shape[1:])
 
     def digest(self, address: Address) -> str:
@@ -241,7 +241,12 @@ class SeriesCheckpoint(Checkpoint):
             )
         return self._opened[file]
 
-    def _is_transposed(self, module: str) -> bool:
+    def holder(self, module: str) -> tuple[str, str | None]:
+        """Return the module that holds the weight of `module`, and its role where that is a part of a matrix of three."""
+        return self._modules.get(module, (module, None))
+
+    def is_transposed(self, module: str) -> bool:
+        """Return whether the weight of a module is stored as inputs x outputs."""
         return self.family is not None and module.endswith(tuple(f".{name}" for name in self.family.transposed))
 
     def _rows(self, rows: int) -> dict[str, int]:
@@ -256,8 +261,8 @@ class SeriesCheckpoint(Checkpoint):
         size = rows // (heads + 2 * kv_heads)
         return dict(zip(QKV, (heads * size, kv_heads * size, kv_heads * size)))
 
-    def _part(self, tensor: "Tensor", role: str) -> "Tensor":
-        """Return the rows of one role of a matrix of three, sorted by head."""
+    def part(self, tensor: "Tensor", role: str) -> "Tensor":
+        """Return the rows of one role of a matrix of three (or of its gradient, or of what it computes), sorted by head."""
         rows, number = self._rows(tensor.shape[0]), QKV.index(role)
         if self.family is not None and self.family.order == "by head":
             heads = self.anatomy.heads or 0

@@ -7,8 +7,8 @@ or resumed from its latest complete checkpoint, bit for bit.
 import logging
 import math
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,17 @@ def outline(config: Any, most: int, where: str) -> Any:
     most: the number of stored tensors. where: the checkpoint, for messages. Raises PicoError if the model has clearly
     more tensors than `most`, or cannot be built.
     """
+    try:
+        with torch.device("meta"), bounded(most, where):
+            return MODELS.get(config.model_type)(config)
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PicoError(f"{where}: the model of the configuration cannot be built: {reason}") from error
+
+
+@contextmanager
+def bounded(most: int, where: str) -> Iterator[None]:
+    """Raise PicoError when clearly more parameters are registered in the block than `most`, the number of stored tensors."""
     registered = 0
 
     def count(module: torch.nn.Module, name: str, parameter: Any) -> None:
@@ -140,11 +151,7 @@ def outline(config: Any, most: int, where: str) -> Any:
 
     hook = register_module_parameter_registration_hook(count)
     try:
-        with torch.device("meta"):
-            return MODELS.get(config.model_type)(config)
-    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PicoError(f"{where}: the model of the configuration cannot be built: {reason}") from error
+        yield
     finally:
         hook.remove()
 

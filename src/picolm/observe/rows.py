@@ -1,0 +1,269 @@
+"""The rows that models are asked about, as token ids of each model: held-out rows, texts, token ids, or prompts.
+
+Texts are read by each model with its own tokenizer. Where the tokenizers of several models differ, the rows are the same texts,
+and the positions are those whose tokens end at the same characters in all of them.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from picolm.errors import PicoError
+from picolm.observe.config import HELD_OUT, Observe
+from picolm.store import Run
+from picolm.store.checkpoint import Missing
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+TOKENIZER = "tokenizer.json"
+ROWS_OF_A_FILE, LONGEST = 64, 512
+Positions = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R rows of token ids, int64 [S] each.
+
+    positions: those to read of each row. has_targets: whether the last token of each row is only predicted; else (prompts) it is
+    read, and nothing is predicted. identity: digest of what is read where: equal for the same ids and positions, and for texts
+    that several tokenizers read.
+    """
+
+    tokens: list[Tensor]
+    positions: Positions
+    split: str
+    has_targets: bool
+    identity: str
+
+    def inputs(self, row: int) -> int:
+        """Return the number of positions of a row that the model computes."""
+        return len(self.tokens[row]) - self.has_targets
+
+    def batches(self, size: int) -> list[list[int]]:
+        """Return the rows of each forward pass, in order: at most `size`, and of one length."""
+        found: list[list[int]] = []
+        for row, tokens in enumerate(self.tokens):
+            if found and len(found[-1]) < size and len(self.tokens[found[-1][0]]) == len(tokens):
+                found[-1].append(row)
+            else:
+                found.append([row])
+        return found
+
+
+def rows_of(asked: Observe, runs: Mapping[str, Run], contexts: Mapping[str, int]) -> dict[str, Rows]:
+    """Return the rows for the model of each run. contexts: the most positions of each model.
+
+    Raises PicoError for rows that are not there, that are longer than a context, or that tokenizers cannot be compared on.
+    """
+    if asked.rows == HELD_OUT:
+        return {name: _checked(held_out(run), asked, contexts[name], name, True) for name, run in runs.items()}
+    if isinstance(asked.rows, str) and (ids := _ids(asked.rows)) is not None:
+        chosen = ids[: asked.max_rows or ROWS_OF_A_FILE]
+        return {name: _checked(chosen, asked, contexts[name], name, True) for name in runs}
+    tokenizers = {name: _tokenizer(run) for name, run in runs.items()}
+    if len({digest for digest, _ in tokenizers.values()}) == 1:
+        _, first = next(iter(tokenizers.values()))
+        tokens = [_encoded(first, prompt) for prompt in _prompts(asked)] or _cut(first, asked, contexts)
+        return {name: _checked(tokens, asked, contexts[name], name, isinstance(asked.rows, str)) for name in runs}
+    return _aligned(asked, {name: tokenizer for name, (_, tokenizer) in tokenizers.items()}, contexts)
+
+
+def held_out(run: Run) -> list[Tensor]:
+    """Return the rows that a run holds out: those stored with its captures, else those of its data. Raises PicoError."""
+    from picolm.readers.series import Series
+
+    for step in run.steps:
+        try:
+            table = run[step].rows(HELD_OUT)
+        except Missing:
+            continue
+        return [torch.as_tensor(row, dtype=torch.long) for row in table.column("input_ids").to_pylist()]
+    if isinstance(run, Series):
+        raise PicoError(
+            f"{run.path}: a series of checkpoints has no held-out rows of its own; say which with rows: a file of texts, of "
+            "token ids, or a list of prompts"
+        )
+    from picolm.train.build import captured_rows, open_batches
+    from picolm.train.sample import config_of
+
+    config = config_of(run)
+    found = captured_rows(config, open_batches(config).source)
+    if found is None:
+        raise PicoError(f"{run.path}: has no held-out rows (checkpointing.learning_dynamics.eval_data)")
+    return list(found.tokens_RS)
+
+
+def _prompts(asked: Observe) -> list[str]:
+    return [] if isinstance(asked.rows, str) else list(asked.rows)[: asked.max_rows]
+
+
+def _ids(place: str) -> list[Tensor] | None:
+    """Return the rows of token ids in a file, None if it holds texts. Raises PicoError."""
+    name, _, column = place.rpartition(":") if ".parquet:" in place else (place, "", "")
+    path = Path(name)
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise PicoError(f"{path}: cannot be read as rows of token ids ({error})") from error
+        if array.ndim != 2 or array.dtype.kind not in "iu":
+            raise PicoError(f"{path}: holds {array.dtype} {list(array.shape)}; expected whole numbers [rows, tokens]")
+        return list(torch.as_tensor(array.astype(np.int64)))
+    if path.suffix != ".parquet":
+        return None
+    import pyarrow as pa
+
+    from picolm.data.decode import opened
+
+    with opened(path, str(path)) as table:
+        schema = table.schema_arrow
+        column = column or ("input_ids" if "input_ids" in schema.names else "text")
+        if column not in schema.names:
+            raise PicoError(f"{path}: has no column {column} (it has: {', '.join(schema.names)})")
+        kind = schema.field(column).type
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            return None
+        if not hasattr(kind, "value_type") or not pa.types.is_integer(kind.value_type):
+            raise PicoError(f"{path}: the column {column} holds {kind}; expected texts, or lists of token ids")
+        return [torch.as_tensor(row, dtype=torch.long) for row in table.read(columns=[column])[column].to_pylist()]
+
+
+def _texts(place: str) -> Iterator[str]:
+    """Yield the texts in a file. Raises PicoError."""
+    name, _, column = place.rpartition(":") if ".parquet:" in place else (place, "", "")
+    if column and column != "text":
+        from picolm.data.decode import opened
+
+        with opened(Path(name), name) as table:
+            yield from filter(None, table.read(columns=[column])[column].to_pylist())
+        return
+    from picolm.data.documents import Reader, find_files
+
+    reader = Reader()
+    for file in find_files([Path(name)]):
+        yield from (document.text for document in reader.documents(file))
+
+
+def _tokenizer(run: Run) -> "tuple[str, Tokenizer]":
+    """Return the digest of the tokenizer of a run, and the tokenizer. Raises PicoError without one."""
+    from picolm.data.tokenizer import parse_tokenizer
+
+    for step in [run.steps[-1], *run.steps[:-1]]:
+        if TOKENIZER in run[step].files:
+            content = run[step].read(TOKENIZER)
+            return hashlib.sha256(content).hexdigest(), parse_tokenizer(content, f"{run[step].path}/{TOKENIZER}")
+    raise PicoError(
+        f"{run.path}: none of its steps has a {TOKENIZER}, so its model cannot read text; put that of the model into one of "
+        "them, or give token ids (rows: FILE.npy or FILE.parquet:COLUMN)"
+    )
+
+
+def _encoding(tokenizer: "Tokenizer", text: str) -> "Encoding":
+    from picolm.data.tokenizer import encoding_of
+
+    return encoding_of(tokenizer, text, f"the text {text[:40]!r}")
+
+
+def _encoded(tokenizer: "Tokenizer", text: str) -> Tensor:
+    return torch.tensor(_encoding(tokenizer, text).ids, dtype=torch.long)
+
+
+def _length(asked: Observe, contexts: Mapping[str, int]) -> int:
+    return asked.length or min(LONGEST, *contexts.values())
+
+
+def _cut(tokenizer: "Tokenizer", asked: Observe, contexts: Mapping[str, int]) -> list[Tensor]:
+    """Return rows of `length` + 1 tokens of the texts of a file, one text after the other; what remains of each is left out,
+    unless it is the whole text.
+    """
+    size, rows = _length(asked, contexts) + 1, list[Tensor]()
+    for text in _texts(str(asked.rows)):
+        tokens = _encoded(tokenizer, text)
+        whole = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
+        rows += whole or ([tokens] if len(tokens) > 1 else [])
+        if len(rows) >= (asked.max_rows or ROWS_OF_A_FILE):
+            break
+    return rows[: asked.max_rows or ROWS_OF_A_FILE]
+
+
+def _checked(tokens: list[Tensor], asked: Observe, context: int, name: str, has_targets: bool) -> Rows:
+    """Return rows with their positions. Raises PicoError for rows that are empty or longer than the context."""
+    tokens = tokens[: asked.max_rows]
+    lengths = [len(row) - has_targets for row in tokens]
+    if not lengths or min(lengths) < 1:
+        raise PicoError(f"{asked.rows}: gives no rows of at least {1 + has_targets} token(s)")
+    if max(lengths) > context:
+        raise PicoError(
+            f"{asked.rows}: a row has {max(lengths)} inputs, and the model of {name} reads at most {context}"
+        )
+    positions = [_positions(asked.positions, length) for length in lengths]
+    return Rows(tokens, positions, asked.split, has_targets, _digest(*(row.tolist() for row in tokens), positions))
+
+
+def _positions(asked: Any, length: int) -> list[int]:
+    if asked in ("all", "last"):
+        return list(range(length)) if asked == "all" else [length - 1]
+    if beyond := [position for position in asked if not -length <= position < length]:
+        raise PicoError(f"positions: there is no position {beyond[0]} in a row of {length} inputs")
+    return [position % length for position in asked]
+
+
+def _aligned(asked: Observe, tokenizers: "Mapping[str, Tokenizer]", contexts: Mapping[str, int]) -> dict[str, Rows]:
+    """Return the same texts as each tokenizer reads them, at the positions whose tokens end at the same characters."""
+    if asked.positions not in ("all", "last"):
+        raise PicoError(
+            "the tokenizers of the runs differ, so a number of a position means another place in each: positions: all or last"
+        )
+    has_targets, texts = isinstance(asked.rows, str), _prompts(asked)
+    if has_targets:
+        first = next(iter(tokenizers.values()))
+        pieces = _pieces(first, _texts(str(asked.rows)), _length(asked, contexts) // 2 + 1)
+        texts = list(islice(pieces, asked.max_rows or ROWS_OF_A_FILE))
+    found: dict[str, tuple[list[Tensor], Positions]] = {name: ([], []) for name in tokenizers}
+    common: list[list[int]] = []
+    for text in texts:
+        read = {name: _read(tokenizer, text, contexts[name], has_targets) for name, tokenizer in tokenizers.items()}
+        ends = sorted(set.intersection(*(set(places) for _, places in read.values())))
+        if not ends:
+            raise PicoError(
+                f"the tokenizers of {', '.join(tokenizers)} have no place in common where their tokens end, in {text[:60]!r}; "
+                "give other texts, or compare runs of one tokenizer"
+            )
+        common.append(ends if asked.positions == "all" else ends[-1:])
+        for name, (tokens, places) in read.items():
+            found[name][0].append(tokens)
+            found[name][1].append([places[end] for end in common[-1]])
+    identity = _digest(texts, common)
+    return {name: Rows(*rows, asked.split, has_targets, identity) for name, rows in found.items()}
+
+
+def _read(tokenizer: "Tokenizer", text: str, context: int, has_targets: bool) -> tuple[Tensor, dict[int, int]]:
+    """Return the tokens of a text, cut to the context, and for each character where a token ends the position of that token."""
+    encoding = _encoding(tokenizer, text)
+    tokens = torch.tensor(encoding.ids[: context + has_targets], dtype=torch.long)
+    last = {
+        end: place for place, (_, end) in enumerate(encoding.offsets)
+    }  # of a character of several tokens, the last one
+    return tokens, {end: place for end, place in last.items() if place < len(tokens) - has_targets}
+
+
+def _pieces(tokenizer: "Tokenizer", texts: Iterable[str], size: int) -> Iterator[str]:
+    """Yield the texts in pieces of `size` tokens of one tokenizer, so that the others have room for theirs."""
+    for text in texts:
+        offsets = _encoding(tokenizer, text).offsets
+        for start in range(0, len(offsets), size):
+            part = offsets[start : start + size]
+            if len(part) > 1:
+                yield text[part[0][0] : part[-1][1]]
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
