@@ -73,7 +73,7 @@ def test_one_and_three_workers_give_the_same_bytes(analyze: Analyze, cache: Path
 @pytest.mark.slow
 def test_what_was_captured_and_what_is_observed_are_measured_alike(analyze: Analyze) -> None:
     asked = "observe: {rows: val, positions: [3, 9, 15], modules: [v_proj, o_proj, w_2]}" + METRICS
-    stored = METRICS.replace("norm_type: frobenius,", "norm_type: frobenius, data_split: val,")
+    stored = METRICS.replace("norm_type: frobenius", "norm_type: frobenius\n  data_split: val")
     _, observed_values = analyze(asked, "narrow")
     _, stored_values = analyze(stored, "narrow")
     order = ["component", "kind", "module", "head", "step"]
@@ -195,3 +195,33 @@ def test_a_step_without_weights_has_nothing_to_observe(runs: dict[str, Path], tm
         run.thin(step, {"weights"})
     with pytest.raises(PicoError, match="no step has weights"):
         observed.observers(Observe(), {"narrow": run})
+
+
+@pytest.mark.slow
+def test_an_unknown_architecture_is_observed_by_the_names_of_its_modules(save: Callable[..., Path]) -> None:
+    """Of one whose parts are described in series.yaml, those that are described are taken where none is named."""
+    from picolm.readers.families import FAMILIES
+
+    known = FAMILIES.pop("mistral")
+    try:
+        place = save(make("mistral"), "step7")
+        run = Run.open(place)
+        with pytest.raises(PicoError, match="it is not known what the parts of this model are called; name modules"):
+            observed.observers(Observe(rows=ids(place)), {"a": run})
+        found = observed.observers(Observe(rows=ids(place), modules=("down_proj",)), {"a": run})["a"]
+        assert {address.suffix for address in found.addresses} == {"mlp.down_proj"}
+        part = "{module: self_attn.v_proj, cut: kv_heads}"
+        (place / "series.yaml").write_text(
+            f"anatomy: {{block: 'model.layers.{{}}', parts: {{attention.value: {part}}}}}\n"
+        )
+        found = observed.observers(Observe(rows=ids(place)), {"a": Run.open(place)})["a"]
+        assert {address.suffix for address in found.addresses} == {"self_attn.v_proj"}
+    finally:
+        FAMILIES["mistral"] = known
+
+
+def ids(folder: Path) -> str:
+    import numpy as np
+
+    np.save(folder / "ids.npy", np.arange(12).reshape(2, 6))
+    return str(folder / "ids.npy")

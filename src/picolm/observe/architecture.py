@@ -17,6 +17,7 @@ from picolm.address import Address
 from picolm.capture.taps import matching
 from picolm.errors import PicoError, StoreError
 from picolm.models import Anatomy, NextToken, anatomy_of, find_model
+from picolm.models.anatomy import CAPTURED
 from picolm.readers.checkpoint import SeriesCheckpoint
 from picolm.store import Checkpoint, Run
 from picolm.train.sample import config_of
@@ -77,13 +78,16 @@ class Architecture(ABC):
         self,
         split: str,
         kinds: Sequence[str],
-        suffixes: Sequence[str],
+        suffixes: Sequence[str] | None,
         layers: Literal["all"] | Sequence[int],
     ) -> list[Address]:
         """Return the addresses of activations and gradients of the modules that roles or parts of names mean.
 
-        Raises PicoError for a suffix that no module has.
+        suffixes: None for those that are captured in training. Raises PicoError for a suffix that no module has.
         """
+        suffixes = [role for role in CAPTURED if role in self.anatomy.parts] if suffixes is None else suffixes
+        if not suffixes:
+            raise PicoError("modules: it is not known what the parts of this model are called; name modules")
         found = matching(self.modules, list(map(self.anatomy.module, suffixes)), layers, "modules")
         own = [name if key == "weight" else f"{name}.{key}" for name in found for key in self._parameters(name)]
         chosen = {"activations": found, "gradients": own}

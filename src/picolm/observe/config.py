@@ -4,7 +4,6 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from picolm.models.anatomy import CAPTURED
 from picolm.schema import Place, Section
 
 Kind = Literal["activations", "gradients", "patterns", "logits", "scores"]
@@ -23,8 +22,10 @@ class Observe(Section):
     """activations, gradients (of the mean loss over all rows), and for `pico observe` also patterns (of attention), logits, and
     scores (nats of each predicted token).
     """
-    modules: tuple[str, ...] = CAPTURED
-    """Modules: roles (attention.value, mlp.output, …) or the last parts of module names, as whole words."""
+    modules: tuple[str, ...] | None = None
+    """Modules: roles (attention.value, mlp.output, …) or the last parts of module names, as whole words (default: those that are
+    captured in training, as far as it is known what they are called).
+    """
     layers: Literal["all"] | tuple[int, ...] = "all"
     """Numbers of the blocks, or all; modules outside of the blocks are not affected."""
     positions: Literal["last", "all"] | tuple[int, ...] = "last"

@@ -206,7 +206,7 @@ def known(series: "Series") -> "Series":
     if kind is not None:
         log.warning(
             "%s: the architecture %r is not known: its weights are read by their names. For heads and circuits say in %s what "
-            "its parts are called, as `anatomy: {block: model.layers.{}, parts: {attention.value: {module: self_attn.v_proj, "
+            "its parts are called, as `anatomy: {block: 'model.layers.{}', parts: {attention.value: {module: self_attn.v_proj, "
             "cut: kv_heads}, …}}` (docs/how-to/series.md).", series.path, kind, series.path / SERIES,
         )  # fmt: skip
     return series
