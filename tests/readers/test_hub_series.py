@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save
 from tests.hub_server import FakeHub, History, ask, clients_of
 
@@ -109,6 +110,60 @@ def test_an_analysis_fetches_what_it_needs_once_and_goes_on_after_the_server_fai
     weights = Run.open("hub:lab/series")[40]
     value = weights[Address("weights", "", "model.layers.1.self_attn.v_proj")]
     assert torch.equal(value, _tensor(40, "model.layers.1.self_attn.v_proj.weight"))
+
+
+CIRCUITS = "metrics: [{metric_name: norm, components: [{component_name: ov_circuit}]}]"
+COMPARED = CIRCUITS.replace("norm,", "subspace_overlap, k: 2, target: {checkpoint: TARGET},")
+
+
+def shards_on_disk(tmp_path: Path) -> list[str]:
+    """The weights in the Hub's cache: large files, whatever names them."""
+    cache = Path(constants.HF_HUB_CACHE)
+    return [blob.name for blob in cache.glob("models--*/blobs/*") if len(blob.name) == 64 and blob.stat().st_size > 300]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("metrics", "keep", "most"),
+    [
+        (CIRCUITS, 0, 1),  # that which is fetched meanwhile
+        (CIRCUITS, 2, 3),
+        (COMPARED.replace("TARGET", "first"), 0, 2),
+        (COMPARED.replace("TARGET", "previous"), 0, 2),
+        (CIRCUITS, None, 20),
+    ],
+)
+def test_the_disk_is_bounded_and_nothing_is_fetched_twice(
+    hub: FakeHub, tmp_path: Path, metrics: str, keep: int | None, most: int
+) -> None:
+    (tmp_path / "a.yaml").write_text(f"{metrics}\nmonitoring: {{output_dir: {tmp_path}/results}}\n")
+    seen: list[int] = []
+    config = load(tmp_path / "a.yaml", AnalysisConfig)
+    outcome = analyze(
+        config, ["hub:lab/series"], keep_downloads=keep, progress=lambda *_: seen.append(len(shards_on_disk(tmp_path)))
+    )
+    assert len(outcome.rows) >= 19 * 8
+    copies = 3 * len(COPIES) + 1  # files that the last step holds too
+    assert max(seen) <= 3 * most + (
+        0 if keep is None else copies // copies * 3
+    )  # the last step's, which copies hold early
+    weights = {name: count for name, count in fetched(hub).items() if name.endswith(".safetensors")}
+    assert sum(weights.values()) == 3 * len(STEPS) - copies
+    before = len(hub.log)
+    again = analyze(config, ["hub:lab/series"], keep_downloads=keep)
+    assert again.computed == 0
+    assert again.rows == outcome.rows
+    assert not [path for _, path, _ in hub.log[before:] if ".safetensors" in path]
+
+
+@pytest.mark.slow
+def test_what_was_in_the_cache_before_stays(hub: FakeHub, tmp_path: Path) -> None:
+    Run.open("hub:lab/series")[40][Address("weights", "", "model.embed_tokens")]
+    before = set(shards_on_disk(tmp_path))
+    assert before
+    (tmp_path / "a.yaml").write_text(f"steps: [0, 40]\n{CIRCUITS}\nmonitoring: {{output_dir: {tmp_path}/results}}\n")
+    analyze(load(tmp_path / "a.yaml", AnalysisConfig), ["hub:lab/series"], keep_downloads=0)
+    assert set(shards_on_disk(tmp_path)) == before
 
 
 def _tensor(step: int, key: str) -> torch.Tensor:

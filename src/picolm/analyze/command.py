@@ -28,6 +28,7 @@ def analyze_runs(
     workers: int = 1,
     backend: str = "loky",
     strict: bool = False,
+    keep_downloads: int | None = None,
     csv: bool = False,
     aggregated: bool = False,
     dry_run: bool = False,
@@ -35,7 +36,7 @@ def analyze_runs(
     """Run the analysis of a YAML file on the runs at `places` (default: those in the file), and write the results.
 
     csv, aggregated: also write results.csv, aggregated.parquet. dry_run: only print the plan, and return None. strict:
-    raise PicoError if anything is missing.
+    raise PicoError if anything is missing. keep_downloads: see `engine.analyze`.
     """
     config = load(config_path, AnalysisConfig, overrides)
     places = places or list(config.runs)
@@ -47,7 +48,8 @@ def analyze_runs(
     make_folder(folder)
     with RunLock(folder / ".lock", "analysis", "analysis_name").held():
         configure_logging("INFO", folder / "analysis.log")
-        outcome = _with_bar(config, places, workers=workers, backend=backend, strict=strict)
+        options: dict[str, Any] = {"workers": workers, "backend": backend, "keep_downloads": keep_downloads}
+        outcome = _with_bar(config, places, strict=strict, **options)
         path = table.write(outcome.rows, folder, csv)
         if aggregated:
             _write_aggregated(folder, places)

@@ -5,6 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,7 +18,7 @@ from picolm.analyze.components import available
 from picolm.analyze.compute import Cell, Task, compute, plan_step, rows_of, tasks_of
 from picolm.analyze.config import AnalysisConfig, EachStep, StepRange
 from picolm.analyze.heads import read_anatomy, stated_anatomy
-from picolm.analyze.pairing import Place
+from picolm.analyze.pairing import Place, partner_places
 from picolm.analyze.reading import Readers, model_section
 from picolm.analyze.values import Value, Values, rename_damaged
 from picolm.errors import PicoError
@@ -120,12 +121,14 @@ def analyze(
     workers: int = 1,
     backend: str = "loky",
     strict: bool = False,
+    keep_downloads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Outcome:
     """Run an analysis of the runs at `places` and return its outcome. Raises PicoError if a metric finds nothing at all
     and, if `strict`, if anything is missing.
 
-    progress: called with the number of units that are done and of all units.
+    keep_downloads: of a series on the Hub, the number of measured steps whose weights stay in the Hub's cache if they were not
+    there before; None: all. progress: called with the number of units that are done and of all units.
     """
     _opened.cache_clear()  # a run may have changed since the last analysis in this process
     runs = _open(config, places)
@@ -142,10 +145,12 @@ def analyze(
     outcome = Outcome()
     units = list(_units(config, by_name, outcome))
     _fetch_ahead(ask, progress)
+    tidy = _tidying(ask, by_name, units, keep_downloads)
     with closing(Values(ask.values)) as values:
         for done, (part, new) in enumerate(_results(ask, units, workers, backend), start=1):
             values.add(new)
             outcome.add(part)
+            tidy(done)
             progress(done, len(units))
     _note(outcome.rows, by_name)
     _report(outcome, ask, strict)
@@ -221,8 +226,10 @@ def _units(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) ->
 
 def _results(ask: Ask, units: list[Unit], workers: int, backend: str) -> Iterator[tuple[Outcome, dict[str, Value]]]:
     if workers == 1 and backend == "loky":
-        with _threads_for(_readers(ask)) as threads:
-            yield from (run_unit(ask, unit, threads) for unit in units)
+        with _threads_for(_readers(ask)) as threads, _fetching(ask, units) as fetched:
+            for number, unit in enumerate(units):
+                fetched(number)
+                yield run_unit(ask, unit, threads)
         return
     from joblib import Parallel, delayed, parallel_config
 
@@ -289,9 +296,12 @@ def _opened(runs: tuple[tuple[str, str], ...], observe: Observe | None) -> Reade
 
 def _observed(config: AnalysisConfig) -> Observe | None:
     """Return what is to be observed, None if nothing of it is measured."""
-    kinds = {(task.component.data_type, task.split) for task in tasks_of(config)}
+    return config.observe if any(_is_observed(config, task) for task in tasks_of(config)) else None
+
+
+def _is_observed(config: AnalysisConfig, task: Task) -> bool:
     asked = config.observe
-    return asked if asked is not None and kinds & {(kind, asked.split) for kind in asked.what} else None
+    return asked is not None and task.split == asked.split and task.component.data_type in asked.what
 
 
 def run_unit(ask: Ask, unit: Unit, threads: int = 1) -> tuple[Outcome, dict[str, Value]]:
@@ -337,6 +347,80 @@ def _fetch_ahead(ask: Ask, progress: Callable[[int, int], None]) -> None:
             steps = chosen_steps(ask.config, run.steps)[0]
             log.info("Fetching what is needed of %d steps of %s.", len(steps), name)
             run.prefetch(steps, wanted, rows=rows, progress=progress)
+
+
+@contextmanager
+def _fetching(ask: Ask, units: list[Unit]) -> Iterator[Callable[[int], None]]:
+    """Download what each unit needs of a series on the Hub while the one before it is computed.
+
+    Yields a function that waits until a unit is there, and begins to download the next one.
+    """
+    if not any(run.fetched_by_step for run in _readers(ask).runs.values()):
+        yield lambda number: None
+        return
+    readers = Readers({name: Run.open(place) for name, place in ask.runs})  # another thread's own
+    with ThreadPoolExecutor(1, thread_name_prefix="fetch") as pool:
+        coming: dict[int, Future[None]] = {}
+
+        def begin(number: int) -> None:
+            if number < len(units) and number not in coming:
+                coming[number] = pool.submit(_fetch, ask, readers, units[number])
+
+        def wait(number: int) -> None:
+            begin(number)
+            coming.pop(number).result()
+            begin(number + 1)
+
+        yield wait
+
+
+def _fetch(ask: Ask, readers: Readers, unit: Unit) -> None:
+    """Download the files of a unit that are not known by their values. Errors are left to whoever reads the files."""
+    all_tasks = tasks_of(ask.config)
+    tasks = [all_tasks[number] for number in unit.tasks if not _is_observed(ask.config, all_tasks[number])]
+    steps = {name: chosen_steps(ask.config, there)[0] for name, there in readers.steps.items()}
+    with suppress(PicoError, OSError):
+        readers.asked.clear()
+        cells, _ = _cells(readers, unit, tasks, steps)
+        with closing(Values(ask.values)) as values:
+            known = values.get(cell.key for cell in cells)
+        if len(tasks) < len(unit.tasks):
+            for run, step in unit.places:
+                readers.runs[run][step].fetch([Address("weights", "", "*")])
+        elif any(cell.key not in known for cell in cells):
+            for run, step, address in readers.asked:
+                readers.runs[run][step].fetch([address])
+
+
+def _tidying(ask: Ask, runs: Mapping[str, Run], units: list[Unit], keep: int | None) -> Callable[[int], None]:
+    """Return a function of the number of units that are done. It deletes what was downloaded and is not needed any more."""
+    from picolm.readers.hub_series import Downloads, HubSeries
+
+    series = {name: run for name, run in runs.items() if isinstance(run, HubSeries)} if keep is not None else {}
+    if keep is None or not series:
+        return lambda done: None
+    downloads = {name: Downloads(run) for name, run in series.items()}
+    tasks, steps = tasks_of(ask.config), {name: chosen_steps(ask.config, run.steps)[0] for name, run in runs.items()}
+    needed = [set(_places(unit, [tasks[number] for number in unit.tasks], steps)) for unit in units]
+
+    def tidy(done: int) -> None:
+        later = set[Place]().union(*needed[done:])
+        for name, each in downloads.items():
+            measured = dict.fromkeys(place.step for unit in units[:done] for place in unit.places if place.run == name)
+            recent = list(measured)[-keep:] if keep else []
+            each.keep_only({*recent, *(place.step for place in later if place.run == name)})
+
+    return tidy
+
+
+def _places(unit: Unit, tasks: Iterable[Task], steps: Mapping[str, list[int]]) -> Iterator[Place]:
+    """Yield the steps that a unit reads: its own, and those that it compares them with."""
+    for place in unit.places:
+        yield place
+        for task in tasks:
+            if task.target is not None:
+                run = task.target.run or place.run
+                yield from partner_places(task.target, place, steps[run], task.metric.symmetric)
 
 
 def _patterns(task: Task, observes: bool) -> Iterator[Address]:

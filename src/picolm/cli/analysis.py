@@ -32,6 +32,13 @@ def analyze(
     report: Annotated[
         bool, typer.Option("--report", help="Also write report.html into the folder of the analysis; see pico report.")
     ] = False,
+    keep_downloads: Annotated[
+        str,
+        typer.Option(
+            metavar="none|N|all",
+            help="Of a series on the Hub: of how many measured steps the weights stay in the Hub's cache.",
+        ),
+    ] = "all",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be read and computed, and exit.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -49,10 +56,20 @@ def analyze(
         "strict": strict,
         "csv": csv,
         "aggregated": aggregate,
+        "keep_downloads": _number(keep_downloads),
     }
     outcome = analyze_runs(config_path, overrides, places, dry_run=dry_run, **options)
     if report and outcome is not None:
         _report(config_path, overrides, places)
+
+
+def _number(text: str) -> int | None:
+    """Return the number in `none`, `N` or `all` (None). Raises PicoError for another word."""
+    if text.isascii() and text.isdecimal():
+        return int(text)
+    if text not in ("none", "all"):
+        raise PicoError(f"--keep-downloads {text}: expected none, a number, or all")
+    return 0 if text == "none" else None
 
 
 def _report(config_path: Path, overrides: list[str], places: list[str]) -> None:

@@ -7,11 +7,11 @@ are addresses of their own beside it.
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -46,8 +46,8 @@ class _Index(BaseModel):
 class SeriesCheckpoint(Checkpoint):
     """One checkpoint of transformers: its weights, as named in its files, and what its configuration says of its parts.
 
-    identities: digests of files that are known already, by name; those that are computed are added. family: what is said
-    of its architecture; None for what is known of it.
+    identities: digests of files that are known already, by name; those that are computed are added. headers: the shapes in files
+    that are known already, by their digests; likewise. family: what is said of its architecture; None for what is known of it.
     """
 
     def __init__(
@@ -55,11 +55,13 @@ class SeriesCheckpoint(Checkpoint):
         step: int,
         files: StepFiles,
         identities: dict[str, str] | None = None,
+        headers: MutableMapping[str, dict[str, tuple[int, ...]]] | None = None,
         family: Family | None = None,
     ):
         self.step, self.path, self._files = step, files.where, files
         self._opened: dict[str, PickledTensors | SafeTensors] = {}
         self._identities = {} if identities is None else identities
+        self._headers = {} if headers is None else headers
         self._said = family
 
     @property
@@ -102,7 +104,7 @@ class SeriesCheckpoint(Checkpoint):
             for file in set(held.values()):
                 check_name(file, str(self.path / name))
         else:
-            held = dict.fromkeys(self._open(name).keys, name)
+            held = dict.fromkeys(self._header(name), name)
         trained = (key for key in sorted(held, key=natural) if not _BUFFER.search(key))
         names = self.family.renamed if self.family is not None else {}
         modules = {key.removesuffix(".weight"): (held[key], key) for key in trained}
@@ -160,7 +162,7 @@ class SeriesCheckpoint(Checkpoint):
     def shape(self, address: Address) -> tuple[int, ...]:
         holder, role = self._place(address)
         file, key = self._keys[holder]
-        shape = self._open(file).shape(key)
+        shape = self._header(file)[key]
         shape = shape[::-1] if self.is_transposed(holder) else shape
         return shape if role is None else (self._rows(shape[0])[role], *shape[1:])
 
@@ -230,6 +232,17 @@ class SeriesCheckpoint(Checkpoint):
             raise absence(str(self.path), address, list(self))
         return self._modules[address.module]
 
+    def _header(self, file: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes in a file by key. A file whose digest is known is not opened again, nor one with the same digest."""
+        digest = self._identity(file) if self._files.knows_digests else self._identities.get(file, "")
+        if digest and digest in self._headers:
+            return self._headers[digest]
+        opened = self._open(file)
+        shapes = {key: opened.shape(key) for key in opened.keys}
+        if digest:
+            self._headers[digest] = shapes
+        return shapes
+
     def _open(self, file: str) -> PickledTensors | SafeTensors:
         if file not in self._opened:
             path = self._files.find(file)
@@ -275,6 +288,8 @@ class SeriesCheckpoint(Checkpoint):
 
 class CachedFiles:
     """The files of a step in the cache of huggingface_hub, where each is a link to a blob named by its digest."""
+
+    knows_digests: ClassVar[bool] = False  # of small files it does not
 
     def __init__(self, where: Path, root: Path):
         self.where, self._root = where, root

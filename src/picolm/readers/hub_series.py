@@ -5,9 +5,9 @@ cache, once, when it is read.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from picolm.errors import FileError, StoreError
 from picolm.network import cache_folder, is_offline
@@ -16,13 +16,15 @@ from picolm.readers.series import Series, step_of
 from picolm.store.checkpoint import Missing
 from picolm.store.files import disk_errors, write_atomically
 from picolm.store.legacy import StepFiles
-from picolm.store.manifest import natural
+from picolm.store.manifest import check_name, natural
 from picolm.store.repository import Branch
 from picolm.trusted import parse_json, read_bytes
 
 
 class RevisionFiles:
     """The files of a repository at one commit. where: for messages."""
+
+    knows_digests: ClassVar[bool] = True
 
     def __init__(self, branch: Branch, commit: str):
         self.where = Path(branch.place)
@@ -52,12 +54,15 @@ class RevisionFiles:
 class HubSeries(Series):
     """A repository whose branches or tags are steps, read-only. revisions: (branch or tag, commit) of each step.
 
-    Nothing is downloaded ahead: a series may be larger than the disk.
+    Files are downloaded step by step, see `Downloads`: a series may be larger than the disk.
     """
+
+    fetched_by_step = True
 
     def __init__(self, repository: str, revisions: Mapping[int, tuple[str, str]]):
         super().__init__(Path(f"hub:{repository}"), {step: name for step, (name, _) in revisions.items()})
         self.repository, self.revisions = repository, dict(sorted(revisions.items()))
+        self._headers = KeptHeaders(cache_folder() / "hub" / "headers")
         self._branches = {step: Branch(repository, name) for step, (name, _) in self.revisions.items()}
 
     @property
@@ -80,6 +85,72 @@ class HubSeries(Series):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HubSeries, (self.repository, self.revisions)
+
+
+class KeptHeaders(MutableMapping[str, dict[str, tuple[int, ...]]]):
+    """The shapes in files of weights by their digests, kept in a folder: a file that was read once is planned with without it."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._read = folder, dict[str, dict[str, tuple[int, ...]]]()
+
+    def __getitem__(self, digest: str) -> dict[str, tuple[int, ...]]:
+        if digest not in self._read:
+            file = self._folder / f"{check_name(digest, 'a digest')}.json"
+            try:
+                shapes = parse_json(read_bytes(file), str(file), dict[str, tuple[int, ...]])
+            except FileError:
+                raise KeyError(digest) from None
+            self._read[digest] = shapes
+        return self._read[digest]
+
+    def __setitem__(self, digest: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._read[digest] = shapes
+        with disk_errors("the shapes of weights", self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._folder / f"{check_name(digest, 'a digest')}.json", json.dumps(shapes).encode())
+
+    def __delitem__(self, digest: str) -> None:
+        del self._read[digest]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+
+class Downloads:
+    """The weights that come into the Hub's cache while a series is read. `keep_only` deletes those that are not needed any more.
+
+    What was in the cache before stays there.
+    """
+
+    def __init__(self, series: HubSeries):
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        self._series = series
+        self._folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=series.repository, repo_type="model")
+        self._before = {path.name for path in (self._folder / "blobs").glob("*")}
+
+    def keep_only(self, steps: Collection[int]) -> None:
+        """Delete the files of weights that were downloaded meanwhile, and that none of `steps` holds."""
+        if is_offline():
+            return
+        needed = {digest for step in steps for digest in self._digests(step)}
+        every = {digest for step in self._series.steps for digest in self._digests(step)}
+        for blob in [self._folder / "blobs" / name for name in every - needed - self._before]:
+            if blob.is_file() and not blob.is_symlink():
+                for link in self._folder.glob("snapshots/*/*"):
+                    if link.is_symlink() and link.readlink().name == blob.name:
+                        link.unlink()
+                blob.unlink()
+
+    def _digests(self, step: int) -> Collection[str]:
+        try:
+            return self._series._checkpoint(step).identities().values()
+        except (StoreError, FileError):
+            return ()  # whoever reads the step is told
 
 
 def open_hub_series(place: str) -> HubSeries:

@@ -9,7 +9,7 @@ Where the names of folders do not say the steps, `series.yaml` does: `steps: {st
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +64,7 @@ class Series(Run):
         super().__init__(path, Directories())
         self.folders, self.is_cache, self.family = dict(sorted(folders.items())), is_cache, family
         self._identities: dict[int, dict[str, str]] = {}
+        self._headers: MutableMapping[str, dict[str, tuple[int, ...]]] = {}
 
     @property
     def name(self) -> str:
@@ -94,7 +95,9 @@ class Series(Run):
         return self._checkpoint(step)
 
     def _checkpoint(self, step: int) -> SeriesCheckpoint:
-        return SeriesCheckpoint(step, self._files(step), self._identities.setdefault(step, {}), self.family)
+        return SeriesCheckpoint(
+            step, self._files(step), self._identities.setdefault(step, {}), self._headers, self.family
+        )
 
     def _files(self, step: int) -> StepFiles:
         where = self.step_path(step)

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from picolm.address import Address
 from picolm.errors import StoreError
@@ -201,6 +201,8 @@ class HubRun(Run):
 
 class HubFiles:
     """The files of a step, in the commits that hold them. known: files that were opened in some step of the run."""
+
+    knows_digests: ClassVar[bool] = True
 
     def __init__(self, branch: Branch, titled: Mapping[str, str], where: Path, dynamics: str, known: Collection[str]):
         self.where = where

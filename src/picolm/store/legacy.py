@@ -18,7 +18,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from picolm.address import Address
 from picolm.errors import StoreError
@@ -44,9 +44,13 @@ _MODULE = re.compile(r"(?:^|\.)((?:layers\.\d+(?=\.|$)|embedding_proj|output_nor
 
 
 class StepFiles(Protocol):
-    """The files of one step, by their names relative to it. where: the step, for messages."""
+    """The files of one step, by their names relative to it.
+
+    where: the step, for messages. knows_digests: whether `identity` reads no file.
+    """
 
     where: Path
+    knows_digests: ClassVar[bool]
 
     def has(self, name: str) -> bool:
         """Return whether the step has a file, as far as that is known without downloading it."""
@@ -67,6 +71,8 @@ class StepFiles(Protocol):
 
 class LocalFiles:
     """The files of a step in a directory."""
+
+    knows_digests: ClassVar[bool] = False
 
     def __init__(self, where: Path):
         self.where = where

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from picolm.address import Address
 from picolm.errors import StoreError
@@ -143,6 +143,9 @@ class Run(Records, Mapping[int, Checkpoint]):
         if checkpoint.step != step:
             raise StoreError(f"{path}: holds step {checkpoint.step}; the directory was renamed")
         return checkpoint
+
+    fetched_by_step: ClassVar[bool] = False
+    """Whether files come from elsewhere one step after the other, because the run may be larger than the disk."""
 
     def prefetch(
         self,
