@@ -13,6 +13,10 @@ SMALLEST = {  # script: (its arguments, what it prints then)
     "analyze": (["--shapes", "tiny", "--rows", "16", "--steps", "2"], "calls of algebra alone"),
     "corpora": (["--megabytes", "1", "--times", "2"], "| 4 workers | 2 |"),
     "crashes": (["--kills", "2"], "torn"),
+    "observe": (
+        ["--width", "64", "--layers", "2", "--checkpoints", "2", "--rows", "2", "--length", "16", "--analyze", "64x2"],
+        "ours / plain",
+    ),
     "reading": ([], "files have functions that are called"),
     "report": (["--values", "2000"], "toggle"),
     "safeguards": (["--rounds", "1", "--every", "1"], "no digests"),

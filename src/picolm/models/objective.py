@@ -67,9 +67,9 @@ class NextToken:
 
     def loss(self: Any, tokens_BS: Tensor, noise: object = None) -> Loss:
         """Return the sum of -ln p(token | tokens before it) over all but the first position. Nothing is random."""
-        logits_BVT = self(tokens_BS[:, :-1]).mT
-        exact = logits_BVT.to(torch.promote_types(logits_BVT.dtype, torch.float32))
-        return Loss(cross_entropy(exact, tokens_BS[:, 1:], reduction="sum"), tokens_BS[:, 1:].numel())
+        logits_PV, targets_P = self(tokens_BS[:, :-1]).flatten(0, 1), tokens_BS[:, 1:].flatten()
+        exact = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
+        return Loss(cross_entropy(exact, targets_P, reduction="sum"), targets_P.numel())
 
     def predictions(self: Any, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Return -ln p of each token given those before it, float32 or float64, and whether it is the likeliest, [B, T]."""
