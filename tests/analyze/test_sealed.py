@@ -119,6 +119,14 @@ def test_results_are_not_written_through_a_link(analyze: Analyze, tmp_path: Path
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
+def test_a_table_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "results").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileError, match="results: is a link"):
+        table.write(rows(2, 1.0), tmp_path / "results")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_two_analyses_do_not_write_into_one_folder(analyze: Analyze, tmp_path: Path) -> None:
     _, before = analyze(GINI)
     folder = tmp_path / "results" / "analysis"

@@ -50,7 +50,7 @@ FULL_WIDTH = 116  # width in characters of a summary with all columns
 
 def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) -> Path:
     """Write results.parquet, the JSON files of each step and, if `csv`, results.csv. Each file is written atomically.
-    Returns the path of results.parquet.
+    Returns the path of results.parquet. Raises FileError if the folder is a link.
     """
     import pyarrow as pa
 
@@ -58,6 +58,7 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) ->
     table = pa.Table.from_pylist(
         [{name: row[name] for name in COLUMNS} for row in rows], schema=pa.schema(list(types.items()))
     )
+    refuse_links(folder, folder.parent)
     with disk_errors("the analysis", folder):
         folder.mkdir(parents=True, exist_ok=True)
         seal(folder, RESULTS, to_parquet(table))
