@@ -59,7 +59,7 @@ def make_series(folder: Path, width: int, layers: int, checkpoints: int) -> None
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64 or 1,
-                           intermediate_size=4 * width, vocab_size=50304, rotary_pct=0.25, tie_word_embeddings=False)  # fmt: skip
+                           intermediate_size=4 * width, vocab_size=50304, tie_word_embeddings=False)  # fmt: skip
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(config).half()
     for step in range(checkpoints):
