@@ -1,6 +1,7 @@
 """What is said of prepared rows is counted again another way; what is changed in them is noticed and named."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,25 @@ def test_a_shard_is_opened_once_however_many_groups_it_has(rows: Path, monkeypat
     monkeypatch.setattr(pq, "ParquetFile", lambda *words, **options: opened.append(1) or read(*words, **options))  # type: ignore[func-returns-value]
     verify(rows)
     assert len(opened) <= 4  # of both splits
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"text": ["a"]}, "has no column input_ids"),
+        ({"input_ids": ["a"]}, "rows of integers"),
+        ({"input_ids": [[0.5]]}, "token ids are integers"),
+        ({"input_ids": [[1], None]}, "holds nulls"),
+        ({"input_ids": [[1, 2], [1]]}, "rows must be equally long"),
+        ({"input_ids": [[]]}, "token ids are integers|has no tokens"),
+    ],
+    ids=str,
+)
+def test_a_shard_of_another_kind_is_a_message_wherever_it_is_read(rows: Path, column: Any, message: str) -> None:
+    pq.write_table(pa.table(column), rows / "val-00000-of-00001.parquet")
+    assert any(re.search(message, problem) for problem in verify(rows)), verify(rows)
+    with pytest.raises(DataError, match=message):
+        inspect(rows)
 
 
 @pytest.mark.parametrize("groups", [0, 1])

@@ -115,6 +115,8 @@ def _labels(shard: pq.ParquetFile, name: str, group: int) -> list[str]:
 
 
 def _read_column(shard: pq.ParquetFile, name: str, group: int, column: str) -> pa.Array:
+    if column not in shard.schema_arrow.names:
+        raise DataError(f"{name}: has no column {column} (it has: {', '.join(shard.schema_arrow.names)})")
     metadata = shard.metadata.row_group(group)
     sizes = [metadata.column(place).num_values for place in range(metadata.num_columns)]
     if max(sizes, default=0) > _MOST_VALUES:
