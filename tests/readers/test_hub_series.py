@@ -122,6 +122,61 @@ def shards_on_disk(tmp_path: Path) -> list[str]:
     return [blob.name for blob in cache.glob("models--*/blobs/*") if len(blob.name) == 64 and blob.stat().st_size > 300]
 
 
+@pytest.fixture
+def listed(hub: FakeHub) -> str:
+    """A place of three steps: two branches of the series, and a repository of its own."""
+    other = History()
+    other.commit("main", "weights", {"config.json": json.dumps(CONFIG).encode(), **shards(7)})
+    hub.repositories["models/lab/series-step-7"] = other
+    return "hub:lab/series@step40,lab/series-step-7,hub:lab/series@step1000"
+
+
+@pytest.mark.slow
+def test_checkpoints_that_are_named_one_by_one_are_a_series(listed: str, hub: FakeHub, tmp_path: Path) -> None:
+    run = Run.open(listed)
+    assert (run.name, run.steps) == ("series", [7, 40, 1000])
+    assert [run.problems(step) for step in run] == [[], [], []]
+    assert not [name for name in fetched(hub) if name.endswith(".safetensors")]
+    (tmp_path / "a.yaml").write_text(f"{CIRCUITS}\nmonitoring: {{output_dir: {tmp_path}/results}}\n")
+    config = load(tmp_path / "a.yaml", AnalysisConfig)
+    outcome = analyze(config, [listed], keep_downloads=0)
+    assert {row["step"] for row in outcome.rows} == {7, 40, 1000}
+    assert shards_on_disk(tmp_path) == []
+    name = Address("weights", "", "model.layers.1.self_attn.v_proj")
+    assert torch.equal(run[7][name], _tensor(7, "model.layers.1.self_attn.v_proj.weight"))
+
+
+@pytest.mark.slow
+def test_a_description_names_places_on_the_hub_and_here(listed: str, hub: FakeHub, tmp_path: Path) -> None:
+    here = tmp_path / "mine" / "start"
+    here.mkdir(parents=True)
+    for name, content in ({"config.json": json.dumps(CONFIG).encode()} | shards(3)).items():
+        (here / name).write_bytes(content)
+    (here.parent / "series.yaml").write_text(
+        "steps: {start: 3, 'hub:lab/series@step40': 4, 'hub:lab/series-step-7': 5}\n"
+    )
+    run = Run.open(here.parent)
+    assert run.steps == [3, 4, 5]
+    name = "model.layers.0.self_attn.k_proj"
+    for step, seed in ((3, 3), (4, 40), (5, 7)):
+        assert torch.equal(run[step][Address("weights", "", name)], _tensor(seed, f"{name}.weight"))
+    assert [run.problems(step) for step in run] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("hub:lab/series@step40,lab/series@main", "hub:lab/series@main: no step in its name"),
+        ("hub:lab/series@step40,lab/series-step-40", "are both step 40"),
+        ("hub:lab/series@step40,lab/series@step41", "hub:lab/series@step41: there is no such branch, tag or commit"),
+        ("here/step1,here/step2", "here/step1: there is no such folder"),
+    ],
+)
+def test_a_place_in_a_list_that_cannot_be_read_is_named(hub: FakeHub, place: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message):
+        list(Run.open(place)[41])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("metrics", "keep", "most"),

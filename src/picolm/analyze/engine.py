@@ -395,11 +395,12 @@ def _fetch(ask: Ask, readers: Readers, unit: Unit) -> None:
 def _tidying(ask: Ask, runs: Mapping[str, Run], units: list[Unit], keep: int | None) -> Callable[[int], None]:
     """Return a function of the number of units that are done. It deletes what was downloaded and is not needed any more."""
     from picolm.readers.hub_series import Downloads, HubSeries
+    from picolm.readers.listed import ListedSeries
 
-    series = {name: run for name, run in runs.items() if isinstance(run, HubSeries)} if keep is not None else {}
-    if keep is None or not series:
+    if keep is None:
         return lambda done: None
-    downloads = {name: Downloads(run) for name, run in series.items()}
+    series = {name: run for name, run in runs.items() if isinstance(run, HubSeries | ListedSeries)}
+    downloads = {name: Downloads(run, run.repositories) for name, run in series.items()}
     tasks, steps = tasks_of(ask.config), {name: chosen_steps(ask.config, run.steps)[0] for name, run in runs.items()}
     needed = [set(_places(unit, [tasks[number] for number in unit.tasks], steps)) for unit in units]
 

@@ -27,7 +27,7 @@ class RevisionFiles:
     knows_digests: ClassVar[bool] = True
 
     def __init__(self, branch: Branch, commit: str):
-        self.where = Path(branch.place)
+        self.where, self.repository = Path(branch.place), branch.repository
         self._branch, self._commit = branch, commit
 
     def has(self, name: str) -> bool:
@@ -62,7 +62,7 @@ class HubSeries(Series):
     def __init__(self, repository: str, revisions: Mapping[int, tuple[str, str]]):
         super().__init__(Path(f"hub:{repository}"), {step: name for step, (name, _) in revisions.items()})
         self.repository, self.revisions = repository, dict(sorted(revisions.items()))
-        self._headers = KeptHeaders(cache_folder() / "hub" / "headers")
+        self._headers = KeptHeaders()
         self._branches = {step: Branch(repository, name) for step, (name, _) in self.revisions.items()}
 
     @property
@@ -75,23 +75,33 @@ class HubSeries(Series):
     def _files(self, step: int) -> StepFiles:
         return RevisionFiles(self._branches[step], self.revisions[step][1])
 
+    @property
+    def repositories(self) -> set[str]:
+        """The repositories on the Hub that steps are in."""
+        return {self.repository}
+
     def problems(self, step: int) -> list[str]:
         """Return what is wrong with a step by the Hub's list of files alone, see `Series.problems`."""
-        files = self._files(step)
-        if not any(files.has(name) for name in WEIGHTS):
-            return [f"{self.step_path(step)}: holds no weights (looked for {', '.join(WEIGHTS)})"]
-        missing = [] if files.has(CONFIG) else [f"{self.step_path(step)}: holds no {CONFIG}"]
-        return [*missing, *self.doubts.get(step, [])]
+        return [*hub_problems(self._files(step)), *self.doubts.get(step, [])]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HubSeries, (self.repository, self.revisions)
 
 
+def hub_problems(files: StepFiles) -> list[str]:
+    """Return what is wrong with a step by the Hub's list of its files alone."""
+    if not any(files.has(name) for name in WEIGHTS):
+        return [f"{files.where}: holds no weights (looked for {', '.join(WEIGHTS)})"]
+    return [] if files.has(CONFIG) else [f"{files.where}: holds no {CONFIG}"]
+
+
 class KeptHeaders(MutableMapping[str, dict[str, tuple[int, ...]]]):
     """The shapes in files of weights by their digests, kept in a folder: a file that was read once is planned with without it."""
 
-    def __init__(self, folder: Path):
-        self._folder, self._read = folder, dict[str, dict[str, tuple[int, ...]]]()
+    def __init__(self, folder: Path | None = None):
+        """folder: that of this machine's cache by default."""
+        self._folder = folder or cache_folder() / "hub" / "headers"
+        self._read: dict[str, dict[str, tuple[int, ...]]] = {}
 
     def __getitem__(self, digest: str) -> dict[str, tuple[int, ...]]:
         if digest not in self._read:
@@ -125,13 +135,14 @@ class Downloads:
     What was in the cache before stays there.
     """
 
-    def __init__(self, series: HubSeries):
+    def __init__(self, series: Series, repositories: Collection[str]):
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
         self._series = series
-        self._folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=series.repository, repo_type="model")
-        self._before = {path.name for path in (self._folder / "blobs").glob("*")}
+        names = (repo_folder_name(repo_id=repository, repo_type="model") for repository in repositories)
+        self._folders = [Path(constants.HF_HUB_CACHE) / name for name in names]
+        self._before = {blob for folder in self._folders for blob in folder.glob("blobs/*")}
 
     def keep_only(self, steps: Collection[int]) -> None:
         """Delete the files of weights that were downloaded meanwhile, and that none of `steps` holds."""
@@ -139,14 +150,17 @@ class Downloads:
             return
         needed = {digest for step in steps for digest in self._digests(step)}
         every = {digest for step in self._series.steps for digest in self._digests(step)}
-        for blob in [self._folder / "blobs" / name for name in every - needed - self._before]:
-            if blob.is_file() and not blob.is_symlink():
-                for link in self._folder.glob("snapshots/*/*"):
-                    if link.is_symlink() and link.readlink().name == blob.name:
-                        link.unlink()
-                blob.unlink()
+        for folder in self._folders:
+            for blob in {folder / "blobs" / name for name in every - needed} - self._before:
+                if blob.is_file() and not blob.is_symlink():
+                    for link in folder.glob("snapshots/*/*"):
+                        if link.is_symlink() and link.readlink().name == blob.name:
+                            link.unlink()
+                    blob.unlink()
 
     def _digests(self, step: int) -> Collection[str]:
+        if not self._series._files(step).knows_digests:
+            return ()  # a folder on this machine
         try:
             return self._series._checkpoint(step).identities().values()
         except (StoreError, FileError):
@@ -156,7 +170,7 @@ class Downloads:
 def open_hub_series(place: str) -> HubSeries:
     """Return the series at `hub:OWNER/NAME`. Raises StoreError without one, and where two branches have the same step."""
     repository = place.removeprefix("hub:")
-    heads = _heads(Branch(repository))
+    heads = heads_of(Branch(repository))
     numbered = {name: step for name in sorted(heads, key=natural) if (step := step_of(name)) is not None}
     if not numbered:
         raise StoreError(
@@ -174,7 +188,7 @@ def open_hub_series(place: str) -> HubSeries:
     return HubSeries(repository, revisions)
 
 
-def _heads(branch: Branch) -> dict[str, str]:
+def heads_of(branch: Branch) -> dict[str, str]:
     """Return the commit of each branch and tag; offline, as they were when they were last asked for."""
     kept = cache_folder() / "hub" / f"{branch.repository.replace('/', '--')}--heads.json"
     if is_offline():

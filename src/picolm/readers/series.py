@@ -174,6 +174,10 @@ def open_series(place: str) -> Run | None:
 
     Raises StoreError where two folders have the same step, and for what series.yaml says that is not so.
     """
+    if "," in place and not Path(place).exists():
+        from picolm.readers.listed import open_list
+
+        return open_list(place)
     if place.startswith("hub:"):
         from picolm.readers.hub_series import open_hub_series
 
@@ -188,6 +192,12 @@ def open_series(place: str) -> Run | None:
     if _is_checkpoint(path):  # one step of a series
         path = path.parent
     said = _described(path / SERIES) if os.path.lexists(path / SERIES) else _Series()
+    if said.steps is not None and any(name.startswith("hub:") for name in said.steps):
+        from picolm.readers.listed import ListedSeries
+
+        by_step = _by_step(said.steps, path / SERIES)
+        places = {step: name if name.startswith("hub:") else str(path / name) for step, name in by_step.items()}
+        return known(ListedSeries(path, places, _family(said, path / SERIES)))
     if said.steps is not None:
         return known(Series(path, _by_step(said.steps, path / SERIES), family=_family(said, path / SERIES)))
     folders = sorted((entry.name for entry in path.iterdir() if _is_checkpoint(entry)), key=natural)
@@ -243,7 +253,8 @@ def _described(file: Path) -> _Series:
     check_form(raw, _Series, str(file))
     found = _Series.model_validate(raw)
     names = found.steps or {}
-    if gone := [name for name in names if not _is_checkpoint(inside(file.parent, check_name(name, str(file))))]:
+    here = [name for name in names if not name.startswith("hub:")]
+    if gone := [name for name in here if not _is_checkpoint(inside(file.parent, check_name(name, str(file))))]:
         raise StoreError(f"{file}: {gone[0]} holds no checkpoint of transformers (no {CONFIG} and no weights)")
     return found
 

@@ -36,7 +36,7 @@ from picolm.store.roworder import RowOrder, lookup
 from picolm.store.run import OPENERS, Run
 from picolm.trusted import TEXT_BYTES, read_bytes
 
-_PLACE = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@(.+))?")
+PLACE = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@(.+))?")
 _NUMBER = "(0|[1-9][0-9]{0,17})"  # a longer number is not a step: anybody can choose a title
 _TITLE = re.compile(rf"Saving (.+) -- Step {_NUMBER}")
 _WHOLE = re.compile(
@@ -275,9 +275,9 @@ def open_hub(place: str) -> Run | None:
 
     Of a place without a branch it is the run on `main`; None where that has none: each branch may be a step of one series.
     """
-    if not place.startswith("hub:"):
+    if not place.startswith("hub:") or "," in place:  # several places are a list, see readers
         return None
-    match = _PLACE.fullmatch(place)
+    match = PLACE.fullmatch(place)
     if match is None:
         raise StoreError(f"{place!r} is not of the form hub:OWNER/REPOSITORY@BRANCH")
     try:
