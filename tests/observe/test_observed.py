@@ -14,6 +14,7 @@ from tests.readers.conftest import make
 from picolm.address import Address
 from picolm.analyze.command import analyze_runs
 from picolm.analyze.table import load
+from picolm.cli import main
 from picolm.document import ConfigError
 from picolm.errors import PicoError
 from picolm.observe import observed
@@ -181,6 +182,21 @@ def test_observed_tensors_are_a_run(pico: Pico, runs: dict[str, Path], tmp_path:
     )
     with pytest.raises(AssertionError, match="holds another run, or what was observed otherwise"):
         pico("observe", str(runs["narrow"]), "--out", str(tmp_path / "seen"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", ["--steps 2,3", "--prompt x", "--modules nothing", "--positions 99", "--batch-size 0"]
+)
+def test_nothing_is_written_where_nothing_can_be_observed(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    command = ["pico", "observe", str(runs["narrow"]), "--out", str(tmp_path / "seen"), *words.split()]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (1, 2)
+    assert not (tmp_path / "seen").exists()
 
 
 @pytest.mark.slow

@@ -32,11 +32,15 @@ def observe_steps(
     chosen = steps if steps is not None else [step for step in run.steps if run[step].select(kind="weights")]
     observer = observers(asked, {run.name: run})[run.name]
     about = {"observed": {"run": run.name, "rows": observer.rows.identity, "asked": plain(asked)}}
-    written = _opened(out, run, about)
+    for step in chosen:
+        run[step]  # raises Missing, before anything is written
+    written = _opened(out, about)
     for done, step in enumerate(chosen):
         progress(done, len(chosen))
-        if step not in written:
+        if written is None or step not in written:
             tensors = answers(observer.subject.at(run[step]), observer.rows, asked, observer.addresses)
+            if written is None:
+                written = Run.create(out, run.config, about)
             texts = {"anatomy.json": observer.subject.anatomy.to_json()}
             meta = {"step": step, "capture": {f"{asked.split}_positions": _common(observer.rows)}}
             table = {"input_ids": [tokens.tolist() for tokens in observer.rows.tokens]}
@@ -61,10 +65,10 @@ def answers(subject: Subject, rows: Rows, asked: Observe, addresses: Sequence[Ad
     return found
 
 
-def _opened(out: Path, run: Run, about: dict[str, Any]) -> Run:
-    """Return the run in `out`, made unless it is there. Raises PicoError for one that holds something else."""
+def _opened(out: Path, about: dict[str, Any]) -> Run | None:
+    """Return the run in `out`, None without one. Raises PicoError for one that holds something else."""
     if not (out / "run.json").exists():
-        return Run.create(out, run.config, about)
+        return None
     written = Run.open(out)
     if {**written.environment, **about} != written.environment:
         raise PicoError(f"{out}: holds another run, or what was observed otherwise; choose another folder")
