@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of the test run in para
 # isort: split
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from tests.planted import SECRETS, holders, told
 
@@ -45,14 +46,17 @@ def no_secret_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def the_process_is_left_as_it_was(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Commands that run in the process of the tests set variables for their children, trust, and where the log goes, and
-    import modules of folders that only this test has: the next one may have others of the same name.
+    """Commands that run in the process of the tests set variables for their children, trust, the number of threads, and where the
+    log goes, and import modules of folders that only this test has: the next one may have others of the same name.
     """
     log = logging.getLogger("picolm")
     log.propagate = True  # to the handler of `caplog`
     log.setLevel(logging.NOTSET)
     environment, policy, modules = dict(os.environ), code_policy(), set(sys.modules)
+    threads = torch.get_num_threads()
     yield
+    if torch.get_num_threads() != threads:  # sums on a CPU are split by threads
+        torch.set_num_threads(threads)
     for name in set(sys.modules) - modules:
         module = sys.modules[name]
         place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)

@@ -7,6 +7,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -69,10 +70,15 @@ class Architecture(ABC):
         """Return the share of `module` in the gradient of a parameter of its holder, shaped as the weight in a checkpoint."""
         return gradient
 
-    @property
+    @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """The modules that can be observed, by name, in the order of the model."""
-        return {name: module for name, module in self.body(self.outline).named_modules() if name}
+        """The modules that can be observed, by name, in the order of the model; parts of a matrix of three at the end."""
+        whole = {name: module for name, module in self.body(self.outline).named_modules() if name}
+        return whole | {name: whole[self.holder(name)[0]] for name in self.parts()}
+
+    def parts(self) -> list[str]:
+        """Return the modules that are parts of another one, which holds queries, keys and values in one matrix."""
+        return []
 
     def addresses(
         self,
@@ -205,12 +211,8 @@ class TransformersArchitecture(Architecture):
             gradient = gradient.T.contiguous()
         return gradient if role is None else self._checkpoint.part(gradient, role)
 
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The modules of the model, and the parts of those that hold queries, keys and values in one matrix."""
-        whole = super().modules
-        parts = [a.module for a in self._checkpoint if self.holder(a.module)[1] is not None]
-        return whole | {name: whole[self.holder(name)[0]] for name in parts}
+    def parts(self) -> list[str]:
+        return [address.module for address in self._checkpoint if self.holder(address.module)[1] is not None]
 
     def _new(self) -> Any:
         from transformers import AutoModelForCausalLM
