@@ -99,6 +99,18 @@ def analyze(pico: Pico, module: str, *components: str) -> None:
     ).all()
 
 
+def observed_as_captured(pico: Pico, modules: str) -> None:
+    """What is observed on the held-out rows is what was captured there, to the last bit, whatever the model predicts."""
+    said = pico("observe", "runs/whole", "--steps", "4,6", "--what", "activations,gradients", "--modules", modules,
+                "--out", "runs/seen", "--trust-remote-code")  # fmt: skip
+    assert "2 steps of runs/whole" in said
+    for step in (4, 6):
+        captured, seen = Run.open("runs/whole")[step], Run.open("runs/seen")[step]
+        stored = captured.select(split="val")
+        assert set(stored) == set(seen)
+        assert all(torch.equal(captured[address], seen[address]) for address in stored)
+
+
 def evaluated(step: int) -> dict[str, float]:
     return Run.open("runs/whole").evaluation(step) or {}
 
@@ -118,6 +130,7 @@ def test_a_masked_model_is_trained_analyzed_and_says_that_it_has_no_likelihood(p
         "generate", "runs/whole", "--prompt", "The people of", "--max-new-tokens", "5", "--trust-remote-code"
     )
     assert written.startswith("The people of")
+    observed_as_captured(pico, "encoder.layer.0,encoder.layer.1,attention.output,mlp.output")
     analyze(pico, "attention.output", "attention", "mlp", "embedding", "per_head", "ov_circuit", "qk_circuit")
     said = pico(
         "report", "runs/whole", "--analysis", "analysis_results/found", "--out", "report.html", "--trust-remote-code"
@@ -140,6 +153,7 @@ def test_a_recurrent_model_is_trained_evaluated_generated_from_and_analyzed(pico
         "generate", "runs/whole", "--prompt", "The people of", "--max-new-tokens", "5", "--trust-remote-code"
     )
     assert written.startswith("The people of")
+    observed_as_captured(pico, "blocks.0,blocks.1,mlp.output")
     analyze(pico, "mlp.output", "mlp", "embedding")
     pico("report", "runs/whole", "--analysis", "analysis_results/found", "--out", "report.html", "--trust-remote-code")
     assert "What the model read at a step" in Path("report.html").read_text()

@@ -18,6 +18,7 @@ from picolm.cli import main
 from picolm.document import ConfigError
 from picolm.errors import PicoError
 from picolm.observe import observed
+from picolm.observe.command import observe_steps
 from picolm.observe.config import Observe
 from picolm.store import Run
 
@@ -207,6 +208,9 @@ def test_a_step_without_weights_has_nothing_to_observe(runs: dict[str, Path], tm
     observer = observed.observers(Observe(), {"narrow": run})["narrow"]
     assert not observer.at(run[2]).observed
     assert observer.at(run[4]).observed
+    with pytest.raises(PicoError, match=r"step_2 was saved without weights \(there are weights of steps: 0, 4, 6\)"):
+        list(observe_steps(run, [2], Observe(), tmp_path / "seen"))
+    assert not (tmp_path / "seen").exists()
     for step in (0, 4, 6):
         run.thin(step, {"weights"})
     with pytest.raises(PicoError, match="no step has weights"):

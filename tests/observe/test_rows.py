@@ -46,7 +46,7 @@ def series(save: Callable[..., Path], folder: str, made: Tokenizer) -> Run:
 )
 def test_aligned_positions_end_the_same_characters(prompts: list[str], positions: str) -> None:
     asked = Observe(rows=tuple(prompts), positions=positions)  # type: ignore[arg-type]
-    found = _aligned(asked, {"coarse": COARSE, "fine": FINE}, {"coarse": 16, "fine": 16})
+    found = _aligned(asked, {"coarse": COARSE, "fine": FINE}, {"coarse": 16, "fine": 16}, {"coarse": 1, "fine": 1})
     assert found["coarse"].identity == found["fine"].identity
     for row, prompt in enumerate(prompts):
         read = [

@@ -15,6 +15,7 @@ from picolm.observe.rows import Rows
 from picolm.observe.subject import Subject
 from picolm.schema import plain
 from picolm.store import Run
+from picolm.train.sample import checkpoint_at
 
 
 def observe_steps(
@@ -33,7 +34,7 @@ def observe_steps(
     observer = observers(asked, {run.name: run})[run.name]
     about = {"observed": {"run": run.name, "rows": observer.rows.identity, "asked": plain(asked)}}
     for step in chosen:
-        run[step]  # raises Missing, before anything is written
+        checkpoint_at(run, step)  # raises PicoError without weights, before anything is written
     written = _opened(out, about)
     for done, step in enumerate(chosen):
         progress(done, len(chosen))

@@ -56,7 +56,9 @@ class Observer:
 def observers(asked: Observe, runs: Mapping[str, Run]) -> dict[str, Observer]:
     """Return an observer of each run, all on the same rows. Raises PicoError for a model that cannot be run."""
     subjects = {name: Subject(run) for name, run in runs.items()}
-    rows = rows_of(asked, runs, {name: subject.architecture.context for name, subject in subjects.items()})
+    models = {name: subject.architecture for name, subject in subjects.items()}
+    contexts = {name: model.context for name, model in models.items()}
+    rows = rows_of(asked, runs, contexts, {name: model.outline.row_length(0) for name, model in models.items()})
     return {name: Observer(subject, rows[name], asked) for name, subject in subjects.items()}
 
 
@@ -113,16 +115,22 @@ class ObservedCheckpoint(Checkpoint):
         """The addresses of what is observed; none of a step without weights."""
         return frozenset(self._observer.addresses) if self._weights is not None else frozenset()
 
+    @cached_property
+    def _hidden(self) -> frozenset[tuple[str, ...]]:
+        """Kinds and splits of stored tensors that what is observed replaces."""
+        return frozenset(address[:2] for address in self.observed)
+
     def __iter__(self) -> Iterator[Address]:
-        hidden = {(address.kind, address.split) for address in self.observed}
-        yield from (address for address in self.stored if address[:2] not in hidden)
+        yield from (address for address in self.stored if address[:2] not in self._hidden)
         yield from (address for address in self._observer.addresses if address in self.observed)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __contains__(self, address: object) -> bool:
-        return address in self.observed or address in set(self)
+        return address in self.observed or (
+            isinstance(address, tuple) and address[:2] not in self._hidden and address in self.stored
+        )
 
     def __getitem__(self, address: Address) -> Tensor:
         if address not in self.observed:

@@ -34,7 +34,8 @@ class Rows:
 
     positions: those to read of each row. has_targets: whether the last token of each row is only predicted; else (prompts) it is
     read, and nothing is predicted. identity: digest of what is read where: equal for the same ids and positions, and for texts
-    that several tokenizers read.
+    that several tokenizers read. unread: tokens at the end of a row with targets that the model does not read: `row_length(0)`,
+    1 for the next token, 0 where what is predicted stands in the row itself.
     """
 
     tokens: list[Tensor]
@@ -42,10 +43,11 @@ class Rows:
     split: str
     has_targets: bool
     identity: str
+    unread: int = 1
 
     def inputs(self, row: int) -> int:
         """Return the number of positions of a row that the model computes."""
-        return len(self.tokens[row]) - self.has_targets
+        return len(self.tokens[row]) - (self.unread if self.has_targets else 0)
 
     def batches(self, size: int) -> list[list[int]]:
         """Return the rows of each forward pass, in order: at most `size`, and of one length."""
@@ -58,22 +60,31 @@ class Rows:
         return found
 
 
-def rows_of(asked: Observe, runs: Mapping[str, Run], contexts: Mapping[str, int]) -> dict[str, Rows]:
-    """Return the rows for the model of each run. contexts: the most positions of each model.
+def rows_of(
+    asked: Observe, runs: Mapping[str, Run], contexts: Mapping[str, int], unread: Mapping[str, int] | None = None
+) -> dict[str, Rows]:
+    """Return the rows for the model of each run. contexts: the most positions of each model. unread: see `Rows`, by run.
 
     Raises PicoError for rows that are not there, that are longer than a context, or that tokenizers cannot be compared on.
     """
+    ahead = unread or dict.fromkeys(runs, 1)
+
+    def checked(tokens: list[Tensor], name: str, has_targets: bool = True) -> Rows:
+        return _checked(tokens, asked, contexts[name], name, has_targets, ahead[name])
+
     if asked.rows == HELD_OUT:
-        return {name: _checked(held_out(run), asked, contexts[name], name, True) for name, run in runs.items()}
+        return {name: checked(held_out(run), name) for name, run in runs.items()}
     if isinstance(asked.rows, str) and (ids := _ids(asked.rows)) is not None:
         chosen = ids[: asked.max_rows or ROWS_OF_A_FILE]
-        return {name: _checked(chosen, asked, contexts[name], name, True) for name in runs}
+        return {name: checked(chosen, name) for name in runs}
     tokenizers = {name: _tokenizer(run) for name, run in runs.items()}
     if len({digest for digest, _ in tokenizers.values()}) == 1:
         _, first = next(iter(tokenizers.values()))
-        tokens = [_encoded(first, prompt) for prompt in _prompts(asked)] or _cut(first, asked, contexts)
-        return {name: _checked(tokens, asked, contexts[name], name, isinstance(asked.rows, str)) for name in runs}
-    return _aligned(asked, {name: tokenizer for name, (_, tokenizer) in tokenizers.items()}, contexts)
+        tokens = [_encoded(first, prompt) for prompt in _prompts(asked)] or _cut(
+            first, asked, _length(asked, contexts) + max(ahead.values())
+        )
+        return {name: checked(tokens, name, isinstance(asked.rows, str)) for name in runs}
+    return _aligned(asked, {name: tokenizer for name, (_, tokenizer) in tokenizers.items()}, contexts, ahead)
 
 
 def held_out(run: Run) -> list[Tensor]:
@@ -180,11 +191,11 @@ def _length(asked: Observe, contexts: Mapping[str, int]) -> int:
     return asked.length or min(LONGEST, *contexts.values())
 
 
-def _cut(tokenizer: "Tokenizer", asked: Observe, contexts: Mapping[str, int]) -> list[Tensor]:
-    """Return rows of `length` + 1 tokens of the texts of a file, one text after the other; what remains of each is left out,
+def _cut(tokenizer: "Tokenizer", asked: Observe, size: int) -> list[Tensor]:
+    """Return rows of `size` tokens of the texts of a file, one text after the other; what remains of each is left out,
     unless it is the whole text.
     """
-    size, rows = _length(asked, contexts) + 1, list[Tensor]()
+    rows = list[Tensor]()
     for text in _texts(str(asked.rows)):
         tokens = _encoded(tokenizer, text)
         whole = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
@@ -194,10 +205,10 @@ def _cut(tokenizer: "Tokenizer", asked: Observe, contexts: Mapping[str, int]) ->
     return rows[: asked.max_rows or ROWS_OF_A_FILE]
 
 
-def _checked(tokens: list[Tensor], asked: Observe, context: int, name: str, has_targets: bool) -> Rows:
+def _checked(tokens: list[Tensor], asked: Observe, context: int, name: str, has_targets: bool, unread: int) -> Rows:
     """Return rows with their positions. Raises PicoError for rows that are empty or longer than the context."""
     tokens = tokens[: asked.max_rows]
-    lengths = [len(row) - has_targets for row in tokens]
+    lengths = [len(row) - (unread if has_targets else 0) for row in tokens]
     if not lengths or min(lengths) < 1:
         raise PicoError(f"{asked.rows}: gives no rows of at least {1 + has_targets} token(s)")
     if max(lengths) > context:
@@ -205,7 +216,8 @@ def _checked(tokens: list[Tensor], asked: Observe, context: int, name: str, has_
             f"{asked.rows}: a row has {max(lengths)} inputs, and the model of {name} reads at most {context}"
         )
     positions = [_positions(asked.positions, length) for length in lengths]
-    return Rows(tokens, positions, asked.split, has_targets, _digest(*(row.tolist() for row in tokens), positions))
+    identity = _digest(*(row.tolist() for row in tokens), positions)
+    return Rows(tokens, positions, asked.split, has_targets, identity, unread)
 
 
 def _positions(asked: Any, length: int) -> list[int]:
@@ -216,7 +228,9 @@ def _positions(asked: Any, length: int) -> list[int]:
     return [position % length for position in asked]
 
 
-def _aligned(asked: Observe, tokenizers: "Mapping[str, Tokenizer]", contexts: Mapping[str, int]) -> dict[str, Rows]:
+def _aligned(
+    asked: Observe, tokenizers: "Mapping[str, Tokenizer]", contexts: Mapping[str, int], ahead: Mapping[str, int]
+) -> dict[str, Rows]:
     """Return the same texts as each tokenizer reads them, at the positions whose tokens end at the same characters."""
     if asked.positions not in ("all", "last"):
         raise PicoError(
@@ -230,7 +244,10 @@ def _aligned(asked: Observe, tokenizers: "Mapping[str, Tokenizer]", contexts: Ma
     found: dict[str, tuple[list[Tensor], Positions]] = {name: ([], []) for name in tokenizers}
     common: list[list[int]] = []
     for text in texts:
-        read = {name: _read(tokenizer, text, contexts[name], has_targets) for name, tokenizer in tokenizers.items()}
+        read = {
+            name: _read(tokenizer, text, contexts[name], ahead[name] if has_targets else 0)
+            for name, tokenizer in tokenizers.items()
+        }
         ends = sorted(set.intersection(*(set(places) for _, places in read.values())))
         if not ends:
             raise PicoError(
@@ -242,17 +259,17 @@ def _aligned(asked: Observe, tokenizers: "Mapping[str, Tokenizer]", contexts: Ma
             found[name][0].append(tokens)
             found[name][1].append([places[end] for end in common[-1]])
     identity = _digest(texts, common)
-    return {name: Rows(*rows, asked.split, has_targets, identity) for name, rows in found.items()}
+    return {name: Rows(*rows, asked.split, has_targets, identity, ahead[name]) for name, rows in found.items()}
 
 
-def _read(tokenizer: "Tokenizer", text: str, context: int, has_targets: bool) -> tuple[Tensor, dict[int, int]]:
+def _read(tokenizer: "Tokenizer", text: str, context: int, unread: int) -> tuple[Tensor, dict[int, int]]:
     """Return the tokens of a text, cut to the context, and for each character where a token ends the position of that token."""
     encoding = _encoding(tokenizer, text)
-    tokens = torch.tensor(encoding.ids[: context + has_targets], dtype=torch.long)
+    tokens = torch.tensor(encoding.ids[: context + unread], dtype=torch.long)
     last = {
         end: place for place, (_, end) in enumerate(encoding.offsets)
     }  # of a character of several tokens, the last one
-    return tokens, {end: place for end, place in last.items() if place < len(tokens) - has_targets}
+    return tokens, {end: place for end, place in last.items() if place < len(tokens) - unread}
 
 
 def _pieces(tokenizer: "Tokenizer", texts: Iterable[str], size: int) -> Iterator[str]:
