@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from picolm.data.parquet import ShardedRows
 from picolm.errors import DataError, PicoError
 from picolm.models import Decoder, DecoderConfig, NextToken, Noise, Piece, Score
 from picolm.train.evaluate import Evaluation, Rows, evaluate, token_nats
@@ -77,6 +78,16 @@ def test_a_sample_takes_as_equal_a_share_of_each_source_as_there_is(sizes: list[
 def test_without_sources_a_sample_is_the_first_rows() -> None:
     assert Rows.sample(Table(None, 50), 7, 5).numbers.tolist() == list(range(7))
     assert Rows.sample(Table(None, 50), None, 5).tokens_RS.shape == (50, 5)
+
+
+@pytest.mark.parametrize("lying", [0, 1, 2])
+def test_a_number_of_rows_is_not_believed_before_memory_is_taken(tmp_path: Path, lying: int) -> None:
+    file = tmp_path / "val.parquet"
+    pq.write_table(pa.table({"input_ids": [[1, 2, 3]] * 4}), file)
+    rows = [10**12 if shard == lying else 4 for shard in range(3)]
+    source = ShardedRows(["a", "b", "c"], rows, lambda shard: file, fingerprint="", row_length=3)
+    with pytest.raises(DataError, match=rf"^{'abc'[lying]}: holds 4 rows where {10**12} were expected"):
+        Rows.sample(source, 2, 3)
 
 
 def test_every_row_belongs_to_one_process_and_one_micro_batch() -> None:

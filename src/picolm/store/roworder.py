@@ -58,7 +58,7 @@ class RowOrder:
                 "put in order while reading.", self.where, self._sub_batch,
             )  # fmt: skip
             self._told = True
-        blocks = stored_NH.split(self._sub_batch)
+        blocks = stored_NH.split(min(self._sub_batch, max(len(stored_NH), 1)))
         return torch.cat([block.reshape(block.shape[1], block.shape[0]).T for block in blocks])
 
     def _number(self, config: Mapping[str, Any], key: str, default: int) -> int:

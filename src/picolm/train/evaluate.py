@@ -57,7 +57,12 @@ class Rows(NamedTuple):
 
     @classmethod
     def sample(cls, source: Source, max_rows: int | None, length: int) -> Rows:
-        """Return at most `max_rows` rows of a data source, taken from its labels in turn, so that none is missing."""
+        """Return at most `max_rows` rows of a data source, taken from its labels in turn, so that none is missing.
+
+        Raises DataError if the source has fewer rows than it states.
+        """
+        if len(source):  # the middle row is in the shard that states far too many rows: asked for before memory is taken
+            source.rows(np.array([len(source) // 2]))
         numbers = np.arange(len(source))
         labels = source.labels(numbers) if max_rows is not None and max_rows < len(source) else None
         if labels is not None:
