@@ -110,7 +110,9 @@ def test_the_prefix_of_any_wrapper_is_left_off(tmp_path: Path, prefix: str) -> N
 
 
 @pytest.mark.slow
-@given(rows=st.integers(1, 30), width=st.integers(1, 9), sub_batch=st.integers(1, 12) | st.sampled_from([2**62, 10**30]))
+@given(
+    rows=st.integers(1, 30), width=st.integers(1, 9), sub_batch=st.integers(1, 12) | st.sampled_from([2**62, 10**30])
+)
 def test_mixed_up_rows_are_put_in_order(rows: int, width: int, sub_batch: int) -> None:
     rows_NH = torch.arange(rows * width).reshape(rows, width)
     order = RowOrder(configuration(sub_batch=sub_batch), "run")

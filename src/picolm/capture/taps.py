@@ -102,22 +102,29 @@ def matching(
 
 
 class Captured(dict[Address, Tensor]):
-    """The captured tensors of one step by address; complete after the `capture` block has ended."""
+    """The captured tensors of one step by address; complete after the `capture` block has ended.
+
+    lengths: the numbers of positions in the outputs that were captured.
+    """
+
+    def __init__(self) -> None:
+        self.lengths: set[int] = set()
 
 
 @contextmanager
-def capture(taps: Taps, *, split: str, step: int, order: Order) -> Iterator[Captured]:
+def capture(taps: Taps, *, split: str, step: int, order: Order | None) -> Iterator[Captured]:
     """Capture the forward and backward passes that run inside the block.
 
     order: for each micro-batch of this process, the places of its rows in the global batch. Activations are sorted in
     that global order, one row per sequence, for any number of micro-batches and processes. Rows of a micro-batch beyond
-    its places are not kept. With several processes, all must call this, and the first one gets all captured tensors.
+    its places are not kept. None where the micro-batches are not known before: the rows of each process are counted as
+    they come, see `place_of`. With several processes, all must call this, and the first one gets all captured tensors.
     Raises PicoError if a module did not run exactly once per micro-batch or does not return one tensor.
     """
     captured = Captured()
     records: dict[str, list[Tensor]] = {name: [] for name in taps.modules} if taps.activations else {}
     hooks = [
-        taps.modules[name].register_forward_hook(_record(taps, step, name, kept, order))
+        taps.modules[name].register_forward_hook(_record(taps, step, name, kept, order, captured.lengths))
         for name, kept in records.items()
     ]
     try:
@@ -125,13 +132,8 @@ def capture(taps: Taps, *, split: str, step: int, order: Order) -> Iterator[Capt
     finally:
         for hook in hooks:
             hook.remove()
-    places = [int(place) for rows in order for place in rows if taps.max_rows is None or place < taps.max_rows]
+    places = _places_kept(taps, records, order)
     for name, kept in records.items():
-        if len(kept) != len(order):
-            raise PicoError(
-                f"{name} ran {len(kept)} times in {len(order)} micro-batch(es), so its activations cannot be captured (the "
-                "loss reads the weight of the last layer directly); leave it out of layer_suffixes, or capture only gradients"
-            )
         rows = gather_rows(torch.cat(kept), places)
         if rows is not None:
             captured[Address("activations", split, name)] = rows
@@ -151,13 +153,47 @@ def gradients(taps: Taps, split: str) -> dict[Address, Tensor]:
     return found
 
 
-def _record(taps: Taps, step: int, name: str, kept: list[Tensor], order: Order) -> Any:
+def place_of(row: int) -> int:
+    """Return the place in the global batch of the n-th row of this process, where nothing else says it: in turns."""
+    return row * world_size() + (dist.get_rank() if world_size() > 1 else 0)
+
+
+def _places_kept(taps: Taps, records: Mapping[str, list[Tensor]], order: Order | None) -> list[int]:
+    """Return the places of the rows that were kept of each module. Raises PicoError for a module that did not run once."""
+    if order is not None:
+        for name, kept in records.items():
+            if len(kept) != len(order):
+                raise PicoError(
+                    f"{name} ran {len(kept)} times in {len(order)} micro-batch(es), so its activations cannot be captured "
+                    "(the loss reads the weight of the last layer directly); leave it out of layer_suffixes, or capture only "
+                    "gradients"
+                )
+        return [int(place) for rows in order for place in rows if taps.max_rows is None or place < taps.max_rows]
+    runs = {name: len(kept) for name, kept in records.items()}
+    usual = max(runs.values(), key=list(runs.values()).count, default=0)
+    for name, times in runs.items():
+        if times != usual or not times:
+            raise PicoError(
+                f"{name} ran {times} times where other modules ran {usual} times, so its activations cannot be captured; "
+                "choose other modules (layer_suffixes), or capture only gradients (what)"
+            )
+    return [place_of(row) for row in range(sum(map(len, next(iter(records.values()), []))))]
+
+
+def _record(taps: Taps, step: int, name: str, kept: list[Tensor], order: Order | None, lengths: set[int]) -> Any:
     def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # activation checkpointing computes it again while it goes backward
+            return
         if not isinstance(output, Tensor) or output.ndim < 2:
             raise PicoError(
                 f"{name} returns {type(output).__name__}, not one tensor [rows, …, width]: it cannot be captured"
             )
-        places = order[len(kept)] if len(kept) < len(order) else ()
+        if order is None:
+            first = sum(map(len, kept))
+            places: Any = [place_of(row) for row in range(first, first + len(output))]
+        else:
+            places = order[len(kept)] if len(kept) < len(order) else ()
+        lengths.update(output.shape[1:-1])
         rows = [row for row, place in enumerate(places) if taps.max_rows is None or place < taps.max_rows]
         kept.append(_select(output.detach(), rows, taps, step))
 

@@ -29,6 +29,12 @@ from picolm.trusted import check_form, parse_json, read_bytes
 
 log = logging.getLogger("picolm")
 
+LOGGED = {
+    "loss": "train/loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "lr",
+}  # Pico's names of what the Trainer logs
+
 SERIES = "series.yaml"
 _STEP = re.compile(
     r"(?:^|[-_.])(?:global_?step|step|checkpoint|ckpt|iter)[-_]?(\d{1,15})([kK]?)(?=$|[-_.])|^(\d{1,15})$"
@@ -111,11 +117,10 @@ class Series(Run):
         file = self._files(self.steps[-1]).find("trainer_state.json")
         if file is None:
             return
-        names = {"loss": "train/loss", "grad_norm": "grad_norm", "learning_rate": "lr"}
         state = parse_json(read_bytes(file), str(file), _TrainerState)
         for logged in state.log_history:
             numbers = {key: value for key, value in (logged.model_extra or {}).items() if type(value) in (int, float)}
-            entry = {names.get(key, f"trainer/{key}"): value for key, value in numbers.items()}
+            entry = {LOGGED.get(key, f"trainer/{key}"): value for key, value in numbers.items()}
             if keys is None or any(key in entry for key in keys):
                 yield {"step": logged.step} | {
                     key: value for key, value in entry.items() if keys is None or key in keys

@@ -277,11 +277,21 @@ class TrainConfig(Section):
         yield from _name_rules(self)
 
 
+RECORDED = "recorded"  # section in the configuration of a run that `picolm.Recorder` wrote
+
+
 def schema_for(raw: Mapping[str, Any]) -> type[TrainConfig]:
     """Return the training schema with the `model` section of the architecture that `raw` names in `model.model_type`.
 
-    Raises NoSchema if the architecture cannot be used, and UntrustedCode if it is code that is not trusted.
+    Raises NoSchema if the architecture cannot be used or the run was recorded from a loop of the user, and UntrustedCode if it
+    is code that is not trusted.
     """
+    if RECORDED in raw:
+        reason = (
+            "this run was recorded from a training loop that Pico does not know: only that loop can continue or repeat it, and "
+            "build its model. Its weights, gradients and activations can be analyzed"
+        )
+        raise NoSchema((RECORDED,), reason)
     section = raw.get("model")
     name = section.get("model_type") if isinstance(section, Mapping) else None
     if not isinstance(name, str) or name == "pico_decoder" or (name not in MODELS and ":" not in name):

@@ -61,7 +61,9 @@ class Rows(NamedTuple):
 
         Raises DataError if the source has fewer rows than it states.
         """
-        if len(source):  # the middle row is in the shard that states far too many rows: asked for before memory is taken
+        if len(
+            source
+        ):  # the middle row is in the shard that states far too many rows: asked for before memory is taken
             source.rows(np.array([len(source) // 2]))
         numbers = np.arange(len(source))
         labels = source.labels(numbers) if max_rows is not None and max_rows < len(source) else None

@@ -95,6 +95,7 @@ def sample(place: str, step: int | None, prompt: str, *, max_new_tokens: int, se
     if not 0 <= seed < 2**64:
         raise PicoError(f"the seed {seed} is out of range; take a whole number from 0 to 2^64 - 1")
     run = Run.open(place)
+    config_of(run)  # without a model that can be built, nothing else matters
     checkpoint = checkpoint_at(run, step)
     if "tokenizer.json" not in checkpoint.files:
         raise PicoError(
