@@ -5,7 +5,8 @@ line by line, Python blocks share their variables. Comments in front of a block,
 
     <!-- test: KEY=VALUE … -->     these words are added to each `pico` command of the block when it is tested
     <!-- not run: REASON -->       it is not executed
-    <!-- page: WHAT … -->          on top of a page: what lies there before, `demo` (runs/demo) or `hub` (a Hub on this machine)
+    <!-- page: WHAT … -->          on top of a page: what lies there before, `demo` (runs/demo), `hub` or `pythia`
+                                   (a Hub on this machine)
 """
 
 import re

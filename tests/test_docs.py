@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -133,15 +134,50 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
                 tensors[Address("activations", split, name)] = torch.randn(30, out, generator=draw)
         rows = {split: torch.arange(30 * 5).reshape(30, 5) for split in ("train", "val")}
         push_step(history, branch, step, write_step(tmp_path / f"hub/{step}", tensors, rows, sub_batch=None))
-    with FakeHub({"models/pico-lm/pico-decoder-tiny": history}).serving() as server:
+    with serving("pico-lm/pico-decoder-tiny", history, tmp_path, monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture
+def pythia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub with EleutherAI/pythia-70m: four of its branches, of a small width, with its kinds of files."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([(ROOT / "docs/index.md").read_text()], trainer)
+    config = GPTNeoXConfig(
+        vocab_size=300, hidden_size=48, num_hidden_layers=6, num_attention_heads=8, intermediate_size=96,
+        max_position_embeddings=128, eos_token_id=0, bos_token_id=0,
+    )  # fmt: skip
+    history = History()
+    for step in (0, 1000, 64000, 143000):
+        torch.manual_seed(step)
+        GPTNeoXForCausalLM(config).half().save_pretrained(tmp_path / f"series/{step}")
+        tokenizer.save(str(tmp_path / f"series/{step}/tokenizer.json"))
+        files = {file.name: file.read_bytes() for file in (tmp_path / f"series/{step}").iterdir()}
+        history.commit(f"step{step}", "as published", files)
+    history.commit("main", "a card", {"README.md": b"# A series"})
+    with serving("EleutherAI/pythia-70m", history, tmp_path, monkeypatch) as server:
+        yield server
+
+
+@contextmanager
+def serving(name: str, history: History, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub with one repository, which is the Hub of every process that is started from here."""
+    with FakeHub({f"models/{name}": history}).serving() as server:
         settings = {
             "HF_ENDPOINT": server.url,
-            "HF_HOME": f"{tmp_path}/home",
+            "HF_HOME": f"{folder}/home",
             "HF_HUB_OFFLINE": "0",
-            "PICO_CACHE": f"{tmp_path}/cache",
+            "PICO_CACHE": f"{folder}/cache",
         }
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
+        for key, value in settings.items():
+            monkeypatch.setenv(key, value)
         yield server
 
 
@@ -153,9 +189,10 @@ def test_everything_a_page_shows_runs(page: Path, room: Path, request: pytest.Fi
     text = page.read_text()
     if "demo" in given(text):
         copytree(request.getfixturevalue("demo"), room / "runs" / "demo", symlinks=True)
-    if "hub" in given(text):
-        request.getfixturevalue("hub")
-    run(text, room, pico_elsewhere if "hub" in given(text) else pico, words)
+    hubs = given(text) & {"hub", "pythia"}
+    for name in hubs:
+        request.getfixturevalue(name)
+    run(text, room, pico_elsewhere if hubs else pico, words)
 
 
 @pytest.mark.parametrize(

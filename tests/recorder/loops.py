@@ -13,53 +13,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script
+from examples.nanogpt import GPT
 
 VOCABULARY, LENGTH = 61, 12
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.c_attn, self.c_proj, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float):
-        super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(width), Attention(width, heads)
-        self.ln_2, self.c_fc, self.c_proj = (
-            nn.LayerNorm(width),
-            nn.Linear(width, 4 * width),
-            nn.Linear(4 * width, width),
-        )
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.drop(self.c_proj(F.gelu(self.c_fc(self.ln_2(x)))))
-
-
-class GPT(nn.Module):
-    def __init__(self, width: int = 32, layers: int = 2, heads: int = 4, dropout: float = 0.0):
-        super().__init__()
-        self.wte, self.wpe = nn.Embedding(VOCABULARY, width), nn.Embedding(LENGTH, width)
-        self.h = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
-        self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
-        self.lm_head.weight = self.wte.weight
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
-        for block in self.h:
-            x = block(x)
-        logits = self.lm_head(self.ln_f(x))
-        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def gpt(dropout: float = 0.0) -> GPT:
+    return GPT(VOCABULARY, LENGTH, width=32, dropout=dropout)
 
 
 @dataclass
@@ -87,7 +50,7 @@ def train(way: Way, recorder: Callable[[nn.Module, torch.optim.Optimizer], Any] 
     """Train as nanoGPT does, recorded if asked; returns the model, not wrapped."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(5)
-    raw = GPT(dropout=way.dropout)
+    raw = gpt(way.dropout)
     model = way.wrap(raw)
     optimizer = way.optimizer(model.parameters(), lr=0.1)
     watched = recorder(model, optimizer) if recorder else None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.recorder.loops import GPT, LENGTH, VOCABULARY
+from tests.recorder.loops import LENGTH, VOCABULARY, gpt
 from torch import Tensor, nn
 
 from picolm.address import Address
@@ -151,7 +151,7 @@ def lightning(folder: Path, callbacks: list[Any], optimizer: Callable[..., Any],
     class Module(lightning.LightningModule):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
             super().__init__()
-            self.gpt = GPT()
+            self.gpt = gpt()
 
         def training_step(self, batch: list[Tensor], number: int) -> Tensor:
             (rows,) = batch
@@ -196,7 +196,7 @@ def test_lightning_does_not_notice_that_it_is_recorded(optimizer: Any, options: 
     assert torch.equal(rows_RS, ROWS[4:8])
     losses = {entry["step"]: entry["train/loss"] for entry in run.read_metrics(("train/loss",))}
     assert set(losses) == set(range(5))
-    model = GPT()
+    model = gpt()
     model.load_state_dict({n: run[1][Address("weights", "", n.removesuffix(".weight"))] for n in model.state_dict()})
     _, second = model(rows_RS[2:, :-1], rows_RS[2:, 1:])
     assert second is not None

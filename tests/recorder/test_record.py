@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.recorder import loops
-from tests.recorder.loops import GPT, LENGTH, Way, train
+from tests.recorder.loops import LENGTH, Way, gpt, train
 from torch import Tensor, nn
 
 from picolm import Recorder
@@ -103,7 +103,7 @@ def test_activations_are_those_of_the_rows_in_their_order(tmp_path: Path) -> Non
     way = WAYS["accumulation"]
     train(way, recording(tmp_path / "run", learning_dynamics={"layer_suffixes": ["attn.c_proj"], "positions": "all"}))
     step = Run.open(tmp_path / "run")[4]
-    model = GPT()
+    model = gpt()
     model.load_state_dict(
         {name: step[Address("weights", "", name.removesuffix(".weight"))] for name in model.state_dict()}
     )
@@ -135,7 +135,7 @@ def test_a_compiled_loop_has_the_activations_of_the_same_weights(name: str, tmp_
 
 def test_rows_that_are_not_given_are_those_that_the_model_reads(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = GPT()
+    model = gpt()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rows_BT = torch.randint(61, (3, LENGTH))
     with Recorder(tmp_path / "run", model, optimizer) as recorder, recorder.step(0):
@@ -149,7 +149,7 @@ def test_the_scale_of_a_scaler_is_taken_out(tmp_path: Path) -> None:
     runs = []
     for place, scaler in (("plain", None), ("scaled", torch.amp.GradScaler("cpu", init_scale=1024.0))):
         torch.manual_seed(0)
-        model = GPT()
+        model = gpt()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         rows_BT = torch.randint(61, (3, LENGTH))
         with Recorder(tmp_path / place, model, optimizer, scaler=scaler) as recorder, recorder.step(0, rows_BT):
@@ -223,7 +223,7 @@ def test_several_processes_leave_the_run_of_one(wrap: str, tmp_path: Path) -> No
     assert (run[6][weight].double() - after - rate * run[6][gradient].double()).abs().max() <= 2**-23
     rows_RS = torch.tensor(run[6].rows("train")["input_ids"].to_pylist())
     assert rows_RS.shape == (16, LENGTH + 1)  # of two micro-batches of two processes
-    model = GPT()
+    model = gpt()
     held = {name: run[6][Address("weights", "", name.removesuffix(".weight"))] for name in model.state_dict()}
     model.load_state_dict(held)
     kept: list[Tensor] = []
@@ -236,7 +236,7 @@ def test_several_processes_leave_the_run_of_one(wrap: str, tmp_path: Path) -> No
 
 
 def test_what_cannot_be_is_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = GPT()
+    model = gpt()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rows_BT = torch.randint(61, (3, LENGTH))
     with pytest.raises(PicoError, match=r"there is no option 'save_every'; did you mean 'save_every_n_steps'"):
@@ -265,7 +265,7 @@ def test_what_cannot_be_is_a_message(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 def test_a_place_with_another_run_is_left_alone(tmp_path: Path) -> None:
     Run.create(tmp_path / "run", {"model": {}}, {})
-    model = GPT()
+    model = gpt()
     with pytest.raises(PicoError, match=r"holds a run that was not recorded from a loop"):
         Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), lr=0.1))
 

@@ -4,6 +4,7 @@ Step n is the state after n updates, with the gradient of the update that follow
 only: with it or without it, the loop ends with the same bytes.
 """
 
+import json
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -220,12 +221,14 @@ class Recorder:
         return {"input_ids": kept} if kept else {}
 
     def _texts(self, due: Due) -> dict[str, str | bytes]:
-        known = subject.anatomy(self._model)
-        config: Any = getattr(self._model, "config", None)
+        known, config = subject.anatomy(self._model), self._config_text()
         texts: dict[str, str | bytes] = {} if known == Anatomy() else {"anatomy.json": known.to_json()}
-        if due.weights and hasattr(config, "to_json_string"):
-            texts["config.json"] = config.to_json_string(use_diff=False)
-        return texts
+        return texts | ({"config.json": config} if due.weights and config else {})
+
+    def _config_text(self) -> str:
+        """Return the config.json of a model of transformers, empty for another one."""
+        config: Any = getattr(self._model, "config", None)
+        return str(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else ""
 
     def _begin(self, number: int) -> None:
         """At the first step of this start, drop what an earlier start has logged from there on."""
@@ -256,8 +259,8 @@ class Recorder:
         )
 
     def _open(self, place: Path) -> Run:
-        config: Any = getattr(self._model, "config", None)
-        stated = {"model": config.to_dict()} if hasattr(config, "to_dict") else {}
+        config = self._config_text()
+        stated = {"model": json.loads(config)} if config else {}
         if not (place / "run.json").exists():
             environment = {
                 "python": platform.python_version(),
