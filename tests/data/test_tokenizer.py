@@ -16,6 +16,7 @@ from picolm.data.tokenizer import (
     find_tokenizer,
     load_tokenizer,
     load_vocabulary,
+    parse_tokenizer,
     token_bytes,
     train_tokenizer,
     write_tokenizer,
@@ -230,3 +231,20 @@ def test_transformers_loads_the_folder(folder: Path) -> None:
 
 def test_golden_encoding(folder: Path) -> None:
     assert load_tokenizer(folder).encode("the cat sat").ids == [259, 275, 278]
+
+
+@pytest.mark.parametrize("number", [10_000_001, 10**9, 2**32 - 1, 2**64])
+@pytest.mark.parametrize("where", ["vocabulary", "added"])
+@pytest.mark.parametrize("model", ["BPE", "WordLevel"])
+def test_a_token_id_beyond_all_vocabularies_is_a_message(model: str, where: str, number: int) -> None:
+    """The library counts up to the largest id and ends the process where the memory does not suffice."""
+    form: dict[str, Any] = {"model": {"type": model, "vocab": {"a": 0, "b": 1}, "merges": [], "unk_token": "a"}}
+    if where == "vocabulary":
+        form["model"]["vocab"]["c"] = number
+    else:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        form["added_tokens"] = [{"id": number, "content": "c", **flags}]
+    with pytest.raises(
+        DataError, match=rf"^x: has a token id of {number} among 3 tokens; the largest that is read is 10000000"
+    ):
+        parse_tokenizer(json.dumps(form).encode(), "x")

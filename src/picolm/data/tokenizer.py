@@ -33,6 +33,7 @@ END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
 _LONG_RUN, _PIECE_OF_RUN = 4096, 256
 _RUN = re.compile(rf"[^\W\d_]{{{_LONG_RUN},}}|\d{{{_LONG_RUN},}}|(?:[^\s\w]|_){{{_LONG_RUN},}}")
+_LARGEST_ID = 10_000_000
 _STANDARD_ERROR = threading.Lock()
 _ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|eos|>")
 
@@ -61,13 +62,27 @@ def parse_tokenizer(content: bytes, where: str) -> Tokenizer:
     """Return the tokenizer in the content of a tokenizer.json, as `load_tokenizer` does. Raises DataError."""
     from tokenizers import Tokenizer
 
-    trusted.parse_json(content, where, dict[str, Any])  # the library does not limit the nesting
+    _check_ids(trusted.parse_json(content, where, dict[str, Any]), where)  # nor does the library limit the nesting
     with _library_errors(f"{where}: cannot be read as a tokenizer.json"), _without_its_stack():
         tokenizer = Tokenizer.from_buffer(content.removeprefix(codecs.BOM_UTF8))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _check_ids(form: Mapping[str, Any], where: str) -> None:
+    """Raise DataError for a token id so large that the library, which counts up to it, would take all memory."""
+    model = form.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    added = form.get("added_tokens")
+    numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    numbers += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    largest = max((number for number in numbers if isinstance(number, int)), default=0)
+    if largest > _LARGEST_ID:
+        raise DataError(
+            f"{where}: has a token id of {largest} among {len(numbers)} tokens; the largest that is read is {_LARGEST_ID}"
+        )
 
 
 def encode_text(tokenizer: Tokenizer, text: str, what: str) -> list[int]:
