@@ -402,3 +402,15 @@ def test_what_needs_its_code_says_who_has_it(
         "is a gpt_neox of transformers, which Pico reads and does not run; AutoModelForCausalLM"
         in capsys.readouterr().err
     )
+
+
+def test_tied_embeddings_of_an_anatomy_without_an_embedding_are_no_part(tmp_path: Path) -> None:
+    folder = tmp_path / "series"
+    (folder / "step7").mkdir(parents=True)
+    save_file({"model.layers.0.mlp.down_proj.weight": torch.zeros(2, 3)}, folder / "step7" / "model.safetensors")
+    (folder / "step7" / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
+    (folder / "series.yaml").write_text(
+        "anatomy: {block: 'model.layers.{}', parts: {mlp.output: {module: mlp.down_proj}}}\n"
+    )
+    anatomy = Run.open(folder)[7].anatomy  # type: ignore[attr-defined]
+    assert list(anatomy.parts) == ["mlp.output"]

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -85,7 +86,13 @@ class SeriesCheckpoint(Checkpoint):
     @cached_property
     def family(self) -> Family | None:
         """What is said or known of its architecture, None for one that is not known."""
-        return self._said or FAMILIES.get(str(self.config.get("model_type")))
+        known = self._known_family()
+        if self._said is None or self._said.block or known is None:
+            return self._said or known
+        return replace(known, numbers=self._said.numbers)
+
+    def _known_family(self) -> Family | None:
+        return FAMILIES.get(str(self.config.get("model_type")))
 
     @cached_property
     def anatomy(self) -> Anatomy:

@@ -6,9 +6,9 @@ the output of its attention (tests/readers/test_families.py).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from picolm.errors import StoreError
 from picolm.models.anatomy import Anatomy, Part
@@ -24,7 +24,8 @@ class Family:
     fused: the module of a block that holds queries, keys and values in one matrix, None where there are three; its rows are
     sorted by head and then by part (query, key, value), or by part and then by head. transposed: modules of a block whose
     weights are stored as inputs x outputs (Conv1D). renamed: modules whose names in files are older than those of transformers 5,
-    by name in the file. notes: why a circuit is not all that the attention computes.
+    by name in the file. notes: why a circuit is not all that the attention computes. numbers: what the configuration does not
+    say of layers, width, heads, kv_heads and head_size.
     """
 
     block: str
@@ -34,6 +35,7 @@ class Family:
     transposed: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
 
 class PartForm(BaseModel, extra="forbid"):
@@ -42,18 +44,24 @@ class PartForm(BaseModel, extra="forbid"):
     by: Literal["rows", "columns"] = "rows"
 
 
-class FamilyForm(BaseModel, extra="forbid"):
-    """A family as a user writes it in series.yaml."""
+Number = Annotated[int, Field(gt=0)]
 
-    block: str
+
+class FamilyForm(BaseModel, extra="forbid"):
+    """A family as a user writes it in series.yaml. Without `block`, only numbers of a known one are given."""
+
+    block: str = ""
     parts: dict[str, PartForm] = {}
     fused: str | None = None
     order: Fused = "by part"
     transposed: list[str] = []
     notes: list[str] = []
+    numbers: dict[Literal["layers", "width", "heads", "kv_heads", "head_size"], Number] = {}
 
     def family(self, where: str) -> Family:
         """Return the family. Raises StoreError for a block without a place for its number, and for a part that is missing."""
+        if "block" not in self.model_fields_set and self.model_fields_set == {"numbers"}:
+            return Family("", {}, numbers={str(number): value for number, value in self.numbers.items()})
         if self.block.count("{}") != 1 or self.block.count("{") != 1:
             raise StoreError(
                 f"{where}: anatomy.block is {self.block!r}; expected a name with {{}} for the number of the block"
@@ -63,7 +71,8 @@ class FamilyForm(BaseModel, extra="forbid"):
                 f"{where}: anatomy.fused is {self.fused!r}, and anatomy.parts has no {missing[0]}: a name for each third"
             )
         parts = {role: Part(part.module, part.cut, part.by) for role, part in self.parts.items()}
-        return Family(self.block, parts, self.fused, self.order, tuple(self.transposed), {}, tuple(self.notes))
+        fused, numbers = self.fused, {str(number): value for number, value in self.numbers.items()}
+        return Family(self.block, parts, fused, self.order, tuple(self.transposed), {}, tuple(self.notes), numbers)
 
 
 def _parts(embedding: str, unembedding: str, attention: tuple[str, str, str, str], mlp: str) -> dict[str, Part]:
@@ -137,8 +146,8 @@ _NUMBERS = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "width": ("hidden_size", "n_embd", "d_model"),
     "heads": ("num_attention_heads", "n_head"),
-    "kv_heads": ("num_key_value_heads",),
-    "head_size": ("head_dim",),
+    "kv_heads": ("num_key_value_heads", "n_query_groups"),
+    "head_size": ("head_dim", "head_size"),
 }
 
 
@@ -155,9 +164,11 @@ def anatomy_of(config: Mapping[str, Any], family: Family | None) -> Anatomy:
     numbers: dict[str, Any] = {number: config.get(key) for number, key in keys.items()}
     if family is None:
         return Anatomy(**numbers, keys=keys)
+    numbers |= family.numbers
+    keys |= {number: f"numbers.{number}" for number in family.numbers}
     if numbers["kv_heads"] is None:
         numbers["kv_heads"], keys["kv_heads"] = numbers["heads"], keys["heads"]
     parts = dict(family.parts)
-    if config.get("tie_word_embeddings", False):
+    if config.get("tie_word_embeddings", False) and "embedding" in parts:
         parts["unembedding"] = parts["embedding"]
     return Anatomy(**numbers, block=family.block, parts=parts, keys=keys, notes=family.notes)

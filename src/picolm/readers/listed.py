@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from picolm.errors import StoreError
-from picolm.readers.families import Family
 from picolm.readers.hub_series import KeptHeaders, RevisionFiles, heads_of, hub_problems
-from picolm.readers.series import Series, step_of
+from picolm.readers.series import Said, Series, step_of
 from picolm.store.hub import PLACE
 from picolm.store.legacy import LocalFiles, StepFiles
 from picolm.store.repository import Branch
@@ -22,8 +21,8 @@ class ListedSeries(Series):
 
     fetched_by_step = True
 
-    def __init__(self, path: Path, places: Mapping[int, str], family: Family | None = None):
-        super().__init__(path, places, family=family)
+    def __init__(self, path: Path, places: Mapping[int, str], said: Said | None = None):
+        super().__init__(path, places, said=said)
         self._headers = KeptHeaders()
         self._opened: dict[int, RevisionFiles] = {}
 
@@ -63,7 +62,7 @@ class ListedSeries(Series):
         return [*found, *self.doubts.get(step, [])]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ListedSeries, (self.path, self.folders, self.family)
+        return ListedSeries, (self.path, self.folders, self.said)
 
 
 def open_list(text: str) -> ListedSeries:

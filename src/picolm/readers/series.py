@@ -3,7 +3,8 @@
     step100/ · checkpoint-500/ · step-0001000/ · ckpt_010/ · stage1-step100-tokens3B/
         config.json, model.safetensors (or shards with an index, or pytorch_model.bin), trainer_state.json of the Trainer
 
-Where the names of folders do not say the steps, `series.yaml` does: `steps: {start: 0, later/model: 100}`.
+Checkpoints of nanoGPT, LitGPT and torchtitan are read likewise, see trainers.py. Where the names of folders do not say the steps,
+`series.yaml` does: `steps: {start: 0, later/model: 100}`.
 """
 
 import logging
@@ -13,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, MutableMapping, Seque
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -21,6 +22,7 @@ from picolm.document import parse_yaml
 from picolm.errors import FileError, StoreError
 from picolm.readers.checkpoint import CONFIG, WEIGHTS, CachedFiles, SeriesCheckpoint
 from picolm.readers.families import Family, FamilyForm
+from picolm.readers.trainers import NanoGPT, OneFile, foreign_format, is_file_of_nanogpt
 from picolm.store.checkpoint import Checkpoint
 from picolm.store.legacy import LocalFiles, StepFiles
 from picolm.store.manifest import Directories, check_name, inside, natural
@@ -53,22 +55,32 @@ class _TrainerState(BaseModel, extra="allow"):
 
 
 class _Series(BaseModel, extra="forbid"):
-    """series.yaml: the step that each folder holds; and the parts of an architecture that is not known, see `Family`."""
+    """series.yaml: the step that each folder holds, how many tokens a step reads, and the parts of an architecture that is not
+    known, see `Family`.
+    """
 
     steps: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    tokens_per_step: Annotated[int, Field(gt=0)] | None = None
     anatomy: FamilyForm | None = None
 
 
-class Series(Run):
-    """A folder of checkpoints of transformers, read-only. folders: that of each step, relative to the folder.
+class Said(NamedTuple):
+    """What the user says of a series: of its architecture (None: what is known of it), and the tokens that a step reads."""
 
-    is_cache: whether the folder is that of a repository in the cache of huggingface_hub. family: what the user says of the
-    architecture; None for what is known of it.
+    family: Family | None = None
+    tokens_per_step: int | None = None
+
+
+class Series(Run):
+    """A folder of checkpoints of transformers, or of another trainer, read-only.
+
+    folders: that of each step, or its file, relative to the folder.
+    is_cache: whether the folder is that of a repository in the cache of huggingface_hub.
     """
 
-    def __init__(self, path: Path, folders: Mapping[int, str], is_cache: bool = False, family: Family | None = None):
+    def __init__(self, path: Path, folders: Mapping[int, str], is_cache: bool = False, said: Said | None = None):
         super().__init__(path, Directories())
-        self.folders, self.is_cache, self.family = dict(sorted(folders.items())), is_cache, family
+        self.folders, self.is_cache, self.said = dict(sorted(folders.items())), is_cache, said or Said()
         self._identities: dict[int, dict[str, str]] = {}
         self._headers: MutableMapping[str, dict[str, tuple[int, ...]]] = {}
 
@@ -101,30 +113,40 @@ class Series(Run):
         return self._checkpoint(step)
 
     def _checkpoint(self, step: int) -> SeriesCheckpoint:
-        return SeriesCheckpoint(
-            step, self._files(step), self._identities.setdefault(step, {}), self._headers, self.family
-        )
+        files = self._files(step)
+        given = step, files, self._identities.setdefault(step, {}), self._headers, self.said.family
+        if isinstance(files, OneFile):
+            return NanoGPT(*given, file=Path(self.folders[step]).name)
+        is_foreign = not any(files.has(name) for name in (*WEIGHTS, CONFIG))
+        return ((foreign_format(files) if is_foreign else None) or SeriesCheckpoint)(*given)
 
     def _files(self, step: int) -> StepFiles:
         where = self.step_path(step)
+        if is_file_of_nanogpt(where):
+            return OneFile(where)
         return CachedFiles(where, self.path) if self.is_cache else LocalFiles(where)
 
     def __contains__(self, step: object) -> bool:
         return step in self.folders
 
     def read_metrics(self, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Yield what the Trainer logged until its last checkpoint, under the names that Pico logs; nothing without it."""
+        """Yield what the Trainer logged until its last checkpoint, under the names that Pico logs, and the tokens that were read
+        where `tokens_per_step` says so; nothing without either.
+        """
+        for step, entry in self._logged():
+            if self.said.tokens_per_step is not None:
+                entry["tokens"] = step * self.said.tokens_per_step
+            if entry and (keys is None or any(key in entry for key in keys)):
+                yield {"step": step} | {key: value for key, value in entry.items() if keys is None or key in keys}
+
+    def _logged(self) -> Iterator[tuple[int, dict[str, Any]]]:
         file = self._files(self.steps[-1]).find("trainer_state.json")
         if file is None:
+            yield from ((step, {}) for step in self.steps)
             return
-        state = parse_json(read_bytes(file), str(file), _TrainerState)
-        for logged in state.log_history:
+        for logged in parse_json(read_bytes(file), str(file), _TrainerState).log_history:
             numbers = {key: value for key, value in (logged.model_extra or {}).items() if type(value) in (int, float)}
-            entry = {LOGGED.get(key, f"trainer/{key}"): value for key, value in numbers.items()}
-            if keys is None or any(key in entry for key in keys):
-                yield {"step": logged.step} | {
-                    key: value for key, value in entry.items() if keys is None or key in keys
-                }
+            yield logged.step, {LOGGED.get(key, f"trainer/{key}"): value for key, value in numbers.items()}
 
     def problems(self, step: int) -> list[str]:
         """Return what is wrong with a step, and which other steps hold the same weights, or some of the same files."""
@@ -171,7 +193,7 @@ class Series(Run):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Series, (self.path, self.folders, self.is_cache, self.family)
+        return Series, (self.path, self.folders, self.is_cache, self.said)
 
 
 def open_series(place: str) -> Run | None:
@@ -188,7 +210,7 @@ def open_series(place: str) -> Run | None:
 
         return open_hub_series(place)
     path = Path(place).absolute()
-    if path.name == SERIES:
+    if path.name == SERIES or is_file_of_nanogpt(path):
         path = path.parent
     if not path.is_dir():
         return None
@@ -196,22 +218,37 @@ def open_series(place: str) -> Run | None:
         return _open_cache(path)
     if _is_checkpoint(path):  # one step of a series
         path = path.parent
-    said = _described(path / SERIES) if os.path.lexists(path / SERIES) else _Series()
-    if said.steps is not None and any(name.startswith("hub:") for name in said.steps):
+    file = path / SERIES
+    described = _described(file) if os.path.lexists(file) else _Series()
+    said = Said(_family(described, file), described.tokens_per_step)
+    if described.steps is not None and any(name.startswith("hub:") for name in described.steps):
         from picolm.readers.listed import ListedSeries
 
-        by_step = _by_step(said.steps, path / SERIES)
+        by_step = _by_step(described.steps, file)
         places = {step: name if name.startswith("hub:") else str(path / name) for step, name in by_step.items()}
-        return known(ListedSeries(path, places, _family(said, path / SERIES)))
-    if said.steps is not None:
-        return known(Series(path, _by_step(said.steps, path / SERIES), family=_family(said, path / SERIES)))
-    folders = sorted((entry.name for entry in path.iterdir() if _is_checkpoint(entry)), key=natural)
-    numbered = {folder: step for folder in folders if (step := step_of(folder)) is not None}
+        return known(ListedSeries(path, places, said))
+    if described.steps is not None:
+        return known(Series(path, _by_step(described.steps, file), said=said))
+    entries = sorted(
+        (entry for entry in path.iterdir() if _is_checkpoint(entry)), key=lambda entry: natural(entry.name)
+    )
+    numbered = {entry.name: step for entry in entries if (step := _step_at(entry)) is not None}
     if not numbered:
         return None
-    if others := [folder for folder in folders if folder not in numbered]:
+    if others := [entry.name for entry in entries if entry.name not in numbered]:
         log.warning("%s: %s has no step in its name and is left out (see series.yaml).", path, ", ".join(others))
-    return known(Series(path, _by_step(numbered, path / SERIES), family=_family(said, path / SERIES)))
+    return known(Series(path, _by_step(numbered, file), said=said))
+
+
+def _step_at(path: Path) -> int | None:
+    """Return the step of a checkpoint: that in its name, or that which a file of nanoGPT states. Raises StoreError for two."""
+    named = step_of(path.stem if is_file_of_nanogpt(path) else path.name)
+    if not is_file_of_nanogpt(path):
+        return named
+    stated = NanoGPT(0, OneFile(path), file=path.name).stated_step
+    if None not in (named, stated) and named != stated:
+        raise StoreError(f"{path}: is step {stated} by its iter_num; say in {path.parent / SERIES} which step it is")
+    return stated if named is None else named
 
 
 def known(series: "Series") -> "Series":
@@ -260,7 +297,7 @@ def _described(file: Path) -> _Series:
     names = found.steps or {}
     here = [name for name in names if not name.startswith("hub:")]
     if gone := [name for name in here if not _is_checkpoint(inside(file.parent, check_name(name, str(file))))]:
-        raise StoreError(f"{file}: {gone[0]} holds no checkpoint of transformers (no {CONFIG} and no weights)")
+        raise StoreError(f"{file}: {gone[0]} holds no checkpoint (no {CONFIG} and no weights)")
     return found
 
 
@@ -283,5 +320,10 @@ def _by_step(steps: Mapping[str, int], file: Path) -> dict[int, str]:
 
 def _is_checkpoint(path: Path) -> bool:
     if path.is_symlink() or not path.is_dir():
-        return False
-    return any(os.path.lexists(path / name) for name in WEIGHTS) or os.path.lexists(path / CONFIG)
+        return is_file_of_nanogpt(path)
+    if any(os.path.lexists(path / name) for name in (*WEIGHTS, CONFIG)):
+        return True
+    kind = foreign_format(
+        LocalFiles(path)
+    )  # a folder with a ckpt.pt is that of all steps, unless its name says the step
+    return kind is not None and (kind is not NanoGPT or step_of(path.name) is not None)

@@ -29,11 +29,14 @@ _DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, Ru
 class PickledTensors:
     """The tensors of a `torch.save` file, by key. Raises StoreError for any other content, and for a damaged file."""
 
-    def __init__(self, path: Path, name: str = ""):
-        """Open the file. name: its name in messages; its path by default."""
+    def __init__(self, path: Path, name: str = "", inside: str = ""):
+        """Open the file. name: its name in messages; its path by default.
+
+        inside: the entry that holds the tensors where the file holds more; `others` has the rest. A file without it holds them.
+        """
         self.path, self.name = path, name or str(path)
         self._is_zip = _is_zip(path)  # torch up to 1.5 wrote another format, which has no checksums
-        self._tensors = _load(path, self._is_zip, self.name)
+        self._tensors, self.others = _load(path, self._is_zip, self.name, inside)
         self._checked = not self._is_zip
 
     @property
@@ -106,7 +109,8 @@ def read_arrow(path: Path | None, where: str) -> "pa.Table":
     return table
 
 
-def _load(path: Path, is_zip: bool, name: str) -> Mapping[str, "Tensor"]:
+def _load(path: Path, is_zip: bool, name: str, inside: str) -> tuple[Mapping[str, "Tensor"], Mapping[str, Any]]:
+    """Return the tensors of a file, and what else it holds."""
     import torch
 
     try:
@@ -114,7 +118,11 @@ def _load(path: Path, is_zip: bool, name: str) -> Mapping[str, "Tensor"]:
     except pickle.UnpicklingError as error:
         raise StoreError(f"{name}: {_refusal(str(error))}") from error
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise StoreError(f"{name}: damaged, or not a file of torch.save ({_first_line(error)})") from error
+        raise StoreError(f"{name}: damaged, or not a file of torch.save ({first_line(error)})") from error
+    others: Mapping[str, Any] = {}
+    if inside and isinstance(content, dict) and isinstance(content.get(inside), dict):
+        others = {key: value for key, value in content.items() if key != inside}
+        content = content[inside]
     size = path.stat().st_size
     wrong = [key for key, value in content.items() if not _is_entry(key, value)] if isinstance(content, dict) else None
     if wrong is None or wrong:
@@ -123,7 +131,7 @@ def _load(path: Path, is_zip: bool, name: str) -> Mapping[str, "Tensor"]:
     for key, tensor in content.items():  # with strides of 0, a few bytes make a tensor of any size
         if tensor.numel() * tensor.element_size() > size:
             raise StoreError(f"{name}: {key!r} has shape {list(tensor.shape)}, more than the file holds")
-    return content
+    return content, others
 
 
 def _is_entry(key: Any, value: Any) -> bool:
@@ -139,7 +147,7 @@ def _is_zip(path: Path) -> bool:
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
     except _DAMAGED_ZIP as error:
-        raise StoreError(f"{path}: damaged ({_first_line(error)})") from error
+        raise StoreError(f"{path}: damaged ({first_line(error)})") from error
 
 
 def _check(path: Path, name: str) -> None:
@@ -147,7 +155,7 @@ def _check(path: Path, name: str) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (OSError, *_DAMAGED_ZIP) as error:
-        raise StoreError(f"{name}: damaged ({_first_line(error)})") from error
+        raise StoreError(f"{name}: damaged ({first_line(error)})") from error
     if damaged is not None:
         raise StoreError(f"{name}: damaged: the checksum of its part {damaged!r} does not hold; fetch or copy it again")
 
@@ -157,9 +165,10 @@ def _refusal(message: str) -> str:
     objection = next((line for line in message.splitlines() if "nsupported" in line or "not allowed" in line), "")
     if "GLOBAL" in objection or "class" in objection or "REDUCE" in objection:
         return f"holds code, not only tensors ({objection.strip()[:120]}); it is not loaded, because that would run the code"
-    return f"damaged, or holds more than tensors ({_first_line(message)})"
+    return f"damaged, or holds more than tensors ({first_line(message)})"
 
 
-def _first_line(error: object) -> str:
+def first_line(error: object) -> str:
+    """Return the first line of what an error says, else what it is called."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
