@@ -18,6 +18,7 @@ SMALLEST = {  # script: (its arguments, what it prints then)
         "ours / plain",
     ),
     "reading": ([], "files have functions that are called"),
+    "recorder": (["--steps", "2", "--width", "16", "--layers", "1", "--turns", "1"], "with / without"),
     "report": (["--values", "2000"], "toggle"),
     "safeguards": (["--rounds", "1", "--every", "1"], "no digests"),
     "step_time": (["--shapes", "tiny", "--precisions", "float32", "--modes", "eager", "--rounds", "1"], "| llama |"),
