@@ -113,6 +113,7 @@ class FakeHub(ThreadingHTTPServer):
     token: what a request that writes, or reads what is private, has to carry.
     faults: {part of a path: [503, (429, {"Retry-After": "7"}), "cut", "lost", …]}, each used up by one request of such a path
         that is no HEAD: `cut` ends the answer in its middle, `lost` does what was asked and does not answer.
+    renamed: names of repositories, `owner/name`, by those that they had before: their pages are moved.
     ranges: whether it sends the range of a file that is asked for, and not all of it.
     log: (method, path, range) of each request. tokens: its `Authorization`. raw: its address, other headers and body, to be
         searched.
@@ -125,6 +126,7 @@ class FakeHub(ThreadingHTTPServer):
         self.repositories = repositories or {}
         self.token = token
         self.chaos: Chaos | None = None
+        self.renamed: dict[str, str] = {}
         self.down = False
         self.ranges = True
         self.raw: list[bytes] = []
@@ -191,6 +193,9 @@ class Answers(BaseHTTPRequestHandler):
         fault, path = self.note(b"")
         if isinstance(fault, int | tuple):
             return self.refuse(fault)
+        for before, now in self.server.renamed.items():
+            if f"/{before}/" in self.path or self.path.endswith(f"/{before}"):
+                return self._send(307, b"", {"Location": self.path.replace(before, now)})
         parts = urlsplit(self.path)
         form = r"/(?:api/)?(?:(datasets|models)/)?([^/]+/[^/]+)/(revision|tree|resolve|commits|refs)/?([^/]*)/?(.*)"
         found = re.fullmatch(form, path)

@@ -17,7 +17,7 @@ from picolm.address import Address
 from picolm.analyze.config import AnalysisConfig
 from picolm.analyze.engine import analyze
 from picolm.cli import main
-from picolm.errors import StoreError
+from picolm.errors import PicoError, StoreError
 from picolm.schema import load
 from picolm.store import Run
 
@@ -266,3 +266,25 @@ def test_two_branches_of_one_step_are_an_error(hub: FakeHub) -> None:
     hub.repositories["models/lab/stages"] = other
     with pytest.raises(StoreError, match=re.escape("the branches stage1-step5 and stage2-step5 are both step 5")):
         Run.open("hub:lab/stages")
+
+
+def test_a_repository_that_was_renamed_is_read_under_its_old_name(hub: FakeHub, history: History) -> None:
+    hub.repositories["models/lab/moved"] = hub.repositories.pop("models/lab/series")
+    hub.renamed["lab/series"] = "lab/moved"
+    run = Run.open("hub:lab/series")
+    assert run.steps == STEPS
+    assert run[0][Address("weights", "", "model.embed_tokens")].shape == (11, 8)
+
+
+@pytest.mark.parametrize(
+    ("path", "fault", "message"),
+    [
+        ("/refs", (403, {"X-Error-Code": "GatedRepo"}), r"access is restricted; ask for it on its page on the Hub"),
+        ("/resolve/", (403, {"X-Error-Code": "GatedRepo"}), r"access is restricted; ask for it on its page on the Hub"),
+        ("/refs", (404, {"X-Error-Code": "RepoNotFound"}), r"is neither a folder here nor a repository on the Hub"),
+    ],
+)
+def test_a_repository_that_may_not_be_read_is_a_message(path: str, fault: Any, message: str, hub: FakeHub) -> None:
+    hub.faults[path] = [fault] * 20
+    with pytest.raises(PicoError, match=rf"^hub:lab/series@.*{message}"):
+        _ = Run.open("hub:lab/series")[0][Address("weights", "", "model.embed_tokens")]
