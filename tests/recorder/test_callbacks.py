@@ -113,6 +113,32 @@ def test_a_step_of_the_trainer_is_a_checkpoint_of_transformers(tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_was_recorded_of_a_trainer_can_be_asked(family: str, tmp_path: Path) -> None:
+    """Held-out rows on a recorded run: the same tensors as plain transformers, and damage is not computed with."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from picolm.observe.subject import Subject
+    from picolm.recorder.trainer import RecorderCallback
+
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
+    model = llama() if family == "llama" else AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, **sizes)
+    )  # fmt: skip
+    trained(tmp_path / "out", [RecorderCallback(tmp_path / "run", save_every_n_steps=2)], model=model)
+    run = Run.open(tmp_path / "run")
+    plain = AutoModelForCausalLM.from_pretrained(run[4].path, attn_implementation="eager")
+    logits = Subject(run).at(run[4]).model(ROWS[:3, :LENGTH])
+    assert torch.equal(logits, plain(ROWS[:3, :LENGTH]).logits)
+    weights = run[2].path / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(PicoError, match=r"not the bytes that were written"):
+        _ = Subject(run).at(run[2]).model
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_no_number_is_cut_from_a_matrix_that_holds_more_than_one_thing(family: str, tmp_path: Path) -> None:
     """Queries, keys and values in one matrix are no parts with heads, and Conv1D is not cut as if it were outputs x inputs."""

@@ -8,8 +8,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from picolm.capture.taps import matching
 from picolm.errors import PicoError, StoreError
 from picolm.models import Anatomy, NextToken, anatomy_of, find_model
 from picolm.models.anatomy import CAPTURED
-from picolm.readers.checkpoint import SeriesCheckpoint
+from picolm.readers.checkpoint import CONFIG, SeriesCheckpoint
 from picolm.store import Checkpoint, Run
+from picolm.store.checkpoint import SealedCheckpoint
 from picolm.train.sample import config_of
 from picolm.train.state import State, bounded, check_sizes, outline, weight_address
 
@@ -182,7 +184,7 @@ class TransformersArchitecture(Architecture):
 
     def fill(self, model: Any, checkpoint: Checkpoint) -> None:
         """Copy the weights of a checkpoint into the model. Raises StoreError unless it holds exactly those of the model."""
-        assert isinstance(checkpoint, SeriesCheckpoint)
+        checkpoint = _of_transformers(checkpoint) or self._checkpoint
         exact = checkpoint[checkpoint.select(kind="weights")[0]].dtype == torch.float64
         model.to(torch.float64 if exact else torch.float32)
         entries = model.inner.state_dict(keep_vars=True)
@@ -242,9 +244,41 @@ class TransformersArchitecture(Architecture):
 
 def architecture_of(run: Run, checkpoint: Checkpoint) -> Architecture:
     """Return the model that the weights of a checkpoint belong to. Raises PicoError where it cannot be run."""
+    found = _of_transformers(checkpoint)
+    return TransformersArchitecture(found) if found is not None else OwnArchitecture(run, checkpoint)
+
+
+def _of_transformers(checkpoint: Checkpoint) -> SeriesCheckpoint | None:
+    """Return a step as a checkpoint of transformers, None if it is none. What a Recorder left of such a model is one too."""
     if isinstance(checkpoint, SeriesCheckpoint):
-        return TransformersArchitecture(checkpoint)
-    return OwnArchitecture(run, checkpoint)
+        return checkpoint
+    if isinstance(checkpoint, SealedCheckpoint) and checkpoint.meta.get("recorded") and CONFIG in checkpoint.files:
+        return SeriesCheckpoint(checkpoint.step, SealedFiles(checkpoint))
+    return None
+
+
+class SealedFiles:
+    """The files of a step of a Pico run; each is compared with its digest when it is found."""
+
+    knows_digests: ClassVar[bool] = True
+
+    def __init__(self, checkpoint: SealedCheckpoint):
+        self.where, self._checkpoint = checkpoint.path, checkpoint
+
+    def has(self, name: str) -> bool:
+        return name in self._checkpoint.files
+
+    def find(self, name: str) -> Path | None:
+        if not self.has(name):
+            return None
+        self._checkpoint.read(name)
+        return self._checkpoint.locate(name)
+
+    def identity(self, name: str) -> str:
+        return self._checkpoint.files[name].sha256
+
+    def sizes(self) -> dict[str, int]:
+        return {name: record.bytes for name, record in self._checkpoint.files.items()}
 
 
 def _config(stated: Mapping[str, Any], tensors: int, where: str) -> Any:

@@ -73,23 +73,25 @@ class Recorder:
         last: int | None = None,
         scaler: Any = None,
         clipped: bool = False,
+        files: Mapping[str, str | bytes] | None = None,
         **options: Any,
     ):
         """Create the run at `place`, or open the one that an earlier start of the same loop has recorded there.
 
         model: as the loop calls it: wrapped in DDP or compiled, or sharded by FSDP2. last: the number of the last step, which is
         saved whatever the cadence is. scaler: the GradScaler of the loop, whose scale is taken out of gradients. clipped: the
-        blocks clip gradients before they end, which manifests and the names of metrics say. options: keys of the section
-        `checkpointing`, with the same meaning and defaults (save_every_n_steps, save_schedule, keep,
-        learning_dynamics: {layer_suffixes, positions, what, …}, …). Raises PicoError for options that are not right and for a
-        place that holds another run; StoreError for one that cannot be written.
+        blocks clip gradients before they end, which manifests and the names of metrics say. files: further files of each step
+        with weights, by name, such as tokenizer.json. options: keys of the section `checkpointing`, with the same meaning and
+        defaults (save_every_n_steps, save_schedule, keep, learning_dynamics: {layer_suffixes, positions, what, …}, …). Raises
+        PicoError for options that are not right and for a place that holds another run; StoreError for one that cannot be
+        written.
         """
         self._settings = _settings(options, log_every_n_steps, last)
         self._plan = Plan(self._settings)
         self._outer, self._model = model, subject.unwrapped(model)
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self._state, self._scaler, self._clipped = State(self._model, optimizers), scaler, clipped
-        self._taps = self._make_taps()
+        self._files, self._taps = dict(files or {}), self._make_taps()
         self._next: int | None = None
         self._stack = ExitStack()
         self._run: Run | None = None
@@ -191,7 +193,13 @@ class Recorder:
         self._writer.submit(
             number,
             own,
-            meta={"step": number, "resumable": False, "capture": self._positions(number, captured), **meta},
+            meta={
+                "step": number,
+                "resumable": False,
+                "recorded": True,
+                "capture": self._positions(number, captured),
+                **meta,
+            },
             texts=self._texts(due),
             tables={"train": table} if table else {},
             parameters=[subject.own_name(name) for name in self._model.state_dict()],
@@ -223,7 +231,7 @@ class Recorder:
     def _texts(self, due: Due) -> dict[str, str | bytes]:
         known, config = subject.anatomy(self._model), self._config_text()
         texts: dict[str, str | bytes] = {} if known == Anatomy() else {"anatomy.json": known.to_json()}
-        return texts | ({"config.json": config} if due.weights and config else {})
+        return texts | ({"config.json": config} if config else {}) | self._files if due.weights else texts
 
     def _config_text(self) -> str:
         """Return the config.json of a model of transformers, empty for another one."""

@@ -1,5 +1,6 @@
 """Record a run of transformers' Trainer: `Trainer(…, callbacks=[RecorderCallback("runs/mine")])`."""
 
+import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class RecorderCallback(TrainerCallback):
             log_every_n_steps=int(args.logging_steps) if args.logging_steps >= 1 else 100,
             last=state.max_steps,
             clipped=bool(args.max_grad_norm),
+            files=_tokenizer(kwargs.get("processing_class")),
             **self._options,
         )
 
@@ -85,3 +87,13 @@ class RecorderCallback(TrainerCallback):
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             recorder.close()
+
+
+def _tokenizer(given: Any) -> dict[str, str | bytes]:
+    """Return the files of the Trainer's tokenizer, none where it has none that is read without code."""
+    if not hasattr(given, "backend_tokenizer"):
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        given.save_pretrained(folder)
+        found = [Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")]
+        return {file.name: file.read_bytes() for file in found if file.is_file()}
