@@ -2,6 +2,8 @@
 
 import contextlib
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,31 +197,19 @@ def test_a_folder_for_each_step_of_nanogpt(tmp_path: Path) -> None:
     assert Run.open(tmp_path / "runs").steps == [10, 20]
 
 
-def test_shards_of_several_pieces_are_put_together(tmp_path: Path) -> None:
-    """What two processes with FSDP2 write: `tests/recorder/loops.py` in two processes saves by DCP."""
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-
-    parts = torchtitan(tmp_path / "out", 1)
-    file = tmp_path / "out" / "step-1" / ".metadata"
-    metadata = pickle.loads(file.read_bytes())
-    key = "layers.0.feed_forward.w2.weight"
-    whole = parts[0, "mlp.output"]
-    first, second = whole[:9].clone(), whole[9:].clone()
-    chunks, places = [], dict(metadata.storage_data)
-    info = places.pop(MetadataIndex(key, torch.Size([0, 0])))
-    for number, (offset, piece) in enumerate(((0, first), (9, second))):
-        torch.save(piece, tmp_path / "out" / "step-1" / f"__{number}_1.distcp")
-        chunks.append(ChunkStorageMetadata(torch.Size([offset, 0]), piece.shape))
-        size = (tmp_path / "out" / "step-1" / f"__{number}_1.distcp").stat().st_size
-        places[MetadataIndex(key, torch.Size([offset, 0]))] = type(info)(f"__{number}_1.distcp", 0, size)
-    properties = metadata.state_dict_metadata[key].properties
-    metadata.state_dict_metadata[key] = TensorStorageMetadata(properties, whole.shape, chunks)
-    metadata.storage_data = places
-    file.write_bytes(pickle.dumps(metadata))
-    assert torch.equal(Run.open(tmp_path / "out")[1][Address("weights", "", key.removesuffix(".weight"))], whole)
-    (tmp_path / "out" / "step-1" / "__1_1.distcp").unlink()
-    with pytest.raises(StoreError, match=r"__1_1.distcp is not there; it is half a checkpoint"):
-        Run.open(tmp_path / "out")[1][Address("weights", "", key.removesuffix(".weight"))]
+@pytest.mark.slow
+def test_shards_of_two_processes_are_put_together(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(__file__).with_name("shards.py")
+    done = subprocess.run([*launcher, script, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint, whole = Run.open(tmp_path)[5], torch.load(tmp_path / "full.bin")
+    assert len(checkpoint) == len(whole) == 12
+    for name, weight in whole.items():
+        assert torch.equal(checkpoint[Address("weights", "", name.removesuffix(".weight"))], weight), name
+    (tmp_path / "step-5" / "__1_0.distcp").unlink()
+    with pytest.raises(StoreError, match=r"__1_0.distcp is not there; it is half a checkpoint"):
+        _ = Run.open(tmp_path)[5][Address("weights", "", "layers.0.feed_forward.w2")]
 
 
 def test_tokens_are_those_that_series_yaml_says(tmp_path: Path) -> None:
