@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from picolm.address import Address
 from picolm.analyze.config import AnalysisConfig
-from picolm.analyze.engine import Outcome, analyze
+from picolm.analyze.engine import analyze
+from picolm.analyze.work import Outcome
 from picolm.schema import load
 from picolm.store import Run
 

@@ -16,7 +16,8 @@ from tests.picotrain import push_step, write_step
 from picolm.address import Address
 from picolm.analyze.command import analyze_runs
 from picolm.analyze.config import AnalysisConfig
-from picolm.analyze.engine import Outcome, analyze
+from picolm.analyze.engine import analyze
+from picolm.analyze.work import Outcome
 from picolm.schema import load
 from picolm.store import Run
 from picolm.store.hub import open_branch

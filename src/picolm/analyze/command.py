@@ -7,9 +7,10 @@ from typing import Any
 
 from picolm.analyze import table
 from picolm.analyze.config import AnalysisConfig
-from picolm.analyze.engine import Outcome, analyze, plan
+from picolm.analyze.engine import analyze, plan
 from picolm.analyze.groups import alike, config_of
 from picolm.analyze.intervals import aggregate
+from picolm.analyze.work import Outcome
 from picolm.console import can_redraw, configure_logging, say, screen
 from picolm.schema import dump, load, plain
 from picolm.store import Run

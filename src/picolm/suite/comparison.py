@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from picolm.analyze import table
-from picolm.analyze.engine import Outcome, analyze
+from picolm.analyze.engine import analyze
 from picolm.analyze.intervals import interval
+from picolm.analyze.work import Outcome
 from picolm.csvfile import csv_text, read
 from picolm.report.material import Material, gather
 from picolm.report.section import Section, Sheet
