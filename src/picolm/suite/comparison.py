@@ -22,7 +22,7 @@ from picolm.store.files import disk_errors, write_atomically
 from picolm.suite.config import SEED, Member, Suite
 from picolm.suite.convergence import by_group, figures
 from picolm.train.job import Plan
-from picolm.train.preview import estimate
+from picolm.train.preview import parameter_count, tokens_in_all
 from picolm.trusted import read_bytes
 
 if TYPE_CHECKING:
@@ -68,13 +68,13 @@ def describe(members: list[Member]) -> "pd.DataFrame":
 
     rows = []
     for member in members:
-        own, run = estimate(member.config), Run.open(member.path)
+        run = Run.open(member.path)
         ends = {name: _last(run, name) for name in ("train/loss", LOSS)}
         group = "-".join(text for axis, text in member.labels.items() if axis != SEED) or "all"
         rows.append(
             {"run": member.name, "group": group}
             | member.labels
-            | {"parameters": own.parameters, "tokens": own.tokens}
+            | {"parameters": parameter_count(member.config), "tokens": tokens_in_all(member.config)}
             | ends
         )
     return pd.DataFrame(rows)

@@ -64,15 +64,26 @@ def preview(config: TrainConfig) -> str:
 
 def estimate(config: TrainConfig) -> Estimate:
     """Return the estimates of the run of `config` as numbers. Raises PicoError if the model is too large to be built."""
-    run = _imagined(config)
-    length = config.model.max_seq_len
-    tokens = config.data.dataloader.batch_size * length * config.training.max_steps
+    run, tokens = _imagined(config), tokens_in_all(config)
     return Estimate(
         parameters=sum(p.numel() for p in run.model.parameters()),
         tokens=tokens,
-        flops=run.model.flops_per_token(length) * tokens,
+        flops=run.model.flops_per_token(config.model.max_seq_len) * tokens,
         disk_bytes=sum(_disk(run).values()),
     )
+
+
+def tokens_in_all(config: TrainConfig) -> int:
+    """Return the number of target tokens in all steps of a run."""
+    return config.data.dataloader.batch_size * config.model.max_seq_len * config.training.max_steps
+
+
+def parameter_count(config: TrainConfig) -> int:
+    """Return the number of parameters of a model, which takes no memory. Raises PicoError if it is too large to be built."""
+    require_blocks(config.model)
+    with torch.device("meta"):
+        model = find_model(config.model.model_type)(config.model)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _imagined(config: TrainConfig) -> Imagined:
