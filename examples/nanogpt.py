@@ -58,6 +58,9 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         self.lm_head.weight = self.wte.weight
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))

@@ -321,3 +321,6 @@ def test_a_recorded_run_is_listed_verified_analyzed_and_reported(pico: Pico, tmp
     for words in ("list run", "verify run", "analyze analysis.yaml --run run --report"):
         status, said = pico(*words.split())
         assert status == 0, said
+    page = (tmp_path / "analysis_results" / "a" / "report.html").read_text()
+    count = sum(parameter.numel() for parameter in gpt().parameters())
+    assert f"{count:,}" in page  # the embedding counts once, though it is stored as the unembedding too

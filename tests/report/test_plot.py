@@ -299,3 +299,10 @@ def test_a_figure_in_words(make_table: Make) -> None:
     words = described(plot.metric(make_table(circuits(range(0, 20, 10), 2, 1)), "cka"))
     assert words.startswith("2 lines over step (updates) in 1 panels (ov_circuit · activations (val) · with step 10)")
     assert re.search(r"4 values from 0\.\d+ to 0\.\d+\.$", words)
+
+
+def test_values_that_are_all_the_same_are_seen_where_they_are() -> None:
+    """Around a constant learning rate of 0.001 the axis went from -1 to 1, so it looked like 0."""
+    log = plot.log_table({"a": [{"step": step, "lr": 0.001, "grad_norm": 1.0 + step} for step in range(3)]})
+    made = plot.training(log)
+    assert [made.layout[axis].rangemode for axis in ("yaxis", "yaxis2")] == ["tozero", "normal"]

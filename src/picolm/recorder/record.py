@@ -275,6 +275,7 @@ class Recorder:
                 "packages": package_versions(),
                 "hardware": hardware(),
                 "world_size": world_size(),
+                "model": {"parameters": sum(parameter.numel() for parameter in self._model.parameters())},
             }
             return Run.create(place, {RECORDED: {"by": "picolm.Recorder"}, **stated}, environment)
         run = Run.open(place)

@@ -82,13 +82,22 @@ def figure(
     for index, panel in enumerate(panels):
         n = suffix(index)
         made.update_layout({f"xaxis{n}": {"anchor": f"y{n}", "title": {"text": label(panel.x)}}})
-        made.update_layout({f"yaxis{n}": {"anchor": f"x{n}", "title": {"text": label(panel.y)}}})
+        # Around values that are all the same the axis would go from one below to one above, whatever their size.
+        mode = "tozero" if _is_constant(made, n) else "normal"
+        made.update_layout({f"yaxis{n}": {"anchor": f"x{n}", "title": {"text": label(panel.y)}, "rangemode": mode}})
         if panel.title:
             made.add_annotation(
                 text=f"<b>{label(panel.title)}</b>", xref=f"x{n} domain", yref=f"y{n} domain",
                 x=0, y=1, xanchor="left", yanchor="bottom", yshift=6, showarrow=False,
             )  # fmt: skip
     return arrange(made, COLUMNS)
+
+
+def _is_constant(made: go.Figure, panel: str) -> bool:
+    """Return whether all lines of a panel stay at one finite value that is not zero."""
+    lines = [trace for trace in made.data if trace.type == "scatter" and (trace.yaxis or "y") == f"y{panel}"]
+    values = {float(value) for trace in lines for value in (() if trace.y is None else trace.y) if value is not None}
+    return len(values) == 1 and math.isfinite(value := next(iter(values))) and value != 0
 
 
 def show(made: go.Figure, chosen: dict[str, int]) -> None:

@@ -44,7 +44,7 @@ def card(name: str, opened: Run, unfolded: bool = True) -> Markup:
         name=name,
         open=unfolded,
         sentence=_sentence(config, last),
-        facts=_facts(config, entries, last),
+        facts=_facts(config, entries, _parameters(environment, last)),
         differences=_differences(opened),
         config=config,
         parent=environment.get("forked_from") or environment.get("replay_of"),
@@ -83,17 +83,14 @@ def _anatomy(config: dict[str, Any], last: Checkpoint | None) -> Anatomy:
         return Anatomy()  # written by another program, without a description
 
 
-def _facts(
-    config: dict[str, Any], entries: list[dict[str, Any]], last: Checkpoint | None
-) -> list[tuple[str, str, str]]:
-    """Return (value, what it is, a remark) for all that is known."""
+def _facts(config: dict[str, Any], entries: list[dict[str, Any]], parameters: int) -> list[tuple[str, str, str]]:
+    """Return (value, what it is, a remark) for all that is known. parameters: their number, 0 for an unknown one."""
     losses = [(entry["step"], entry["train/loss"], entry) for entry in entries if "train/loss" in entry]
     tokens = [(entry["tokens"], entry["step"]) for entry in entries if "tokens" in entry]
     speeds = [
         (entry["tokens"], entry["tokens_per_s"]) for entry in entries if "tokens" in entry and "tokens_per_s" in entry
     ]
     facts: list[tuple[str, str, str]] = []
-    parameters = _parameters(last)
     if parameters:
         facts.append((f"{parameters:,}", "parameters", ""))
     if tokens:
@@ -113,7 +110,11 @@ def _facts(
     return facts
 
 
-def _parameters(last: Checkpoint | None) -> int:
+def _parameters(environment: dict[str, Any], last: Checkpoint | None) -> int:
+    """Return the number of parameters as recorded by the run: tied ones, which are stored under two names, count once."""
+    recorded = (environment.get("model") or {}).get("parameters")
+    if isinstance(recorded, int):
+        return recorded
     if not isinstance(last, SealedCheckpoint):
         return 0
     return sum(math.prod(last.record(address).shape) for address in last.select(kind="weights"))
