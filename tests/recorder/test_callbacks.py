@@ -130,6 +130,10 @@ def test_what_was_recorded_of_a_trainer_can_be_asked(family: str, tmp_path: Path
     plain = AutoModelForCausalLM.from_pretrained(run[4].path, attn_implementation="eager")
     logits = Subject(run).at(run[4]).model(ROWS[:3, :LENGTH])
     assert torch.equal(logits, plain(ROWS[:3, :LENGTH]).logits)
+    bare = {address: run[4][address] for address in run[4].select(kind="weights")}
+    other = Run.create(tmp_path / "other", {}, {}).commit(6, bare, meta={"step": 6, "recorded": True})
+    with pytest.raises(PicoError, match=r"step_6: holds no config.json"):
+        _ = Subject(run, run[4]).at(other).model
     weights = run[2].path / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1

@@ -1,5 +1,6 @@
 """What a Recorder leaves of a loop, and that the loop does not notice it."""
 
+import contextlib
 import logging
 import math
 import subprocess
@@ -324,3 +325,22 @@ def test_a_recorded_run_is_listed_verified_analyzed_and_reported(pico: Pico, tmp
     page = (tmp_path / "analysis_results" / "a" / "report.html").read_text()
     count = sum(parameter.numel() for parameter in gpt().parameters())
     assert f"{count:,}" in page  # the embedding counts once, though it is stored as the unembedding too
+
+
+@pytest.mark.parametrize(
+    ("positions", "recorded"), [("last", [-1]), ([-1], [-1]), ([0, 2], [0, 2]), ([0, -1], [0, -1]), ("random:2", None)]
+)
+def test_positions_in_rows_of_several_lengths_are_recorded_as_they_are(
+    positions: Any, recorded: list[int] | None, tmp_path: Path
+) -> None:
+    model = gpt()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(tmp_path / "run", model, optimizer, learning_dynamics={"positions": positions})
+    refused = pytest.raises(PicoError, match=r"random:2 means other positions in rows of 5 and of 9 inputs")
+    with refused if recorded is None else contextlib.nullcontext(), recorder.step(0):
+        for length in (5, 9):
+            rows_BT = torch.randint(61, (2, length))
+            model(rows_BT, rows_BT)[1].backward()
+    recorder.close(finished=False)
+    if recorded is not None:
+        assert Run.open(tmp_path / "run")[0].meta["capture"] == {"positions": recorded}

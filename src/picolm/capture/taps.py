@@ -118,7 +118,7 @@ def capture(taps: Taps, *, split: str, step: int, order: Order | None) -> Iterat
     order: for each micro-batch of this process, the places of its rows in the global batch. Activations are sorted in
     that global order, one row per sequence, for any number of micro-batches and processes. Rows of a micro-batch beyond
     its places are not kept. None where the micro-batches are not known before: the rows of each process are counted as
-    they come, see `place_of`. With several processes, all must call this, and the first one gets all captured tensors.
+    they come, see `place_in_batch`. With several processes, all must call this, and the first one gets all captured tensors.
     Raises PicoError if a module did not run exactly once per micro-batch or does not return one tensor.
     """
     captured = Captured()
@@ -153,7 +153,7 @@ def gradients(taps: Taps, split: str) -> dict[Address, Tensor]:
     return found
 
 
-def place_of(row: int) -> int:
+def place_in_batch(row: int) -> int:
     """Return the place in the global batch of the n-th row of this process, where nothing else says it: in turns."""
     return row * world_size() + (dist.get_rank() if world_size() > 1 else 0)
 
@@ -177,7 +177,7 @@ def _places_kept(taps: Taps, records: Mapping[str, list[Tensor]], order: Order |
                 f"{name} ran {times} times where other modules ran {usual} times, so its activations cannot be captured; "
                 "choose other modules (layer_suffixes), or capture only gradients (what)"
             )
-    return [place_of(row) for row in range(sum(map(len, next(iter(records.values()), []))))]
+    return [place_in_batch(row) for row in range(sum(map(len, next(iter(records.values()), []))))]
 
 
 def _record(taps: Taps, step: int, name: str, kept: list[Tensor], order: Order | None, lengths: set[int]) -> Any:
@@ -190,7 +190,7 @@ def _record(taps: Taps, step: int, name: str, kept: list[Tensor], order: Order |
             )
         if order is None:
             first = sum(map(len, kept))
-            places: Any = [place_of(row) for row in range(first, first + len(output))]
+            places: Any = [place_in_batch(row) for row in range(first, first + len(output))]
         else:
             places = order[len(kept)] if len(kept) < len(order) else ()
         lengths.update(output.shape[1:-1])

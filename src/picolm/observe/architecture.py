@@ -184,7 +184,10 @@ class TransformersArchitecture(Architecture):
 
     def fill(self, model: Any, checkpoint: Checkpoint) -> None:
         """Copy the weights of a checkpoint into the model. Raises StoreError unless it holds exactly those of the model."""
-        checkpoint = _of_transformers(checkpoint) or self._checkpoint
+        found = _of_transformers(checkpoint)
+        if found is None:
+            raise StoreError(f"{checkpoint.path}: holds no {CONFIG}, so it is no checkpoint of transformers")
+        checkpoint = found
         exact = checkpoint[checkpoint.select(kind="weights")[0]].dtype == torch.float64
         model.to(torch.float64 if exact else torch.float32)
         entries = model.inner.state_dict(keep_vars=True)

@@ -60,8 +60,9 @@ class FamilyForm(BaseModel, extra="forbid"):
 
     def family(self, where: str) -> Family:
         """Return the family. Raises StoreError for a block without a place for its number, and for a part that is missing."""
-        if "block" not in self.model_fields_set and self.model_fields_set == {"numbers"}:
-            return Family("", {}, numbers={str(number): value for number, value in self.numbers.items()})
+        numbers = {str(number): value for number, value in self.numbers.items()}
+        if self.model_fields_set == {"numbers"}:
+            return Family("", {}, numbers=numbers)
         if self.block.count("{}") != 1 or self.block.count("{") != 1:
             raise StoreError(
                 f"{where}: anatomy.block is {self.block!r}; expected a name with {{}} for the number of the block"
@@ -71,8 +72,7 @@ class FamilyForm(BaseModel, extra="forbid"):
                 f"{where}: anatomy.fused is {self.fused!r}, and anatomy.parts has no {missing[0]}: a name for each third"
             )
         parts = {role: Part(part.module, part.cut, part.by) for role, part in self.parts.items()}
-        fused, numbers = self.fused, {str(number): value for number, value in self.numbers.items()}
-        return Family(self.block, parts, fused, self.order, tuple(self.transposed), {}, tuple(self.notes), numbers)
+        return Family(self.block, parts, self.fused, self.order, tuple(self.transposed), {}, tuple(self.notes), numbers)
 
 
 def _parts(embedding: str, unembedding: str, attention: tuple[str, str, str, str], mlp: str) -> dict[str, Part]:

@@ -203,7 +203,7 @@ class OneFile(LocalFiles):
 
     def __init__(self, file: Path):
         super().__init__(file.parent)
-        self._file, self.where = file.name, file.parent
+        self._file = file.name
 
     def has(self, name: str) -> bool:
         return name == self._file and super().has(name)

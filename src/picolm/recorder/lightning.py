@@ -9,6 +9,7 @@ from torch import Tensor
 
 from picolm.errors import PicoError
 from picolm.recorder.record import Recorder
+from picolm.recorder.subject import token_ids
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
@@ -82,4 +83,4 @@ class RecorderCallback(Callback):
 
 def _rows(batch: Any) -> Tensor | None:
     held = [batch.get("input_ids")] if hasattr(batch, "get") else batch if isinstance(batch, list | tuple) else [batch]
-    return next((x for x in held if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point()), None)
+    return token_ids(held)

@@ -8,7 +8,7 @@ import json
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from picolm.address import Address
-from picolm.capture.taps import Captured, Taps, capture, is_first, place_of, world_size
+from picolm.capture.taps import Captured, Taps, capture, is_first, place_in_batch, world_size
 from picolm.errors import PicoError
 from picolm.models import Anatomy
 from picolm.recorder import subject
@@ -112,11 +112,7 @@ class Recorder:
         self._begin(number)
         due = self._plan.due(number)
         given = [] if rows is None else [rows] if isinstance(rows, Tensor) else list(rows)
-        captured = Captured()
-        if due.dynamics:
-            with self._captured(number, given) as captured:
-                yield given
-        else:
+        with self._captured(number, given) if due.dynamics else nullcontext(Captured()) as captured:
             yield given
         self._next = number + 1
         if not (due.log or due.checkpoint):
@@ -177,8 +173,8 @@ class Recorder:
             captured.lengths = activations.lengths
         if self._taps.gradients and all(p.grad is None for p in self._model.parameters()):
             raise PicoError(f"step {number}: the block left no gradients; call loss.backward() inside of it")
-        for address in [address for address in captured if address.kind == "gradients"]:
-            captured[address] = captured[address] * self._unscale if self._unscale != 1 else captured[address]
+        if (factor := self._unscale) != 1:
+            captured.update({a: tensor * factor for a, tensor in captured.items() if a.kind == "gradients"})
 
     def _save(self, number: int, due: Due, captured: Captured, rows: list[Tensor], meta: Mapping[str, Any]) -> None:
         tensors: dict[Address, Tensor] = dict(captured)
@@ -212,14 +208,20 @@ class Recorder:
     def _positions(self, number: int, captured: Captured) -> dict[str, list[int] | None] | None:
         if not captured.lengths:
             return None
-        if len(captured.lengths) > 1:
-            return {"positions": [-1]}
-        return {"positions": self._taps.positions_at(number, *captured.lengths)}
+        found = [self._taps.positions_at(number, length) for length in sorted(captured.lengths)]
+        if all(positions == found[0] for positions in found):
+            return {"positions": found[0]}
+        if isinstance(self._taps.positions, str) and self._taps.positions != "last":
+            raise PicoError(
+                f"learning_dynamics.positions: {self._taps.positions} means other positions in rows of {min(captured.lengths)} "
+                f"and of {max(captured.lengths)} inputs; name them, or take the last one"
+            )
+        return {"positions": [-1] if self._taps.positions == "last" else [int(p) for p in self._taps.positions]}
 
     def _table(self, rows: Sequence[Tensor]) -> dict[str, Any]:
         """Return the rows of all processes as columns, in the order of the activations; {} where none are known."""
         own = [row.tolist() for micro_batch in rows for row in micro_batch]
-        placed = [(place_of(number), row) for number, row in enumerate(own)]
+        placed = [(place_in_batch(number), row) for number, row in enumerate(own)]
         if world_size() > 1:
             pieces: list[Any] | None = [None] * world_size() if is_first() else None
             dist.gather_object(placed, pieces)

@@ -1,6 +1,6 @@
 """The model of somebody else's loop: its own modules below wrappers, what its parts are called, and how to run it again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from picolm.capture.taps import matching
 from picolm.errors import PicoError
 from picolm.models import Anatomy
 from picolm.models.anatomy import CAPTURED
-from picolm.readers.families import FAMILIES, QKV, Family, anatomy_of
+from picolm.readers.families import FAMILIES, QKV, anatomy_of
 
 # What torch.compile, activation checkpointing and others put into the names of the modules that they wrap.
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
@@ -59,12 +59,8 @@ def anatomy(model: nn.Module) -> Anatomy:
         return anatomy_of(stated, None)
     found = anatomy_of(stated, family)
     kept = {role: part for role, part in found.parts.items() if not (family.fused and role in QKV)}
-    cut = {role: part._replace(cut=None) if _transposed(part.module, family) else part for role, part in kept.items()}
+    cut = {role: part._replace(cut=None) if part.module in family.transposed else part for role, part in kept.items()}
     return replace(found, parts=cut)
-
-
-def _transposed(module: str, family: Family) -> bool:
-    return module in family.transposed
 
 
 def modules_to_capture(model: nn.Module, suffixes: Sequence[str] | None, layers: Any) -> dict[str, nn.Module]:
@@ -109,7 +105,12 @@ class Call(NamedTuple):
     def rows(self) -> Tensor | None:
         """The token ids that it was given: its first argument of integers in two dimensions."""
         given = (*self.arguments, *(self.options[key] for key in ("input_ids", "idx") if key in self.options))
-        return next((x for x in given if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point()), None)
+        return token_ids(given)
+
+
+def token_ids(given: Iterable[Any]) -> Tensor | None:
+    """Return the first tensor of integers in two dimensions, None without one."""
+    return next((x for x in given if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point()), None)
 
 
 @contextmanager

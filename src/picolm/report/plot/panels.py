@@ -111,7 +111,7 @@ def show(made: go.Figure, chosen: dict[str, int]) -> None:
 
 
 def arrange(made: go.Figure, columns: int, width: int = WIDTH) -> go.Figure:
-    """Place the panels in a grid of `columns`, and return the figure; the page does so for its own width (`arrange` in
+    """Arrange the panels in a grid of `columns`, and return the figure; the page does so for its own width (`arrange` in
     figures.js).
     """
     count, row = made.layout.meta["panels"], _row_height(made)
