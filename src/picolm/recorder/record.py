@@ -29,7 +29,7 @@ from picolm.store import Run
 from picolm.store.writer import BackgroundWriter
 from picolm.train.config import RECORDED, TrainConfig
 from picolm.train.devices import hardware, package_versions, reshard
-from picolm.train.job import Due, Plan
+from picolm.train.job import Due, Plan, taps_of
 from picolm.train.metrics import norm
 from picolm.train.state import State, retention
 
@@ -259,14 +259,7 @@ class Recorder:
     def _make_taps(self) -> Taps:
         dynamics = self._settings.checkpointing.learning_dynamics
         suffixes = dynamics.layer_suffixes if "layer_suffixes" in dynamics.model_fields_set else None
-        return Taps(
-            modules=subject.modules_to_capture(self._model, suffixes, dynamics.layers),
-            activations="activations" in dynamics.what,
-            gradients="gradients" in dynamics.what,
-            positions=dynamics.positions if dynamics.positions is not None else [dynamics.sequence_idx],
-            dtype=None if dynamics.dtype == "auto" else getattr(torch, dynamics.dtype),
-            max_rows=dynamics.max_rows,
-        )
+        return taps_of(dynamics, subject.modules_to_capture(self._model, suffixes, dynamics.layers), seed=0)
 
     def _open(self, place: Path) -> Run:
         config = self._config_text()

@@ -31,7 +31,7 @@ from picolm.train.config import TrainConfig, row_length
 from picolm.train.devices import make_strategy, mark_forward
 from picolm.train.evaluate import Rows
 from picolm.train.failure import StopSignal, Together
-from picolm.train.job import Job, Plan
+from picolm.train.job import Job, Plan, taps_of
 from picolm.train.metrics import Progress, build_loggers, log_folder
 from picolm.train.optim import build_optimizers, left_out, schedule_remarks
 from picolm.train.resources import require_memory
@@ -336,15 +336,8 @@ def make_taps(config: TrainConfig, model: torch.nn.Module) -> Taps:
     Raises PicoError for a suffix that matches no module.
     """
     dynamics, anatomy = config.checkpointing.learning_dynamics, anatomy_of(model)
-    return Taps(
-        modules=find_modules(model, list(map(anatomy.module, dynamics.layer_suffixes)), dynamics.layers),
-        activations="activations" in dynamics.what,
-        gradients="gradients" in dynamics.what,
-        positions=dynamics.positions if dynamics.positions is not None else [dynamics.sequence_idx],
-        dtype=None if dynamics.dtype == "auto" else getattr(torch, dynamics.dtype),
-        max_rows=dynamics.max_rows,
-        seed=config.training.seeds.noise,
-    )
+    modules = find_modules(model, list(map(anatomy.module, dynamics.layer_suffixes)), dynamics.layers)
+    return taps_of(dynamics, modules, config.training.seeds.noise)
 
 
 def _environment(job: Job) -> dict[str, Any]:

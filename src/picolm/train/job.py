@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from picolm.capture import Taps
 from picolm.data.batches import Batches
 from picolm.store import Run
 from picolm.store.writer import BackgroundWriter
-from picolm.train.config import Cadence, TrainConfig
+from picolm.train.config import Cadence, LearningDynamics, TrainConfig
 from picolm.train.evaluate import Rows
 from picolm.train.failure import StopSignal
 from picolm.train.metrics import Logger, Progress, Stopwatch
@@ -100,6 +100,19 @@ class Plan:
         if cadence == "all":
             return True
         return step == self.last if cadence == "last" else step % cadence == 0
+
+
+def taps_of(dynamics: LearningDynamics, modules: dict[str, nn.Module], seed: int) -> Taps:
+    """Return the taps of a section `learning_dynamics`, for the modules that it means. seed: of random positions."""
+    return Taps(
+        modules=modules,
+        activations="activations" in dynamics.what,
+        gradients="gradients" in dynamics.what,
+        positions=dynamics.positions if dynamics.positions is not None else [dynamics.sequence_idx],
+        dtype=None if dynamics.dtype == "auto" else getattr(torch, dynamics.dtype),
+        max_rows=dynamics.max_rows,
+        seed=seed,
+    )
 
 
 @dataclass
