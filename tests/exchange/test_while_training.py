@@ -1,6 +1,7 @@
 """The whole way: a run is sent while it trains and is killed, by a Hub that fails in every way; it arrives, and is the run."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -139,7 +140,7 @@ def test_a_hub_that_is_away_neither_slows_nor_stops_the_run(
     assert words.count("Steps cannot be sent to the Hub now; they are kept and tried again beside the training") == 1
     assert "3 steps (0, 200, 400)" in words
     assert f"To send the rest:  pico push {tmp_path}/runs/toy" in words
-    assert words.count("503") <= 3
+    assert len(re.findall(r"\b503 (Server|Service)", words)) <= 3  # the words of a Hub that is away, not each try's
     assert "Traceback" not in words
     server.down = False
     assert finish(pico("push", str(tmp_path / "runs/toy"))) == 0, said(tmp_path)
