@@ -22,6 +22,7 @@ WORDS = {
     "seeds",
     "markdown",
     "network",
+    "options",
     "tracking",
     "console",
     "csvfile",
@@ -46,7 +47,7 @@ ONE_DOOR = {
 }
 
 
-BETWEEN = {"readers": 1.5, "train": 2, "observe": 2.3, "recorder": 2.4, "analyze": 2.6}
+BETWEEN = {"readers": 1.5, "train": 2, "observe": 2.3, "recorder": 2.4, "probes": 2.5, "analyze": 2.6}
 
 
 def floor(part: str) -> float:

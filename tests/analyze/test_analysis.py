@@ -403,7 +403,7 @@ def test_metrics_and_components_of_the_users_own(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("metrics: []", "metrics: []"),
+        ("metrics: []", "metrics: nothing to measure: name metrics or probes"),
         ("metrics: [{metric_name: ckaa}]", "unknown metric 'ckaa'; did you mean 'cka'?"),
         ("metrics:\n  - metric_name: norm\n    norm_typ: inf",
          "analysis.yaml:3: metrics.0.norm_typ: unknown key; did you mean 'norm_type'?"),

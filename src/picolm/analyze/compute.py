@@ -282,6 +282,8 @@ def _row(
         "target": "" if task.target is None else task.target.words,
         "reason": value.reason,
         "note": "",  # the engine writes it
+        **dict.fromkeys(("bin", "units", "definition", "rows"), ""),
+        "standard_error": None,
         "asked_split": task.split,
     }
 

@@ -13,6 +13,7 @@ from picolm.analyze.components import COMPONENTS
 from picolm.analyze.metrics import find_metric
 from picolm.errors import PicoError
 from picolm.observe.config import Observe
+from picolm.probes import find_probe
 from picolm.registry import did_you_mean
 from picolm.schema import Key, Place, Rule, Section
 
@@ -112,6 +113,31 @@ class Entry(BaseModel):
         return Target(checkpoint="last" if self.target_checkpoint is None else self.target_checkpoint)
 
 
+class ProbeEntry(BaseModel):
+    """One probe with its rows, its options and its target."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    probe_name: Annotated[str, Key("probe")]
+    """Name of a probe (`pico list probes` shows all), or my_lab.module:attribute."""
+    rows: Place | tuple[str, ...] | None = None
+    """The rows that it asks about, as in `observe.rows` (default: those of `observe`, or the held-out rows of the run)."""
+    max_rows: PositiveInt | None = None
+    """At most so many of these rows."""
+    target: Target | None = None
+    """What a probe of two models compares with (default: the last step)."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The probe's own options, as given."""
+        return dict(self.model_extra or {})
+
+    @property
+    def compared_with(self) -> Target:
+        """The target (default: the last step)."""
+        return self.target or Target(checkpoint="last")
+
+
 class Wandb(Section):
     project: str = ""
     """Weights & Biases project."""
@@ -140,7 +166,7 @@ class Monitoring(Section):
 
 
 class AnalysisConfig(Section):
-    """A whole analysis; only `metrics` is required."""
+    """A whole analysis; at least one of `metrics` and `probes` is required."""
 
     analysis_name: Place = "analysis"
     """Name of the folder for the results."""
@@ -152,11 +178,18 @@ class AnalysisConfig(Section):
     """
     observe: Observe | None = None
     """Run the model of each step on these rows, and measure its activations and gradients there (default: what is stored)."""
-    metrics: Annotated[tuple[Entry, ...], Field(min_length=1)]
+    metrics: tuple[Entry, ...] = ()
     """The metrics to compute."""
+    probes: tuple[ProbeEntry, ...] = ()
+    """The probes to run: what the model of each step does, and the landscape of its loss."""
     monitoring: Monitoring = Monitoring()
 
     def problems(self) -> Iterator[Rule]:
+        if not self.metrics and not self.probes:
+            yield ("metrics", "probes"), "nothing to measure: name metrics or probes"
+        for index, each in enumerate(self.probes):
+            for keys, message in probe_problems(each):
+                yield tuple(f"probes.{index}.{key}" for key in keys), message
         for index, entry in enumerate(self.metrics):
             for keys, message in entry_problems(entry):
                 yield tuple(f"metrics.{index}.{key}" for key in keys), message
@@ -177,16 +210,7 @@ def entry_problems(entry: Entry) -> Iterator[Rule]:
     except PicoError as error:
         yield ("metric_name",), str(error)
         return
-    fields = [*Entry.model_fields, *metric.options]
-    for key, value in entry.options.items():
-        if key not in metric.options:
-            there = f" (options of {metric.name}: {', '.join(metric.options) or 'none'})"
-            yield (key,), "unknown key" + (did_you_mean(key, fields) or there)
-        elif (complaint := metric.check_option(key, value)) is not None:
-            yield (key,), complaint
-    for key in metric.required:
-        if key not in entry.options:
-            yield ("metric_name",), f"{metric.name} needs the option {key}"
+    yield from option_problems(metric, "metric_name", entry)
     compares = entry.target is not None or entry.target_checkpoint is not None
     if metric.arity == 1 and compares:
         key = "target" if entry.target is not None else "target_checkpoint"
@@ -197,6 +221,36 @@ def entry_problems(entry: Entry) -> Iterator[Rule]:
         yield ("target", "target_checkpoint"), "give target or target_checkpoint, not both"
     for index, component in enumerate(entry.components or ()):
         yield from component_problems(f"components.{index}", component, metric)
+
+
+def option_problems(part: Any, name: str, entry: Entry | ProbeEntry) -> Iterator[Rule]:
+    """Yield what is wrong with the options of a metric or a probe. name: the key that names it."""
+    fields = [*type(entry).model_fields, *part.options]
+    for key, value in entry.options.items():
+        if key not in part.options:
+            there = f" (options of {part.name}: {', '.join(part.options) or 'none'})"
+            yield (key,), "unknown key" + (did_you_mean(key, fields) or there)
+        elif (complaint := part.options.problem(key, value)) is not None:
+            yield (key,), complaint
+    for key in part.options.required:
+        if key not in entry.options:
+            yield (name,), f"{part.name} needs the option {key}"
+
+
+def probe_problems(entry: ProbeEntry) -> Iterator[Rule]:
+    """Yield what is wrong with one probe: its name, its options, its target."""
+    try:
+        probe = find_probe(entry.probe_name)
+    except PicoError as error:
+        yield ("probe_name",), str(error)
+        return
+    yield from option_problems(probe, "probe_name", entry)
+    if entry.target is not None and not probe.compares:
+        yield ("target",), f"{probe.name} asks one model and compares with nothing"
+    if entry.target is not None and entry.target.layer != "same":
+        yield ("target.layer",), f"{probe.name} compares whole models"
+    if (entry.rows is not None or entry.max_rows is not None) and not {"rows", "stated"} & set(probe.given):
+        yield ("rows" if entry.rows is not None else "max_rows",), f"{probe.name} asks about no rows"
 
 
 def component_problems(where: str, component: Component, metric: Any) -> Iterator[Rule]:

@@ -14,6 +14,7 @@ from picolm.analyze.compute import compute, rows_of, tasks_of
 from picolm.analyze.config import AnalysisConfig
 from picolm.analyze.fetching import fetch_ahead, fetching, tidying
 from picolm.analyze.heads import read_anatomy, stated_anatomy
+from picolm.analyze.probing import over_steps, probe_step
 from picolm.analyze.reading import Readers, model_section
 from picolm.analyze.values import Value, Values, rename_damaged
 from picolm.analyze.work import Ask, Outcome, Unit, cells_of, chosen_steps, forget_runs, observed, readers_of, units_of
@@ -63,9 +64,11 @@ def analyze(
     with closing(Values(ask.values)) as values:
         for done, (part, new) in enumerate(_results(ask, units, workers, backend), start=1):
             values.add(new)
+            values.add_readings(part.readings)
             outcome.add(part)
             tidy(done)
             progress(done, len(units))
+    outcome.rows += list(over_steps(config, outcome.rows))
     _note(outcome.rows, by_name)
     _report(outcome, ask, strict)
     return outcome
@@ -85,7 +88,7 @@ def _note(rows: Iterable[dict[str, Any]], runs: Mapping[str, Run]) -> None:
                 left_out[row["run"]] = read_anatomy(run[row["step"]], model_section(run), row["run"]).notes
             other = {"ov_circuit": "QK", "qk_circuit": "OV"}.get(row["component"])
             found += [note for note in left_out[row["run"]] if other is None or other not in note]
-        row["note"] = "; ".join(found)
+        row["note"] = "; ".join(filter(None, (row["note"], *found)))
 
 
 def _open(config: AnalysisConfig, places: Iterable[str]) -> dict[str, tuple[str, Run]]:
@@ -128,6 +131,9 @@ def run_unit(ask: Ask, unit: Unit, threads: int = 1) -> tuple[Outcome, dict[str,
     known |= new
     outcome.rows = [row for cell in cells for row in rows_of(cell, known[cell.key])]
     outcome.computed, outcome.read = len(new), readers.tensors_read - before
+    if unit.probes:
+        for place in unit.places:
+            outcome.add(probe_step(ask, readers, place))
     return outcome, new
 
 
@@ -229,7 +235,10 @@ def plan(config: AnalysisConfig, places: Iterable[str]) -> str:
         outcome.add(part)
         values += sum(1 for cell in cells for _ in rows_of(cell, Value(None)))
     files = {readers.location(*asked) for asked in readers.asked}
-    lines = [f"{len(tasks)} metrics of components, {sum(map(len, steps.values()))} steps of {len(opened)} run(s)"]
+    probes = "".join(f", probe {entry.probe_name}" for entry in config.probes)
+    lines = [
+        f"{len(tasks)} metrics of components{probes}, {sum(map(len, steps.values()))} steps of {len(opened)} run(s)"
+    ]
     lines += [
         f"{values} values from {len(readers.asked)} tensors in {len(files)} files:",
         *(f"  {file}" for file in sorted(files)),

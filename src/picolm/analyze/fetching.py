@@ -21,6 +21,8 @@ def fetch_ahead(ask: Ask, progress: Callable[[int, int], None]) -> None:
     """Download what the analysis needs of remote runs: only the kinds of files it reads, several at a time."""
     tasks = tasks_of(ask.config)
     wanted = {pattern for task in tasks for pattern in _patterns(task, observed(ask.config) is not None)}
+    if ask.config.probes:
+        wanted.add(Address("weights", "", "*"))
     rows = {task.split for task in tasks if task.target is not None and task.component.data_type == "activations"}
     for name, run in readers_of(ask).runs.items():
         if type(run).prefetch is not Run.prefetch:
@@ -64,7 +66,7 @@ def _fetch(ask: Ask, readers: Readers, unit: Unit) -> None:
         cells, _ = cells_of(readers, unit, tasks, steps)
         with closing(Values(ask.values)) as values:
             known = values.get(cell.key for cell in cells)
-        if len(tasks) < len(unit.tasks):
+        if len(tasks) < len(unit.tasks) or unit.probes:
             for run, step in unit.places:
                 readers.runs[run][step].fetch([Address("weights", "", "*")])
         elif any(cell.key not in known for cell in cells):

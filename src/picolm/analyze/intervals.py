@@ -18,7 +18,15 @@ from picolm.analyze.table import COLUMNS, MEASURED
 if TYPE_CHECKING:
     import pandas as pd
 
-SUBJECT = ["metric", "options", "component", "kind", "split", "target"]  # columns that identify a series over steps
+SUBJECT = [
+    "metric",
+    "options",
+    "component",
+    "kind",
+    "split",
+    "target",
+    "bin",
+]  # columns that identify a series over steps
 
 
 @cache

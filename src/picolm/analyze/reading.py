@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from picolm.models import Anatomy
     from picolm.observe.config import Observe
     from picolm.observe.observed import Observer
+    from picolm.observe.rows import Rows
+    from picolm.observe.subject import Subject
     from picolm.store import Checkpoint, Run
 
 log = logging.getLogger("picolm")
@@ -127,6 +129,8 @@ class Readers:
             set()
         )  # run, step and address of all tensors whose digests were requested
         self._said: set[str] = set()
+        self._subjects: dict[tuple[str, bool], Subject] = {}
+        self._asked_rows: dict[Observe, Mapping[str, Rows]] = {}
 
     def at(self, run: str, step: int, pin: bool = False) -> Reader | None:
         """Return the reader of a step, None if the run does not have it. pin: keep the reader."""
@@ -151,6 +155,28 @@ class Readers:
 
         assert self._observe is not None
         return observers(self._observe, self.runs)
+
+    def subject(self, run: str, beside: bool = False) -> "Subject":
+        """Return the model of a run, to be asked; the same one at each call. beside: a second one, to compare the first with.
+
+        Raises PicoError for a model that cannot be run.
+        """
+        from picolm.observe.subject import Subject
+
+        if (run, beside) not in self._subjects:
+            self._subjects[run, beside] = Subject(self.runs[run])
+        return self._subjects[run, beside]
+
+    def rows(self, asked: "Observe") -> "Mapping[str, Rows]":
+        """Return the rows of each run that probes are asked on, all the same. Raises PicoError where there are none."""
+        from picolm.observe.rows import rows_of
+
+        if asked not in self._asked_rows:
+            models = {name: self.subject(name).architecture for name in self.runs}
+            contexts = {name: model.context for name, model in models.items()}
+            ahead = {name: model.outline.row_length(0) for name, model in models.items()}
+            self._asked_rows[asked] = rows_of(asked, self.runs, contexts, ahead)
+        return self._asked_rows[asked]
 
     def observes(self, address: Address) -> bool:
         """Return whether a tensor is observed, and not stored."""

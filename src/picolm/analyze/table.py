@@ -4,7 +4,9 @@ COLUMNS names the columns. A missing value is null, and `reason` says why; infin
 distance or quantity. chance, chance_std: mean and standard deviation over permutations of the rows; z: how many of
 these standard deviations the value is above the mean. forced: number of canonical correlations that are 1 whatever the
 data; null for metrics without them. target: what the configuration compares with (`last`, `previous`, `300`, `run
-wide`); against_run, against_step and against_layer: what that is for this row. note: why the step, or the one that it is compared
+wide`); against_run, against_step and against_layer: what that is for this row. bin: the group of tokens, positions or parameters
+that a reading of a probe belongs to; units, definition: what it is; standard_error: over rows or draws; rows: digest of the rows
+that it was asked on. note: why the step, or the one that it is compared
 with, is doubtful; what a circuit of this architecture leaves out.
 """
 
@@ -32,14 +34,14 @@ if TYPE_CHECKING:
 
 TEXT = (
     "run", "split", "component", "kind", "module", "metric", "metric_kind", "options", "against_run", "target", "reason",
-    "note",
+    "note", "bin", "units", "definition", "rows",
 )  # fmt: skip
-NUMBERS = ("value", "chance", "chance_std", "z")
+NUMBERS = ("value", "chance", "chance_std", "z", "standard_error")
 COLUMNS = (
     "run", "step", "split", "component", "kind", "layer", "head", "module", "metric", "metric_kind", "options", *NUMBERS,
-    "forced", "against_run", "against_step", "against_layer", "target", "reason", "note",
+    "forced", "against_run", "against_step", "against_layer", "target", "reason", "note", "bin", "units", "definition", "rows",
 )  # fmt: skip
-MEASURED = (*NUMBERS, "forced", "reason", "note")  # the other columns say what a row is about
+MEASURED = (*NUMBERS, "forced", "reason", "note", "rows")  # the other columns say what a row is about
 COUNTS = ("layer", "head", "forced", "against_step", "against_layer")  # whole numbers or null
 RESULTS = "results.parquet"
 AGGREGATED = "aggregated.parquet"
@@ -210,7 +212,7 @@ def only_in_table(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], in
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    names = "run", "step", "split", "kind", "module", "head", "metric", "options", "target"
+    names = "run", "step", "split", "kind", "module", "head", "metric", "options", "target", "bin"
     return tuple(row[name] for name in names)
 
 
@@ -218,7 +220,8 @@ def json_name(row: Mapping[str, Any]) -> str:
     """Return the name of a value in the JSON files: `layers.0.mlp.out.weights`,
     `layers.0.ov_circuit.activations.heads.3`.
     """
-    return f"{row['module']}.{row['kind']}" + ("" if row["head"] is None else f".heads.{row['head']}")
+    head = "" if row["head"] is None else f".heads.{row['head']}"
+    return f"{row['module']}.{row['kind']}{head}" + (f".{row['bin']}" if row["bin"] else "")
 
 
 def summary(rows: Iterable[Mapping[str, Any]], width: int = FULL_WIDTH) -> "Table":

@@ -58,6 +58,9 @@ class Values:
                     "CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value REAL, reason TEXT, forced INTEGER, "
                     "chance REAL, chance_std REAL, checksum TEXT)"
                 )
+                self._database.execute(
+                    "CREATE TABLE IF NOT EXISTS readings (key TEXT PRIMARY KEY, content TEXT, checksum TEXT)"
+                )
 
     def get(self, keys: Iterable[str]) -> dict[str, Value]:
         """Return the values of `keys` that are in the table. A value with a wrong checksum counts as missing."""
@@ -77,6 +80,18 @@ class Values:
         with self._errors(), self._database:
             self._database.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
+    def readings(self, key: str) -> str | None:
+        """Return what was kept of a probe under `key`, None without it, or with a wrong checksum."""
+        with self._errors():
+            found = self._database.execute("SELECT content, checksum FROM readings WHERE key = ?", (key,)).fetchone()
+        return found[0] if found is not None and _is_text(key, *found) else None
+
+    def add_readings(self, contents: Mapping[str, str]) -> None:
+        """Add what probes found, as text, in one transaction."""
+        rows = [(key, content, _checksum(key, (content,))) for key, content in contents.items()]
+        with self._errors(), self._database:
+            self._database.executemany("INSERT OR REPLACE INTO readings VALUES (?, ?, ?)", rows)
+
     def close(self) -> None:
         self._database.close()
 
@@ -88,6 +103,8 @@ class Values:
                 return str(first)
             rows = self._database.execute("SELECT * FROM kept")
             wrong = sum(not _is_whole(key, value, checksum) for key, *value, checksum in rows)
+            texts = self._database.execute("SELECT * FROM readings")
+            wrong += sum(not _is_text(key, content, checksum) for key, content, checksum in texts)
             self._database.execute("PRAGMA user_version = 1")  # only a write shows whether the file is writable
         return f"{wrong} values do not match their checksums" if wrong else None
 
@@ -124,6 +141,10 @@ _TYPES = (float | int | None, str, int | None, float | int | None, float | int |
 def _is_whole(key: str, value: Sequence[Any], checksum: str) -> bool:
     """Return whether a row holds what was written: SQLite keeps a text or bytes in a column of numbers, too."""
     return checksum == _checksum(key, value) and all(map(isinstance, value, _TYPES))
+
+
+def _is_text(key: str, content: Any, checksum: str) -> bool:
+    return isinstance(content, str) and checksum == _checksum(key, (content,))
 
 
 def rename_damaged(path: Path) -> None:

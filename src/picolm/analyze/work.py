@@ -37,6 +37,7 @@ class Outcome:
     computed: int = 0
     read: int = 0
     found: set[int] = field(default_factory=set)  # numbers of the tasks that found something
+    readings: dict[str, str] = field(default_factory=dict)  # what probes found now, by key, to be kept
 
     def add(self, other: "Outcome") -> None:
         self.rows += other.rows
@@ -44,6 +45,7 @@ class Outcome:
         self.computed += other.computed
         self.read += other.read
         self.found |= other.found
+        self.readings |= other.readings
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Unit:
     tasks: tuple[int, ...]
     layer: int | None = None  # -1: all outside of the blocks, and the blocks from number `layers` on
     layers: int = 0
+    probes: bool = False  # whether the probes of the analysis run at its step
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,13 @@ def unreadable_steps(config: AnalysisConfig, run: Run) -> dict[int, str]:
 def units_of(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) -> Iterator[Unit]:
     """Yield the units of an analysis; what is missing is added to `outcome`. Raises PicoError for a run that is not given."""
     tasks = tasks_of(config)
-    for task in tasks:
-        if task.target is not None and task.target.run is not None and task.target.run not in runs:
+    compared = [(task.metric.name, task.target) for task in tasks] + [
+        (entry.probe_name, entry.target) for entry in config.probes
+    ]
+    for name, target in compared:
+        if target is not None and target.run is not None and target.run not in runs:
             raise PicoError(
-                f"{task.metric.name} compares with run {task.target.run!r}, which is not given (there are: {', '.join(runs)})"
+                f"{name} compares with run {target.run!r}, which is not given (there are: {', '.join(runs)})"
             )
     every = tuple(i for i, task in enumerate(tasks) if task.target is not None and task.target.checkpoint == "all")
     others = tuple(i for i in range(len(tasks)) if i not in every)
@@ -121,8 +127,8 @@ def units_of(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) 
         ]
         if len(missing) == MOST_MISSING:
             outcome.absent.append(f"further steps of {name} that were asked for: there are no such checkpoints")
-        if others:
-            yield from (Unit((Place(name, step),), others) for step in steps)
+        if others or config.probes:
+            yield from (Unit((Place(name, step),), others, probes=True) for step in steps)
         if every:
             count = min(stated_anatomy(model_section(run), run.name).layers or 1, MOST_LAYERS)
             for layer in range(-1, count):

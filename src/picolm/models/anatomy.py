@@ -32,9 +32,9 @@ class Part(NamedTuple):
 class Anatomy:
     """The parts of a model by their roles, and its numbers; None for what is not known.
 
-    block: the name of a block, with braces for its number (`layers.{}`). parts: by role (embedding, unembedding,
-    attention.query, attention.key, attention.value, attention.output, mlp.output). keys: the configuration's names of the
-    numbers, for messages. notes: sentences on what a measurement of the parts has to know.
+    block: the name of a block, with braces for its number (`layers.{}`). parts: by role (embedding, final_norm, unembedding,
+    attention.norm, attention.query, attention.key, attention.value, attention.output, mlp.output). keys: the configuration's
+    names of the numbers, for messages. notes: sentences on what a measurement of the parts has to know.
     """
 
     layers: int | None = None

@@ -20,6 +20,7 @@ problems, R = T * G query rows, position-major.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,12 +35,29 @@ SAFE_SCORE = (
 )
 
 
+_plain = False
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Compute attention by plain operations inside of the block; its fast routes have no second derivative."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
 def attention(q_BMTGD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return sum_j 2^(q k_j) v_j / sum_j 2^(q k_j), [B, M, T, G, D].
 
     The sums are over the keys j up to each query's own position, or those that `mask` shows: a tensor that broadcasts to
     [B, N, T, K], boolean (True: visible) or in nats that are added to the scores.
     """
+    if _plain:
+        weights_BMGTK = attention_weights(q_BMTGD, k_BMKD, mask).unflatten(1, (-1, q_BMTGD.shape[3]))
+        return torch.einsum("bmgtk,bmkd->bmtgd", weights_BMGTK, v_BMKD)
     if mask is not None or q_BMTGD.device.type != "cpu" or q_BMTGD.dtype == torch.float16:
         return fused(q_BMTGD, k_BMKD, v_BMKD, mask)
     return block_causal(q_BMTGD, k_BMKD, v_BMKD)

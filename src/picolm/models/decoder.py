@@ -133,11 +133,12 @@ class Decoder(NextToken, nn.Module):
         """
         return self.de_embedding_proj(self.hidden(tokens_BT, cache))
 
-    def patterns(self, tokens_BT: Tensor) -> list[Tensor]:
-        """Return the attention weights of each layer, [B, heads, T, T]: rows are positions, columns what they attend to."""
+    def with_patterns(self, tokens_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the logits, and the attention weights of each layer, [B, heads, T, T]: rows are positions, columns what they
+        attend to.
+        """
         weights: list[Tensor] = []
-        self.hidden(tokens_BT, weights=weights)
-        return weights
+        return self.de_embedding_proj(self.hidden(tokens_BT, weights=weights)), weights
 
     def hidden(self, tokens_BT: Tensor, cache: Cache | None = None, weights: list[Tensor] | None = None) -> Tensor:
         """Return the normed residual stream that the logits are read from, [B, T, H]. Raises ValueError past the context.
@@ -258,7 +259,9 @@ class Decoder(NextToken, nn.Module):
 
 PARTS = {
     "embedding": Part("embedding_proj"),
+    "final_norm": Part("output_norm"),
     "unembedding": Part("de_embedding_proj"),
+    "attention.norm": Part("attention_norm"),
     "attention.query": Part("attention.q_proj", "heads"),
     "attention.key": Part("attention.k_proj", "kv_heads"),
     "attention.value": Part("attention.v_proj", "kv_heads"),

@@ -60,6 +60,10 @@ class Architecture(ABC):
         found: nn.Module = model
         return found
 
+    def unembedding(self, model: Any) -> nn.Module:
+        """Return the module that reads logits from the normed residual stream."""
+        return self.body(model).get_submodule(self.anatomy.module("unembedding"))
+
     def holder(self, module: str) -> tuple[str, str | None]:
         """Return the module that computes `module`, and its role where it is a part of a matrix of three."""
         return module, None
@@ -157,9 +161,10 @@ class TransformersModel(NextToken, nn.Module):
         logits: Tensor = self.inner(input_ids=tokens_BT, use_cache=False).logits
         return logits
 
-    def patterns(self, tokens_BT: Tensor) -> list[Tensor]:
-        """Return the attention weights of each layer, [B, heads, T, T]."""
-        return list(self.inner(input_ids=tokens_BT, use_cache=False, output_attentions=True).attentions)
+    def with_patterns(self, tokens_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the logits, and the attention weights of each layer, [B, heads, T, T]."""
+        found = self.inner(input_ids=tokens_BT, use_cache=False, output_attentions=True)
+        return found.logits, list(found.attentions)
 
 
 class TransformersArchitecture(Architecture):
@@ -199,6 +204,12 @@ class TransformersArchitecture(Architecture):
 
     def body(self, model: Any) -> nn.Module:
         found: nn.Module = model.inner
+        return found
+
+    def unembedding(self, model: Any) -> nn.Module:
+        found: nn.Module = (
+            model.inner.get_output_embeddings()
+        )  # its own module where the matrix is tied to the embedding
         return found
 
     def holder(self, module: str) -> tuple[str, str | None]:

@@ -7,7 +7,7 @@ Legend: B rows of a forward pass, T positions, R rows, P positions that are read
 output, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -20,6 +20,7 @@ from picolm.capture.taps import Taps, gradients
 from picolm.errors import PicoError
 from picolm.models import Anatomy, Likelihood, Noise, Piece
 from picolm.observe.architecture import Architecture, architecture_of
+from picolm.observe.passes import Pass, residual_stream
 from picolm.observe.rows import Rows
 from picolm.readers.series import Series
 from picolm.seeds import derive
@@ -88,6 +89,54 @@ class Subject:
             self._filled = self.checkpoint.step
         return self._model
 
+    def fresh(self) -> Any:
+        """Return a model of its own with the weights of the step, which the caller may change."""
+        model = self.architecture.build()
+        self.architecture.fill(model, self.checkpoint)
+        return model
+
+    def require(self, *needs: str) -> None:
+        """Raise PicoError unless the model gives all of these: `logits` (of the next token at each position), `patterns` (the
+        weights of its attention), `hidden` (its residual stream), `readout` (how logits are read from that).
+        """
+        lacking = {
+            "logits": self.likelihood != "exact" or self.architecture.outline.row_length(0) != 1,
+            "patterns": not hasattr(self.architecture.outline, "with_patterns"),
+            "hidden": not self._blocks(self.architecture.outline),
+            "readout": not {"final_norm", "unembedding"} <= set(self.anatomy.parts),
+        }
+        for need in needs:
+            if lacking[need]:
+                raise PicoError(f"the model of {self.run.name} {_LACKING[need]}")
+
+    @_with_threads
+    def forward(self, rows: Rows, batch: Sequence[int], needs: Collection[str] = ()) -> Pass:
+        """Run the model on some rows of one length; see `Pass`. No gradients are computed."""
+        self.require("logits", *(need for need in needs))
+        tokens_BS, patterns = self._tokens(rows, batch), list[Tensor]()
+        tokens_BT = tokens_BS[:, : rows.inputs(batch[0])]
+        blocks = self._blocks(self.model) if "hidden" in needs else []
+        with torch.no_grad(), residual_stream(blocks) as hidden:
+            if "patterns" in needs:
+                logits_BTV, patterns = self.model.with_patterns(tokens_BT)
+            else:
+                logits_BTV = self.model(tokens_BT)
+        return Pass(tokens_BS, logits_BTV, hidden, patterns)
+
+    def readout(self, hidden_BTH: Tensor) -> Tensor:
+        """Return the logits that the model would read from a residual stream: its unembedding of its final norm, [B, T, V]."""
+        self.require("readout")
+        body = self.architecture.body(self.model)
+        return self.architecture.unembedding(self.model)(
+            body.get_submodule(self.anatomy.module("final_norm"))(hidden_BTH)
+        )
+
+    def _blocks(self, model: Any) -> list[nn.Module]:
+        """Return the blocks of a model in order, none where their names are not known."""
+        modules, layers = dict(self.architecture.body(model).named_modules()), self.anatomy.layers or 0
+        names = [self.anatomy.block.format(layer) for layer in range(layers)]
+        return [modules[name] for name in names] if all(name in modules for name in names) else []
+
     @_with_threads
     def tensors(self, rows: Rows, wanted: Sequence[Address], batch_size: int = 8) -> dict[Address, Tensor]:
         """Return activations and gradients by address, on the CPU, from one pass over the rows.
@@ -151,13 +200,12 @@ class Subject:
         """Return the attention patterns of some layers (default: all), [R, heads, P, T]: what share each of these
         positions takes from each position. Raises PicoError for rows of several lengths, and for a model that does not give them.
         """
-        if not hasattr(self.model, "patterns"):
-            raise PicoError(f"{self.run.path}: its model does not give the patterns of its attention")
+        self.require("patterns")
         if len({len(tokens) for tokens in rows.tokens}) > 1:
             raise PicoError("patterns of rows of several lengths are no tensor; give rows of one length")
         found: dict[int, list[Tensor]] = {}
         for batch, tokens_BT in self._inputs(rows, batch_size):
-            for layer, pattern_BNTT in enumerate(self.model.patterns(tokens_BT)):
+            for layer, pattern_BNTT in enumerate(self.model.with_patterns(tokens_BT)[1]):
                 if layers is None or layer in layers:
                     chosen = [pattern_BNTT[place][:, rows.positions[row]] for place, row in enumerate(batch)]
                     found.setdefault(layer, []).extend(chosen)
@@ -203,6 +251,14 @@ class Subject:
         if len(wrong):
             raise PicoError(f"a row holds token id {int(wrong[0])}; the vocabulary of {self.run.name} has {size}")
         return tokens_BS
+
+
+_LACKING = {
+    "logits": "gives no probabilities of the next token at each position",
+    "patterns": "does not give the weights of an attention",
+    "hidden": "has no blocks whose names are known, so its residual stream cannot be read",
+    "readout": "has no final norm and unembedding whose names are known, so no logits can be read from its residual stream",
+}
 
 
 def threads_of(run: Run) -> int:

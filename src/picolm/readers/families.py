@@ -75,12 +75,21 @@ class FamilyForm(BaseModel, extra="forbid"):
         return Family(self.block, parts, self.fused, self.order, tuple(self.transposed), {}, tuple(self.notes), numbers)
 
 
-def _parts(embedding: str, unembedding: str, attention: tuple[str, str, str, str], mlp: str) -> dict[str, Part]:
-    """attention: the modules of queries, keys, values and outputs."""
+def _parts(
+    embedding: str,
+    unembedding: str,
+    attention: tuple[str, str, str, str],
+    mlp: str,
+    norms: tuple[str, str],
+) -> dict[str, Part]:
+    """attention: the modules of queries, keys, values and outputs. norms: those before the attention and at the end."""
     query, key, value, output = attention
+    before_attention, final = norms
     return {
         "embedding": Part(embedding),
+        "final_norm": Part(final),
         "unembedding": Part(unembedding),
+        "attention.norm": Part(before_attention),
         "attention.query": Part(query, "heads"),
         "attention.key": Part(key, "kv_heads"),
         "attention.value": Part(value, "kv_heads"),
@@ -93,7 +102,8 @@ BIASES = "queries, keys and values have biases, which circuits leave out"
 NORMED = "queries and keys are normed: the QK circuit is not the score of the attention"
 NORM_AFTER = "a norm follows the attention: the OV circuit is not what reaches the residual stream"
 _PLAIN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_LLAMA = Family("model.layers.{}", _parts("model.embed_tokens", "lm_head", _PLAIN, "mlp.down_proj"))
+_NORMS = ("input_layernorm", "model.norm")
+_LLAMA = Family("model.layers.{}", _parts("model.embed_tokens", "lm_head", _PLAIN, "mlp.down_proj", _NORMS))
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -103,11 +113,21 @@ FAMILIES: dict[str, Family] = {
     "smollm3": _LLAMA,
     "qwen2": replace(_LLAMA, notes=(BIASES,)),
     "qwen3": replace(_LLAMA, notes=(NORMED,)),
-    "olmo2": replace(_LLAMA, notes=(NORMED, NORM_AFTER)),
+    "olmo2": replace(
+        _LLAMA,
+        parts={role: part for role, part in _LLAMA.parts.items() if role != "attention.norm"},
+        notes=(NORMED, NORM_AFTER),
+    ),
     "gemma2": replace(_LLAMA, notes=(NORM_AFTER,)),
     "phi": Family(
         "model.layers.{}",
-        _parts("model.embed_tokens", "lm_head", (*_PLAIN[:3], "self_attn.dense"), "mlp.fc2"),
+        _parts(
+            "model.embed_tokens",
+            "lm_head",
+            (*_PLAIN[:3], "self_attn.dense"),
+            "mlp.fc2",
+            ("input_layernorm", "model.final_layernorm"),
+        ),
         notes=(BIASES,),
     ),
     "phi3": Family(
@@ -117,6 +137,7 @@ FAMILIES: dict[str, Family] = {
             "lm_head",
             ("self_attn.query", "self_attn.key", "self_attn.value", "self_attn.o_proj"),
             "mlp.down_proj",
+            _NORMS,
         ),
         fused="self_attn.qkv_proj",
     ),
@@ -127,6 +148,7 @@ FAMILIES: dict[str, Family] = {
             "lm_head",
             ("attention.query", "attention.key", "attention.value", "attention.dense"),
             "mlp.dense_4h_to_h",
+            ("input_layernorm", "gpt_neox.final_layer_norm"),
         ),
         fused="attention.query_key_value",
         order="by head",
@@ -135,7 +157,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         "transformer.h.{}",
-        _parts("transformer.wte", "lm_head", ("attn.query", "attn.key", "attn.value", "attn.c_proj"), "mlp.c_proj"),
+        _parts(
+            "transformer.wte",
+            "lm_head",
+            ("attn.query", "attn.key", "attn.value", "attn.c_proj"),
+            "mlp.c_proj",
+            ("ln_1", "transformer.ln_f"),
+        ),
         fused="attn.c_attn",
         transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
         notes=(BIASES,),

@@ -60,7 +60,7 @@ def test_facts() -> None:
         "neighbour_overlap": {"k": 10},
         "subspace_overlap": {"k": 10, "side": "left"},
     }
-    assert [name for name in METRICS if METRICS.get(name).required] == ["spectral_alpha"]
+    assert [name for name in METRICS if METRICS.get(name).options.required] == ["spectral_alpha"]
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if METRICS.get(name).symmetric])
@@ -122,14 +122,14 @@ def test_calls_that_cannot_be_right(
 
 
 def test_options_are_checked_as_a_configuration_gives_them() -> None:
-    assert metrics.subspace_overlap.problems({"k": 3, "side": "right"}) == {}
-    assert metrics.subspace_overlap.check_option("k", 3) is None
-    assert metrics.spectral_alpha.problems({"kk": 60}) == {
+    assert metrics.subspace_overlap.options.problems({"k": 3, "side": "right"}) == {}
+    assert metrics.subspace_overlap.options.problem("k", 3) is None
+    assert metrics.spectral_alpha.options.problems({"kk": 60}) == {
         "kk": "unknown option; did you mean 'k'? (there are: k)",
         "k": "must be given",
     }
-    assert metrics.svcca.check_option("variance", 1) is None
-    assert metrics.svcca.check_option("variance", "0.9") == "should be a valid number, not '0.9'"
+    assert metrics.svcca.options.problem("variance", 1) is None
+    assert metrics.svcca.options.problem("variance", "0.9") == "should be a valid number, not '0.9'"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_plain_function_is_a_metric() -> None:
     )
     assert (metric.needs, metric.symmetric) == ("none", False)
     assert metric(torch.eye(3), power=2) == 9.0
-    assert metric.check_option("power", "two") == "should be a valid integer, not 'two'"
+    assert metric.options.problem("power", "two") == "should be a valid integer, not 'two'"
     assert as_metric(metric) is metric
     assert str(inspect.signature(metric)) == str(inspect.signature(trace))
 
@@ -240,7 +240,7 @@ def gap(x: Matrix, y: Matrix) -> float:
     monkeypatch.syspath_prepend(tmp_path)
     curvature = as_metric(METRICS.get("my_lab_curvature:curvature"))
     assert curvature([[0.0, 1.0, 4.0, 9.0]]) == 2.0
-    assert curvature.check_option("order", 1) == "should be greater than or equal to 2, not 1"
+    assert curvature.options.problem("order", 1) == "should be greater than or equal to 2, not 1"
     gap = as_metric(METRICS.get("my_lab_curvature:gap"))
     try:
         assert gap is METRICS.get("gap")
@@ -289,7 +289,7 @@ def test_types_of_options_may_be_any_that_can_be_checked() -> None:
         return scale
 
     assert as_metric(both).required == ("mode",)
-    assert as_metric(both).problems({"scale": -1.0}) == {
+    assert as_metric(both).options.problems({"scale": -1.0}) == {
         "scale": "should be greater than 0, not -1.0",
         "mode": "must be given",
     }

@@ -12,17 +12,16 @@ import math
 import statistics
 import typing
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from picolm.analyze.matrix import Array, Matrix, Undefined
 from picolm.analyze.permuted import Axis, permute
 from picolm.errors import PicoError
-from picolm.registry import Registry, did_you_mean
+from picolm.options import Option, Options, type_hints
+from picolm.registry import Registry
 from picolm.seeds import derive
 
 DATA_TYPES = frozenset({"weights", "gradients", "activations"})
@@ -35,32 +34,6 @@ class Chance(NamedTuple):
 
     mean: float
     std: float
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option of a metric. annotation: its type, with limits; default: `inspect.Parameter.empty` if required."""
-
-    name: str
-    annotation: Any
-    default: Any
-
-    @property
-    def required(self) -> bool:
-        return self.default is inspect.Parameter.empty
-
-    @functools.cached_property
-    def _type(self) -> TypeAdapter[Any]:
-        return TypeAdapter(Any if self.annotation is inspect.Parameter.empty else self.annotation)
-
-    def problem(self, value: Any) -> str | None:
-        """Return what is wrong with `value`, such as `should be 'left' or 'right', not 'top'`; None if it is valid."""
-        try:
-            self._type.validate_python(value, strict=True)
-        except ValidationError as error:
-            message = error.errors()[0]["msg"].replace("Input should", "should")
-            return f"{message}, not {value!r}"
-        return None
 
 
 class Metric:
@@ -96,7 +69,7 @@ class Metric:
         matrices, options = _parameters(function, name)
         self._forms = tuple(matrices.values())
         self.arity, self.kind = len(matrices), _checked_kind(kind, name, len(matrices))
-        self.options: Mapping[str, Option] = options
+        self.options = Options(options)
         self.summary = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
 
     def __call__(self, *matrices: Matrix | Array, **options: Any) -> float:
@@ -140,7 +113,7 @@ class Metric:
             raise TypeError(
                 f"{self.name} is a metric of {self.arity} tensor{'s'[: self.arity - 1]}, given {len(matrices)}"
             )
-        if problems := self.problems(options):
+        if problems := self.options.problems(options):
             raise TypeError("; ".join(f"{self.name}: {key}: {complaint}" for key, complaint in problems.items()))
         given = [Matrix.of(matrix) for matrix in matrices]
         self._check(given)
@@ -158,23 +131,6 @@ class Metric:
         if self.needs == "shape" and given[0].dimensions != given[1].dimensions:
             shapes = " against ".join(str(matrix.dimensions) for matrix in given)
             raise Undefined(f"{shapes}: {self.name} compares tensors of one shape")
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        """Names of the options that must be given."""
-        return tuple(name for name, option in self.options.items() if option.required)
-
-    def check_option(self, name: str, value: Any) -> str | None:
-        """Return what is wrong with the value of one option, None if it is valid."""
-        if name not in self.options:
-            return f"unknown option{did_you_mean(name, self.options)} (there are: {', '.join(self.options) or 'none'})"
-        return self.options[name].problem(value)
-
-    def problems(self, options: Mapping[str, Any]) -> dict[str, str]:
-        """Return all that is wrong with `options`, by name: unknown options, invalid values, missing options."""
-        found = {name: self.check_option(name, value) for name, value in options.items()}
-        missing = {name: "must be given" for name in self.required if name not in options}
-        return {name: complaint for name, complaint in found.items() if complaint is not None} | missing
 
     def __reduce__(self) -> Any:
         """Pickle by name, like a function, if the registry has this object under its name; else by function."""
@@ -242,7 +198,7 @@ def _parameters(
     """Return, by parameter, how to pass each matrix, and the options. Raises PicoError if this is not the signature of
     a metric.
     """
-    hints = _type_hints(function)
+    hints = type_hints(function)
     matrices: dict[str, Callable[[Matrix], Any]] = {}
     options: dict[str, Option] = {}
     for key, parameter in inspect.signature(function).parameters.items():
@@ -260,13 +216,6 @@ def _parameters(
     if len(matrices) not in (1, 2):
         raise PicoError(f"metric {name} takes {len(matrices)} tensors; a metric takes one, or two to compare")
     return matrices, options
-
-
-def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(function, include_extras=True)
-    except (NameError, TypeError, AttributeError):  # names that only a type checker sees, or a callable object
-        return {}
 
 
 def _form(annotation: Any) -> Callable[[Matrix], Any]:

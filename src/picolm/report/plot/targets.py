@@ -15,7 +15,7 @@ _TARGET = re.compile(
     r"(?:layer (?P<layer>all|\d+))?"
 )
 _STEPS = {"": "", "first": "with the first step", "last": "with the last step", "previous": "with the step before"}
-SUBJECT = ["run", "component", "kind", "split", "module", "head"]
+SUBJECT = ["run", "component", "kind", "split", "module", "head", "bin"]
 
 
 class Target(NamedTuple):

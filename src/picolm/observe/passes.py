@@ -1,0 +1,118 @@
+"""One forward pass over some rows, and the questions that share it.
+
+Legend: B rows of a pass, T positions that the model computes, P of them whose next token is in the row, V vocabulary, H width of
+the residual stream, N query heads, L blocks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from picolm.observe.rows import Rows
+
+if TYPE_CHECKING:
+    from picolm.observe.subject import Subject
+
+Read = Callable[..., Mapping[str, Tensor]]
+
+
+class Ask(NamedTuple):
+    """What a probe asks of a forward pass over rows.
+
+    read: a function of a `Pass` that returns tensors [B, …] by name. needs: what the pass has to keep: `hidden`, `patterns`.
+    beside: other subjects that run on the same rows; `read` is given the pass of each, after that of the subject itself.
+    """
+
+    rows: Rows
+    read: Read
+    needs: frozenset[str] = frozenset()
+    beside: tuple["Subject", ...] = ()
+
+
+Answer = dict[str, list[Tensor]]
+"""By name, what was read of each row."""
+
+
+class Pass:
+    """A forward pass over B rows of one length; what follows from it is computed when it is first read.
+
+    tokens_BS: the rows. logits_BTV: at each position that the model computes. hidden: the residual stream [B, T, H] before the
+    first block and after each block, as asked for; patterns: the attention weights of each block, [B, N, T, T].
+    """
+
+    def __init__(
+        self,
+        tokens_BS: Tensor,
+        logits_BTV: Tensor,
+        hidden: Sequence[Tensor] = (),
+        patterns: Sequence[Tensor] = (),
+    ):
+        self.tokens_BS, self.logits_BTV = tokens_BS, logits_BTV
+        self.hidden, self.patterns = list(hidden), list(patterns)
+
+    @cached_property
+    def targets_BP(self) -> Tensor:
+        """The next token of each position that has one in its row."""
+        return self.tokens_BS[:, 1 : self.logits_BTV.shape[1] + 1]
+
+    @cached_property
+    def log_probs_BPV(self) -> Tensor:
+        """Log-probabilities of the next token, float32 or float64."""
+        logits_BPV = self.logits_BTV[:, : self.targets_BP.shape[1]]
+        return logits_BPV.to(torch.promote_types(logits_BPV.dtype, torch.float32)).log_softmax(-1)
+
+    @cached_property
+    def nats_BP(self) -> Tensor:
+        """-ln p of each next token."""
+        return -self.log_probs_BPV.gather(-1, self.targets_BP[..., None]).squeeze(-1)
+
+    @cached_property
+    def likeliest_BP(self) -> Tensor:
+        """The id of the likeliest next token."""
+        return self.log_probs_BPV.argmax(-1)
+
+
+def answer(subject: "Subject", asks: Sequence[Ask], batch_size: int = 8) -> list[Answer]:
+    """Return what is read of each row, for each ask. Asks of the same rows share their forward passes.
+
+    Raises PicoError where the model of a subject does not give what is needed.
+    """
+    found: list[Answer] = [{} for _ in asks]
+    sets = {ask.rows.identity: ask.rows for ask in asks}
+    for identity, rows in sets.items():
+        places = [place for place, ask in enumerate(asks) if ask.rows.identity == identity]
+        needs = frozenset[str]().union(*(asks[place].needs for place in places))
+        for batch in rows.batches(batch_size):
+            passes: dict[Subject, Pass] = {}
+            for place in places:
+                of = (subject, *asks[place].beside)
+                for each in of:
+                    if each not in passes:
+                        passes[each] = each.forward(rows, batch, needs)
+                for name, tensor in asks[place].read(*(passes[each] for each in of)).items():
+                    found[place].setdefault(name, []).extend(tensor)
+    return found
+
+
+@contextmanager
+def residual_stream(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Yield a list to which a forward pass inside of the block adds the input of the first block and the output of each."""
+    found: list[Tensor] = []
+
+    def first(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found.append(arguments[0] if arguments else options["hidden_states"])
+
+    def each(module: nn.Module, arguments: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_pre_hook(first, with_kwargs=True) for block in blocks[:1]]
+    hooks += [block.register_forward_hook(each) for block in blocks]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
