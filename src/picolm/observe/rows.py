@@ -74,7 +74,7 @@ def rows_of(
 
     if asked.rows == HELD_OUT:
         return {name: checked(held_out(run), name) for name, run in runs.items()}
-    if isinstance(asked.rows, str) and (ids := _ids(asked.rows)) is not None:
+    if isinstance(asked.rows, str) and (ids := given_rows(asked.rows)) is not None:
         chosen = ids[: asked.max_rows or ROWS_OF_A_FILE]
         return {name: checked(chosen, name) for name in runs}
     tokenizers = {name: _tokenizer(run) for name, run in runs.items()}
@@ -116,7 +116,7 @@ def _prompts(asked: Observe) -> list[str]:
     return [] if isinstance(asked.rows, str) else list(asked.rows)[: asked.max_rows]
 
 
-def _ids(place: str) -> list[Tensor] | None:
+def given_rows(place: str) -> list[Tensor] | None:
     """Return the rows of token ids in a file, None if it holds texts. Raises PicoError."""
     name, _, column = place.rpartition(":") if ".parquet:" in place else (place, "", "")
     path = Path(name)
@@ -216,7 +216,7 @@ def _checked(tokens: list[Tensor], asked: Observe, context: int, name: str, has_
             f"{asked.rows}: a row has {max(lengths)} inputs, and the model of {name} reads at most {context}"
         )
     positions = [_positions(asked.positions, length) for length in lengths]
-    identity = _digest(*(row.tolist() for row in tokens), positions)
+    identity = digest_of(*(row.tolist() for row in tokens), positions)
     return Rows(tokens, positions, asked.split, has_targets, identity, unread)
 
 
@@ -258,7 +258,7 @@ def _aligned(
         for name, (tokens, places) in read.items():
             found[name][0].append(tokens)
             found[name][1].append([places[end] for end in common[-1]])
-    identity = _digest(texts, common)
+    identity = digest_of(texts, common)
     return {name: Rows(*rows, asked.split, has_targets, identity, ahead[name]) for name, rows in found.items()}
 
 
@@ -282,5 +282,5 @@ def _pieces(tokenizer: "Tokenizer", texts: Iterable[str], size: int) -> Iterator
                 yield text[part[0][0] : part[-1][1]]
 
 
-def _digest(*parts: Any) -> str:
+def digest_of(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -288,7 +288,7 @@ def test_types_of_options_may_be_any_that_can_be_checked() -> None:
     def both(x: Tensor, *, mode: Literal["a", "b"], scale: Annotated[float, Field(gt=0)] = 1.0) -> float:
         return scale
 
-    assert as_metric(both).required == ("mode",)
+    assert as_metric(both).options.required == ("mode",)
     assert as_metric(both).options.problems({"scale": -1.0}) == {
         "scale": "should be greater than 0, not -1.0",
         "mode": "must be given",
