@@ -77,7 +77,7 @@ def rows_of(
     if isinstance(asked.rows, str) and (ids := given_rows(asked.rows)) is not None:
         chosen = ids[: asked.max_rows or ROWS_OF_A_FILE]
         return {name: checked(chosen, name) for name in runs}
-    tokenizers = {name: _tokenizer(run) for name, run in runs.items()}
+    tokenizers = {name: tokenizer_of(run) for name, run in runs.items()}
     if len({digest for digest, _ in tokenizers.values()}) == 1:
         _, first = next(iter(tokenizers.values()))
         tokens = [_encoded(first, prompt) for prompt in _prompts(asked)] or _cut(
@@ -163,7 +163,7 @@ def _texts(place: str) -> Iterator[str]:
         yield from (document.text for document in reader.documents(file))
 
 
-def _tokenizer(run: Run) -> "tuple[str, Tokenizer]":
+def tokenizer_of(run: Run) -> "tuple[str, Tokenizer]":
     """Return the digest of the tokenizer of a run, and the tokenizer. Raises PicoError without one."""
     from picolm.data.tokenizer import parse_tokenizer
 

@@ -31,7 +31,10 @@ class TrainingRows(Protocol):
 
 
 class SeenRows:
-    """The training rows of a run of Pico, with the steps that read them. B rows a step."""
+    """The training rows of a run of Pico, with the steps that read them. B rows a step.
+
+    eos: the id of the token that ends a document, None where it is not known.
+    """
 
     def __init__(self, run: Run):
         """Open the data of a run. Raises PicoError for a series of checkpoints, and for data that are not there."""
@@ -45,6 +48,7 @@ class SeenRows:
         self._batches = open_batches(config_of(run))
         self.rows_per_step = self._batches.rows_per_step
         self.identity: str = self._batches.fingerprint
+        self.eos: int | None = self._batches.source.eos
 
     def __len__(self) -> int:
         """Return the number of rows of the data, seen or not."""
