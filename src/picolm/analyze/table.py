@@ -47,6 +47,7 @@ RESULTS = "results.parquet"
 AGGREGATED = "aggregated.parquet"
 CSV = "results.csv"
 SUMS = "checksums.sha256"
+LONGEST_NAME = 200  # characters of the name of a JSON file without its end
 FULL_WIDTH = 116  # width in characters of a summary with all columns
 
 
@@ -193,11 +194,14 @@ def json_files(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float |
         ]
         folder = f"{row['run']}/step_{row['step']}" if several else f"step_{row['step']}"
         file = " ".join([row["metric"].replace(":", "."), *words, row["asked_split"]])
-        # quoted: an option may hold a slash
-        files.setdefault(f"{folder}/{quote(file, safe=' =,').replace(' ', '_')}.json", {})[json_name(row)] = row[
-            "value"
-        ]
+        files.setdefault(f"{folder}/{_file_name(file)}.json", {})[json_name(row)] = row["value"]
     return files
+
+
+def _file_name(words: str) -> str:
+    """Return words as the name of a file, with a digest in place of the end of what no file system has room for."""
+    name = quote(words, safe=" =,").replace(" ", "_")  # quoted: an option may hold a slash
+    return name if len(name) <= LONGEST_NAME else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def only_in_table(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], int]:
