@@ -102,8 +102,9 @@ def require_trust(name: str) -> None:
 class Registry(Generic[Part]):
     """The parts of one family (models, sources, optimizers, …) by name, in the order in which they were added."""
 
-    def __init__(self, family: str):
-        self.family = family
+    def __init__(self, family: str, more: str = ""):
+        """more: a package that registers further parts; it is imported when a name is not known yet."""
+        self.family, self._more = family, more
         self._parts: dict[str, Part] = {}
 
     def add(self, name: str) -> Callable[[Part], Part]:
@@ -123,6 +124,8 @@ class Registry(Generic[Part]):
         Raises PicoError, listing the known names, if there is no such part, and UntrustedCode if the code must not be
         imported.
         """
+        if name not in self._parts and not names_code(name) and self._more:
+            importlib.import_module(self._more)
         if name in self._parts:
             return self._parts[name]
         if names_code(name):

@@ -71,8 +71,15 @@ def _remarks(manifest: "Manifest") -> "Iterator[str]":
         yield f"The tokenizer has no token for {manifest.lost_characters:,} characters: {shown}"
 
 
+_HEADINGS = {
+    "metrics": ("metric", "kind", "of", "options", ""),
+    "components": ("component", "of", ""),
+    "probes": ("probe", "options", "gives", ""),
+}
+
+
 def parts(family: str) -> "Table":
-    """Return a table of the metrics or the components, with a line on each, for `pico list`."""
+    """Return a table of the metrics, the components or the probes, with a line on each, for `pico list`."""
     import inspect
 
     from rich import box
@@ -82,9 +89,15 @@ def parts(family: str) -> "Table":
     from picolm.analyze.metrics import METRICS
 
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("metric", "kind", "of", "options", "") if family == "metrics" else ("component", "of", ""):
+    for heading in _HEADINGS[family]:
         shown.add_column(heading, overflow="fold")
-    if family == "metrics":
+    if family == "probes":
+        from picolm.probes import PROBES
+
+        for name in PROBES:
+            probe = PROBES.get(name)
+            shown.add_row(name, ", ".join(probe.options), ", ".join(probe.gives), probe.summary)
+    elif family == "metrics":
         for name in METRICS:
             metric = METRICS.get(name)
             operands = "one tensor" if metric.arity == 1 else "two tensors"

@@ -15,16 +15,16 @@ def list_run(
     run: Annotated[
         str,
         typer.Argument(
-            help="A run, a folder of runs, or one of the words configs, metrics and components.",
-            metavar="RUN|FOLDER|configs|metrics|components",
+            help="A run, a folder of runs, or one of the words configs, metrics, components and probes.",
+            metavar="RUN|FOLDER|configs|metrics|components|probes",
         ),
     ],
 ) -> None:
-    """Show the steps of a run, the runs of a folder, or all shipped configurations, metrics or components."""
+    """Show the steps of a run, the runs of a folder, or all shipped configurations, metrics, components or probes."""
     from picolm.console import screen
 
     console = screen()
-    if run in ("configs", "metrics", "components") and (run == "configs" or not Path(run).exists()):
+    if run in ("configs", "metrics", "components", "probes") and (run == "configs" or not Path(run).exists()):
         from picolm.terminal import configurations, parts
 
         console.print(configurations() if run == "configs" else parts(run))

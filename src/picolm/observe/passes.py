@@ -94,7 +94,7 @@ def answer(subject: "Subject", asks: Sequence[Ask], batch_size: int = 8) -> list
                     if each not in passes:
                         passes[each] = each.forward(rows, batch, needs)
                 for name, tensor in asks[place].read(*(passes[each] for each in of)).items():
-                    found[place].setdefault(name, []).extend(tensor)
+                    found[place].setdefault(name, []).extend(tensor.cpu())
     return found
 
 

@@ -104,6 +104,20 @@ class Probe:
         """Whether it compares the model of a step with another one."""
         return "other" in self.given
 
+    def __call__(self, *given: Any, **options: Any) -> list[Reading]:
+        """Return the readings, from Python: `calibration(subject, rows, bins=10)`. Raises PicoError where there are none, and
+        TypeError for wrong arguments.
+        """
+        if len(given) != len(self.given):
+            raise TypeError(f"{self.name} takes {', '.join(self.given)}; given {len(given)}")
+        if problems := self.options.problems(options):
+            raise TypeError("; ".join(f"{self.name}: {key}: {complaint}" for key, complaint in problems.items()))
+        running = Running(self, dict(zip(self.given, given)), options)
+        run([running], running.given["subject"])
+        if running.failure is not None:
+            raise running.failure
+        return running.readings
+
     def start(self, given: Mapping[str, Any], options: Mapping[str, Any]) -> Found:
         """Begin to run. given: what its positional parameters are. Raises PicoError for a model that gives not what is needed."""
         for each in filter(None, (given["subject"], given.get("other") if self.compares else None)):
@@ -168,7 +182,7 @@ class Running:
     """A probe under way. readings: what it has found; ask: what it waits for, None at its end; failure: why it ended early."""
 
     def __init__(self, of: Probe, given: Mapping[str, Any], options: Mapping[str, Any]):
-        self.probe, self._given, self._options = of, given, options
+        self.probe, self.given, self._options = of, given, options
         self.readings: list[Reading] = []
         self.ask: Ask | None = None
         self.failure: PicoError | None = None
@@ -179,7 +193,7 @@ class Running:
         self.ask = None
         try:
             if self._found is None:
-                self._found = self.probe.start(self._given, self._options)
+                self._found = self.probe.start(self.given, self._options)
             if isinstance(answered, PicoError):
                 item = self._found.throw(answered)
             else:

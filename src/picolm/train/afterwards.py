@@ -88,4 +88,6 @@ def _evaluation(run: Run, step: int, config: TrainConfig, rows: Rows | None) -> 
         device=device,
         text=text,
         settings=config.evaluation,
+        run=run,
+        step=step,
     )

@@ -444,6 +444,16 @@ def _name_rules(config: TrainConfig) -> Iterator[Rule]:
             registry.get(name)
         except PicoError as error:
             yield (key,), str(error)
+    for name, options in config.evaluation.probes.items():
+        part: Any = EVALUATIONS.get(name) if name in (config.evaluation.metrics or ()) else None
+        if part is None:
+            problems = {"": "is not among evaluation.metrics"}
+        else:
+            problems = (
+                part.problems(options) if hasattr(part, "problems") else {"": "is no probe, and has no options here"}
+            )
+        for key, problem in problems.items():
+            yield (".".join(filter(None, ("evaluation.probes", name, key))),), problem
     run_name = config.checkpointing.run_name
     if run_name is not None and (not run_name or run_name in (".", "..") or "/" in run_name or "\0" in run_name):
         yield ("checkpointing.run_name",), f"{run_name!r} cannot be the name of a folder"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from picolm.data import Source
+    from picolm.store import Run
     from picolm.train.text import Text
 
 
@@ -93,7 +94,7 @@ class Evaluation(NamedTuple):
     """The inputs of an evaluation.
 
     token_bytes_V: the number of bytes of text of each token, None without a tokenizer. text: the tokenizer of the run.
-    settings: the evaluation section of its configuration.
+    settings: the evaluation section of its configuration. run, step: which run the model is of, and the updates before it.
     """
 
     model: Any
@@ -105,6 +106,8 @@ class Evaluation(NamedTuple):
     device: torch.device
     text: Text | None = None
     settings: Any = None
+    run: Run | None = None
+    step: int = 0
 
     @property
     def draws(self) -> int:
@@ -116,7 +119,7 @@ class Evaluation(NamedTuple):
         return f"{name}_bound" if self.model.likelihood == "bound" else name
 
 
-EVALUATIONS: Registry[Callable[[Evaluation], dict[str, float]]] = Registry("evaluation")
+EVALUATIONS: Registry[Callable[[Evaluation], dict[str, float]]] = Registry("evaluation", more="picolm.probes")
 
 
 def evaluate(names: tuple[str, ...], evaluation: Evaluation) -> dict[str, float]:

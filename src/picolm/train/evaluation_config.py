@@ -1,8 +1,8 @@
 """The `evaluation` section of a training configuration: which evaluations to run during training, and on which data."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from picolm.data import is_own_source
 from picolm.schema import Key, Place, Section
@@ -46,8 +46,8 @@ class Harness(Section):
 
 class Evaluation(Section):
     metrics: Annotated[tuple[str, ...] | None, Key("evaluation")] = ("paloma",)
-    """Evaluations to run: paloma (perplexity by source), minimal_pairs, lm_eval (needs the extra `lm_eval`), or
-    my_lab.module:attribute; null or empty: none."""
+    """Evaluations to run: paloma (perplexity by source), minimal_pairs, lm_eval (needs the extra `lm_eval`), a probe
+    (`pico list probes`), or my_lab.module:attribute; null or empty: none."""
     every_n_steps: PositiveInt | None = None
     """Steps between evaluations (default: at each checkpoint)."""
     draws: Annotated[PositiveInt, Key(since="0.2")] = 8
@@ -55,3 +55,5 @@ class Evaluation(Section):
     paloma: Paloma = Paloma()
     minimal_pairs: MinimalPairs = MinimalPairs()
     lm_eval: Harness = Harness()
+    probes: Annotated[dict[str, dict[str, Any]], Key(since="0.2")] = Field(default_factory=dict)
+    """Options of the probes among `metrics`, by name: `{induction: {length: 16}}`."""

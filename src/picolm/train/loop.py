@@ -250,6 +250,8 @@ def evaluation(job: Job) -> dict[str, float]:
             device=job.device,
             text=job.text,
             settings=job.config.evaluation,
+            run=job.run,
+            step=job.state.step,
         )
         with job.fabric.autocast():
             return evaluate(job.config.evaluation.metrics or (), context)
