@@ -26,6 +26,7 @@ from picolm.analyze import config as analysis
 from picolm.analyze.components import COMPONENTS
 from picolm.analyze.metrics import METRICS
 from picolm.cli import app
+from picolm.probes import PROBES
 from picolm.suite.config import SuiteConfig
 from picolm.train.config import TrainConfig
 
@@ -224,8 +225,12 @@ def test_every_key_of_a_configuration_is_on_its_page_with_default_and_meaning(
 
 def test_every_part_and_command_has_its_place_in_the_reference() -> None:
     pages = {
-        name: on_page_markdown(f"<!-- generated: {name} -->\n") for name in ("metrics", "components", "command-line")
+        name: on_page_markdown(f"<!-- generated: {name} -->\n")
+        for name in ("metrics", "components", "probes", "command-line")
     }
+    for name in PROBES:
+        assert f"\n## {name}\n" in pages["probes"]
+        assert all(f"| `{name}.{reading}` |" in pages["probes"] for reading in PROBES.get(name).gives)
     for name in METRICS:
         assert f"\n## {name}\n" in pages["metrics"]
     for name in COMPONENTS:

@@ -1,7 +1,7 @@
 """Pages of reference that follow from the code: `<!-- generated: WHAT -->` in a page becomes tables of what the code says.
 
-WHAT: train, analyze, suite (every key of a configuration), command-line, metrics, components. Links to files of the repository
-that are no pages (`../examples/…`) lead somewhere where the repository is browsed; in the site they are their text.
+WHAT: train, analyze, suite (every key of a configuration), command-line, metrics, components, probes. Links to files of the
+repository that are no pages (`../examples/…`) lead somewhere where the repository is browsed; in the site they are their text.
 """
 
 import inspect
@@ -177,9 +177,25 @@ def _metrics() -> Iterator[str]:
         kinds = ", ".join(sorted(metric.of))
         needs = {"rows": " with as many rows", "shape": " of one shape"}.get(metric.needs, "")
         yield f"A {metric.kind}. Measures {'one matrix' if metric.arity == 1 else f'two matrices{needs}'}: {kinds}."
-        for option in metric.options.values():
-            default = "must be given" if option.required else f"default {_code(json.dumps(option.default))}"
-            yield f"Option `{option.name}` ({_annotation(option.annotation)}; {default})."
+        yield from _options(metric.options)
+
+
+def _probes() -> Iterator[str]:
+    from picolm.probes import PROBES
+
+    for name in PROBES:
+        probe = PROBES.get(name)
+        yield from ("", f"## {name}", "", _paragraphs(probe.function), "")
+        yield from _options(probe.options)
+        yield from ("", "| reading | units | definition |", "|---|---|---|")
+        for reading, quantity in probe.gives.items():
+            yield f"| `{name}.{reading}` | {quantity.units} | {_cell(quantity.definition)} |"
+
+
+def _options(options: Any) -> Iterator[str]:
+    for option in options.values():
+        default = "must be given" if option.required else f"default {_code(json.dumps(option.default))}"
+        yield f"Option `{option.name}` ({_annotation(option.annotation)}; {default})."
 
 
 def _annotation(annotation: Any) -> str:
@@ -223,4 +239,5 @@ GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "command-line": _command_line,
     "metrics": _metrics,
     "components": _components,
+    "probes": _probes,
 }

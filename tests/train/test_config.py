@@ -91,7 +91,7 @@ def test_null_means_no_held_out_rows_and_no_evaluation(tmp_path: Path) -> None:
         ("training: {optimization: {optimizer: adam}}", "unknown optimizer 'adam'; did you mean 'adamw'?"),
         ("training: {optimization: {lr_scheduler: step}}", "unknown schedule 'step'"),
         ("training: {optimization: {betas: [0.9, 1.0]}}", "betas.1: 1.0: should be less than 1"),
-        ("evaluation: {metrics: [blimpp]}", "unknown evaluation 'blimpp' (there are: paloma, minimal_pairs, lm_eval)"),
+        ("evaluation: {metrics: [blimpp]}", "unknown evaluation 'blimpp' (there are: paloma, minimal_pairs, lm_eval, "),
         ("model: {model_type: pico_decodr}", "model.model_type: \"pico_decodr\": should be 'pico_decoder'"),
         ("checkpointing: {run_name: a/b}", "'a/b' cannot be the name of a folder"),
         (f"checkpointing: {{run_name: {'é' * 128}}}", "256 bytes are too long for the name of a folder; it may have 255"),
