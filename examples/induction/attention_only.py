@@ -1,6 +1,6 @@
 """A Pico decoder without MLPs: blocks of attention alone, the models in which Elhage et al. (2021) found induction heads.
 
-model: {model_type: "examples.attention_only:AttentionOnly", n_layers: 3, ...}
+model: {model_type: "attention_only:AttentionOnly", n_layers: 3, ...}
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from picolm.models import Anatomy, Decoder, DecoderConfig
 class AttentionOnlyConfig(DecoderConfig):
     """The shape of the model; the width of the MLP is that of none."""
 
-    model_type: str = "examples.attention_only:AttentionOnly"  # type: ignore[assignment]
+    model_type: str = "attention_only:AttentionOnly"  # type: ignore[assignment]
 
 
 class AttentionBlock(nn.Module):
