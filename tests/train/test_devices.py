@@ -4,15 +4,20 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 
 from picolm.errors import PicoError
+from picolm.models import Decoder, Loss
 from picolm.store import Run
 from picolm.train import devices
+from picolm.train.build import equip
 from picolm.train.config import Fabric, Training
+from picolm.train.failure import StopSignal
+from picolm.train.loop import train as train_job
 from picolm.train.preview import preview
 
 Train = Callable[..., Run]
@@ -145,6 +150,75 @@ def test_determinism_is_what_is_asked_for(wanted: bool) -> None:
     assert torch.are_deterministic_algorithms_enabled() is wanted
     assert torch.backends.cudnn.benchmark is not wanted
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if wanted else None)
+
+
+def place(value: float) -> torch.Tensor:
+    """By an operation that has no deterministic kernel on any device."""
+    return torch.zeros(3).put_(torch.tensor([0]), torch.tensor([value]))
+
+
+@pytest.mark.usefixtures("determinism")
+def test_an_operation_without_a_deterministic_kernel_is_named_and_so_is_the_way_out() -> None:
+    devices.set_determinism(True)
+    with pytest.warns(UserWarning, match="put_ does not have a deterministic implementation"):
+        place(1.0)
+    with (
+        pytest.raises(
+            PicoError,
+            match=r"^training.deterministic is true, but put_ has no deterministic kernel on this device; set "
+            r"training.deterministic=warn to compute with it",
+        ),
+        devices.only_deterministic(True),
+    ):
+        place(1.0)
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    with pytest.raises(RuntimeError, match="of another kind"), devices.only_deterministic(True):
+        raise RuntimeError("of another kind")
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    devices.set_determinism(False)
+    with devices.only_deterministic(False):
+        assert place(1.0)[0] == 1
+
+
+@pytest.mark.usefixtures("determinism")
+def test_forward_and_backward_take_only_deterministic_kernels(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention on CUDA chooses its kernel in the forward pass, and the order of its sums in the backward pass."""
+    found: list[tuple[str, bool]] = []
+
+    def note(place: str) -> None:
+        found.append((place, not torch.is_deterministic_algorithms_warn_only_enabled()))
+
+    original = Decoder.loss
+
+    def loss(model: Decoder, *words: Any) -> Any:
+        note("forward")
+        nats, tokens = original(model, *words)
+        nats.register_hook(lambda gradient: note("backward"))
+        return Loss(nats, tokens)
+
+    monkeypatch.setattr(Decoder, "loss", loss)
+    for exact in (True, False):
+        with ExitStack() as stack:
+            job = equip(make_config("training.max_steps=0"), stack.enter_context(StopSignal()), stack)
+            assert not job.exact  # it is of use on CUDA only
+            job.exact = exact
+            train_job(job)
+        assert set(found) == {("forward", exact), ("backward", exact)}
+        found.clear()
+
+
+@pytest.mark.usefixtures("determinism")
+@pytest.mark.parametrize("chosen", [True, "warn", False])
+def test_the_compiler_chooses_nothing_by_timing_where_bits_count(chosen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    if not hasattr(config, "deterministic"):
+        pytest.skip("this version of torch has no such switch")
+    monkeypatch.setattr(config, "deterministic", not chosen)
+    devices.set_compiler(Training(deterministic=chosen))
+    assert config.deterministic is bool(chosen)
 
 
 @pytest.mark.usefixtures("determinism")

@@ -105,7 +105,7 @@ def equip(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
     """
     config = _resolved(config)
     devices.tune_allocator()
-    devices.set_determinism(config.training.deterministic)
+    devices.set_determinism(bool(config.training.deterministic))
     configure_logging(config.monitoring.logging.log_level)
     fabric = _fabric(config)
     stack.enter_context(Together(fabric, config.training.fabric.timeout_s))
@@ -137,6 +137,7 @@ def equip(config: TrainConfig, stop: StopSignal, stack: ExitStack) -> Job:
         texts=checkpoint_files(state.model, text),
         peak_flops=devices.matmul_peak(fabric.device, devices.compute_dtype(config.training.fabric.precision)),
         compiled=devices.want_compile(config.training, fabric.device),
+        exact=config.training.deterministic is True and fabric.device.type == "cuda",
     )
 
 
@@ -321,6 +322,7 @@ def _setup(config: TrainConfig, fabric: Fabric, model: Any) -> Any:
     """
     methods = ["loss", "score", "generate"]
     if devices.want_compile(config.training, fabric.device):
+        devices.set_compiler(config.training)
         compiled = torch.compile(type(model).loss, dynamic=False)  # all micro-batches of a run have one shape
         model.compiled_loss = MethodType(compiled, model)  # Fabric accepts only methods
         methods.append("compiled_loss")

@@ -123,8 +123,9 @@ class Training(Section):
     max_steps: NonNegativeInt = 200_000
     """Updates in all."""
     seeds: Annotated[Seeds, Key(on_resume="refused")] = Seeds()
-    deterministic: bool = True
-    """Use only algorithms that give the same bits every time (on CUDA some operations become slower)."""
+    deterministic: Literal["warn"] | bool = True
+    """Use only algorithms that give the same bits every time (on CUDA some operations become slower, and one without
+    such an algorithm ends the run; `warn`: it warns and goes on, and attention may take faster kernels, too)."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the loss with torch.compile; `auto`: only on CUDA."""
     max_skipped_steps: NonNegativeInt = 10

@@ -16,7 +16,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +60,50 @@ def set_determinism(deterministic: bool) -> None:
     """Use only algorithms that give the same bits each time, or, if `deterministic` is false, any.
 
     CPU kernels are deterministic for a fixed number of threads. On CUDA this selects deterministic kernels, a fixed
-    cuBLAS workspace and no algorithm search in cuDNN; an operation without a deterministic kernel runs with a warning.
+    cuBLAS workspace and no algorithm search in cuDNN; an operation without a deterministic kernel runs with a warning
+    (an error within `only_deterministic`).
     """
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # would fill every new buffer; no kernel here reads one
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def only_deterministic(enabled: bool) -> Iterator[None]:
+    """Raise PicoError for operations without a deterministic kernel inside the block, instead of a warning.
+
+    Attention needs this for its kernels to be deterministic at all: where torch only warns, it takes those that add in
+    any order, in the forward pass (where the kernel is chosen) and in the backward pass.
+    """
+    if not enabled:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise PicoError(
+            f"training.deterministic is true, but {operation.splitlines()[-1]} has no deterministic kernel on this "
+            "device; set training.deterministic=warn to compute with it (steps will not repeat bit for bit)"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def set_compiler(training: Training) -> None:
+    """Prepare torch.compile for a run."""
+    from torch._inductor import config
+
+    # Timing would choose otherwise in another process, and the run would go on with other bits.
+    if hasattr(config, "deterministic"):  # since torch 2.9
+        config.deterministic = bool(training.deterministic)
+    # Advice on how to round float32 products, which nobody asked for who asked for float32.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
 
 
 def choose_threads(fabric: Fabric) -> None:
@@ -127,7 +166,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     Takes about 0.1 s on a CPU.
     """
     size = 1024 if device.type == "cpu" else 8192
-    x, y = (torch.randn(size, size, dtype=torch.float32).to(device, dtype) for _ in range(2))
+    x, y = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = [_timed_product(x, y) for _ in range(6)]
     return 2 * size**3 / statistics.median(seconds[1:])
 

@@ -121,6 +121,7 @@ class Job:
 
     model: the Fabric wrapper of the model in `state`. texts: files that are written into each checkpoint with weights.
     compiled: whether the model has a `compiled_loss`, which training then uses instead of `loss`.
+    exact: whether an operation without a deterministic kernel is an error (on CPUs there are none in the models here).
     run, writer: None if nothing is saved; `writer` is also None on all processes except the first.
     about: extra provenance written to each manifest (replayed, forked_from).
     watchers: callbacks, called with (job, step) after the gradients of a step are computed, before the update.
@@ -143,6 +144,7 @@ class Job:
     texts: dict[str, str | bytes]
     peak_flops: float
     compiled: bool = False
+    exact: bool = False
     run: Run | None = None
     writer: BackgroundWriter | None = None
     loggers: list[Logger] = field(default_factory=list)

@@ -17,7 +17,7 @@ from picolm.errors import PicoError
 from picolm.models import Loss, Noise
 from picolm.seeds import derive
 from picolm.train import report
-from picolm.train.devices import keeps_shards, reshard
+from picolm.train.devices import keeps_shards, only_deterministic, reshard
 from picolm.train.evaluate import Evaluation, evaluate
 from picolm.train.job import Due, Job
 from picolm.train.metrics import UpdateSize, norm
@@ -92,7 +92,7 @@ def accumulate(
         ):
             with job.stopwatch.time("forward" if due else "capture"):
                 loss = forward(job, step, places, tokens_BS, split, compiled=job.compiled and due is not None)
-            with job.stopwatch.time("backward" if due else "capture"):
+            with job.stopwatch.time("backward" if due else "capture"), only_deterministic(job.exact):
                 job.fabric.backward(loss.nats * (counts * world / tokens))  # DDP averages over processes
         nats = nats + counts * loss.nats.detach()
         predicted += counts * float(loss.tokens)
@@ -152,7 +152,8 @@ def forward(
     torch.manual_seed(seeds[0])  # for models that use the global generator, so that its state need not be saved
     noise = Noise(seeds, job.device)
     loss = job.model.compiled_loss if compiled else job.model.loss
-    with job.fabric.autocast():  # on one device Fabric applies autocast to `forward` only, not to other methods
+    # On one device Fabric applies autocast to `forward` only, not to other methods.
+    with job.fabric.autocast(), only_deterministic(job.exact):
         return loss(tokens_BS.to(job.device, non_blocking=True), noise)
 
 
