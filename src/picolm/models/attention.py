@@ -71,8 +71,12 @@ def fused(q_BMTGD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, mask: Tensor | None =
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q_BMTGD.dtype)
     q_BNTD = q_BMTGD.permute(0, 1, 3, 2, 4).flatten(1, 2)
+    grouped, of_16_bits = G > 1, q_BMTGD.dtype in (torch.bfloat16, torch.float16)
+    if grouped and q_BMTGD.device.type == "cuda" and (mask is not None or not of_16_bits):
+        # Here the fused kernel takes no groups; torch would hold the scores of all rows in memory.
+        k_BMKD, v_BMKD, grouped = k_BMKD.repeat_interleave(G, 1), v_BMKD.repeat_interleave(G, 1), False
     out_BNTD = scaled_dot_product_attention(
-        q_BNTD, k_BMKD, v_BMKD, mask, is_causal=mask is None and T > 1, scale=math.log(2), enable_gqa=G > 1
+        q_BNTD, k_BMKD, v_BMKD, mask, is_causal=mask is None and T > 1, scale=math.log(2), enable_gqa=grouped
     )
     return out_BNTD.unflatten(1, (-1, G)).transpose(2, 3)
 
