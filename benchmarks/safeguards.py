@@ -26,7 +26,7 @@ from picolm.train.loop import train
 
 CONFIG = """
 data: {{dataset: {{name: "embedded:python"}}, dataloader: {{batch_size: 8}}, tokenizer: {{vocab_size: 4096}}}}
-model: {{d_model: {width}, activation_hidden_dim: {hidden}, vocab_size: 4096, max_seq_len: 512}}
+model: {{d_model: {width}, activation_hidden_dim: {hidden}, vocab_size: 4096, max_seq_len: {length}}}
 training: {{max_steps: 1000000, optimization: {{gradient_accumulation_steps: 1}}}}
 checkpointing: {{runs_dir: {folder}, save_every_n_steps: {every}, learning_dynamics: {{eval_data: null}},
   keep: {{weights: last 2, optimizer: last 2, dynamics: last 2}}}}
@@ -49,10 +49,10 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--every", type=int, default=10)
     chosen = arguments.parse_args()
-    width, hidden = SHAPES[chosen.shape]
+    width, hidden, length = SHAPES[chosen.shape]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         file = Path(folder) / "safeguards.yaml"
-        file.write_text(CONFIG.format(width=width, hidden=hidden, folder=folder, every=chosen.every))
+        file.write_text(CONFIG.format(width=width, hidden=hidden, length=length, folder=folder, every=chosen.every))
         stop = stack.enter_context(StopSignal())
         jobs = {
             name: build(load(file, schema_for, [switch, f"checkpointing.run_name=variant{number}"]), stop, stack)
@@ -88,7 +88,7 @@ class Stretch:
 
 def block(job: Job, turn: int, steps: int) -> float:
     """Seconds of `steps` updates and one forward and backward pass more; the first step is saved and logged."""
-    devices.set_determinism(job.config.training.deterministic)
+    devices.set_determinism(bool(job.config.training.deterministic))
     original, job.plan = job.plan, Stretch(job.plan, (turn + 1) * steps)
     start = time.perf_counter()
     train(job)

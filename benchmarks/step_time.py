@@ -2,12 +2,15 @@
 
     python benchmarks/step_time.py [--shapes tiny,mid,big] [--precisions bf16,float32] [--modes eager,compiled] [--rounds 9]
     python benchmarks/step_time.py --profile tiny          where the time of our own step goes
+    python benchmarks/step_time.py --device cuda --shapes decoder-tiny,decoder-small
 
 A step is forward, backward and fused AdamW on one batch that lies in memory, with the loss that each library trains with.
 Within a shape and a precision, all sides take turns step by step in one process with one allocator setting, so that a
 slower minute of the machine hits everyone; figures are medians. Peak memory is that of a process of its own per side, from
-before the model is built to after three eager steps (Linux; compiling would leave its own memory in the figure).
-The share is that of the floating-point rate of a 1024 x 1024 matrix product, measured in the same turns.
+before the model is built to after three eager steps (Linux; compiling would leave its own memory in the figure); on a GPU
+it is what torch has allocated there.
+The share is that of the floating-point rate of a matrix product (1024 x 1024, on a GPU 8192 x 8192), measured in the same
+turns.
 
 Peers: `LlamaForCausalLM` of transformers, and `GPT` of litgpt (`pip install --no-deps litgpt lightning pytorch-lightning
 torchmetrics jsonargparse docstring_parser typeshed_client importlib_resources psutil`: with its dependencies it would
@@ -47,6 +50,9 @@ SHAPES = {
     "tiny": Shape(96, 384, 4096, 8, 512),
     "mid": Shape(384, 1536, 4096, 8, 512),
     "big": Shape(96, 384, 50304, 1, 2048),
+    # One micro-batch of the shipped configurations, on each of their GPUs.
+    "decoder-tiny": Shape(96, 384, 50304, 8, 2048),
+    "decoder-small": Shape(384, 1536, 50304, 8, 2048),
 }
 PRECISIONS = {"bf16": torch.bfloat16, "float32": torch.float32}
 LossOf = Callable[[Tensor], Tensor]  # rows of length + 1 tokens -> mean loss
@@ -118,20 +124,21 @@ SIDES = {"pico": pico, "llama": llama, "litgpt": litgpt}
 NEEDS = {"pico": "torch", "llama": "transformers", "litgpt": "litgpt"}
 
 
-def stepper(side: str, shape: Shape, precision: str, mode: str) -> Callable[[], float]:
-    """A function that takes one training step and returns its loss."""
+def stepper(side: str, shape: Shape, precision: str, mode: str, device: str) -> Callable[[], float]:
+    """A function that takes one training step and returns its loss, which waits for the device."""
     torch.manual_seed(0)
     model, loss_of = SIDES[side](shape)
     with torch.device("meta"):
         expected = sum(parameter.numel() for parameter in pico(shape)[0].parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == expected, f"{side} is another model"
+    model.to(device)
     if mode == "compiled":
         loss_of = torch.compile(loss_of)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    tokens = torch.randint(0, shape.vocabulary, (shape.rows, shape.length + 1))
+    tokens = torch.randint(0, shape.vocabulary, (shape.rows, shape.length + 1)).to(device)
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             loss = loss_of(tokens)
         loss.backward()
         optimizer.step()
@@ -147,22 +154,25 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(side: str, shape: str, precision: str) -> float | None:
+def peak_memory(side: str, shape: str, precision: str, device: str) -> float | None:
     """MiB that the step adds to the memory of its process at the highest point; None where it cannot be read."""
     if not Path("/proc/self/status").exists():
         return None
-    command = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--memory", side, shape, precision]
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, __file__, "--threads", threads, "--device", device, "--memory", side, shape, precision]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def print_peak_memory(side: str, shape: str, precision: str) -> None:
+def print_peak_memory(side: str, shape: str, precision: str, device: str) -> None:
     importlib.import_module(NEEDS[side])
-    stepper(side, Shape(24, 24, 64, 1, 16, layers=1), precision, "eager")()  # what torch loads on first use
+    if device == "cpu":
+        # What torch loads on first use.
+        stepper(side, Shape(24, 24, 64, 1, 16, layers=1), precision, "eager", device)()
     before = _status("VmRSS")
-    step = stepper(side, SHAPES[shape], precision, "eager")
+    step = stepper(side, SHAPES[shape], precision, "eager", device)
     for _ in range(3):
         step()
-    print((_status("VmHWM") - before) / 1024)
+    print((_status("VmHWM") - before) / 1024 if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20)
 
 
 def _status(field: str) -> int:
@@ -170,15 +180,15 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def compare(name: str, precision: str, sides: list[str], modes: list[str], rounds: int) -> None:
+def compare(name: str, precision: str, sides: list[str], modes: list[str], rounds: int, device: str) -> None:
     shape = SHAPES[name]
-    memory = {side: peak_memory(side, name, precision) for side in sides}
-    steps = {(side, mode): stepper(side, shape, precision, mode) for mode in modes for side in sides}
+    memory = {side: peak_memory(side, name, precision, device) for side in sides}
+    steps = {(side, mode): stepper(side, shape, precision, mode, device) for mode in modes for side in sides}
     losses = {key: (step(), step())[0] for key, step in steps.items()}  # the first compiles, the second settles
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     peaks = []
     for _ in range(rounds):
-        peaks.append(matmul_peak(torch.device("cpu"), PRECISIONS[precision]))
+        peaks.append(matmul_peak.__wrapped__(torch.device(device), PRECISIONS[precision]))  # measured anew
         for key, step in steps.items():
             seconds[key].append(timed(step))
     peak = statistics.median(peaks)
@@ -205,20 +215,21 @@ def pico_flops(shape: Shape) -> int:
     return model.flops_per_token(shape.length)
 
 
-def profile(name: str, precision: str, steps: int = 5) -> None:
-    """Print the operations that our own eager step spends its time in."""
-    step = stepper("pico", SHAPES[name], precision, "eager")
+def profile(name: str, precision: str, device: str, steps: int = 5) -> None:
+    """Print the operations that our own eager step spends its time in: that of the device, without waiting for it."""
+    step = stepper("pico", SHAPES[name], precision, "eager", device)
     step(), step()
     with torch.profiler.profile() as profiler:
         for _ in range(steps):
             step()
-    rows = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
-    total = sum(row.self_cpu_time_total for row in rows)
+    spent_in = f"self_{'cpu' if device == 'cpu' else 'device'}_time_total"
+    rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, spent_in))
+    total = sum(getattr(row, spent_in) for row in rows)
     print(
         f"\n{name}, {precision}: {total / steps / 1e3:.0f} ms a step\n\n| operation | ms | share | calls |\n|---|---|---|---|"
     )
     for row in rows[:12]:
-        spent = row.self_cpu_time_total
+        spent = getattr(row, spent_in)
         print(f"| {row.key} | {spent / steps / 1e3:.1f} | {100 * spent / total:.0f} % | {row.count // steps} |")
 
 
@@ -228,6 +239,7 @@ def main() -> None:
     parser.add_argument("--precisions", default="bf16,float32")
     parser.add_argument("--modes", default="eager,compiled")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", metavar="SHAPE", choices=SHAPES)
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
@@ -236,9 +248,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     allocator = "kept by mallopt" if tune_allocator() else "as the environment says"
     if options.memory:
-        return print_peak_memory(*options.memory)
+        side, name, precision = options.memory
+        return print_peak_memory(side, name, precision, options.device)
     if options.profile:
-        return profile(options.profile, options.precisions.split(",")[0])
+        return profile(options.profile, options.precisions.split(",")[0], options.device)
     sides = [side for side in SIDES if importlib.util.find_spec(NEEDS[side])]
     missing = ", ".join(NEEDS[side] for side in SIDES if side not in sides)
     print(
@@ -246,7 +259,7 @@ def main() -> None:
     )
     for shape in options.shapes.split(","):
         for precision in options.precisions.split(","):
-            compare(shape, precision, sides, options.modes.split(","), options.rounds)
+            compare(shape, precision, sides, options.modes.split(","), options.rounds, options.device)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What the trainer costs beyond the bare step, what capture costs, and how long a start takes.
 
-    python benchmarks/trainer.py [--shape tiny|mid] [--steps 60]
+    python benchmarks/trainer.py [--shape tiny|mid|small] [--steps 60] [KEY=VALUE …]
 
 Bare steps (forward, backward, AdamW on batches that lie in memory) and steps of the whole trainer (data, clipping, logging,
-capture and saving at their default cadence) are interleaved in one process, under one allocator setting.
+capture and saving at their default cadence) are interleaved in one process, under one allocator setting, on the device and
+in the precision that `auto` finds, or that the keys name; compiled where the trainer compiles.
 """
 
 import argparse
@@ -21,14 +22,15 @@ import torch
 from picolm.schema import load
 from picolm.train.build import build
 from picolm.train.config import schema_for
+from picolm.train.devices import synchronize
 from picolm.train.failure import StopSignal
 from picolm.train.job import Due, Job
 from picolm.train.loop import accumulate, measure, train, watch
 
-SHAPES = {"tiny": (96, 384), "mid": (384, 1536)}
+SHAPES = {"tiny": (96, 384, 512), "mid": (384, 1536, 512), "small": (384, 1536, 2048)}  # width, hidden, length
 CONFIG = """
 data: {{dataset: {{name: "embedded:python"}}, dataloader: {{batch_size: 8}}, tokenizer: {{vocab_size: 4096}}}}
-model: {{d_model: {width}, activation_hidden_dim: {hidden}, vocab_size: 4096, max_seq_len: 512}}
+model: {{d_model: {width}, activation_hidden_dim: {hidden}, vocab_size: 4096, max_seq_len: {length}}}
 training: {{max_steps: {steps}, optimization: {{gradient_accumulation_steps: 1}}}}
 checkpointing: {{run_name: benchmark, runs_dir: {folder}, learning_dynamics: {{eval_data: null}}}}
 evaluation: {{metrics: null}}
@@ -40,16 +42,21 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--shape", choices=SHAPES, default="tiny")
     arguments.add_argument("--steps", type=int, default=60)
+    arguments.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     chosen = arguments.parse_args()
-    width, hidden = SHAPES[chosen.shape]
+    width, hidden, length = SHAPES[chosen.shape]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         file = Path(folder) / "benchmark.yaml"
-        file.write_text(CONFIG.format(width=width, hidden=hidden, steps=chosen.steps, folder=folder))
-        job = build(load(file, schema_for), stack.enter_context(StopSignal()), stack)
-        print(f"{chosen.shape}: d_model {width}, 12 layers, 8 x 512 tokens, {torch.get_num_threads()} threads")
+        file.write_text(CONFIG.format(width=width, hidden=hidden, length=length, steps=chosen.steps, folder=folder))
+        job = build(load(file, schema_for, chosen.overrides), stack.enter_context(StopSignal()), stack)
+        precision, mode = job.config.training.fabric.precision, "compiled" if job.compiled else "eager"
+        print(
+            f"{chosen.shape}: d_model {width}, 12 layers, 8 x {length} tokens, {precision}, {mode}, {job.device.type}, "
+            f"{torch.get_num_threads()} threads"
+        )
         compare(job)
         capture_cost(job)
-        start_time(file)
+        start_time(file, chosen.overrides)
 
 
 def compare(job: Job) -> None:
@@ -72,13 +79,15 @@ class Bare:
         self.job, self.at = job, 0
         self.model = type(job.state.model)(job.config.model)
         self.model.init_parameters(torch.Generator().manual_seed(0))
+        self.model.to(job.device)
+        self.loss = torch.compile(self.model.loss, dynamic=False) if job.compiled else self.model.loss
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=True)
-        self.batches = [torch.cat(job.batches(step)) for step in range(2)]
+        self.batches = [torch.cat(job.batches(step)).to(job.device) for step in range(2)]
 
     def step(self) -> None:
         self.at += 1
         with self.job.fabric.autocast():
-            loss = self.model.loss(self.batches[self.at % 2])
+            loss = self.loss(self.batches[self.at % 2])
         (loss.nats / loss.tokens).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -94,9 +103,11 @@ class Interleaved:
 
     def after_step(self, bare: Bare) -> Any:
         def advance(step: int, loss: float, rate: float) -> None:
+            synchronize(bare.job.device)
             self.trainer.append(time.perf_counter() - self.since)
             start = time.perf_counter()
             bare.step()
+            synchronize(bare.job.device)
             self.bare.append(time.perf_counter() - start)
             self.since = time.perf_counter()
 
@@ -118,9 +129,10 @@ def capture_cost(job: Job, repeats: int = 12) -> None:
     print(f"capture        {on - off:+.4f} s, {(on - off) / off:+.1%} of forward and backward ({off:.3f} s)")
 
 
-def start_time(file: Path) -> None:
+def start_time(file: Path, overrides: list[str]) -> None:
     """Wall time of a fresh process that trains no step, and of one that trains one, data prepared already."""
-    command = [sys.executable, "-c", "from picolm.cli import main; main()", "train", str(file), "training.max_steps=0"]
+    train = [sys.executable, "-c", "from picolm.cli import main; main()", "train", str(file)]
+    command = [*train, "training.max_steps=0", *overrides]
     start = time.perf_counter()
     subprocess.run([*command, "checkpointing.run_name=start"], check=True, capture_output=True)
     print(

@@ -71,9 +71,9 @@ def compare(folder: Path, shape: str, rounds: int, every: int, stack: ExitStack)
     from picolm.train.config import schema_for
     from picolm.train.failure import StopSignal
 
-    width, hidden = SHAPES[shape]
+    width, hidden, length = SHAPES[shape]
     file = folder / "uploads.yaml"
-    file.write_text(CONFIG.format(width=width, hidden=hidden, folder=folder, every=every))
+    file.write_text(CONFIG.format(width=width, hidden=hidden, length=length, folder=folder, every=every))
     to_hub = ["checkpointing.save_to_hf=true", "checkpointing.hf_checkpoint.repo_id=lab/run"]
     stop = stack.enter_context(StopSignal())
     jobs = [
