@@ -1,7 +1,7 @@
 """One forward pass over some rows, and the questions that share it.
 
 Legend: B rows of a pass, T positions that the model computes, P of them whose next token is in the row, V vocabulary, H width of
-the residual stream, N query heads, L blocks.
+the residual stream, N query heads, L blocks, F width inside of the MLP.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from picolm.observe.rows import Rows
 
@@ -23,7 +24,8 @@ Read = Callable[..., Mapping[str, Tensor]]
 class Ask(NamedTuple):
     """What a probe asks of a forward pass over rows.
 
-    read: a function of a `Pass` that returns tensors [B, …] by name. needs: what the pass has to keep: `hidden`, `patterns`.
+    read: a function of a `Pass` that returns tensors [B, …] by name. needs: what the pass has to keep: `hidden`, `patterns`,
+    `mlp`.
     beside: other subjects that run on the same rows; `read` is given the pass of each, after that of the subject itself.
     """
 
@@ -41,7 +43,8 @@ class Pass:
     """A forward pass over B rows of one length; what follows from it is computed when it is first read.
 
     tokens_BS: the rows. logits_BTV: at each position that the model computes. hidden: the residual stream [B, T, H] before the
-    first block and after each block, as asked for; patterns: the attention weights of each block, [B, N, T, T].
+    first block and after each block, as asked for; patterns: the attention weights of each block, [B, N, T, T]; mlp: the hidden
+    activations of the MLP of each block, [B, T, F].
     """
 
     def __init__(
@@ -50,9 +53,10 @@ class Pass:
         logits_BTV: Tensor,
         hidden: Sequence[Tensor] = (),
         patterns: Sequence[Tensor] = (),
+        mlp: Sequence[Tensor] = (),
     ):
         self.tokens_BS, self.logits_BTV = tokens_BS, logits_BTV
-        self.hidden, self.patterns = list(hidden), list(patterns)
+        self.hidden, self.patterns, self.mlp = list(hidden), list(patterns), list(mlp)
 
     @cached_property
     def targets_BP(self) -> Tensor:
@@ -101,18 +105,31 @@ def answer(subject: "Subject", asks: Sequence[Ask], batch_size: int = 8) -> list
 @contextmanager
 def residual_stream(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Yield a list to which a forward pass inside of the block adds the input of the first block and the output of each."""
-    found: list[Tensor] = []
 
-    def first(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        found.append(arguments[0] if arguments else options["hidden_states"])
-
-    def each(module: nn.Module, arguments: Any, output: Any) -> None:
+    def add_output(module: nn.Module, arguments: Any, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [block.register_forward_pre_hook(first, with_kwargs=True) for block in blocks[:1]]
-    hooks += [block.register_forward_hook(each) for block in blocks]
-    try:
+    with inputs_of(blocks[:1]) as found, _removed([block.register_forward_hook(add_output) for block in blocks]):
         yield found
+
+
+@contextmanager
+def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Yield a list to which a forward pass inside of the block adds the input of each module."""
+    found: list[Tensor] = []
+
+    def add_input(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found.append(arguments[0] if arguments else options["hidden_states"])
+
+    with _removed([module.register_forward_pre_hook(add_input, with_kwargs=True) for module in modules]):
+        yield found
+
+
+@contextmanager
+def _removed(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end of the block."""
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()

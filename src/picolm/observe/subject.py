@@ -20,7 +20,7 @@ from picolm.capture.taps import Taps, gradients
 from picolm.errors import PicoError
 from picolm.models import Anatomy, Likelihood, Noise, Piece
 from picolm.observe.architecture import Architecture, architecture_of
-from picolm.observe.passes import Pass, residual_stream
+from picolm.observe.passes import Pass, inputs_of, residual_stream
 from picolm.observe.rows import Rows
 from picolm.readers.series import Series
 from picolm.seeds import derive
@@ -97,12 +97,14 @@ class Subject:
 
     def require(self, *needs: str) -> None:
         """Raise PicoError unless the model gives all of these: `logits` (of the next token at each position), `patterns` (the
-        weights of its attention), `hidden` (its residual stream), `readout` (how logits are read from that).
+        weights of its attention), `hidden` (its residual stream), `mlp` (the hidden activations of its MLPs), `readout` (how
+        logits are read from its residual stream).
         """
         lacking = {
             "logits": self.likelihood != "exact" or self.architecture.outline.row_length(0) != 1,
             "patterns": not hasattr(self.architecture.outline, "with_patterns"),
             "hidden": not self._blocks(self.architecture.outline),
+            "mlp": not self._mlp_outputs(self.architecture.outline),
             "readout": not {"final_norm", "unembedding"} <= set(self.anatomy.parts),
         }
         for need in needs:
@@ -117,15 +119,21 @@ class Subject:
         tokens_BS, patterns = self._tokens(rows, batch).to(device), list[Tensor]()
         tokens_BT = tokens_BS[:, : rows.inputs(batch[0])]
         blocks = self._blocks(self.model) if "hidden" in needs else []
-        with torch.no_grad(), residual_stream(blocks) as hidden:
+        outputs = self._mlp_outputs(self.model) if "mlp" in needs else []
+        with torch.no_grad(), residual_stream(blocks) as hidden, inputs_of(outputs) as mlp:
             if "patterns" in needs:
                 logits_BTV, patterns = self.model.with_patterns(tokens_BT)
             else:
                 logits_BTV = self.model(tokens_BT)
-        return Pass(tokens_BS, logits_BTV, hidden, patterns)
+        return Pass(tokens_BS, logits_BTV, hidden, patterns, mlp)
 
+    @_with_threads
+    @torch.no_grad()
     def readout(self, hidden_BTH: Tensor) -> Tensor:
-        """Return the logits that the model would read from a residual stream: its unembedding of its final norm, [B, T, V]."""
+        """Return the logits that the model would read from a residual stream: its unembedding of its final norm, [B, T, V].
+
+        No gradients are computed.
+        """
         self.require("readout")
         body = self.architecture.body(self.model)
         return self.architecture.unembedding(self.model)(
@@ -134,8 +142,17 @@ class Subject:
 
     def _blocks(self, model: Any) -> list[nn.Module]:
         """Return the blocks of a model in order, none where their names are not known."""
+        return self._of_each_block(model, "")
+
+    def _mlp_outputs(self, model: Any) -> list[nn.Module]:
+        """Return the module of each block that reads the hidden activations of its MLP, none where its name is not known."""
+        part = self.anatomy.parts.get("mlp.output")
+        return [] if part is None else self._of_each_block(model, f".{part.module}")
+
+    def _of_each_block(self, model: Any, suffix: str) -> list[nn.Module]:
+        """Return the module of each block with a name that ends so, none unless all blocks have it."""
         modules, layers = dict(self.architecture.body(model).named_modules()), self.anatomy.layers or 0
-        names = [self.anatomy.block.format(layer) for layer in range(layers)]
+        names = [self.anatomy.block.format(layer) + suffix for layer in range(layers)]
         return [modules[name] for name in names] if all(name in modules for name in names) else []
 
     @_with_threads
@@ -258,6 +275,7 @@ _LACKING = {
     "logits": "gives no probabilities of the next token at each position",
     "patterns": "does not give the weights of an attention",
     "hidden": "has no blocks whose names are known, so its residual stream cannot be read",
+    "mlp": "has no MLPs whose parts are known, so their hidden activations cannot be read",
     "readout": "has no final norm and unembedding whose names are known, so no logits can be read from its residual stream",
 }
 
