@@ -12,6 +12,7 @@ from picolm.address import Address
 from picolm.analyze.config import AnalysisConfig, ProbeEntry
 from picolm.analyze.pairing import Place, partner_places
 from picolm.analyze.reading import Readers
+from picolm.analyze.table import MODEL
 from picolm.analyze.values import Values
 from picolm.analyze.work import Ask, Outcome, chosen_steps
 from picolm.errors import PicoError
@@ -21,8 +22,6 @@ from picolm.observe.subject import threads_of
 from picolm.probes import Probe, Reading, find_probe
 from picolm.probes.probe import Running, run
 from picolm.store.checkpoint import stored_weights_digest
-
-MODEL = "model"  # the component of all readings, and the module of those of no block
 
 
 class Asked(NamedTuple):

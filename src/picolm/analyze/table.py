@@ -48,7 +48,11 @@ AGGREGATED = "aggregated.parquet"
 CSV = "results.csv"
 SUMS = "checksums.sha256"
 LONGEST_NAME = 200  # characters of the name of a JSON file without its end
-FULL_WIDTH = 116  # width in characters of a summary with all columns
+FULL_WIDTH, LONG_NAME = (
+    116,
+    24,
+)  # width in characters of a summary with all columns, for names of metrics up to this length
+MODEL = "model"  # the component of the readings of probes, which belong to no tensor
 
 
 def write(rows: Sequence[Mapping[str, Any]], folder: Path, csv: bool = False) -> Path:
@@ -245,13 +249,16 @@ def summary(rows: Iterable[Mapping[str, Any]], width: int = FULL_WIDTH) -> "Tabl
     for row in rows:
         against = f"with {row['target']}" if len(targets[_measured(row)]) > 1 else ""
         metric = "\n".join(filter(None, (row["metric"], *(row["options"] or "").split(), against)))
-        key = (row["run"], metric, row["component"], row["kind"], row["split"])
+        component = "" if row["component"] == MODEL else row["component"]
+        key = (row["run"], metric, component, row["kind"], row["split"])
         steps = series.setdefault(key, {})
         if row["value"] is None:
             missing[key] = missing.get(key, 0) + 1
         else:
             steps.setdefault(row["step"], []).append(row["value"])
-    narrow, alone = width < FULL_WIDTH, len({run for run, *_ in series}) == 1  # the name of the only run says nothing
+    longest = max((len(line) for _, metric, *_ in series for line in metric.split("\n")), default=0)
+    narrow = width < FULL_WIDTH + max(0, longest - LONG_NAME)
+    alone = len({run for run, *_ in series}) == 1  # the name of the only run says nothing
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("metric", "of") if narrow else ("run", "metric", "component", "kind", "split")[alone:]:
         shown.add_column(heading, overflow="fold", no_wrap=heading == "metric" and not narrow)
