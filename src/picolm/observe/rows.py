@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,33 +117,10 @@ def _prompts(asked: Observe) -> list[str]:
 
 def given_rows(place: str) -> list[Tensor] | None:
     """Return the rows of token ids in a file, None if it holds texts. Raises PicoError."""
-    name, _, column = place.rpartition(":") if ".parquet:" in place else (place, "", "")
-    path = Path(name)
-    if path.suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise PicoError(f"{path}: cannot be read as rows of token ids ({error})") from error
-        if array.ndim != 2 or array.dtype.kind not in "iu":
-            raise PicoError(f"{path}: holds {array.dtype} {list(array.shape)}; expected whole numbers [rows, tokens]")
-        return list(torch.as_tensor(array.astype(np.int64)))
-    if path.suffix != ".parquet":
-        return None
-    import pyarrow as pa
+    from picolm.data.token_rows import read_token_rows
 
-    from picolm.data.decode import opened
-
-    with opened(path, str(path)) as table:
-        schema = table.schema_arrow
-        column = column or ("input_ids" if "input_ids" in schema.names else "text")
-        if column not in schema.names:
-            raise PicoError(f"{path}: has no column {column} (it has: {', '.join(schema.names)})")
-        kind = schema.field(column).type
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            return None
-        if not hasattr(kind, "value_type") or not pa.types.is_integer(kind.value_type):
-            raise PicoError(f"{path}: the column {column} holds {kind}; expected texts, or lists of token ids")
-        return [torch.as_tensor(row, dtype=torch.long) for row in table.read(columns=[column])[column].to_pylist()]
+    found = read_token_rows(place)
+    return None if found is None else [torch.from_numpy(row) for row in found]
 
 
 def _texts(place: str) -> Iterator[str]:
