@@ -1,7 +1,8 @@
 """The batch of a step is a function of the step number: the same rows for any number of processes and micro-batches.
 
 Step s takes the positions [s B, (s + 1) B) of the order (`rows_in_order`). Process r of W gets those at r, r + W, …
-of the batch, in `accumulation` micro-batches. So the step number alone is enough to resume, or to replay a step.
+of the batch, in `accumulation` micro-batches. So the step number alone is enough to resume, or to replay a step. Canaries
+(`canaries.py`) take places of the batch by the same rule: which, and where, is a function of the step.
 
 Shapes: B rows of a step, b rows of a micro-batch, T tokens of a row.
 """
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 
 from picolm.data import Source
+from picolm.data.canaries import Canaries, Planted
 from picolm.errors import DataError
 from picolm.seeds import derive
 
@@ -42,12 +44,14 @@ class Batches:
         length: int,
         row_length: int | None = None,
         vocab_size: int,
+        canaries: Canaries | None = None,
     ):
         """Check the batch shape and the source.
 
         `rows_per_step` (B) counts the rows of all processes and micro-batches. Rows are cut to `row_length` tokens
-        (default: length + 1), of which the model predicts `length`. Raises DataError if B is not a multiple of
-        `world` * `accumulation`, or if the source is empty, has too short rows or (by its manifest) ids ≥ vocab_size.
+        (default: length + 1), of which the model predicts `length`. Steps that show `canaries` have them in place of rows
+        of the source. Raises DataError if B is not a multiple of `world` * `accumulation`, or if the source is empty, has
+        too short rows or (by its manifest) ids ≥ vocab_size.
         """
         if rows_per_step % (world * accumulation):
             raise DataError(
@@ -59,6 +63,9 @@ class Batches:
         self.length, self.vocab_size = length, vocab_size
         self.row_length = length + 1 if row_length is None else row_length
         self._check_source()
+        self.canaries = canaries
+        if canaries is not None:
+            self.source = Planted(source, canaries)
         self._ahead: Ahead[int, np.ndarray] = Ahead(self._read)
 
     def __call__(self, step: int) -> list[Tensor]:
@@ -73,10 +80,14 @@ class Batches:
         return list(torch.from_numpy(tokens_RT).chunk(self.accumulation))
 
     def row_numbers(self, step: int) -> np.ndarray:
-        """Return the row numbers (in the source) of all B rows of a step, in batch order."""
+        """Return the row numbers (in the source) of all B rows of a step, in batch order; those of canaries follow its own."""
         first = step * self.rows_per_step
         positions = np.arange(first, first + self.rows_per_step, dtype=np.int64)
-        return rows_in_order(positions, len(self.source), seed=self.seed, shuffle=self.shuffle)
+        numbers_B = rows_in_order(positions, len(self.source), seed=self.seed, shuffle=self.shuffle)
+        if self.canaries is not None and len(shown := self.canaries.at(step)):
+            places = permute(np.arange(len(shown)), self.rows_per_step, self.seed, "canary places", step)
+            numbers_B[places] = len(self.source) + shown
+        return numbers_B
 
     def rank_rows(self, step: int = 0) -> list[np.ndarray]:
         """Return the places of rows in the batch of B, per micro-batch of this process (the same at each step)."""
@@ -95,6 +106,8 @@ class Batches:
     def fingerprint(self) -> str:
         """The digest of all that determines the batch of a step: the data, their order and the shape of a batch."""
         parts = [self.source.fingerprint, self.rows_per_step, self.seed, self.shuffle, self.length]
+        if self.canaries is not None:
+            parts.append(self.canaries.identity)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _check_source(self) -> None:

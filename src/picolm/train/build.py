@@ -27,6 +27,7 @@ from picolm.seeds import derive
 from picolm.store.files import disk_errors
 from picolm.store.writer import BackgroundWriter
 from picolm.train import devices
+from picolm.train.canaries import open_canaries
 from picolm.train.config import TrainConfig, row_length
 from picolm.train.devices import make_strategy, mark_forward
 from picolm.train.evaluate import Rows
@@ -214,7 +215,7 @@ def _open(config: TrainConfig, name: str, split: str, row_length: int | None) ->
 
 
 def open_batches(config: TrainConfig, rank: int = 0, world: int = 1) -> Batches:
-    """Open the training data. Returns the batches of process `rank` of `world`, by step."""
+    """Open the training data and its canaries. Returns the batches of process `rank` of `world`, by step."""
     return Batches(
         _open(config, config.data.dataset.name, "train", row_length(config)),
         rows_per_step=config.data.dataloader.batch_size,
@@ -226,6 +227,7 @@ def open_batches(config: TrainConfig, rank: int = 0, world: int = 1) -> Batches:
         length=config.model.max_seq_len,
         row_length=row_length(config),
         vocab_size=config.model.vocab_size,
+        canaries=open_canaries(config, row_length(config)),
     )
 
 

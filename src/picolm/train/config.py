@@ -21,6 +21,7 @@ from picolm.models.anatomy import CAPTURED
 from picolm.models.decoder import PARTS, DecoderConfig
 from picolm.registry import Registry, Untrusted, UntrustedCode, names_code
 from picolm.schema import Key, NoSchema, Place, Rule, Section, code_keys, flatten, mark_untrusted, plain
+from picolm.train.canaries import CanaryGroup, canary_rules
 from picolm.train.evaluate import EVALUATIONS
 from picolm.train.evaluation_config import Evaluation
 from picolm.train.optim import OPTIMIZERS, SCHEDULES
@@ -61,6 +62,9 @@ class Data(Section):
     dataset: Dataset = Dataset()
     dataloader: Dataloader = Dataloader()
     tokenizer: Tokenizer = Tokenizer()
+    canaries: Annotated[tuple[CanaryGroup, ...], Key(since="0.2")] = ()
+    """Rows to plant into the training data, to see how they are memorized: a list of groups, each with its rows and the
+    steps that show them."""
 
 
 class Fabric(Section):
@@ -274,6 +278,7 @@ class TrainConfig(Section):
     def problems(self) -> Iterator[Rule]:
         yield from _prefixed("model", self.model.problems())
         yield from _batch_rules(self)
+        yield from canary_rules(self.data.canaries, self.model.vocab_size)
         yield from _model_rules(self)
         yield from _name_rules(self)
 

@@ -21,6 +21,7 @@ ELSEWHERE = (
     "training.deterministic",
     "data.dataset.name",
     "data.dataset.cache_dir",
+    "data.canaries",  # files may have moved; the fingerprint of the data tells other rows, or steps, from these
     "data.tokenizer.name",
     "checkpointing.learning_dynamics.",
     "monitoring.",
@@ -63,9 +64,10 @@ def check_same_data(run: Run, fingerprint: str, config: TrainConfig) -> None:
             f"{run.path}: environment.json says nothing of the data of the run; it cannot be trained on exactly"
         )
     if fingerprint != before:
+        canaries = " and the same canaries with data.canaries=…" if config.data.canaries else ""
         raise PicoError(
             f"{run.path} was trained on other data than {config.data.dataset.name} holds now (fingerprint {before[:12]}…, "
-            f"now {fingerprint[:12]}…); name the same data with data.dataset.name=…"
+            f"now {fingerprint[:12]}…); name the same data with data.dataset.name=…{canaries}"
         )
 
 

@@ -287,10 +287,11 @@ def _check_same_experiment(run: Run, config: TrainConfig, environment: Mapping[s
     before, now = run.environment.get("data"), environment["data"]
     known = (before := before or {}).get("fingerprint")  # a fork that has not started yet has none
     if known and known != now["fingerprint"]:
+        canaries = " and data.canaries to the same rows" if config.data.canaries else ""
         raise PicoError(
             f"{run.path} was trained on other data: fingerprint {known[:12]}… ({before.get('rows')} rows of "
             f"{before.get('name')}), now {now['fingerprint'][:12]}… ({now['rows']} rows of {now['name']}). Point "
-            "data.dataset.name to the same data, or choose another checkpointing.run_name"
+            f"data.dataset.name to the same data{canaries}, or choose another checkpointing.run_name"
         )
 
 
