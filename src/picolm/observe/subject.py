@@ -10,7 +10,7 @@ output, V vocabulary.
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from picolm.capture.taps import Taps, gradients
 from picolm.errors import PicoError
 from picolm.models import Anatomy, Likelihood, Noise, Piece
 from picolm.observe.architecture import Architecture, architecture_of
+from picolm.observe.optimizer import has_moments
 from picolm.observe.passes import Pass, inputs_of, residual_stream
 from picolm.observe.rows import Rows
 from picolm.readers.series import Series
@@ -31,13 +32,20 @@ Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 
 
-def _with_threads(
-    question: Callable[Concatenate["Subject", Given], Answer],
-) -> Callable[Concatenate["Subject", Given], Answer]:
+class OfRun(Protocol):
+    """What computes for a run."""
+
+    run: Run
+
+
+Asked = TypeVar("Asked", bound=OfRun)
+
+
+def with_threads(question: Callable[Concatenate[Asked, Given], Answer]) -> Callable[Concatenate[Asked, Given], Answer]:
     """Ask with the number of threads of the run."""
 
     @wraps(question)
-    def ask(self: "Subject", *args: Given.args, **options: Given.kwargs) -> Answer:
+    def ask(self: Asked, *args: Given.args, **options: Given.kwargs) -> Answer:
         before = torch.get_num_threads()
         torch.set_num_threads(threads_of(self.run))
         try:
@@ -98,7 +106,7 @@ class Subject:
     def require(self, *needs: str) -> None:
         """Raise PicoError unless the model gives all of these: `logits` (of the next token at each position), `patterns` (the
         weights of its attention), `hidden` (its residual stream), `mlp` (the hidden activations of its MLPs), `readout` (how
-        logits are read from its residual stream).
+        logits are read from its residual stream), `optimizer` (the second moments of Adam, stored with the step).
         """
         lacking = {
             "logits": self.likelihood != "exact" or self.architecture.outline.row_length(0) != 1,
@@ -106,12 +114,13 @@ class Subject:
             "hidden": not self._blocks(self.architecture.outline),
             "mlp": not self._mlp_outputs(self.architecture.outline),
             "readout": not {"final_norm", "unembedding"} <= set(self.anatomy.parts),
+            "optimizer": "optimizer" in needs and not has_moments(self.checkpoint),
         }
         for need in needs:
             if lacking[need]:
                 raise PicoError(f"the model of {self.run.name} {_LACKING[need]}")
 
-    @_with_threads
+    @with_threads
     def forward(self, rows: Rows, batch: Sequence[int], needs: Collection[str] = ()) -> Pass:
         """Run the model on some rows of one length; see `Pass`. No gradients are computed."""
         self.require("logits", *(need for need in needs))
@@ -127,7 +136,7 @@ class Subject:
                 logits_BTV = self.model(tokens_BT)
         return Pass(tokens_BS, logits_BTV, hidden, patterns, mlp)
 
-    @_with_threads
+    @with_threads
     @torch.no_grad()
     def readout(self, hidden_BTH: Tensor) -> Tensor:
         """Return the logits that the model would read from a residual stream: its unembedding of its final norm, [B, T, V].
@@ -155,7 +164,7 @@ class Subject:
         names = [self.anatomy.block.format(layer) + suffix for layer in range(layers)]
         return [modules[name] for name in names] if all(name in modules for name in names) else []
 
-    @_with_threads
+    @with_threads
     def tensors(self, rows: Rows, wanted: Sequence[Address], batch_size: int = 8) -> dict[Address, Tensor]:
         """Return activations and gradients by address, on the CPU, from one pass over the rows.
 
@@ -213,7 +222,7 @@ class Subject:
         self.model.zero_grad()
         return found
 
-    @_with_threads
+    @with_threads
     def patterns(self, rows: Rows, layers: Sequence[int] | None = None, batch_size: int = 8) -> dict[Address, Tensor]:
         """Return the attention patterns of some layers (default: all), [R, heads, P, T]: what share each of these
         positions takes from each position. Raises PicoError for rows of several lengths, and for a model that does not give them.
@@ -233,7 +242,7 @@ class Subject:
             for layer, of_rows in found.items()
         }
 
-    @_with_threads
+    @with_threads
     def logits(self, rows: Rows, batch_size: int = 8) -> Tensor:
         """Return the logits at the positions of each row, [R, V], [R, P, V] or [N, V], see `tensors`."""
         found: list[Tensor] = []
@@ -242,7 +251,7 @@ class Subject:
             found += [logits_BTV[place, rows.positions[row]] for place, row in enumerate(batch)]
         return _stacked(found)
 
-    @_with_threads
+    @with_threads
     def scores(self, rows: Rows, batch_size: int = 8) -> list[Tensor]:
         """Return the nats of each predicted token of each row (terms of a bound, where the likelihood is one).
 
@@ -264,11 +273,16 @@ class Subject:
                 yield batch, self._tokens(rows, batch)[:, : rows.inputs(batch[0])]
 
     def _tokens(self, rows: Rows, batch: Sequence[int]) -> Tensor:
-        tokens_BS, size = torch.stack([rows.tokens[row] for row in batch]), self.model.config.vocab_size
-        wrong = tokens_BS[(tokens_BS >= size) | (tokens_BS < 0)]
+        tokens_BS = torch.stack([rows.tokens[row] for row in batch])
+        self.check_vocabulary(tokens_BS)
+        return tokens_BS
+
+    def check_vocabulary(self, tokens: Tensor) -> None:
+        """Raise PicoError for a token id that the model does not know."""
+        size = self.architecture.outline.config.vocab_size
+        wrong = tokens[(tokens >= size) | (tokens < 0)]
         if len(wrong):
             raise PicoError(f"a row holds token id {int(wrong[0])}; the vocabulary of {self.run.name} has {size}")
-        return tokens_BS
 
 
 _LACKING = {
@@ -277,6 +291,7 @@ _LACKING = {
     "hidden": "has no blocks whose names are known, so its residual stream cannot be read",
     "mlp": "has no MLPs whose parts are known, so their hidden activations cannot be read",
     "readout": "has no final norm and unembedding whose names are known, so no logits can be read from its residual stream",
+    "optimizer": "was saved without the second moments of Adam at this step",
 }
 
 
