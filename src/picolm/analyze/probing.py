@@ -17,6 +17,7 @@ from picolm.analyze.values import Values
 from picolm.analyze.work import Ask, Outcome, chosen_steps
 from picolm.errors import PicoError
 from picolm.observe.config import Observe
+from picolm.observe.optimizer import moments_identity
 from picolm.observe.rows import Rows
 from picolm.observe.subject import threads_of
 from picolm.probes import Probe, Reading, find_probe
@@ -104,8 +105,7 @@ def _key(
         parts += [weights, subject.architecture.identity(each.step), each.step, repr(readers.runs[each.run].config)]
         parts += [torch.__version__, threads_of(readers.runs[each.run])]
         if "optimizer" in probe.needs:
-            moments = [address for address in checkpoint if address.kind.startswith("exp_avg")]
-            parts += [checkpoint.digest(address) for address in moments]
+            parts += moments_identity(checkpoint)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
