@@ -5,6 +5,7 @@ each checkpoint the values of behaviour and landscape in float64 numpy. Toleranc
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
                 np.save(folder / f"{prefix}{name}.npy", arrays[name].astype(np.int64))
                 found[f"{prefix}{name}"] = str(folder / f"{prefix}{name}.npy")
     return found
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Return the place of a series with the model of 1,112 parameters at step 300, and that of its rows."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shutil.copytree(REFERENCE / "tiny", folder / "tiny" / "step_300", ignore=shutil.ignore_patterns("*.npz", "ref*"))
+    with np.load(REFERENCE / "tiny" / "rows.npz") as rows:
+        np.save(folder / "probe.npy", rows["probe"].astype(np.int64))
+    return str(folder / "tiny"), str(folder / "probe.npy")
 
 
 Measure = Callable[..., pd.DataFrame]

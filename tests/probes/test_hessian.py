@@ -2,22 +2,15 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from tests.probes.conftest import REFERENCE, Measure, value
 
-from picolm.observe.subject import Subject
-from picolm.observe.surface import Surface
-from picolm.observe.training import rows_of_tokens
 from picolm.probes.hessian import Asked, lanczos
-from picolm.store import Run
 
 KNOWN: dict[str, Any] = json.loads((REFERENCE / "tiny" / "reference.json").read_text())
 STEP = 300
@@ -27,18 +20,6 @@ LANDSCAPE: dict[str, Any] = json.loads((REFERENCE / "landscape" / "llama_s0.json
 def bins(found: pd.DataFrame, metric: str) -> dict[str, float]:
     chosen = found[found["metric"] == metric]
     return dict(zip(chosen["bin"], chosen["value"]))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Return the place of a series with the model of 1,112 parameters, and that of its rows."""
-    folder = tmp_path_factory.mktemp("tiny")
-    shutil.copytree(
-        REFERENCE / "tiny", folder / "tiny" / f"step_{STEP}", ignore=shutil.ignore_patterns("*.npz", "ref*")
-    )
-    with np.load(REFERENCE / "tiny" / "rows.npz") as rows:
-        np.save(folder / "probe.npy", rows["probe"].astype(np.int64))
-    return str(folder / "tiny"), str(folder / "probe.npy")
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ class Surface:
 
     @with_threads
     def loss(self, rows: Sequence[int] | None = None) -> float:
-        """Return the mean loss at the present parameters. rows: numbers of the rows, of which one may occur twice (default: all)."""
+        """Return the mean loss at the present parameters. rows: their numbers, also repeated (default: all)."""
         with torch.no_grad():
             return sum(float(self._nats(tokens_BS)) for tokens_BS in self._batches(rows)) / self._predicted(rows)
 
