@@ -22,16 +22,16 @@ from picolm.observe.rows import Rows
 from picolm.observe.subject import threads_of
 from picolm.probes import Probe, Reading, find_probe
 from picolm.probes.probe import Running, run
-from picolm.store.checkpoint import stored_weights_digest
 
 
 class Asked(NamedTuple):
-    """One probe to run at one step: its entry of the configuration, its rows, and the step that it compares with."""
+    """One probe to run at one step: its entry of the configuration, its rows, the step that it compares with, earlier steps."""
 
     entry: ProbeEntry
     probe: Probe
     rows: Rows | None
     against: Place | None
+    earlier: tuple[int, ...]
     key: str
 
 
@@ -70,7 +70,9 @@ def _asked(ask: Ask, readers: Readers, place: Place, outcome: Outcome) -> Iterat
         for against in targets:
             try:
                 rows = _rows(ask.config, readers, entry, probe, place.run)
-                yield Asked(entry, probe, rows, against, _key(readers, entry, probe, rows, place, against))
+                earlier = _earlier(ask.config, readers, place) if "earlier" in probe.given else ()
+                key = _key(readers, entry, probe, rows, place, against, earlier)
+                yield Asked(entry, probe, rows, against, earlier, key)
             except PicoError as error:
                 _fail(outcome, entry, probe, place, against, error)
 
@@ -84,8 +86,20 @@ def _rows(config: AnalysisConfig, readers: Readers, entry: ProbeEntry, probe: Pr
     return readers.rows(asked.model_copy(update={**stated, "positions": "last", "what": ()}))[run]
 
 
+def _earlier(config: AnalysisConfig, readers: Readers, place: Place) -> tuple[int, ...]:
+    """Return the analyzed steps of a run before a step, those that have weights."""
+    steps = sorted(chosen_steps(config, readers.steps[place.run])[0])
+    return tuple(step for step in steps if step < place.step and readers.weights_digest(place.run, step) is not None)
+
+
 def _key(
-    readers: Readers, entry: ProbeEntry, probe: Probe, rows: Rows | None, place: Place, against: Place | None
+    readers: Readers,
+    entry: ProbeEntry,
+    probe: Probe,
+    rows: Rows | None,
+    place: Place,
+    against: Place | None,
+    earlier: tuple[int, ...],
 ) -> str:
     """Return a digest of all that the readings depend on. Raises PicoError for a step without weights."""
     parts: list[Any] = [
@@ -93,13 +107,14 @@ def _key(
         probe.code,
         sorted(entry.options.items()),
         rows and (rows.identity, rows.has_targets),
+        [(step, readers.weights_digest(place.run, step)) for step in earlier],
     ]
     for each in filter(None, (place, against)):
         subject = readers.subject(each.run)
         if each.step not in readers.steps[each.run]:
             raise PicoError(f"step {each.step} of {each.run}: there is no such checkpoint")
         checkpoint = readers.runs[each.run][each.step]
-        weights = stored_weights_digest(checkpoint)
+        weights = readers.weights_digest(each.run, each.step)
         if weights is None:
             raise PicoError(f"step {each.step} of {each.run} has no weights, so there is no model to ask")
         parts += [weights, subject.architecture.identity(each.step), each.step, repr(readers.runs[each.run].config)]
@@ -130,7 +145,12 @@ def _run(
     running = [
         Running(
             each.probe,
-            {**given, "rows": each.rows, "stated": each.rows if each.entry.rows else None},
+            {
+                **given,
+                "earlier": each.earlier,
+                "rows": each.rows,
+                "stated": each.rows if each.entry.rows else None,
+            },
             each.entry.options,
         )
         for each in group
@@ -165,13 +185,13 @@ def _fetched(readers: Readers, place: Place) -> Any:
 def _fail(
     outcome: Outcome, entry: ProbeEntry, probe: Probe, place: Place, against: Place | None, error: PicoError
 ) -> None:
-    asked = Asked(entry, probe, None, against, "")
+    asked = Asked(entry, probe, None, against, (), "")
     outcome.rows.append(_row(asked, place, Reading("", None, reason=str(error)), MODEL))
     outcome.absent.append(f"{probe.name} of step {place.step} of {place.run}: {error}")
 
 
 def _row(asked: Asked, place: Place, reading: Reading, module: str) -> dict[str, Any]:
-    entry, probe, rows, against, _ = asked
+    entry, probe, rows, against, *_ = asked
     quantity = probe.quantity(reading.name)
     stated = {key: getattr(entry, key) for key in ("rows", "max_rows") if getattr(entry, key) is not None}
     split = rows.split if rows is not None else ""
@@ -213,7 +233,7 @@ def over_steps(config: AnalysisConfig, rows: list[dict[str, Any]]) -> Iterator[d
         probe = find_probe(entry.probe_name)
         if probe.afterwards is None:
             continue
-        template = _row(Asked(entry, probe, None, None, ""), Place("", 0), Reading("", None), MODEL)
+        template = _row(Asked(entry, probe, None, None, (), ""), Place("", 0), Reading("", None), MODEL)
         own = [
             row for row in rows if row["metric"].startswith(f"{probe.name}.") and row["options"] == template["options"]
         ]

@@ -12,6 +12,7 @@ from picolm.analyze.components import Absent, Operand, operands
 from picolm.analyze.config import Component
 from picolm.analyze.heads import read_anatomy
 from picolm.errors import PicoError
+from picolm.store.checkpoint import stored_weights_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +131,7 @@ class Readers:
         )  # run, step and address of all tensors whose digests were requested
         self._said: set[str] = set()
         self._subjects: dict[tuple[str, bool], Subject] = {}
+        self._weights: dict[tuple[str, int], str | None] = {}
         self._asked_rows: dict[Observe, Mapping[str, Rows]] = {}
 
     def at(self, run: str, step: int, pin: bool = False) -> Reader | None:
@@ -166,6 +168,12 @@ class Readers:
         if (run, beside) not in self._subjects:
             self._subjects[run, beside] = Subject(self.runs[run])
         return self._subjects[run, beside]
+
+    def weights_digest(self, run: str, step: int) -> str | None:
+        """Return the digest of the weights of a step, None if it has none; looked up once."""
+        if (run, step) not in self._weights:
+            self._weights[run, step] = stored_weights_digest(self.runs[run][step])
+        return self._weights[run, step]
 
     def rows(self, asked: "Observe") -> "Mapping[str, Rows]":
         """Return the rows of each run that probes are asked on, all the same. Raises PicoError where there are none."""

@@ -24,7 +24,7 @@ from picolm.options import Option, Options, type_hints
 from picolm.registry import Registry
 
 Family = Literal["behaviour", "landscape"]
-GIVEN = ("subject", "other", "rows", "stated")
+GIVEN = ("subject", "other", "earlier", "rows", "stated")
 
 
 class Quantity(NamedTuple):
