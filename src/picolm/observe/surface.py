@@ -45,6 +45,7 @@ class Surface:
         for tokens in rows.tokens:
             subject.check_vocabulary(tokens)
         self.run, self._rows, self._batch_size = subject.run, rows, batch_size
+        self._where = f"step {subject.checkpoint.step} of {subject.run.name}"
         self.model = subject.fresh().to(dtype)
         named = [(n, p) for n, p in subject.architecture.body(self.model).named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
@@ -70,7 +71,7 @@ class Surface:
         """Return the mean loss of all rows. Raises PicoError where it is not finite: there is no landscape around it."""
         loss = self.loss()
         if not math.isfinite(loss):
-            raise PicoError(f"the loss of the model is {loss}, so there is no landscape around it")
+            raise PicoError(f"the loss of {self._where} is {loss}, so there is no landscape around it")
         return loss
 
     @with_threads
