@@ -124,7 +124,7 @@ class Subject:
     def forward(self, rows: Rows, batch: Sequence[int], needs: Collection[str] = ()) -> Pass:
         """Run the model on some rows of one length; see `Pass`. No gradients are computed."""
         self.require("logits", *(need for need in needs))
-        device = next(self.model.parameters()).device
+        device = next(self.model.parameters(), torch.empty(0)).device
         tokens_BS, patterns = self._tokens(rows, batch).to(device), list[Tensor]()
         tokens_BT = tokens_BS[:, : rows.inputs(batch[0])]
         blocks = self._blocks(self.model) if "hidden" in needs else []
