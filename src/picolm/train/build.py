@@ -227,7 +227,7 @@ def open_batches(config: TrainConfig, rank: int = 0, world: int = 1) -> Batches:
         length=config.model.max_seq_len,
         row_length=row_length(config),
         vocab_size=config.model.vocab_size,
-        canaries=open_canaries(config, row_length(config)),
+        canaries=open_canaries(config, row_length(config)) if config.data.canaries else None,
     )
 
 
