@@ -162,9 +162,15 @@ class TransformersModel(NextToken, nn.Module):
         return logits
 
     def with_patterns(self, tokens_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the logits, and the attention weights of each layer, [B, heads, T, T]."""
+        """Return the logits, and the attention weights of each layer, [B, heads, T, T].
+
+        Raises PicoError for a model some of whose layers have none.
+        """
         found = self.inner(input_ids=tokens_BT, use_cache=False, output_attentions=True)
-        return found.logits, list(found.attentions)
+        weights = list(getattr(found, "attentions", None) or [])
+        if not weights or any(each is None for each in weights):
+            raise PicoError(f"{type(self.inner).__name__} does not give the weights of an attention in each layer")
+        return found.logits, weights
 
 
 class TransformersArchitecture(Architecture):
