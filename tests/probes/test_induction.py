@@ -206,6 +206,24 @@ def test_a_model_without_attention_gives_its_losses(measure: Measure) -> None:
         assert found[name, None, None].reason == "the model of given does not give the weights of an attention"
 
 
+def test_a_model_of_transformers_without_attention_gives_its_losses_and_the_rest_goes_on(
+    measure: Measure, tmp_path: Path
+) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"vocab_size": 65, "hidden_size": 8, "num_hidden_layers": 2, "state_size": 4}
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(tmp_path / "mamba" / "step_1")
+    np.save(tmp_path / "rows.npy", np.arange(1, 21).reshape(2, 10))
+    entries = [{"probe_name": "induction", "tokens": "all", "length": 5}, {"probe_name": "calibration"}]
+    attention = {"probe_name": "attention"}
+    found = measure(*entries, attention, runs=(str(tmp_path / "mamba"),), observe={"rows": str(tmp_path / "rows.npy")})
+    for name in ("induction.induction_loss", "calibration.ece"):
+        assert value(found, name) > 0
+    lacking = found[found["value"].isna() & ~found["metric"].str.startswith("calibration")]
+    assert set(lacking["metric"]) == {"attention", *(f"induction.{name}" for name in OF_HEADS)}
+    assert set(lacking["reason"]) == {"MambaForCausalLM does not give the weights of an attention in each layer"}
+
+
 @pytest.fixture
 def subject() -> Subject:
     return Subject(Run.open(REFERENCE / "checkpoints/llama_s0"))

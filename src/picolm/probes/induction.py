@@ -6,7 +6,7 @@ Legend: B rows of a pass, R rows, T positions of a row, K tokens of r, N heads, 
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from picolm.probes.means import mean_of
 from picolm.probes.patterns import readings_of_heads, scores_of_heads
 from picolm.probes.probe import Found, Quantity, Reading, probe
 from picolm.seeds import derive
+from picolm.store import Run
 
 COUNTED = 4096  # training rows at most, evenly spaced, that the frequent tokens are counted in
 _SHARE = "share of attention"
@@ -222,14 +223,20 @@ def _alphabet(
         return torch.tensor(sorted(set(tokens)))
     counts_V = torch.ones(size, dtype=torch.long)
     if tokens == "frequent":
-        rows = training.training_rows(subject.run, training_rows)
-        numbers = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), COUNTED)).astype(np.int64))
-        counts_V = torch.bincount(rows.tokens(numbers).flatten(), minlength=size)
+        counts_V = _counts(subject.run, training_rows, size).clone()
         counts_V[[number for number in special_tokens(subject.run) if number < len(counts_V)]] = 0
     if first is not None and first < len(counts_V):
         counts_V[first] = 0
     ids = counts_V.argsort(descending=True, stable=True)[: int((counts_V > 0).sum())]
     return ids if tokens == "all" else ids[:alphabet]
+
+
+@lru_cache(maxsize=8)  # an analysis asks at each step, of the same run
+def _counts(run: Run, place: str | None, size: int) -> Tensor:
+    """Return how often each token stands in the training rows. Raises PicoError where these are not known."""
+    rows = training.training_rows(run, place)
+    numbers = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), COUNTED)).astype(np.int64))
+    return torch.bincount(rows.tokens(numbers).flatten(), minlength=size)
 
 
 def _check_length(subject: Subject, length: int, before: int) -> None:
