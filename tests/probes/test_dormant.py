@@ -26,6 +26,7 @@ def of_places(found: pd.DataFrame, name: str, column: str = "value") -> list[flo
     """The values of a quantity before the first block and after each block."""
     before = found[found["metric"] == f"dormant.embedding_{name}"]
     after = found[found["metric"] == f"dormant.{name}"].sort_values("layer")
+    assert after["layer"].tolist() == list(range(len(after)))
     return [*before[column], *after[column]]
 
 

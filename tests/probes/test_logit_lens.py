@@ -22,6 +22,7 @@ KEYS = {"kl": "kl_final_to_lens", "agreement": "top1_agreement", "loss": "loss",
 def of_places(found: pd.DataFrame, name: str, step: int) -> list[float]:
     """The values of a quantity before the first block and after each block."""
     after = found[(found["metric"] == f"logit_lens.{name}") & (found["step"] == step)].sort_values("layer")
+    assert after["layer"].tolist() == list(range(len(after)))
     return [value(found, f"logit_lens.embedding_{name}", step), *after["value"]]
 
 
