@@ -10,14 +10,14 @@ about the same rows share their passes.
 import hashlib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from picolm.errors import PicoError
-from picolm.observe import passes, subject, surface
-from picolm.observe.passes import Answer, Ask, answer
+from picolm.observe import passes
+from picolm.observe.passes import Answer, Ask
 from picolm.observe.rows import Rows
 from picolm.observe.subject import Subject
 from picolm.options import Option, Options, type_hints
@@ -223,7 +223,7 @@ def run(probes: Sequence[Running], subject: Subject, batch_size: int = 8) -> Non
 def _answers(subject: Subject, asks: Sequence[Ask], batch_size: int) -> Sequence[Answer | PicoError]:
     """Return the answers; where one of several cannot be given, each is asked alone."""
     try:
-        return answer(subject, asks, batch_size)
+        return subject.answer(asks, batch_size)
     except PicoError as error:
         return [error] if len(asks) == 1 else [each for ask in asks for each in _answers(subject, [ask], batch_size)]
 
@@ -234,10 +234,14 @@ def _each(readings: Iterable[Reading]) -> Found:
 
 @cache
 def _code_of(function: Any) -> str:
-    modules = (inspect.getmodule(function), passes, subject, surface, sys.modules[__name__])
-    return hashlib.sha256(
-        "".join(inspect.getsource(module) for module in modules if module is not None).encode()
-    ).hexdigest()
+    """Return a digest of the file of a function, and of all of this package and of `observe`, which it may be computed with."""
+    own = inspect.getsourcefile(function)
+    files = [
+        *Path(__file__).parent.glob("*.py"),
+        *Path(passes.__file__).parent.glob("*.py"),
+        *([Path(own)] if own else []),
+    ]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
 __all__ = [
