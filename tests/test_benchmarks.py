@@ -17,6 +17,10 @@ SMALLEST = {  # script: (its arguments, what it prints then)
         ["--width", "64", "--layers", "2", "--checkpoints", "2", "--rows", "2", "--length", "16", "--analyze", "64x2"],
         "ours / plain",
     ),
+    "probes_hessian": (
+        ["--width", "16", "--layers", "1", "--vocabulary", "32", "--rows", "2", "--length", "8"],
+        "| ours |",
+    ),
     "reading": ([], "files have functions that are called"),
     "recorder": (["--steps", "2", "--width", "16", "--layers", "1", "--turns", "1"], "with / without"),
     "report": (["--values", "2000"], "toggle"),

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 from tests.analyze.conftest import runs
+from tests.fox import make_run
 from tests.readers.conftest import save
 
-__all__ = ["runs", "save"]
+__all__ = ["make_run", "runs", "save"]
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.fox import make_run
 from tests.probes.conftest import REFERENCE, Measure, value
+from tests.readers.conftest import make
 from torch import Tensor
 
-from picolm.probes.barrier import assignment
+from picolm.errors import PicoError
+from picolm.models import Anatomy
+from picolm.observe.subject import Subject
+from picolm.observe.surface import Surface
+from picolm.observe.training import rows_of_tokens
+from picolm.probes.barrier import aligned, assignment, units_of
+from picolm.readers.families import FAMILIES
+from picolm.store import Run
 
+__all__ = ["make_run"]
 KNOWN: dict[str, Any] = json.loads((REFERENCE / "landscape" / "llama_s0.json").read_text())["barrier"]
 LAST = {"target": {"checkpoint": "previous"}, "max_rows": 64}
 
@@ -158,3 +168,45 @@ def test_an_assignment_is_the_best_of_all(size: int, seed: int) -> None:
     found = assignment(gain)
     assert sorted(found) == list(range(size))
     assert sum(gain[i, j] for i, j in enumerate(found)) == pytest.approx(float(max(sums)))
+
+
+def subject_of(family: str, folder: Path, make_run: Any) -> Subject:
+    if family == "own":
+        return Subject(make_run())
+    make(family).save_pretrained(folder / "series" / "step7")
+    return Subject(Run.open(folder / "series"))
+
+
+@pytest.mark.parametrize("family", ["own", *FAMILIES])
+def test_units_and_heads_of_every_family_may_change_places(family: str, tmp_path: Path, make_run: Any) -> None:
+    subject = subject_of(family, tmp_path, make_run)
+    generator = torch.Generator().manual_seed(0)
+    surface = Surface(subject, rows_of_tokens(torch.randint(0, 60, (3, 9), generator=generator)))
+    units, loss = units_of(subject, surface), surface.loss()
+    moved_D = surface.start_D.clone()
+    for mlp_UE, groups_GE, heads_GUE in units:
+        assert mlp_UE is not None
+        assert groups_GE is not None
+        assert heads_GUE is not None
+        shuffled = mlp_UE[torch.randperm(len(mlp_UE), generator=generator)]
+        moved_D[mlp_UE] = surface.start_D[shuffled]
+        order = [*range(1, len(groups_GE)), 0]
+        moved_D[groups_GE], moved_D[heads_GUE] = (
+            surface.start_D[groups_GE[order]],
+            surface.start_D[heads_GUE[order].flip(1)],
+        )
+    assert not torch.equal(moved_D, surface.start_D)
+    surface.move(moved_D)
+    same = surface.loss() == pytest.approx(loss, abs=1e-9)
+    assert same == (family != "olmo2")  # whose norm of queries has a gain for each entry of all heads
+    back_D, counts = aligned(units, surface.start_D, moved_D)
+    assert torch.equal(back_D, surface.start_D)
+    assert counts["units"][1] == sum(len(each.mlp_UE) for each in units if each.mlp_UE is not None)
+
+
+def test_a_model_whose_parts_are_not_known_is_not_aligned(tmp_path: Path, make_run: Any) -> None:
+    subject = subject_of("own", tmp_path, make_run)
+    subject.architecture.anatomy = Anatomy()
+    surface = Surface(subject, rows_of_tokens(torch.tensor([[1, 2, 3]])))
+    with pytest.raises(PicoError, match="where the units and heads"):
+        units_of(subject, surface)

@@ -3,14 +3,25 @@
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from tests.probes.conftest import REFERENCE, Measure, value
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
+from picolm.models.attention import twice_differentiable
+from picolm.observe.rows import held_out
+from picolm.observe.subject import Subject
+from picolm.observe.surface import Surface
+from picolm.observe.training import rows_of_tokens
 from picolm.probes.hessian import Asked, lanczos
+from picolm.store import Run
 
 KNOWN: dict[str, Any] = json.loads((REFERENCE / "tiny" / "reference.json").read_text())
 STEP = 300
@@ -131,3 +142,88 @@ def test_residuals_are_told_where_the_iterations_end_too_early() -> None:
     assert not found.converged_K.any()
     residuals = (found.vectors_KD @ matrix - found.values_K[:, None] * found.vectors_KD).norm(dim=1)
     assert residuals.tolist() == pytest.approx(found.residuals_K.tolist(), rel=1e-6)
+
+
+SMALL = (
+    "model.d_model=8",
+    "model.n_layers=1",
+    "model.attention_n_heads=2",
+    "model.attention_n_kv_heads=1",
+    "model.activation_hidden_dim=8",
+    "training.optimization.betas=[0.8, 0.95]",
+    "training.optimization.lr_scheduler=constant",
+)
+
+
+@pytest.mark.slow
+def test_a_run_of_pico_states_its_optimizer(measure: Measure, train: Callable[..., Run]) -> None:
+    run = train(*SMALL)
+    ask = {"tolerance": 1e-8, "iterations": 300}
+    found = measure(
+        {"probe_name": "hessian", **ask}, {"probe_name": "adam_hessian", **ask}, runs=(str(run.path),), steps=[0, 6]
+    )
+    assert value(found, "hessian.stability_line", 0) == pytest.approx(400)  # half of the warm-up
+    assert value(found, "hessian.stability_line", 6) == pytest.approx(200)
+    assert value(found, "adam_hessian.adaptive_stability_line", 6) == pytest.approx(3.6 / 0.2 / 0.01)
+    first = found[(found["metric"] == "adam_hessian") & (found["step"] == 0)]
+    assert "without the second moments" in first["reason"].item()
+    surface = Surface(Subject(run).at(run[6]), rows_of_tokens(torch.stack(held_out(run))))
+    names = [name for name, _ in surface.model.named_parameters()]
+
+    def loss(place_D: Tensor) -> Tensor:
+        parts = [part.view(p.shape) for (_, part), p in zip(surface.parts(place_D), surface.parameters)]
+        tokens_BS = torch.stack(held_out(run))
+        logits = functional_call(surface.model, dict(zip(names, parts)), (tokens_BS[:, :-1],))
+        return cross_entropy(logits.flatten(0, 1), tokens_BS[:, 1:].flatten())
+
+    with twice_differentiable():
+        hessian_DD = torch.autograd.functional.hessian(loss, surface.start_D, vectorize=True)
+    moments = {address.module: run[6][address].double() for address in run[6].select(kind="exp_avg_sq")}
+    second_D = torch.cat([moments[name.removesuffix(".weight")].flatten() for name in names])
+    root_D = ((second_D / (1 - 0.95**6)).sqrt() + 1e-8).sqrt()
+    for metric, matrix_DD in (("hessian", hessian_DD), ("adam_hessian", hessian_DD / root_D / root_D[:, None])):
+        values = torch.linalg.eigvalsh(matrix_DD)
+        for name, known in (("largest", values[-1]), ("smallest", values[0])):
+            assert value(found, f"{metric}.{name}_eigenvalue", 6) == pytest.approx(float(known), rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"), [("sgd", "without the second moments"), ("muon", "another optimizer than Adam")]
+)
+def test_other_optimizers_are_not_adam(
+    measure: Measure, train: Callable[..., Run], optimizer: str, message: str
+) -> None:
+    run = train(*SMALL, f"training.optimization.optimizer={optimizer}", "training.max_steps=2")
+    found = measure({"probe_name": "adam_hessian"}, {"probe_name": "hessian"}, runs=(str(run.path),), steps=[2])
+    assert message in found[found["metric"] == "adam_hessian"]["reason"].item()
+    assert value(found, "hessian.largest_eigenvalue") > 0
+
+
+def test_no_line_at_a_learning_rate_of_zero(measure: Measure, train: Callable[..., Run]) -> None:
+    run = train(*SMALL[:-1], "training.max_steps=2", "training.optimization.lr_warmup_steps=1")
+    found = measure({"probe_name": "hessian"}, runs=(str(run.path),), steps=[2])
+    line = found[found["metric"] == "hessian.stability_line"]
+    assert np.isnan(line["value"].item())
+    assert line["reason"].item() == "the learning rate is 0"
+
+
+def test_what_cannot_be_computed_is_said(measure: Measure, tiny: tuple[str, str], tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.array([[0, 5, 7]]))
+    found = measure(
+        {"probe_name": "hessian", "full": True, "max_rows": 1},
+        {"probe_name": "adam_hessian"},
+        {"probe_name": "hessian", "iterations": 3, "probes": 1},
+        steps=[0],
+        observe={"rows": str(tmp_path / "one.npy")},
+    )
+    reasons = " ".join(found[found["metric"].isin(["hessian", "adam_hessian"])]["reason"])
+    assert "the whole matrix of 151872 parameters is too large" in reasons
+    assert "was saved without the second moments of Adam" in reasons
+    largest = found[found["metric"] == "hessian.largest_eigenvalue"]
+    assert "not converged after 3 products" in largest["note"].item()
+    trace = found[found["metric"] == "hessian.trace"]
+    assert np.isfinite(trace["value"].item())
+    assert np.isnan(trace["standard_error"].item())  # one vector
+    place, rows = tiny
+    found = measure({"probe_name": "adam_hessian", "eps": 0.0}, runs=(place,), observe={"rows": rows})
+    assert "state beta2 and eps" in found["reason"].item()

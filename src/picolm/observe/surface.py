@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parameters_to_vector
 from torch.overrides import TorchFunctionMode
@@ -47,6 +47,9 @@ class Surface:
         self.run, self._rows, self._batch_size = subject.run, rows, batch_size
         self._where = f"step {subject.checkpoint.step} of {subject.run.name}"
         self.model = subject.fresh().to(dtype)
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None  # with which the derivative by that row is said to be 0, and is not
         named = [(n, p) for n, p in subject.architecture.body(self.model).named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self.sizes = [p.numel() for p in self.parameters]

@@ -123,20 +123,23 @@ def path(
 
 def _moved(here: Checkpoint, others: Sequence[Checkpoint], address: Address) -> tuple[Squares, list[Tensor]]:
     """Return the sums of squares of a tensor, and its last updates, the latest one first."""
-    weight, (first, *before) = here[address].double(), [each[address].double() for each in others] or [None]
-    path = [weight, *before]
-    updates = [after - previous for after, previous in pairwise(path)]
-    zero = torch.zeros(())
+    weight, zero = here[address].double(), torch.zeros(())
+    first, *before = [each[address].double() for each in others] or [weight]
+    updates = [after - previous for after, previous in pairwise([weight, *before])]
     update, update_before = [*updates, zero, zero][:2]
-    squares = [
-        weight,
-        before[0] if before else zero,
-        update,
-        zero if first is None else weight - first,
-        update_before,
-    ]
-    product = float((update * update_before).sum()) if len(updates) == 2 else 0.0
-    return Squares(*(float(each.square().sum()) for each in squares), product), updates
+
+    def square(tensor: Tensor) -> float:
+        return float(tensor.square().sum())
+
+    found = Squares(
+        weight=square(weight),
+        previous=square(before[0] if before else zero),
+        update=square(update),
+        first=square(weight - first),
+        update_before=square(update_before),
+        product=float((update * update_before).sum()) if len(updates) == 2 else 0.0,
+    )
+    return found, updates
 
 
 def _turned(address: Address, updates: Sequence[Tensor], directions: int) -> Iterator[Reading]:
