@@ -105,7 +105,7 @@ def _of_pyhessian(surface: Any, tokens_BS: Tensor, residual: float) -> str | Non
             values, vectors = asked.eigenvalues(maxIter=iterations, tol=0.0, top_n=1)
             seconds = time.process_time() - begin
             begin = time.process_time()
-            asked.trace(maxIter=TRACE_VECTORS, tol=0.0)
+            asked.trace(maxIter=TRACE_VECTORS, tol=-float("inf"))  # its own rule ends at a negative trace
             trace_s = time.process_time() - begin
         vector_D = torch.cat([part.flatten() for part in vectors[0]])
         found = float((surface.hessian_product(vector_D) - values[0] * vector_D).norm())
