@@ -19,9 +19,10 @@ from picolm.address import Address
 from picolm.capture.taps import Taps, gradients
 from picolm.errors import PicoError
 from picolm.models import Anatomy, Likelihood, Noise, Piece
+from picolm.observe import passes
 from picolm.observe.architecture import Architecture, architecture_of
 from picolm.observe.optimizer import has_moments
-from picolm.observe.passes import Answer, Ask, Pass, answer, inputs_of, residual_stream
+from picolm.observe.passes import Ask, Pass, inputs_of, residual_stream
 from picolm.observe.rows import Rows
 from picolm.readers.series import Series
 from picolm.seeds import derive
@@ -138,9 +139,9 @@ class Subject:
 
     @with_threads
     @torch.no_grad()
-    def answer(self, asks: Sequence[Ask], batch_size: int = 8) -> list[Answer]:
+    def answer(self, asks: Sequence[Ask], batch_size: int = 8) -> list[passes.Answer]:
         """Return what is read of each row, for each ask; asks of the same rows share their forward passes."""
-        return answer(self, asks, batch_size)
+        return passes.answer(self, asks, batch_size)
 
     def readout(self, hidden_BTH: Tensor) -> Tensor:
         """Return the logits that the model would read from a residual stream: its unembedding of its final norm, [B, T, V].
