@@ -128,7 +128,7 @@ def _item(item: Drawing | Sheet | Markup, name: str) -> dict[str, Any]:
         return {
             "kind": "drawing", "id": name, "title": item.title, "file": item.name, "code": item.code, "caption": item.caption,
             "height": figure["layout"].get("height", 400), "note": meta.get("note", ""),
-            "described": described(item.figure), "data": pack(figure),
+            "terms": meta.get("terms", []), "described": described(item.figure), "data": pack(figure),
         }  # fmt: skip
     if isinstance(item, Sheet):
         return {"kind": "sheet", "id": name, "title": item.name, "rows": len(item.frame), "data": pack(columns(item))}

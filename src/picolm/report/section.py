@@ -79,13 +79,20 @@ def described(figure: "go.Figure") -> str:
     """
     import numpy as np
 
-    traces = [trace for trace in figure.data if trace.visible is not False and not (trace.meta or {}).get("band")]
+    traces = [
+        trace
+        for trace in figure.data
+        if trace.visible is not False and not {"band", "mark"} & (trace.meta or {}).keys()
+    ]
     if not traces:
         return "Nothing is drawn."
-    maps = traces[0].type == "heatmap"
-    values = np.concatenate([np.asarray(t.z if maps else t.y, dtype=float).ravel() for t in traces] or [np.zeros(0)])
+    maps, lines = ([t for t in traces if (t.type == "heatmap") is wanted] for wanted in (True, False))
+    values = np.concatenate(
+        [np.asarray(t.z if t.type == "heatmap" else t.y, dtype=float).ravel() for t in [*maps, *lines]]
+    )
     finite = values[np.isfinite(values)]
-    what = f"Heatmap of {len(traces[0].y)} rows and {len(traces[0].x)} columns" if maps else _lines(figure, traces)
+    parts = [f"Heatmap of {len(trace.y)} rows and {len(trace.x)} columns" for trace in maps[:1]]
+    what = "; ".join([*parts, *([_lines(figure, lines)] if lines else [])])
     if not finite.size:
         return f"{what}; no finite values."
     gaps = f", {values.size - finite.size} missing or infinite" if values.size > finite.size else ""

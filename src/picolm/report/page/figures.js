@@ -124,6 +124,11 @@ function arrange(layout, traces, meta, width, above) {
     up.domain = [clip(1 - (top + row) / innerHeight), clip(1 - top / innerHeight)];
     if (meta.sharedY) up.title = { text: index % columns ? "" : meta.y };
   }
+  for (const trace of meta.panels > 1 ? traces : []) { // a colour bar stands beside its panel
+    if (trace.type !== "heatmap") continue;
+    const number = (trace.yaxis || "y").slice(1), up = layout["yaxis" + number].domain;
+    trace.colorbar = { ...trace.colorbar, x: layout["xaxis" + number].domain[1], y: (up[0] + up[1]) / 2, len: up[1] - up[0] };
+  }
   for (const note of layout.annotations || []) note.text = fit(note.text, cell);
   const names = traces.filter((trace) => trace.showlegend === true).map((trace) => trace.name);
   const entry = 8 + Math.round(6.4 * Math.max(0, ...names.map((name) => name.length)));
@@ -161,9 +166,9 @@ function draw(figure, width = figure.plot.clientWidth) {
 
 async function saveImage(figure, format) {
   const width = Math.max(720, figure.plot.clientWidth), look = themes.light;
+  const layout = layoutOf(figure, width, look, 40);
   const data = figure.spec.data.map((trace) => ({ ...trace }));
   for (const trace of data) paint(trace, look);
-  const layout = layoutOf(figure, width, look, 40);
   const url = await Plotly.toImage({ data, layout }, { format, width, height: layout.height, scale: format === "png" ? 2 : 1 });
   offerFile(url, `${figure.node.dataset.file}.${format}`);
 }

@@ -1,6 +1,8 @@
 """Compare runs: a line for each group of runs, with a confidence interval of the mean if a group has several."""
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,9 +11,11 @@ import plotly.graph_objects as go
 from picolm.analyze.intervals import aggregate
 from picolm.errors import PicoError
 from picolm.report.plot.panels import Control, Panel, band, figure, line
-from picolm.report.plot.series import gaps, matters, named, select
+from picolm.report.plot.readings import terms
+from picolm.report.plot.series import gaps, matters, named, of_probes, select
 
 MOST_LAYERS = 12  # layers that readers can choose one by one
+NORMAL_975 = 1.96  # the 97.5 % point of the normal distribution
 
 
 def compare(
@@ -38,12 +42,15 @@ def compare(
         for place, layer in enumerate([None, *(depths if choices and group["layer"].notna().any() else [])]):
             chosen = _per_run(group if layer is None else group[group["layer"] == layer])
             fixed = group["layer"].isna().all() or not choices
-            traces += _lines(chosen, belongs, panel, {} if fixed else {"layer": place}, left_out)
+            traces += lines_of_groups(chosen, belongs, panel, {} if fixed else {"layer": place}, left_out)
     title = named(name, rows["options"].iloc[0] or "")
     panels = [Panel(matter.title, y=title) for matter, _ in found]
     control = Control("layer", "Layer", choices)
     note = " ".join(filter(None, [gaps(rows), *(f"{sentence}." for sentence in left_out)]))
-    return figure(f"{title}, run by run", traces, panels, controls=[control], log="xy", shared_y=True, note=note)
+    about = terms(rows) if of_probes(rows).all() else ()
+    return figure(
+        f"{title}, run by run", traces, panels, controls=[control], log="xy", shared_y=True, note=note, terms=about
+    )
 
 
 def _per_run(rows: pd.DataFrame) -> pd.DataFrame:
@@ -51,13 +58,20 @@ def _per_run(rows: pd.DataFrame) -> pd.DataFrame:
     finite = rows[np.isfinite(rows["value"].to_numpy(dtype=float))]
     means = finite.groupby(["run", "step"], as_index=False)["value"].mean()
     keep = [column for column in rows.columns if column not in ("run", "step", "value")]
-    one = rows.iloc[[0]][keep].assign(layer=pd.NA, head=pd.NA, against_step=pd.NA, module="", against_run="", reason="")
+    one = rows.iloc[[0]][keep].assign(
+        layer=pd.NA, head=pd.NA, against_step=pd.NA, module="", against_run="", reason="", standard_error=math.nan
+    )
     return means.merge(one, how="cross") if len(rows) else means
 
 
-def _lines(
+def lines_of_groups(
     rows: pd.DataFrame, belongs: Mapping[str, str], panel: int, shown: dict[str, int], left_out: dict[str, None]
 ) -> list[go.Scatter]:
+    """Return a line for each group of runs, from one row per run and step.
+
+    A group of several runs has the 95 % interval of its mean; a run by itself the interval of its own standard errors, where it
+    has some. left_out: where sentences on steps that not all runs of a group have are added.
+    """
     names = list(dict.fromkeys(belongs.values()))
     traces: list[go.Scatter] = []
     for number, name in enumerate(names):
@@ -67,18 +81,29 @@ def _lines(
         )
         if own.empty:
             continue
-        meaning = {"category": number}
-        if len(members) == 1:
-            own = own.sort_values("step")
-            traces.append(
-                line(own["step"].to_numpy(), own["value"].to_numpy(), name, panel=panel, meaning=meaning, shown=shown)
-            )
-            continue
-        mean = aggregate(own, dict.fromkeys(members, name)).sort_values("step")
-        left_out |= dict.fromkeys(mean.attrs["left_out"])
-        at, values = mean["step"].to_numpy(), mean["mean"].to_numpy(dtype=float)
-        low, high = (mean[column].to_numpy(dtype=float) for column in ("low", "high"))
-        traces.append(band(at, low, high, panel=panel, meaning=meaning, shown=shown, group=name))
-        words = f"{name}, mean of {len(members)} runs"
-        traces.append(line(at, values, name, panel=panel, meaning=meaning, shown=shown, about=words))
+        style: dict[str, Any] = {"panel": panel, "meaning": {"category": number}, "shown": shown}
+        traces += one_run(own, name, **style) if len(members) == 1 else _mean(own, name, members, left_out, **style)
     return traces
+
+
+def one_run(rows: pd.DataFrame, name: str, about: str = "", **style: Any) -> list[go.Scatter]:
+    """Return the line of one run, with a band of 1.96 standard errors to both sides where they are known.
+
+    style: panel, meaning and shown, as of `line`.
+    """
+    own = rows.sort_values("step")
+    at, values = own["step"].to_numpy(), own["value"].to_numpy(dtype=float)
+    half = NORMAL_975 * own["standard_error"].to_numpy(dtype=float)
+    around = [band(at, values - half, values + half, group=name, **style)] if np.isfinite(half).any() else []
+    return [*around, line(at, values, name, about=about, **style)]
+
+
+def _mean(
+    rows: pd.DataFrame, name: str, members: list[str], left_out: dict[str, None], **style: Any
+) -> list[go.Scatter]:
+    mean = aggregate(rows, dict.fromkeys(members, name)).sort_values("step")
+    left_out |= dict.fromkeys(mean.attrs["left_out"])
+    at, values = mean["step"].to_numpy(), mean["mean"].to_numpy(dtype=float)
+    low, high = (mean[column].to_numpy(dtype=float) for column in ("low", "high"))
+    words = f"{name}, mean of {len(members)} runs"
+    return [band(at, low, high, group=name, **style), line(at, values, name, about=words, **style)]

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from picolm.errors import PicoError
 from picolm.report.plot.panels import Control, Panel, figure, line
-from picolm.report.plot.series import Matter, by_step, gaps, matters, named, select
+from picolm.report.plot.series import by_step, gaps, matters, named, select
 
 EACH_HEAD = ("mean of heads", "each head")
 
@@ -31,7 +31,7 @@ def metric(table: pd.DataFrame, name: str, options: str | None = None) -> go.Fig
         trace
         for panel, (matter, group) in enumerate(found)
         for place, run in enumerate(runs)
-        for trace in _lines(matter, group[group["run"] == run], panel, {"run": place})
+        for trace in layer_lines(matter.title, group[group["run"] == run], panel, {"run": place})
     ]
     headed = any(group["head"].notna().any() for _, group in found)
     return figure(
@@ -45,7 +45,8 @@ def metric(table: pd.DataFrame, name: str, options: str | None = None) -> go.Fig
     )
 
 
-def _lines(matter: Matter, group: pd.DataFrame, panel: int, shown: dict[str, int]) -> list[go.Scatter]:
+def layer_lines(title: str, group: pd.DataFrame, panel: int, shown: dict[str, int]) -> list[go.Scatter]:
+    """Return a line for each layer of one run, coloured by depth: the mean over heads, and each head. title: of the panel."""
     steps = np.sort(group["step"].unique())
     last = max(1, int(group["layer"].max())) if group["layer"].notna().any() else 1
     traces = []
@@ -57,8 +58,8 @@ def _lines(matter: Matter, group: pd.DataFrame, panel: int, shown: dict[str, int
         choice = shown | {"heads": 0} if heads else shown
         values = by_step(rows, steps)
         style: dict[str, Any] = {"panel": panel, "meaning": meaning}
-        traces.append(line(steps, values, name, shown=choice, about=f"{words}\n{matter.title}", **style))
+        traces.append(line(steps, values, name, shown=choice, about=f"{words}\n{title}", **style))
         for head, own in rows.groupby("head", sort=True) if heads else ():
-            about = f"{name}, head {head}\n{matter.title}"
+            about = f"{name}, head {head}\n{title}"
             traces.append(line(steps, by_step(own, steps), name, shown=shown | {"heads": 1}, about=about, **style))
     return traces

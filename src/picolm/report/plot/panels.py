@@ -17,6 +17,7 @@ from picolm.report.look import colour, faded, label, template
 COLUMNS = 3
 WIDTH, HEIGHT = 1000, 250  # of a figure, and of one row of panels, in pixels
 TITLE, LEGEND_ROW, PANEL_TITLE, BOTTOM, SIDES = 40, 20, 48, 52, 76  # heights above and below the panels; both margins
+MARKED = {"category": 1}  # the colour of marks
 GAP_X, GAP_Y = 66, 86  # between panels: tick labels of the right one; tick labels above, title below
 
 
@@ -66,24 +67,27 @@ def figure(
     height: int = HEIGHT,
     shared_y: bool = False,
     note: str = "",
+    terms: Sequence[tuple[str, str]] = (),
     **layout: Any,
 ) -> go.Figure:
     """Return a figure of traces in panels, three in a row, with each control at its initial value.
 
     log: which of "x", "y" can be logarithmic. shared_y: all panels have the same y title; only the left ones show it.
-    note: text below the figure, such as how many values are missing.
+    note: text below the figure, such as how many values are missing. terms: (name, what it is) of what is drawn.
     """
     offered = [control.plain() for control in controls if len(control.options) > 1]
     made = go.Figure(list(traces))
     show(made, {control["key"]: control["value"] for control in offered})
     made.update_layout(template=template(), title_text=f"<b>{label(title)}</b>", **layout)
     meta = {"panels": len(panels), "row": height, "controls": offered, "log": log, "sharedY": shared_y, "note": note}
+    meta |= {"terms": [list(term) for term in terms]} if terms else {}
     made.update_layout(meta=meta, showlegend=sum(bool(trace.showlegend) for trace in made.data) > 1)
     for index, panel in enumerate(panels):
         n = suffix(index)
         made.update_layout({f"xaxis{n}": {"anchor": f"y{n}", "title": {"text": label(panel.x)}}})
         # Around values that are all the same the axis would go from one below to one above, whatever their size.
-        mode = "tozero" if _is_constant(made, n) else "normal"
+        constant = _constant(made, n)
+        mode = "normal" if constant is None else "tozero" if constant else "nonnegative"
         made.update_layout({f"yaxis{n}": {"anchor": f"x{n}", "title": {"text": label(panel.y)}, "rangemode": mode}})
         if panel.title:
             made.add_annotation(
@@ -93,11 +97,15 @@ def figure(
     return arrange(made, COLUMNS)
 
 
-def _is_constant(made: go.Figure, panel: str) -> bool:
-    """Return whether all lines of a panel stay at one finite value that is not zero."""
-    lines = [trace for trace in made.data if trace.type == "scatter" and (trace.yaxis or "y") == f"y{panel}"]
+def _constant(made: go.Figure, panel: str) -> float | None:
+    """Return the one finite value at which all lines of a panel stay; None if there is no such value."""
+    lines = [
+        trace
+        for trace in made.data
+        if trace.type == "scatter" and (trace.yaxis or "y") == f"y{panel}" and not trace.meta.get("mark")
+    ]
     values = {float(value) for trace in lines for value in (() if trace.y is None else trace.y) if value is not None}
-    return len(values) == 1 and math.isfinite(value := next(iter(values))) and value != 0
+    return value if len(values) == 1 and math.isfinite(value := next(iter(values))) else None
 
 
 def show(made: go.Figure, chosen: dict[str, int]) -> None:
@@ -127,6 +135,11 @@ def arrange(made: go.Figure, columns: int, width: int = WIDTH) -> go.Figure:
         made.update_layout({f"yaxis{suffix(index)}.domain": [max(0, round(at, 6)) for at in domain_y]})
         if made.layout.meta["sharedY"] and index % columns:
             made.update_layout({f"yaxis{suffix(index)}.title.text": ""})
+    for trace in made.data if count > 1 else ():
+        if trace.type == "heatmap":  # its colour bar stands beside its panel
+            n = (trace.yaxis or "y")[1:]
+            across, up = made.layout[f"xaxis{n}"].domain, made.layout[f"yaxis{n}"].domain
+            trace.update(colorbar={"x": across[1], "y": sum(up) / 2, "len": up[1] - up[0]})
     for note in made.layout.annotations:
         note.text = fit(note.text, cell)
     entry, lines = _legend(made, width)
@@ -181,6 +194,25 @@ def line(
         connectgaps=False, hovertemplate=text, xaxis=f"x{suffix(panel)}", yaxis=f"y{suffix(panel)}", legendgroup=label(name),
         meta={"colour": meaning, "shown": shown or {}, "quiet": quiet}, showlegend=False,
     )  # fmt: skip
+
+
+def mark(
+    x: Any, y: Any, name: str, panel: int, shown: dict[str, int], meaning: dict[str, Any] | None = None
+) -> go.Scatter:
+    """Return a dotted line that marks a place in a panel; it holds no values."""
+    made = line(x, y, name, panel=panel, meaning=meaning or MARKED, shown=shown, dash="dot")
+    return made.update(
+        mode="lines", hoverinfo="skip", hovertemplate=None, customdata=None, meta=made.meta | {"mark": True}
+    )
+
+
+def spot(
+    x: Any, y: Any, name: str, *, panel: int = 0, shown: dict[str, int], about: str, meaning: Any = None
+) -> go.Scatter:
+    """Return points that mark places on lines."""
+    made = line(x, y, name, panel=panel, meaning=meaning or MARKED, shown=shown, about=about)
+    marker = {"symbol": "diamond", "size": 11, "line": {"width": 1.5}}
+    return made.update(mode="markers", marker=marker, meta=made.meta | {"mark": True})
 
 
 def band(

@@ -14,6 +14,7 @@ from picolm.registry import did_you_mean
 from picolm.report.plot.targets import Target, targets
 
 STEP = "step (updates)"
+FAMILIES = ("behaviour", "landscape")  # the kinds of rows that a probe gave
 
 
 class Matter(NamedTuple):
@@ -27,8 +28,9 @@ class Matter(NamedTuple):
 
     @property
     def title(self) -> str:
-        """`attention.out · gradients (train) · with step 300`; a circuit has its own name."""
-        name = self.module if self.component in ("simple", self.module) else f"{self.component} {self.module}"
+        """`attention.out · gradients (train) · with step 300`; a circuit has its own name, a probe asks the whole model."""
+        own = self.component in ("simple", self.module) or not self.module
+        name = self.module if own else f"{self.component} {self.module}"
         kind = f"{self.kind} ({self.split})" if self.split else self.kind
         return " · ".join(filter(None, (name, kind, self.against)))
 
@@ -38,17 +40,22 @@ def named(metric: str, options: str) -> str:
     return f"{metric} ({options})" if options else metric
 
 
+def of_probes(table: pd.DataFrame) -> pd.Series:
+    """Return which rows are readings of probes; the others are metrics of tensors."""
+    return table["kind"].isin(FAMILIES) & (table["component"] == "model")
+
+
 def metrics(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """Return the metrics of a table with their options, in order."""
-    pairs = table[["metric", "options"]].fillna("").drop_duplicates()
+    """Return the metrics of tensors of a table with their options, in order; for those of probes see `readings.probes`."""
+    pairs = table.loc[~of_probes(table), ["metric", "options"]].fillna("").drop_duplicates()
     return list(zip(pairs["metric"], pairs["options"]))
 
 
 def select(table: pd.DataFrame, metric: str, options: str | None = None) -> pd.DataFrame:
     """Return the rows of a metric. Raises PicoError, with the possible choices, if the table lacks it, or has it with
-    several options and `options` is not given.
+    several options and `options` is not given; and for a reading of a probe that has bins.
     """
-    there = [found for name, found in metrics(table) if name == metric]
+    there = list(table.loc[table["metric"] == metric, "options"].fillna("").unique())
     if not there:
         known = list(table["metric"].unique())
         raise PicoError(
@@ -58,9 +65,12 @@ def select(table: pd.DataFrame, metric: str, options: str | None = None) -> pd.D
         raise PicoError(
             f"the table has {metric} with several options; choose one with options=: {', '.join(map(repr, there))}"
         )
-    return table[
+    rows = table[
         (table["metric"] == metric) & (table["options"].fillna("") == (there[0] if options is None else options))
     ]
+    if (rows["bin"].fillna("") != "").any():
+        raise PicoError(f"{metric} has a value for each bin, whose mean says nothing; plot.bins draws them")
+    return rows
 
 
 def matters(rows: pd.DataFrame) -> Iterator[tuple[Matter, pd.DataFrame]]:
@@ -113,7 +123,7 @@ def _word(value: object) -> str:
 def _parts(rows: pd.DataFrame) -> pd.Series:
     """Return the name of the matrix within its layer, for each row."""
     known = {module: Address("", "", module).suffix or "block" for module in rows["module"].unique()}
-    return rows["module"].map(known)
+    return rows["module"].map(known).mask(of_probes(rows), "")
 
 
 def by_step(rows: pd.DataFrame, steps: np.ndarray) -> np.ndarray:
