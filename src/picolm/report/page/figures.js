@@ -26,7 +26,8 @@ function offer(figure) {
   for (const axis of figure.meta.log || "") {
     const name = axis === "x" ? "log steps" : "log values";
     const button = make("button", { type: "button", textContent: name, title: "logarithmic axis; zero has no place on it" });
-    button.setAttribute("aria-pressed", false);
+    figure.log[axis] = (figure.meta.logged || "").includes(axis);
+    button.setAttribute("aria-pressed", figure.log[axis]);
     button.onclick = () => {
       figure.log[axis] = !figure.log[axis];
       button.setAttribute("aria-pressed", figure.log[axis]);
@@ -147,7 +148,7 @@ function layoutOf(figure, width, look, above) {
   for (const control of figure.controls) if (control.y) layout.yaxis.title.text = control.y[figure.chosen[control.key]];
   for (const key of Object.keys(layout)) {
     const axis = key.match(/^([xy])axis\d*$/);
-    if (axis && figure.log[axis[1]]) layout[key].type = "log";
+    if (axis && axis[1] in figure.log && (figure.log[axis[1]] || layout[key].type === "log")) layout[key].type = figure.log[axis[1]] ? "log" : "linear";
   }
   if (figure.meta.panels) arrange(layout, figure.spec.data, { ...figure.meta, y: figure.spec.layout.yaxis.title?.text }, width, above);
   return layout;

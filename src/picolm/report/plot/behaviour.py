@@ -17,7 +17,7 @@ from picolm.report.plot.comparison import one_run
 from picolm.report.plot.heatmaps import cells, map_figure
 from picolm.report.plot.panels import Control, Panel, band, figure, mark, spot
 from picolm.report.plot.probes import MOST_BINS, chance_line, some
-from picolm.report.plot.readings import natural, reading, select_probe, terms, title_of, told, units_of
+from picolm.report.plot.readings import logged, natural, reading, select_probe, terms, title_of, told, units_of
 from picolm.report.plot.series import by_step, gaps
 
 STEEP = 2  # a phase change is at least so many times as steep as the whole curve
@@ -97,9 +97,7 @@ def _words(run: str, change: tuple[int, int] | None) -> str:
         why = "no drop of the induction loss is both larger than its noise and twice as steep as the whole curve"
         return f"{run}: no phase change is marked: {why}."
     first, last = change
-    return (
-        f"{run}: the induction loss drops most steeply, against the logarithm of the step, from step {first:,} to {last:,}."
-    )
+    return f"{run}: the induction loss drops most steeply, against the logarithm of the step, from step {first:,} to {last:,}."
 
 
 def _best_head(rows: pd.DataFrame, name: str, shown: dict[str, int], colour: int) -> list[go.Scatter]:
@@ -173,7 +171,17 @@ def ngrams(table: pd.DataFrame, options: str | None = None) -> go.Figure:
     drawn = pd.concat(curves.values())
     title, note = title_of(rows, "N-grams: KL divergence from the model"), " ".join([*told_of, told(drawn)]).strip()
     control, panel = Control("run", "Run", runs), Panel("", "nats")
-    return figure(title, traces, [panel], controls=[control], log="xy", height=380, note=note, terms=terms(drawn))
+    return figure(
+        title,
+        traces,
+        [panel],
+        controls=[control],
+        log="xy",
+        logged=logged(drawn),
+        height=380,
+        note=note,
+        terms=terms(drawn),
+    )
 
 
 def crossings(one: pd.DataFrame, other: pd.DataFrame) -> list[tuple[float, float]]:
@@ -204,7 +212,9 @@ def memorization(table: pd.DataFrame, options: str | None = None) -> go.Figure:
             own = bands[(bands["run"] == run) & (bands["bin"] == batches)].sort_values("step")
             meaning = {"depth": number / max(1, len(labels) - 1)}
             words = f"batches {batches}" if "-" in batches else f"batch {batches}"
-            traces += one_run(own, words, panel=0, meaning=meaning, shown=shown)
+            traces.append(
+                one_run(own, words, panel=0, meaning=meaning, shown=shown)[-1]
+            )  # so many bands would hide each other
             traces += _seen_here(own, batches, meaning, shown)
         own = unseen[unseen["run"] == run]
         traces += [
@@ -213,7 +223,7 @@ def memorization(table: pd.DataFrame, options: str | None = None) -> go.Figure:
     drawn = pd.concat([bands, unseen])
     return figure(
         title_of(rows, "Memorization: loss by when rows were seen"), traces, [Panel("", units_of(bands))],
-        controls=[Control("run", "Run", runs)], log="xy", height=420, note=gaps(drawn), terms=terms(drawn),
+        controls=[Control("run", "Run", runs)], log="xy", logged=logged(drawn), height=420, note=gaps(drawn), terms=terms(drawn),
     )  # fmt: skip
 
 
@@ -264,7 +274,15 @@ def canaries(table: pd.DataFrame, options: str | None = None) -> go.Figure:
     drawn = pd.concat([losses, exposure])
     title, control = title_of(rows, "Canaries"), Control("run", "Run", runs)
     return figure(
-        title, traces, panels, controls=[control], log="xy", height=340, note=gaps(drawn), terms=terms(drawn)
+        title,
+        traces,
+        panels,
+        controls=[control],
+        log="xy",
+        logged=logged(drawn),
+        height=340,
+        note=gaps(drawn),
+        terms=terms(drawn),
     )
 
 

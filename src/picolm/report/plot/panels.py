@@ -64,6 +64,7 @@ def figure(
     *,
     controls: Iterable[Control] = (),
     log: str = "",
+    logged: str = "",
     height: int = HEIGHT,
     shared_y: bool = False,
     note: str = "",
@@ -72,7 +73,7 @@ def figure(
 ) -> go.Figure:
     """Return a figure of traces in panels, three in a row, with each control at its initial value.
 
-    log: which of "x", "y" can be logarithmic. shared_y: all panels have the same y title; only the left ones show it.
+    log: which of "x", "y" can be logarithmic; logged: which of these are at first. shared_y: all panels have the same y title; only the left ones show it.
     note: text below the figure, such as how many values are missing. terms: (name, what it is) of what is drawn.
     """
     offered = [control.plain() for control in controls if len(control.options) > 1]
@@ -80,6 +81,7 @@ def figure(
     show(made, {control["key"]: control["value"] for control in offered})
     made.update_layout(template=template(), title_text=f"<b>{label(title)}</b>", **layout)
     meta = {"panels": len(panels), "row": height, "controls": offered, "log": log, "sharedY": shared_y, "note": note}
+    meta |= {"logged": logged} if logged else {}
     meta |= {"terms": [list(term) for term in terms]} if terms else {}
     made.update_layout(meta=meta, showlegend=sum(bool(trace.showlegend) for trace in made.data) > 1)
     for index, panel in enumerate(panels):
@@ -94,6 +96,8 @@ def figure(
                 text=f"<b>{label(panel.title)}</b>", xref=f"x{n} domain", yref=f"y{n} domain",
                 x=0, y=1, xanchor="left", yanchor="bottom", yshift=6, showarrow=False,
             )  # fmt: skip
+    for axis in logged:
+        made.update_layout({f"{axis}axis{suffix(index)}": {"type": "log"} for index in range(len(panels))})
     return arrange(made, COLUMNS)
 
 

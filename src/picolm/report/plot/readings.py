@@ -162,6 +162,12 @@ def told(rows: pd.DataFrame) -> str:
     return " ".join(filter(None, [gaps(rows), *said]))
 
 
+def logged(rows: pd.DataFrame) -> str:
+    """Return "x" if the steps lie so that most of them are in the first quarter, as with logarithmic schedules, else nothing."""
+    steps = np.unique(rows["step"])
+    return "x" if len(steps) > 4 and np.median(steps) * 4 <= steps.max() else ""
+
+
 def natural(name: str) -> tuple[tuple[int, float, str], ...]:
     """Return a key that sorts names by the numbers in them: 9 before 10, 0.5-1 after 0-0.5."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)", name)

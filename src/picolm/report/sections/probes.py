@@ -79,7 +79,7 @@ PICTURES: dict[str, list[Picture]] = {
             plot.sharpness,
             "Look for the largest eigenvalue rising to the stability line and staying near it: at the edge of stability. Above "
             "the line, plain gradient descent at this learning rate would not converge.",
-            ("largest_eigenvalue",),
+            ("eigenvalue",),
         )
     ],
     "adam_hessian": [
@@ -87,7 +87,7 @@ PICTURES: dict[str, list[Picture]] = {
             plot.sharpness,
             "The curvature as Adam sees it. Look for the largest eigenvalue rising to the stability line and staying near it: at "
             "the adaptive edge of stability (Cohen et al. 2022).",
-            ("largest_eigenvalue",),
+            ("eigenvalue",),
         )
     ],
     "barrier": [
@@ -95,7 +95,7 @@ PICTURES: dict[str, list[Picture]] = {
             plot.interpolation,
             "The loss on the straight line between two sets of weights, alpha from the first to the other. A hill in the middle "
             "is a barrier; a line without one says that both lie in one valley.",
-            ("interpolated_loss",),
+            ("interpolated_loss", "aligned_interpolated_loss"),
         )
     ],
 }
