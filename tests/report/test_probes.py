@@ -483,3 +483,31 @@ def test_names_that_are_not_there_are_told(calibrated: pd.DataFrame) -> None:
         plot.bins(calibrated, "calibration.ece")
     with pytest.raises(PicoError, match="gives nothing of a layer"):
         plot.probe_layers(calibrated, "calibration")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_shows_what_the_figures_say(
+    induced: pd.DataFrame, make_table: Make, browser_at: Callable[..., Any], tmp_path: Path, width: int
+) -> None:
+    kl = [each for name in ("uni", "bi") for each in curve(f"ngram.{name}gram_kl", dict.fromkeys(STEPS, 1.0))]
+    both = pd.concat([induced, make_table(kl)], ignore_index=True)
+    path = tmp_path / "report.html"
+    material = Material([], [Analysis("toy", both)])
+    path.write_text(page(material, compose(material)))
+    browser = browser_at(path, width)
+    draw = "const done = arguments[0]; Promise.all([...figures.values()].map((one) => draw(one))).then(() => done())"
+    browser.execute_async_script(draw)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.get_log("browser") == []
+    find = "[...figures.values()].find((one) => one.node.querySelector('h3').textContent.startsWith(arguments[0]))"
+    panel, bar = browser.execute_script(
+        f"const one = {find}, bar = one.plot._fullData.find((trace) => trace.type === 'heatmap').colorbar;"
+        "return [one.plot._fullLayout.yaxis3.domain, [bar.y - bar.len / 2, bar.y + bar.len / 2]];",
+        "Induction",
+    )
+    assert bar == pytest.approx(panel)  # the colour bar stands beside its panel
+    pressed = f"return [...{find}.node.querySelectorAll('button[aria-pressed=true]')].map((node) => node.textContent)"
+    assert browser.execute_script(pressed, "N-grams") == ["log steps"]
+    press = f"const one = {find}; one.node.querySelector('button[aria-pressed=true]').click();"
+    assert browser.execute_script(press + "return one.plot._fullLayout.xaxis.type", "N-grams") == "linear"

@@ -56,7 +56,15 @@ def sharpness(table: pd.DataFrame, options: str | None = None, *, name: str = "h
     title, control = title_of(rows, TITLES.get(name, name)), Control("run", "Run", runs)
     panel = Panel("", units_of(values))
     return figure(
-        title, traces, [panel], controls=[control], log="xy", height=380, note=told(drawn), terms=terms(drawn)
+        title,
+        traces,
+        [panel],
+        controls=[control],
+        log="xy",
+        logged=logged(drawn) + "y",
+        height=380,
+        note=told(drawn),
+        terms=terms(drawn),
     )
 
 

@@ -73,8 +73,9 @@ def figure(
 ) -> go.Figure:
     """Return a figure of traces in panels, three in a row, with each control at its initial value.
 
-    log: which of "x", "y" can be logarithmic; logged: which of these are at first. shared_y: all panels have the same y title; only the left ones show it.
-    note: text below the figure, such as how many values are missing. terms: (name, what it is) of what is drawn.
+    log: which of "x", "y" can be logarithmic; logged: which of these are at first. shared_y: all panels have the same y
+    title; only the left ones show it. note: text below the figure, such as how many values are missing. terms: (name, what
+    it is) of what is drawn.
     """
     offered = [control.plain() for control in controls if len(control.options) > 1]
     made = go.Figure(list(traces))
@@ -109,6 +110,7 @@ def _constant(made: go.Figure, panel: str) -> float | None:
         if trace.type == "scatter" and (trace.yaxis or "y") == f"y{panel}" and not trace.meta.get("mark")
     ]
     values = {float(value) for trace in lines for value in (() if trace.y is None else trace.y) if value is not None}
+    values = {value for value in values if not math.isnan(value)}
     return value if len(values) == 1 and math.isfinite(value := next(iter(values))) else None
 
 
