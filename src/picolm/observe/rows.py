@@ -139,14 +139,26 @@ def _texts(place: str) -> Iterator[str]:
         yield from (document.text for document in reader.documents(file))
 
 
+def _tokenizer_file(run: Run) -> tuple[bytes, str] | None:
+    """Return the content of the tokenizer of a run, and where it is; None without one."""
+    for step in [run.steps[-1], *run.steps[:-1]]:
+        if TOKENIZER in run[step].files:
+            return run[step].read(TOKENIZER), f"{run[step].path}/{TOKENIZER}"
+    return None
+
+
+def tokenizer_digest(run: Run) -> str | None:
+    """Return the digest of the tokenizer of a run, None without one."""
+    file = _tokenizer_file(run)
+    return None if file is None else hashlib.sha256(file[0]).hexdigest()
+
+
 def tokenizer_of(run: Run) -> "tuple[str, Tokenizer]":
     """Return the digest of the tokenizer of a run, and the tokenizer. Raises PicoError without one."""
     from picolm.data.tokenizer import parse_tokenizer
 
-    for step in [run.steps[-1], *run.steps[:-1]]:
-        if TOKENIZER in run[step].files:
-            content = run[step].read(TOKENIZER)
-            return hashlib.sha256(content).hexdigest(), parse_tokenizer(content, f"{run[step].path}/{TOKENIZER}")
+    if (file := _tokenizer_file(run)) is not None:
+        return hashlib.sha256(file[0]).hexdigest(), parse_tokenizer(*file)
     raise PicoError(
         f"{run.path}: none of its steps has a {TOKENIZER}, so its model cannot read text; put that of the model into one of "
         "them, or give token ids (rows: FILE.npy or FILE.parquet:COLUMN)"
