@@ -1,0 +1,57 @@
+"""How far two models predict the same."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from picolm.errors import PicoError
+from picolm.observe.passes import Ask, Pass
+from picolm.observe.rows import Rows, tokenizer_digest
+from picolm.observe.subject import Subject
+from picolm.probes.divergence import js_terms, kl_terms
+from picolm.probes.means import mean_of
+from picolm.probes.probe import Found, Quantity, probe
+
+
+def _compared(ours: Pass, theirs: Pass) -> dict[str, Tensor]:
+    """Read the divergences of two predictions at each position, [B, P]."""
+    log_a, log_b = ours.log_probs_BPV, theirs.log_probs_BPV
+    if log_a.shape != log_b.shape:
+        raise PicoError(
+            f"the models predict over {log_a.shape[-1]} and {log_b.shape[-1]} tokens; their distributions cannot be compared"
+        )
+    same_BP = ours.likeliest_BP == theirs.likeliest_BP
+    return {
+        "kl": kl_terms(log_a, log_b).sum(-1),
+        "reverse_kl": kl_terms(log_b, log_a).sum(-1),
+        "js": js_terms(log_a, log_b).sum(-1),
+        "top1_agreement": torch.where((ours.nats_BP + theirs.nats_BP).isnan(), math.nan, same_BP.double()),
+    }
+
+
+@probe(
+    "agreement",
+    needs=["logits"],
+    gives={
+        "kl": Quantity(
+            "nats", "mean over positions of KL(this model || the other one) of the next-token distributions"
+        ),
+        "reverse_kl": Quantity("nats", "mean over positions of KL(the other model || this one)"),
+        "js": Quantity("nats", "mean over positions of the Jensen-Shannon divergence of the two, at most ln 2"),
+        "top1_agreement": Quantity("share of positions", "both models have the same likeliest next token"),
+    },
+)
+def agreement(subject: Subject, other: Subject, rows: Rows) -> Found:
+    """Compare the predictions of the model with those of another step, seed or size on the same rows.
+
+    Raises PicoError for models of different vocabularies or tokenizers: the same id would be two tokens.
+    """
+    digests = {tokenizer_digest(each.run) for each in (subject, other)} - {None}
+    if len(digests) > 1:
+        raise PicoError(
+            f"{subject.run.name} and {other.run.name} have different tokenizers, so the ids of their tokens cannot be compared"
+        )
+    answer = yield Ask(rows, _compared, beside=(other,))
+    for name in ("kl", "reverse_kl", "js", "top1_agreement"):
+        yield mean_of(name, answer[name])
