@@ -156,11 +156,13 @@ def _contextual(order: int, counted: Counts, vocabulary: int, found: Pass) -> di
     other_M = 1 - total(log_m_K.exp())
     id_N = counted.contexts_C.repeat_interleave(counted.starts.diff()) * vocabulary + counted.tokens_N
     entry_M, known_M = _find(id_N, context_BQ.flatten() * vocabulary + found.targets_BP[:, first:].flatten())
+    loss_M = torch.full_like(known_M, math.inf, dtype=torch.float64)
+    loss_M[known_M] = -counted.log_p_N[entry_M[known_M]]
     read = {
         "kl": total(p_K * (log_p_K - log_m_K)),
         "js": total(js_terms(log_p_K, log_m_K)) + other_M * (math.log(2) / 2),
         "cross_entropy": total(-p_K * log_m_K),
-        "loss": torch.where(known_M, -counted.log_p_N[entry_M], math.inf),
+        "loss": loss_M,
         "seen": seen_M,
     }
     return {key: value_M.reshape(context_BQ.shape) for key, value_M in read.items()}
