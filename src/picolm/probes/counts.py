@@ -55,14 +55,16 @@ def corpus_of(run: Run, place: str | None, step: int | None = None) -> Corpus:
 
 class Counts(NamedTuple):
     """What follows the contexts. contexts_C: sorted; starts: [C + 1], where the tokens of each begin; tokens_N: what follows it,
-    sorted; log_p_N: ln of its share, float64; counts_N: how often.
+    sorted; ids_N: both as one number; p_N: its share, float64; counts_N: how often; entropy_C: of these shares, in nats.
     """
 
     contexts_C: Tensor
     starts: Tensor
     tokens_N: Tensor
-    log_p_N: Tensor
+    ids_N: Tensor
+    p_N: Tensor
     counts_N: Tensor
+    entropy_C: Tensor
 
 
 def contexts_of(tokens_RS: Tensor, order: int, vocabulary: int) -> Tensor:
@@ -97,9 +99,9 @@ def count(corpus: Corpus, order: int, vocabulary: int, wanted: bytes) -> Counts:
         times = np.bincount(place, np.concatenate([times, of_new]), minlength=len(ids))
     found_C, starts = np.unique(ids // vocabulary, return_index=True)
     edges = np.append(starts, len(ids))
-    total_N = np.repeat(np.add.reduceat(times, starts) if len(ids) else times, np.diff(edges))
-    log_p_N = np.log(times / total_N)
-    return Counts(*map(torch.as_tensor, (found_C, edges, ids % vocabulary, log_p_N, times)))
+    p_N = times / np.repeat(np.add.reduceat(times, starts) if len(ids) else times, np.diff(edges))
+    entropy_C = -np.add.reduceat(p_N * np.log(p_N), starts) if len(ids) else p_N
+    return Counts(*map(torch.as_tensor, (found_C, edges, ids % vocabulary, ids, p_N, times, entropy_C)))
 
 
 def _among(sorted_C: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -14,7 +14,6 @@ from picolm.observe.passes import Ask, Pass
 from picolm.observe.rows import Rows
 from picolm.observe.subject import Subject
 from picolm.probes.counts import Counts, contexts_of, corpus_of, count
-from picolm.probes.divergence import js_terms
 from picolm.probes.means import mean_of
 from picolm.probes.probe import Found, Quantity, Reading, probe
 
@@ -103,17 +102,13 @@ def _unigram(counted: Counts, vocabulary: int, found: Pass) -> dict[str, Tensor]
     dense_V[counted.tokens_N] = counted.counts_N.double()
     p_V = (dense_V / dense_V.sum().clamp(min=1)).to(log_m_BPV.dtype)
     smoothed_V = ((dense_V + 1) / (dense_V + 1).sum()).log().to(log_m_BPV.dtype)
-    entropy = -float((counted.log_p_N.exp() * counted.log_p_N).sum())
-    cross_BP = -_dot(log_m_BPV, p_V)
-    m_BPV = log_m_BPV.exp()
-    negentropy_BP = _dot(log_m_BPV, m_BPV)
-    reverse_BP = negentropy_BP - m_BPV @ smoothed_V
-    middle_BPV = m_BPV.add_(p_V).mul_(0.5)
-    middle_entropy_BP = -_dot(middle_BPV.log(), middle_BPV)
+    entropy = float(counted.entropy_C.sum())  # of the one context, 0 without
+    of_rows = [_dense(log_m_PV, p_V, smoothed_V) for log_m_PV in log_m_BPV]  # one by one: smaller arrays are faster
+    cross_BP, negentropy_BP, middle_BP, reverse_BP = (torch.stack(each) for each in zip(*of_rows))
     of_target_V = dense_V.log() - math.log(max(float(dense_V.sum()), 1.0))
     return {
         "kl": cross_BP - entropy,
-        "js": middle_entropy_BP - (entropy - negentropy_BP) / 2,
+        "js": middle_BP - (entropy - negentropy_BP) / 2,
         "cross_entropy": cross_BP,
         "reverse_kl": reverse_BP,
         "loss": -of_target_V[found.targets_BP],
@@ -121,56 +116,70 @@ def _unigram(counted: Counts, vocabulary: int, found: Pass) -> dict[str, Tensor]
     }
 
 
-def _dot(logs_BPV: Tensor, weights: Tensor) -> Tensor:
-    """Return the sum of weight x log over the vocabulary, 0 where the weight is 0. weights: [V] or [B, P, V]."""
-    dot = (lambda logs, w: logs @ w) if weights.ndim == 1 else torch.linalg.vecdot
-    total_BP: Tensor = dot(logs_BPV, weights)
-    if not (wrong := total_BP.isnan()).any():  # 0 times the logarithm of 0 is rare: only then is more work done
-        return total_BP
-    of_wrong = weights.expand_as(logs_BPV)[wrong]
-    total_BP[wrong] = torch.where(of_wrong == 0, 0.0, of_wrong * logs_BPV[wrong]).sum(-1)
-    return total_BP
+def _dense(log_m_PV: Tensor, p_V: Tensor, smoothed_V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return, at each position, the cross-entropy of p and the model m, the negative entropy of m, the entropy of (p + m) / 2,
+    and KL(m || smoothed p).
+    """
+    m_PV = log_m_PV.exp()
+    cross_P, negentropy_P = -_dot(log_m_PV, p_V), _dot(log_m_PV, m_PV)
+    reverse_P = negentropy_P - m_PV @ smoothed_V
+    middle_PV = m_PV.add_(p_V).mul_(0.5)
+    return cross_P, negentropy_P, -_dot(middle_PV.log(), middle_PV), reverse_P
+
+
+def _dot(logs_PV: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum of weight x log over the vocabulary, 0 where the weight is 0. weights: [V] or [P, V]."""
+    total_P: Tensor = logs_PV @ weights if weights.ndim == 1 else torch.linalg.vecdot(logs_PV, weights)
+    if (wrong_P := total_P.isnan()).any():  # 0 times the logarithm of 0 is rare: only then is more work done
+        of_wrong = weights.expand_as(logs_PV)[wrong_P]
+        total_P[wrong_P] = torch.where(of_wrong == 0, 0.0, of_wrong * logs_PV[wrong_P]).sum(-1)
+    return total_P
 
 
 def _contextual(order: int, counted: Counts, vocabulary: int, found: Pass) -> dict[str, Tensor]:
-    """Compare with what followed the context of each position, [B, Q], over the counted tokens alone.
-
-    The model's share of all other tokens counts to JS as its half times ln 2, whatever they are.
-    """
-    log_m_BPV, (B, P) = found.log_probs_BPV, found.targets_BP.shape
-    context_BQ = contexts_of(found.tokens_BS[:, :P], order, vocabulary)
-    first = P - context_BQ.shape[1]
-    place_M, seen_M = _find(counted.contexts_C, context_BQ.flatten())
-    begin_M, end_M = counted.starts[place_M], counted.starts[place_M + seen_M]  # of none: nothing
-    size_M = end_M - begin_M
-    of_K = torch.arange(len(size_M)).repeat_interleave(size_M)
-    entry_K = torch.arange(len(of_K)) - (size_M.cumsum(0) - size_M - begin_M)[of_K]
-    position_M = (torch.arange(B)[:, None] * P + torch.arange(first, P)).flatten()
-    log_m_K = log_m_BPV.reshape(-1)[position_M[of_K] * vocabulary + counted.tokens_N[entry_K]].double()
-    log_p_K = counted.log_p_N[entry_K]
-
-    def total(terms_K: Tensor) -> Tensor:
-        return torch.zeros(len(size_M), dtype=torch.float64).index_add_(0, of_K, terms_K)
-
-    p_K = log_p_K.exp()
-    other_M = 1 - total(log_m_K.exp())
-    id_N = counted.contexts_C.repeat_interleave(counted.starts.diff()) * vocabulary + counted.tokens_N
-    entry_M, known_M = _find(id_N, context_BQ.flatten() * vocabulary + found.targets_BP[:, first:].flatten())
-    loss_M = torch.full_like(known_M, math.inf, dtype=torch.float64)
-    loss_M[known_M] = -counted.log_p_N[entry_M[known_M]]
-    read = {
-        "kl": total(p_K * (log_p_K - log_m_K)),
-        "js": total(js_terms(log_p_K, log_m_K)) + other_M * (math.log(2) / 2),
-        "cross_entropy": total(-p_K * log_m_K),
-        "loss": loss_M,
-        "seen": seen_M,
+    """Compare with what followed the context of each position, [B, Q], over the counted tokens alone."""
+    context_BQ = contexts_of(found.tokens_BS[:, : found.targets_BP.shape[1]], order, vocabulary)
+    length = context_BQ.shape[1]
+    place_BQ, seen_BQ = _find(counted.contexts_C, context_BQ)
+    entry_BQ, known_BQ = _find(counted.ids_N, context_BQ * vocabulary + found.targets_BP[:, -length:])
+    loss_BQ = torch.full(known_BQ.shape, math.inf, dtype=torch.float64)
+    loss_BQ[known_BQ] = -counted.p_N[entry_BQ[known_BQ]].log()
+    entropy_BQ = torch.zeros_like(loss_BQ)
+    entropy_BQ[seen_BQ] = counted.entropy_C[place_BQ[seen_BQ]]
+    begin_BQ, end_BQ = counted.starts[place_BQ], counted.starts[place_BQ + seen_BQ]  # of none: nothing
+    of_rows = [_sparse(counted, *of_row) for of_row in zip(found.log_probs_BPV[:, -length:], begin_BQ, end_BQ)]
+    cross_BQ, middle_BQ = (torch.stack(each) for each in zip(*of_rows))
+    return {
+        "kl": cross_BQ - entropy_BQ,
+        "js": middle_BQ - entropy_BQ / 2,
+        "cross_entropy": cross_BQ,
+        "loss": loss_BQ,
+        "seen": seen_BQ,
     }
-    return {key: value_M.reshape(context_BQ.shape) for key, value_M in read.items()}
 
 
-def _find(sorted_C: Tensor, wanted_M: Tensor) -> tuple[Tensor, Tensor]:
+def _sparse(counted: Counts, log_m_QV: Tensor, begin_Q: Tensor, end_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, at each position, the cross-entropy of p and the model m, and the entropy of M = (p + m) / 2 less half that of m.
+
+    Where p is 0, M is m / 2, and all that remains of these entropies is m ln 2 / 2: the share of the model for tokens that were
+    not counted is enough, whatever they are. begin_Q, end_Q: where the counted tokens of each context are.
+    """
+    size_Q = end_Q - begin_Q
+    entry_K = torch.arange(int(size_Q.sum())) - (size_Q.cumsum(0) - end_Q).repeat_interleave(size_Q)
+    row_K = (torch.arange(len(size_Q)) * log_m_QV.shape[1]).repeat_interleave(size_Q)
+    log_m_K = log_m_QV.reshape(-1)[row_K + counted.tokens_N[entry_K]].double()
+    p_K, m_K = counted.p_N[entry_K], log_m_K.exp()
+    middle_K = (p_K + m_K) / 2
+    terms_K = m_K * (log_m_K.clamp(min=-1e4) - math.log(2)) / 2 - middle_K * middle_K.log()
+    cross_Q, middle_Q = (
+        torch.segment_reduce(each_K, "sum", lengths=size_Q, unsafe=True) for each_K in (p_K * log_m_K, terms_K)
+    )
+    return -cross_Q, middle_Q + math.log(2) / 2
+
+
+def _find(sorted_C: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Return where each number stands among sorted ones, and whether it is there."""
-    place_M = torch.searchsorted(sorted_C, wanted_M).clamp(max=max(len(sorted_C) - 1, 0))
     if not len(sorted_C):
-        return place_M, torch.zeros_like(wanted_M, dtype=torch.bool)
-    return place_M, sorted_C[place_M] == wanted_M
+        return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
+    place = torch.searchsorted(sorted_C, wanted.contiguous()).clamp(max=len(sorted_C) - 1)
+    return place, sorted_C[place] == wanted
