@@ -49,7 +49,7 @@ def corpus_of(run: Run, place: str | None, step: int | None = None) -> Corpus:
     rows = training_rows(run, place)
     if step is not None and not isinstance(rows, SeenRows):
         raise PicoError("a file of training rows does not say which of them a step has seen; leave out until: step")
-    end = (rows.steps if step is None else step) if isinstance(rows, SeenRows) else None
+    end = (rows.end if step is None else step) if isinstance(rows, SeenRows) else None
     return Corpus(rows.identity, end, rows)
 
 

@@ -57,7 +57,7 @@ def overfitting(
     step = subject.checkpoint.step
     now = min(step * training.rows_per_step, len(training))
     # Rows that the run will read; at its end the next ones of the data, and no others, since files may have to be fetched.
-    end = min(max(training.steps * training.rows_per_step, now + sample), len(training))
+    end = min(max(training.end * training.rows_per_step, now + sample), len(training))
     seen_rows = _drawn(training, 0, now, sample, seed, "seen rows", step)
     coming = _drawn(training, now, end, sample, seed, "unseen rows", step)
     seen = yield from _loss_of(subject, "seen_loss", training, seen_rows, "the step has seen no rows")
