@@ -105,8 +105,10 @@ class Question(NamedTuple):
             tokens_RT = torch.cat([tokens_RT, torch.stack(answer["token"])[:, None]], dim=1)
         return tokens_RT[:, self.prompt :]
 
-    def readings(self, of: str, rows: Sequence[Measured], note: str = "", bin: str = "") -> Iterator[Reading]:
-        """Yield the means over rows, with names that begin with `of`."""
+    def readings(
+        self, of: str, rows: Sequence[Measured], note: str = "", bin: str = "", none: str = ""
+    ) -> Iterator[Reading]:
+        """Yield the means over rows, with names that begin with `of`. none: why there is no row, if there is none."""
         long = [row for row in rows if len(row.hits)]
         short = f"a row has to have {self.prompt + self.continuation} tokens, for prompt and continuation"
         if 0 < len(long) < len(rows):
@@ -121,7 +123,7 @@ class Question(NamedTuple):
         for name, numbers in values.items():
             reading = mean_of(of + name, numbers, note=note, bin=bin, rows=rows[0].rows if rows else "")
             if not numbers:
-                reading = reading._replace(reason=short if rows else "this checkpoint has seen none of these rows")
+                reading = reading._replace(reason=short if rows else none)
             if name != "score" or self.greedy:
                 yield reading
 
@@ -180,10 +182,12 @@ def memorization(
     found = yield from _ask(question, seen, sampled)
     for label, rows in of_bands:
         note = f"{sum(row.is_seen(step) for row in rows)} of {len(rows)} rows seen before this step"
-        yield from question.readings("band_", [found[row.number] for row in rows], note, bin=label)
-    known = list(question.readings("", [found[row.number] for row in sampled if row.is_seen(step)]))
+        none = "no row is seen for the first time in these batches"
+        yield from question.readings("band_", [found[row.number] for row in rows], note, label, none)
+    before = [found[row.number] for row in sampled if row.is_seen(step)]
+    known = list(question.readings("", before, none="this checkpoint has seen none of these rows"))
     unread, measured, why = yield from _unseen(question, subject, seen, others, rows_per_band)
-    unknown = list(question.readings("unseen_", measured, why))
+    unknown = list(question.readings("unseen_", measured, why, none=f"there are no {why}"))
     yield from [*known, *unknown, _counterfactual(known[0], unknown[0])]
     if per_row:
         for row, of_row in zip([*sampled, *unread], [*found.values(), *measured]):
@@ -222,7 +226,8 @@ def _when(batches: Sequence[int], step: int, most: int = 8) -> str:
     if not batches:
         return "never seen in this run"
     shown = ", ".join(map(str, batches[:most])) + (f", … {batches[-1]}" if len(batches) > most else "")
-    return f"in batches {shown}; seen {sum(each < step for each in batches)} of {len(batches)} times before this step"
+    before = sum(each < step for each in batches)
+    return f"in batch{'es' if len(batches) > 1 else ''} {shown}; seen {before} of {len(batches)} times before this step"
 
 
 def _sample(
@@ -270,7 +275,7 @@ def _unseen(
         try:
             held = torch.stack(held_out(subject.run)[: 4 * enough])
         except PicoError as error:
-            why = f"few training rows that are not read yet, as {error}"
+            why = f"training rows that are not read yet; {error}"
         else:
             measured = yield from question.measure(rows_of_tokens(held))
             return [], measured, "held-out rows, as nearly all training rows were seen"
