@@ -14,7 +14,7 @@ from tests.probes.conftest import REFERENCE, Measure, value
 from torch import Tensor
 
 from picolm.errors import PicoError
-from picolm.probes.llc import CURVATURES, Potential, Settings, read_of_regular, sample
+from picolm.probes.llc import CURVATURES, Potential, Settings, _potential, read_of_regular, sample
 
 CASES = json.loads((REFERENCE / "landscape" / "llc_analytic.json").read_text())["cases"]
 QUADRATICS = [case for case in CASES if "h" in case]
@@ -167,6 +167,8 @@ def test_the_readings_of_a_model(measure: Measure, rows: dict[str, str], series:
         )
         regular = part[part["metric"] == "llc.regular_read"]
         assert regular["value"].isna().all() == sampler
+        settled = part[part["metric"] == "llc.regular_settled"].set_index("bin")["value"]
+        assert sampler or settled["10"] == pytest.approx(150 / 1150 / (1 - 1e-5 * 1150 / 4), rel=1e-12)
     step_pull = found[(found["metric"] == "llc.step_pull") & found["value"].notna()].set_index("bin")["value"]
     assert step_pull.to_dict() == pytest.approx({f"{h:g}": 1e-5 * (15 * h + 1000) for h in CURVATURES})
     note = found[found["metric"] == "llc.llc"]["note"].iloc[1]
@@ -185,6 +187,39 @@ def test_all_rows_of_each_draw_are_the_default_and_the_first_draw_is_the_checkpo
     assert trace[1] > start
     assert value(found, "llc.llc") == pytest.approx(8 / math.log(8) * (trace[1] - start) / 2)
     assert found[found["metric"] == "llc.llc"]["standard_error"].isna().all()
+
+
+def test_chains_on_all_rows_differ_by_their_noise(measure: Measure, rows: dict[str, str]) -> None:
+    entry = {"probe_name": "llc", **SMALL, "batch": 8, "draws": 2, "burn_in": 0}
+    found = measure(entry, steps=[500], observe={"rows": rows["val"], "max_rows": 8})
+    first, second = found[found["metric"] == "llc.chain_llc"]["value"]
+    assert first != second
+
+
+def test_each_draw_of_each_chain_has_rows_of_its_own() -> None:
+    class Recorded:
+        def __init__(self) -> None:
+            self.moved, self.asked = list[Tensor](), list[Any]()
+
+        def move(self, place_D: Tensor) -> None:
+            self.moved.append(place_D)
+
+        def loss(self, rows: Any) -> float:
+            self.asked.append(rows)
+            return 0.0
+
+        gradient = loss
+
+    surface: Any = Recorded()
+    for chain, draw in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        _potential(surface, 20, 6, 0, chain)(torch.ones(1), draw)
+    of_loss, of_gradient = surface.asked[::2], surface.asked[1::2]
+    assert of_loss == of_gradient
+    assert {len(set(rows)) for rows in of_loss} == {6}
+    assert of_loss[0] == of_loss[3]
+    assert of_loss[0] != of_loss[1] != of_loss[2] != of_loss[0]
+    _potential(surface, 20, 20, 0, 0)(torch.ones(1), 0)
+    assert surface.asked[-2:] == [None, None]
 
 
 def test_the_same_seed_gives_the_same_chains(measure: Measure, rows: dict[str, str]) -> None:
