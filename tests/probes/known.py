@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from picolm.observe.passes import Pass
+from picolm.observe.passes import Answer, Ask, Pass, answer
 from picolm.observe.rows import Rows, digest_of
 from picolm.probes import Reading, find_probe
 from picolm.probes.probe import Running
@@ -48,6 +48,9 @@ class Known:
     def forward(self, rows: Rows, batch: Sequence[int], needs: Collection[str] = ()) -> Pass:
         tokens_BS = torch.stack([rows.tokens[row] for row in batch])
         return Pass(tokens_BS, self._predict(tokens_BS[:, : rows.inputs(batch[0])]))
+
+    def answer(self, asks: Sequence[Ask], batch_size: int = 8) -> list[Answer]:
+        return answer(self, asks, batch_size)  # type: ignore[arg-type]
 
     def scores(self, rows: Rows) -> list[Tensor]:
         return [self.forward(rows, [row]).nats_BP[0] for row in range(len(rows.tokens))]

@@ -83,7 +83,7 @@ class FakeRun(SeenRows):
     """A run of 10 steps of 4 rows, of data that it reads in another order."""
 
     def __init__(self, rows: int = 50):
-        self.rows_per_step, self.steps, self._rows = 4, 10, rows
+        self.rows_per_step, self.end, self._rows = 4, 10, rows
 
     def __len__(self) -> int:
         return self._rows

@@ -114,7 +114,10 @@ def test_the_example_is_the_angle_between_hidden_states_of_transformers(
         ({"probe_name": "my_lab.nowhere:rank"}, r"No module named 'my_lab.nowhere'"),
         ({"probe_name": "my_lab.own:PLAIN"}, r"cannot be imported: module 'my_lab.own' has no attribute 'PLAIN'"),
         ({"probe_name": "my_lab.own:divides"}, r"my_lab.own:divides fails: ZeroDivisionError: division by zero"),
-        ({"probe_name": "my_lab.own:asks_for_heads"}, r"its parameter heads is none of subject, other, rows, stated"),
+        (
+            {"probe_name": "my_lab.own:asks_for_heads"},
+            r"its parameter heads is none of subject, other, earlier, rows, stated",
+        ),
     ],
 )
 def test_a_mistake_is_told_with_the_name_of_the_probe(
