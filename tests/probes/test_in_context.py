@@ -79,12 +79,12 @@ def test_with_long_rows_the_positions_are_those_of_the_paper() -> None:
 
 
 def test_rows_of_several_lengths_are_read_where_they_are_long_enough() -> None:
-    rows = rows_of_lists([[0] * 3, [0] * 22, [0] * 22, [0] * 42])
-    found = readings("in_context", _counting([1 + position / 100 for position in range(60)]), rows)
-    assert found["in_context_score", ""].value == pytest.approx(0.18)  # 20 - 2
-    assert found["in_context_score", ""].note.startswith("position 20 minus position 2, 3 rows")
-    assert len([bin for name, bin in found if name == "position_loss"]) == 41
-    assert found["position_loss", "40"].standard_error is None
+    rows = rows_of_lists([[0] * 3, [0] * 61, [0] * 61, [0] * 82])
+    found = readings("in_context", _counting([1 + position / 100 for position in range(90)]), rows)
+    assert found["in_context_score", ""].value == pytest.approx(0.54)
+    assert found["in_context_score", ""].note.startswith("position 59 minus position 5, 3 rows")
+    assert len([bin for name, bin in found if name == "position_loss"]) == 81
+    assert found["position_loss", "80"].standard_error is None
 
 
 def test_rows_of_one_position_have_no_score_and_nan_is_no_value() -> None:

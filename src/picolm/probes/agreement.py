@@ -4,12 +4,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from picolm.errors import PicoError
 from picolm.observe.passes import Ask, Pass
 from picolm.observe.rows import Rows, tokenizer_digest
 from picolm.observe.subject import Subject
-from picolm.probes.divergence import js_terms, kl_terms
 from picolm.probes.means import mean_of
 from picolm.probes.probe import Found, Quantity, probe
 
@@ -23,11 +23,27 @@ def _compared(ours: Pass, theirs: Pass) -> dict[str, Tensor]:
         )
     same_BP = ours.likeliest_BP == theirs.likeliest_BP
     return {
-        "kl": kl_terms(log_a, log_b).sum(-1),
-        "reverse_kl": kl_terms(log_b, log_a).sum(-1),
-        "js": js_terms(log_a, log_b).sum(-1),
+        "kl": _kl_terms(log_a, log_b).sum(-1),
+        "reverse_kl": _kl_terms(log_b, log_a).sum(-1),
+        "js": _js_terms(log_a, log_b).sum(-1),
         "top1_agreement": torch.where((ours.nats_BP + theirs.nats_BP).isnan(), math.nan, same_BP.double()),
     }
+
+
+def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return p ln(p / q): its sum is KL(p || q). 0 where p is 0; infinite where only q is 0."""
+    terms = log_p.exp() * (log_p - log_q)
+    return torch.where(log_p == -math.inf, 0.0, terms)
+
+
+def _js_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return (p ln(p / m) + q ln(q / m)) / 2 with m = (p + q) / 2: its sum is the Jensen-Shannon divergence, at most ln 2.
+
+    With r = ln(q / p), ln(p / m) is ln 2 - ln(1 + e^r), so no sum of small numbers is rounded.
+    """
+    ratio = (log_q - log_p).nan_to_num(0.0, 1e30, -1e30)  # where one of them is 0, its term is 0
+    of_p, of_q = log_p.exp() * (math.log(2) - softplus(ratio)), log_q.exp() * (math.log(2) - softplus(-ratio))
+    return (of_p + of_q) / 2
 
 
 @probe(
