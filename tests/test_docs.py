@@ -28,6 +28,7 @@ from picolm.analyze.metrics import METRICS
 from picolm.cli import app
 from picolm.probes import PROBES
 from picolm.suite.config import SuiteConfig
+from picolm.train.canaries import CanaryGroup
 from picolm.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -200,6 +201,7 @@ def test_everything_a_page_shows_runs(page: Path, room: Path, request: pytest.Fi
     ("page", "within", "schema"),
     [
         ("train", "", TrainConfig),
+        ("train", "canaries.", CanaryGroup),
         ("suite", "", SuiteConfig),
         ("analyze", "file.", analysis.AnalysisConfig),
         ("analyze", "metrics.", analysis.Entry),

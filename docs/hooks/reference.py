@@ -43,9 +43,11 @@ def _resolved(whole: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train() -> Iterator[str]:
+    from picolm.train.canaries import CanaryGroup
     from picolm.train.config import TrainConfig
 
     yield from _tables(TrainConfig)
+    yield from _table(CanaryGroup, "A group of data.canaries", "canaries.")
 
 
 def _suite() -> Iterator[str]:
@@ -128,11 +130,16 @@ def _analyze() -> Iterator[str]:
         config.EachStep: ("steps by a distance", "steps."),
     }
     for schema, (title, within) in titles.items():
-        whole = schema.model_json_schema()
-        yield from ("", f"## {title}", "", "| key | default | values | meaning |", "|---|---|---|---|")
-        for key, field in configuration_keys(schema):
-            if not field["section"]:
-                yield _row(key, field, whole, within)
+        yield from _table(schema, title, within)
+
+
+def _table(schema: type[BaseModel], title: str, within: str) -> Iterator[str]:
+    """The keys of a section that stands in a list, or on top of a file."""
+    whole = schema.model_json_schema()
+    yield from ("", f"## {title}", "", "| key | default | values | meaning |", "|---|---|---|---|")
+    for key, field in configuration_keys(schema):
+        if not field["section"]:
+            yield _row(key, field, whole, within)
 
 
 def _command_line() -> Iterator[str]:
