@@ -159,7 +159,11 @@ class Theirs:
 
 def test_the_keys_that_may_name_code_are_declared() -> None:
     assert set(KEYS) == set(NEEDED)
-    assert set(code_keys(AnalysisConfig)) == {"metrics.metric_name", "metrics.components.component_name"}
+    assert set(code_keys(AnalysisConfig)) == {
+        "metrics.metric_name",
+        "metrics.components.component_name",
+        "probes.probe_name",
+    }
 
 
 def value_for(key: str) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,7 +15,7 @@ from picolm.analyze.command import analyze_runs
 from picolm.errors import PicoError
 from picolm.observe.subject import Subject
 from picolm.observe.training import rows_of_tokens
-from picolm.probes import Ask, Found, Quantity, Reading, Rows, find_probe
+from picolm.probes import Ask, Found, Quantity, Reading, Rows
 from picolm.probes.calibration import calibration
 from picolm.probes.probe import Probe, Running, run
 from picolm.registry import find_code_in
@@ -251,14 +252,37 @@ def test_one_ask_that_fails_does_not_stop_the_others(rows: dict[str, str]) -> No
     assert "token id 600" in str(second.failure)
 
 
+def test_a_file_of_an_option_is_part_of_what_was_found(measure: Measure, rows: dict[str, str], tmp_path: Path) -> None:
+    entry = {"probe_name": "ngram", "orders": [1], "training_rows": "mine.npy"}
+    asked: dict[str, Any] = {"observe": {"rows": rows["val"], "max_rows": 4}, "steps": [300]}
+    np.save(tmp_path / "mine.npy", np.load(rows["corpus_train"])[:8])
+    first = value(measure(entry, **asked), "ngram.unigram_kl")
+    np.save(tmp_path / "mine.npy", np.load(rows["corpus_train"])[8:16])
+    assert value(measure(entry, **asked), "ngram.unigram_kl") != first
+
+
 @pytest.mark.slow
 def test_the_model_in_training_gives_what_its_checkpoint_gives(
     train: Callable[..., Run], measure: Measure, tmp_path: Path
 ) -> None:
-    trained = train("evaluation.metrics=[calibration]", "evaluation.probes.calibration.bins=7")
-    found = measure({"probe_name": "calibration", "bins": 7}, runs=(str(trained.path),))
+    options = {
+        "calibration": {"bins": 7},
+        "induction": {"length": 4, "count": 4, "tokens": "all", "bos": "none"},
+        "logit_lens": {},
+    }
+    names = ",".join(options)
+    given = [f"evaluation.probes.{name}.{key}={value}" for name, own in options.items() for key, value in own.items()]
+    trained = train(f"evaluation.metrics=[{names}]", *given)
+    found = measure(*({"probe_name": name, **own} for name, own in options.items()), runs=(str(trained.path),))
+    compared = 0
     for entry in trained.read_metrics():
-        for name in ("ece", "brier", "entropy"):
-            if (logged := entry.get(f"val/calibration.{name}")) is not None:
-                assert logged == value(found, f"calibration.{name}", entry["step"])
-    assert find_probe("calibration").name == "calibration"
+        for key, logged in entry.items():
+            name, _, where = key.removeprefix("val/").partition("/")
+            if name.partition(".")[0] in options:
+                layer, head = ([int(number) for number in where.split(".") if where] + [None, None])[:2]
+                own = found[(found["metric"] == name) & (found["step"] == entry["step"])]
+                own = own[own["layer"].isna() if layer is None else own["layer"] == layer]
+                own = own[own["head"].isna() if head is None else own["head"] == head]
+                assert logged == own["value"].item(), (key, entry["step"])
+                compared += 1
+    assert compared > 50

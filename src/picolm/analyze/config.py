@@ -123,7 +123,7 @@ class ProbeEntry(BaseModel):
     rows: Place | tuple[str, ...] | None = None
     """The rows that it asks about, as in `observe.rows` (default: those of `observe`, or the held-out rows of the run)."""
     max_rows: PositiveInt | None = None
-    """At most so many of these rows."""
+    """At most so many of these rows (default: as in `observe.max_rows`; all of a file of token ids that `rows` names)."""
     target: Target | None = None
     """What a probe of two models compares with (default: the last step)."""
 

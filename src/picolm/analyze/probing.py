@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +20,11 @@ from picolm.analyze.work import Ask, Outcome, chosen_steps
 from picolm.errors import PicoError
 from picolm.observe.config import Observe
 from picolm.observe.optimizer import moments_identity
-from picolm.observe.rows import Rows
+from picolm.observe.rows import Rows, is_ids
 from picolm.observe.subject import threads_of
 from picolm.probes import Probe, Reading, find_probe
 from picolm.probes.probe import Running, run
+from picolm.trusted import open_regular
 
 
 class Asked(NamedTuple):
@@ -83,6 +86,8 @@ def _rows(config: AnalysisConfig, readers: Readers, entry: ProbeEntry, probe: Pr
         return None
     asked = config.observe or Observe()
     stated = {key: getattr(entry, key) for key in ("rows", "max_rows") if getattr(entry, key) is not None}
+    if isinstance(entry.rows, str) and is_ids(entry.rows):
+        stated.setdefault("max_rows", sys.maxsize)  # rows of ids that are stated for one probe are all meant
     return readers.rows(asked.model_copy(update={**stated, "positions": "last", "what": ()}))[run]
 
 
@@ -105,7 +110,7 @@ def _key(
     parts: list[Any] = [
         probe.name,
         probe.code,
-        sorted(entry.options.items()),
+        [(key, value, _content(value)) for key, value in sorted(entry.options.items())],
         rows and (rows.identity, rows.has_targets),
         [(step, readers.weights_digest(place.run, step)) for step in earlier],
     ]
@@ -122,6 +127,15 @@ def _key(
         if "optimizer" in probe.needs:
             parts += moments_identity(checkpoint)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _content(value: Any) -> str:
+    """Return a digest of the file that an option names (`FILE.npy`, `FILE.parquet:COLUMN`), empty where it names none."""
+    for place in (value, value.rpartition(":")[0]) if isinstance(value, str) else ():
+        if place and Path(place).is_file():
+            with open_regular(Path(place)) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""
 
 
 def _groups(asked: Iterable[Asked]) -> list[list[Asked]]:

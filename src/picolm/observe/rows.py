@@ -5,6 +5,7 @@ and the positions are those whose tokens end at the same characters in all of th
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,8 @@ from picolm.store.checkpoint import Missing
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
+
+log = logging.getLogger("picolm")
 
 TOKENIZER = "tokenizer.json"
 ROWS_OF_A_FILE, LONGEST = 64, 512
@@ -74,6 +77,10 @@ def rows_of(
     if asked.rows == HELD_OUT:
         return {name: checked(held_out(run), name) for name, run in runs.items()}
     if isinstance(asked.rows, str) and (ids := given_rows(asked.rows)) is not None:
+        if asked.max_rows is None and len(ids) > ROWS_OF_A_FILE:
+            log.warning(
+                "%s: the first %d of its %d rows are read; more with max_rows.", asked.rows, ROWS_OF_A_FILE, len(ids)
+            )
         chosen = ids[: asked.max_rows or ROWS_OF_A_FILE]
         return {name: checked(chosen, name) for name in runs}
     tokenizers = {name: tokenizer_of(run) for name, run in runs.items()}
@@ -115,6 +122,11 @@ def _prompts(asked: Observe) -> list[str]:
     return [] if isinstance(asked.rows, str) else list(asked.rows)[: asked.max_rows]
 
 
+def is_ids(place: str) -> bool:
+    """Return whether a name is that of a file that may hold rows of token ids."""
+    return place.endswith(".npy") or ".parquet" in place
+
+
 def given_rows(place: str) -> list[Tensor] | None:
     """Return the rows of token ids in a file, None if it holds texts. Raises PicoError."""
     from picolm.data.token_rows import read_token_rows
@@ -141,10 +153,17 @@ def _texts(place: str) -> Iterator[str]:
 
 def _tokenizer_file(run: Run) -> tuple[bytes, str] | None:
     """Return the content of the tokenizer of a run, and where it is; None without one."""
-    for step in [run.steps[-1], *run.steps[:-1]]:
+    for step in [*run.steps[-1:], *run.steps[:-1]]:
         if TOKENIZER in run[step].files:
             return run[step].read(TOKENIZER), f"{run[step].path}/{TOKENIZER}"
-    return None
+    if run.steps:
+        return None
+    from picolm.train.build import open_batches, tokenizer_file
+    from picolm.train.sample import config_of
+
+    config = config_of(run)  # in training, before anything is saved: what is going to be saved
+    file = tokenizer_file(config, open_batches(config).source)
+    return None if file is None else (file.read_bytes(), str(file))
 
 
 def tokenizer_digest(run: Run) -> str | None:

@@ -77,13 +77,19 @@ class Surface:
             raise PicoError(f"the loss of {self._where} is {loss}, so there is no landscape around it")
         return loss
 
-    @with_threads
     def gradient(self, rows: Sequence[int] | None = None) -> Tensor:
         """Return the gradient of the mean loss, [D]. rows: see `loss`."""
-        total_D = torch.zeros_like(self.start_D)
+        return self.loss_and_gradient(rows)[1]
+
+    @with_threads
+    def loss_and_gradient(self, rows: Sequence[int] | None = None) -> tuple[float, Tensor]:
+        """Return the mean loss and its gradient, [D], of one pass forward and one backward. rows: see `loss`."""
+        total, total_D = 0.0, torch.zeros_like(self.start_D)
         for tokens_BS in self._batches(rows):
-            total_D += parameters_to_vector(self._slope(self._nats(tokens_BS)))
-        return total_D / self._predicted(rows)
+            nats = self._nats(tokens_BS)
+            total += float(nats.detach())
+            total_D += parameters_to_vector(self._slope(nats))
+        return total / self._predicted(rows), total_D / self._predicted(rows)
 
     @with_threads
     def hessian_product(self, vector_D: Tensor) -> Tensor:

@@ -41,7 +41,10 @@ def special_tokens(run: Run) -> set[int]:
 
 def _stated(run: Run) -> dict[str, list[int]]:
     """Return the ids in the files beside the newest step, by their keys: bos_token_id, eos_token_id, …"""
-    checkpoint, found = run[run.steps[-1]], dict[str, list[int]]()
+    found = dict[str, list[int]]()
+    if not run.steps:  # a run that has saved nothing yet
+        return found
+    checkpoint = run[run.steps[-1]]
     for name in _FILES:
         if name not in checkpoint.files:
             continue

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from picolm.errors import PicoError
 from picolm.observe.passes import Ask, Pass
 from picolm.observe.rows import Rows
 from picolm.observe.subject import Subject
@@ -22,7 +23,7 @@ def _predictions(found: Pass) -> dict[str, Tensor]:
         "confidence": confidence_BP,
         "right": likeliest_BP == found.targets_BP,
         "brier": probs_BPV.square().sum(-1) - 2 * of_target_BP + 1,
-        "entropy": -(probs_BPV * found.log_probs_BPV).nan_to_num(0.0).sum(-1),
+        "entropy": torch.special.entr(probs_BPV).sum(-1),
     }
 
 
@@ -47,6 +48,10 @@ def calibration(subject: Subject, rows: Rows, *, bins: Annotated[int, Field(ge=1
     """
     answer = yield Ask(rows, _predictions)
     of = {name: torch.cat(answer[name]).double() for name in ("confidence", "right")}
+    if wrong := int(of["confidence"].isnan().sum()):
+        raise PicoError(
+            f"the model computes NaN at {wrong} of {len(of['confidence'])} positions; its weights may have diverged"
+        )
     bin_N = (of["confidence"] * bins).floor().clamp(max=bins - 1).long()
     count = torch.bincount(bin_N, minlength=bins)
     sums = {name: torch.bincount(bin_N, of[name], minlength=bins) for name in ("confidence", "right")}

@@ -176,7 +176,7 @@ def _potential(surface: Surface, count: int, batch: int | None, seed: int, chain
             generator = torch.Generator().manual_seed(derive(seed, "llc rows", chain, draw))
             rows = torch.randperm(count, generator=generator)[:batch].tolist()
         surface.move(place_D)
-        return surface.loss(rows), surface.gradient(rows)
+        return surface.loss_and_gradient(rows)
 
     return at
 
