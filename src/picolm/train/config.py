@@ -278,7 +278,8 @@ class TrainConfig(Section):
     def problems(self) -> Iterator[Rule]:
         yield from _prefixed("model", self.model.problems())
         yield from _batch_rules(self)
-        yield from canary_rules(self.data.canaries, self.model.vocab_size)
+        if self.data.canaries:
+            yield from canary_rules(self.data.canaries, self.model.vocab_size)
         yield from _model_rules(self)
         yield from _name_rules(self)
 
