@@ -63,6 +63,7 @@ def probe_step(ask: Ask, readers: Readers, place: Place) -> Outcome:
 
 def _asked(ask: Ask, readers: Readers, place: Place, outcome: Outcome) -> Iterator[Asked]:
     """Yield what is to be run at a step. What cannot be is a row with its reason."""
+    batch_size = (ask.config.observe or Observe()).batch_size
     for entry in ask.config.probes:
         probe = find_probe(entry.probe_name)
         targets: list[Place | None] = [None]
@@ -74,7 +75,7 @@ def _asked(ask: Ask, readers: Readers, place: Place, outcome: Outcome) -> Iterat
             try:
                 rows = _rows(ask.config, readers, entry, probe, place.run)
                 earlier = _earlier(ask.config, readers, place) if "earlier" in probe.given else ()
-                key = _key(readers, entry, probe, rows, place, against, earlier)
+                key = _key(readers, entry, probe, rows, place, against, earlier, batch_size)
                 yield Asked(entry, probe, rows, against, earlier, key)
             except PicoError as error:
                 _fail(outcome, entry, probe, place, against, error)
@@ -105,6 +106,7 @@ def _key(
     place: Place,
     against: Place | None,
     earlier: tuple[int, ...],
+    batch_size: int,
 ) -> str:
     """Return a digest of all that the readings depend on. Raises PicoError for a step without weights."""
     parts: list[Any] = [
@@ -123,7 +125,7 @@ def _key(
         if weights is None:
             raise PicoError(f"step {each.step} of {each.run} has no weights, so there is no model to ask")
         parts += [weights, subject.architecture.identity(each.step), each.step, repr(readers.runs[each.run].config)]
-        parts += [torch.__version__, threads_of(readers.runs[each.run])]
+        parts += [torch.__version__, threads_of(readers.runs[each.run]), batch_size]
         if "optimizer" in probe.needs:
             parts += moments_identity(checkpoint)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
