@@ -11,11 +11,12 @@ import pytest
 import torch
 from tests.probes.conftest import REFERENCE, Measure, value
 
+import picolm.probes
 from picolm.analyze.command import analyze_runs
 from picolm.errors import PicoError
 from picolm.observe.subject import Subject
 from picolm.observe.training import rows_of_tokens
-from picolm.probes import Ask, Found, Quantity, Reading, Rows
+from picolm.probes import PROBES, Ask, Found, Quantity, Reading, Rows
 from picolm.probes.calibration import calibration
 from picolm.probes.probe import Probe, Running, run
 from picolm.registry import find_code_in
@@ -25,7 +26,7 @@ from picolm.store import Run
 LLAMA = str(REFERENCE / "checkpoints" / "llama_s0")
 OWN = '''
 from picolm.observe.training import rows_of_tokens
-from picolm.probes import Ask, Reading
+from picolm.probes import PROBES, Ask, Reading
 
 
 def nats(found):
@@ -176,6 +177,12 @@ def test_what_cannot_work_is_told_at_once(measure: Measure, entry: dict[str, Any
 
 def readings(function: Callable[..., Iterator[Any]], **gives: Quantity) -> list[Reading]:
     return Probe(function, "mine", gives)(Subject(Run.open(LLAMA)))
+
+
+def test_each_file_with_a_probe_is_imported() -> None:
+    folder = Path(picolm.probes.__file__).parent
+    there = {file.stem for file in folder.glob("*.py") if "\n@probe(" in file.read_text()}
+    assert there == {PROBES.get(name).function.__module__.rpartition(".")[2] for name in PROBES}
 
 
 def test_a_number_that_is_none_has_a_reason() -> None:

@@ -128,7 +128,7 @@ def units_of(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) 
         if len(missing) == MOST_MISSING:
             outcome.absent.append(f"further steps of {name} that were asked for: there are no such checkpoints")
         if others or config.probes:
-            yield from (Unit((Place(name, step),), others, probes=True) for step in steps)
+            yield from (Unit((Place(name, step),), others, probes=bool(config.probes)) for step in steps)
         if every:
             count = min(stated_anatomy(model_section(run), run.name).layers or 1, MOST_LAYERS)
             for layer in range(-1, count):

@@ -3,9 +3,25 @@
 Each file of this folder registers its probes when it is imported.
 """
 
-import importlib
-import pkgutil
-
+from picolm.probes import (  # noqa: F401
+    agreement,
+    attention,
+    barrier,
+    calibration,
+    circuits,
+    dormant,
+    gradient_noise,
+    hessian,
+    in_context,
+    induction,
+    llc,
+    logit_lens,
+    memorization,
+    ngram,
+    overfitting,
+    path,
+    token_curves,
+)
 from picolm.probes.live import ProbeEvaluation
 from picolm.probes.probe import (
     PROBES,
@@ -22,9 +38,6 @@ from picolm.probes.probe import (
     probe,
 )
 from picolm.train.evaluate import EVALUATIONS
-
-for _file in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"picolm.probes.{_file.name}")
 
 for _name in PROBES:
     if not PROBES.get(_name).compares:
