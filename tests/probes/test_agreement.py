@@ -17,6 +17,7 @@ def _numbers(a: Known, b: Known) -> dict[str, float]:
     return {name: reading.value for (name, _), reading in readings("agreement", a, ROWS, b).items()}  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("series", ["llama_s0", "neox_s0"])
 def test_a_checkpoint_agrees_with_itself(measure: Measure, rows: dict[str, str], series: str) -> None:
     found = measure(

@@ -351,6 +351,7 @@ def test_a_model_that_says_nothing_of_its_texts(tmp_path: Path) -> None:
         ask(small, tokens="all", length=65, bos=0)
 
 
+@pytest.mark.slow
 def test_a_run_of_pico_knows_its_training_rows(measure: Measure, train: Callable[..., Run]) -> None:
     run = train()
     entries = [{"probe_name": "induction", "length": 7, "count": 3, "alphabet": 20, "bos": bos} for bos in (5, "none")]

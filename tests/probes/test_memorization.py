@@ -109,6 +109,7 @@ monitoring: {{logging: {{log_level: ERROR}}}}
     return found
 
 
+@pytest.mark.slow
 def test_a_canary_is_seen_by_the_checkpoints_after_its_step_and_by_none_before(
     measure: Measure, trained: dict[str, Run], tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ def test_a_canary_is_seen_by_the_checkpoints_after_its_step_and_by_none_before(
     assert set(plain_notes) == {"never seen in this run"}
 
 
+@pytest.mark.slow
 def test_a_row_of_the_data_is_found_in_the_batch_that_reads_it(
     measure: Measure, trained: dict[str, Run], toy_data: Path, tmp_path: Path
 ) -> None:
@@ -155,6 +157,7 @@ def test_a_row_of_the_data_is_found_in_the_batch_that_reads_it(
     assert notes[4, "2"] == "never seen in this run"
 
 
+@pytest.mark.slow
 def test_bands_hold_rows_first_seen_in_their_batches(measure: Measure, trained: dict[str, Run]) -> None:
     run = trained["planted"]
     entry = {**SHORT, "per_row": True, "rows_per_band": 20, "bands": 5}
@@ -264,6 +267,7 @@ def test_what_cannot_be_asked_is_told_and_the_rest_goes_on(measure: Measure, row
     assert value(found, "memorization.loss") == pytest.approx(math.log(512), abs=0.2)
 
 
+@pytest.mark.slow
 def test_prompts_have_no_continuation(trained: dict[str, Run]) -> None:
     prompts = rows_of_tokens(torch.zeros(1, 5, dtype=torch.long), has_targets=False)
     with pytest.raises(PicoError, match="prompts have no continuation"):

@@ -42,7 +42,7 @@ Answer = dict[str, list[Tensor]]
 class Pass:
     """A forward pass over B rows of one length; what follows from it is computed when it is first read.
 
-    tokens_BS: the rows. logits_BTV: at each position that the model computes, which are the tokens that its context holds.
+    tokens_BS: the rows. logits_BTV: at each position that the model computes.
     hidden: the residual stream [B, T, H] before the first block and after each block, as asked for; patterns: the attention
     weights of each block, [B, N, T, T]; mlp: the hidden activations of the MLP of each block, [B, T, F].
     """

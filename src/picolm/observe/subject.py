@@ -123,14 +123,11 @@ class Subject:
 
     @with_threads
     def forward(self, rows: Rows, batch: Sequence[int], needs: Collection[str] = ()) -> Pass:
-        """Run the model on some rows of one length; see `Pass`. No gradients are computed.
-
-        It reads all tokens that its context holds, also one that is only predicted, since that changes nothing before it.
-        """
+        """Run the model on some rows of one length; see `Pass`. No gradients are computed."""
         self.require("logits", *(need for need in needs))
         device = next(self.model.parameters(), torch.empty(0)).device
         tokens_BS, patterns = self._tokens(rows, batch).to(device), list[Tensor]()
-        tokens_BT = tokens_BS[:, : self.architecture.context]
+        tokens_BT = tokens_BS[:, : rows.inputs(batch[0])]
         blocks = self._blocks(self.model) if "hidden" in needs else []
         outputs = self._mlp_outputs(self.model) if "mlp" in needs else []
         with torch.no_grad(), residual_stream(blocks) as hidden, inputs_of(outputs) as mlp:

@@ -1,10 +1,12 @@
 """Where each head looks: how widely, how far back, and how much at the first token and at the previous one."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from picolm.observe.passes import Ask, Pass
-from picolm.observe.rows import Rows
+from picolm.observe.rows import Rows, digest_of
 from picolm.observe.subject import Subject
 from picolm.probes.patterns import readings_of_heads, scores_of_heads
 from picolm.probes.probe import Found, Quantity, probe
@@ -46,8 +48,11 @@ def _read(found: Pass) -> dict[str, Tensor]:
 def attention(subject: Subject, rows: Rows) -> Found:
     """Measure how widely and how far back each attention head looks. Chance: uniform attention to all tokens so far.
 
-    All tokens of a row that the context holds are queries, also the last one, which is only predicted elsewhere.
+    All tokens of a row are queries, also the last one, which is only predicted elsewhere; in rows that are longer than the
+    context of the model by that token, those before it.
     """
+    if rows.has_targets and max(map(len, rows.tokens)) <= subject.architecture.context:
+        rows = replace(rows, has_targets=False, identity=digest_of(rows.identity, "read whole"))
     answer = yield Ask(rows, _read, frozenset({"patterns"}))
-    queries_R = torch.tensor([min(len(tokens), subject.architecture.context) - 1 for tokens in rows.tokens])
+    queries_R = torch.tensor([rows.inputs(row) - 1 for row in range(len(rows.tokens))])
     yield from readings_of_heads(list(GIVES), answer, queries_R)
