@@ -223,7 +223,7 @@ def _row(asked: Asked, place: Place, reading: Reading, module: str) -> dict[str,
         "metric": ".".join(filter(None, (probe.name, reading.name))),
         "metric_kind": "quantity",
         "options": " ".join(
-            f"{key}={value}" for key, value in {**stated, **dict(sorted(entry.options.items()))}.items()
+            f"{key}={_text(value)}" for key, value in {**stated, **dict(sorted(entry.options.items()))}.items()
         ),
         "value": reading.value,
         "standard_error": reading.standard_error,
@@ -241,6 +241,11 @@ def _row(asked: Asked, place: Place, reading: Reading, module: str) -> dict[str,
         "rows": reading.rows or (rows.identity if rows is not None else ""),
         "asked_split": split,
     }
+
+
+def _text(value: Any) -> str:
+    """Return an option as one word of the column `options`, as far as it has no spaces of its own."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)
 
 
 def over_steps(config: AnalysisConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
