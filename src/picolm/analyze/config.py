@@ -128,6 +128,11 @@ class ProbeEntry(BaseModel):
     """What a probe of two models compares with (default: the last step)."""
 
     @property
+    def of_rows(self) -> dict[str, Any]:
+        """What the entry states of its rows, by key."""
+        return {key: getattr(self, key) for key in ("rows", "max_rows") if getattr(self, key) is not None}
+
+    @property
     def options(self) -> dict[str, Any]:
         """The probe's own options, as given."""
         return dict(self.model_extra or {})

@@ -86,7 +86,7 @@ def _rows(config: AnalysisConfig, readers: Readers, entry: ProbeEntry, probe: Pr
     if "rows" not in probe.given and entry.rows is None:
         return None
     asked = config.observe or Observe()
-    stated = {key: getattr(entry, key) for key in ("rows", "max_rows") if getattr(entry, key) is not None}
+    stated = entry.of_rows
     if isinstance(entry.rows, str) and is_ids(entry.rows):
         stated.setdefault("max_rows", sys.maxsize)  # rows of ids that are stated for one probe are all meant
     return readers.rows(asked.model_copy(update={**stated, "positions": "last", "what": ()}))[run]
@@ -209,7 +209,6 @@ def _fail(
 def _row(asked: Asked, place: Place, reading: Reading, module: str) -> dict[str, Any]:
     entry, probe, rows, against, *_ = asked
     quantity = probe.quantity(reading.name)
-    stated = {key: getattr(entry, key) for key in ("rows", "max_rows") if getattr(entry, key) is not None}
     split = rows.split if rows is not None else ""
     return {
         "run": place.run,
@@ -223,7 +222,7 @@ def _row(asked: Asked, place: Place, reading: Reading, module: str) -> dict[str,
         "metric": ".".join(filter(None, (probe.name, reading.name))),
         "metric_kind": "quantity",
         "options": " ".join(
-            f"{key}={_text(value)}" for key, value in {**stated, **dict(sorted(entry.options.items()))}.items()
+            f"{key}={_text(value)}" for key, value in {**entry.of_rows, **dict(sorted(entry.options.items()))}.items()
         ),
         "value": reading.value,
         "standard_error": reading.standard_error,

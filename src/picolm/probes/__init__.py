@@ -3,6 +3,9 @@
 Each file of this folder registers its probes when it is imported.
 """
 
+from picolm.observe.passes import Answer, Ask
+from picolm.observe.rows import Rows
+from picolm.observe.subject import Subject
 from picolm.probes import (  # noqa: F401
     agreement,
     attention,
@@ -23,20 +26,7 @@ from picolm.probes import (  # noqa: F401
     token_curves,
 )
 from picolm.probes.live import ProbeEvaluation
-from picolm.probes.probe import (
-    PROBES,
-    Answer,
-    Ask,
-    Found,
-    Probe,
-    Quantity,
-    Reading,
-    Rows,
-    Steps,
-    Subject,
-    find_probe,
-    probe,
-)
+from picolm.probes.probe import PROBES, Found, Probe, Quantity, Reading, Steps, find_probe, probe
 from picolm.train.evaluate import EVALUATIONS
 
 for _name in PROBES:

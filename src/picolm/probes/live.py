@@ -12,7 +12,7 @@ from picolm.errors import PicoError
 from picolm.observe.config import Observe
 from picolm.observe.live import LiveSubject
 from picolm.observe.rows import Rows, rows_of
-from picolm.probes.probe import Probe, Reading, Running, run
+from picolm.probes.probe import Probe, Reading
 from picolm.store import Run
 from picolm.train.evaluate import Evaluation
 
@@ -56,11 +56,7 @@ def _readings(probe: Probe, subject: LiveSubject, options: Mapping[str, Any]) ->
     given: dict[str, Any] = {"subject": subject, "stated": None}
     if "rows" in probe.given:
         given["rows"] = _held_out(subject.run, subject.architecture.context, subject.architecture.outline.row_length(0))
-    running = Running(probe, given, options)
-    run([running], subject)
-    if running.failure is not None:
-        raise running.failure
-    return running.readings
+    return probe(*(given[key] for key in probe.given), **options)
 
 
 @cache

@@ -1,5 +1,6 @@
 """Means over positions, with their standard errors over rows: positions of one row are not independent."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -31,6 +32,16 @@ def mean_over_rows(sums_RX: Tensor, counts_R: Tensor) -> tuple[Tensor, Tensor | 
     mean_X = sums_RX.sum(0) / total
     spread_X = (sums_RX - mean_X * counts_R1).square().sum(0)
     return mean_X, (spread_X * number / (number - 1)).sqrt() / total if number > 1 else None
+
+
+def difference_of(name: str, more: Reading, less: Reading, note: str = "") -> Reading:
+    """Return the difference of two means as a reading; its standard error is that of independent samples."""
+    if more.value is None or less.value is None:
+        return Reading(name, None, reason=more.reason or less.reason)
+    errors = [each.standard_error for each in (more, less) if each.standard_error is not None]
+    return Reading(
+        name, more.value - less.value, standard_error=math.hypot(*errors) if len(errors) == 2 else None, note=note
+    )
 
 
 def means_by(

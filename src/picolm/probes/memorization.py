@@ -23,7 +23,7 @@ from picolm.observe.passes import Answer, Ask, Pass
 from picolm.observe.rows import Rows, held_out
 from picolm.observe.subject import Subject
 from picolm.observe.training import Canary, SeenRows, rows_of_tokens
-from picolm.probes.means import mean_of
+from picolm.probes.means import difference_of, mean_of
 from picolm.probes.probe import Found, Quantity, Reading, probe
 
 _OF = {
@@ -188,7 +188,7 @@ def memorization(
     known = list(question.readings("", before, none="this checkpoint has seen none of these rows"))
     unread, measured, why = yield from _unseen(question, subject, seen, others, rows_per_band)
     unknown = list(question.readings("unseen_", measured, why, none=f"there are no {why}"))
-    yield from [*known, *unknown, _counterfactual(known[0], unknown[0])]
+    yield from [*known, *unknown, difference_of("counterfactual", unknown[0], known[0], unknown[0].note)]
     if per_row:
         for row, of_row in zip([*sampled, *unread], [*found.values(), *measured]):
             yield from question.readings("row_", [of_row], _when(row.batches, step), bin=str(row.number))
@@ -281,14 +281,6 @@ def _unseen(
             return [], measured, "held-out rows, as nearly all training rows were seen"
     found = yield from _ask(question, seen, rows[: 4 * enough])
     return rows[: 4 * enough], list(found.values()), why
-
-
-def _counterfactual(seen: Reading, unseen: Reading) -> Reading:
-    if seen.value is None or unseen.value is None:
-        return Reading("counterfactual", None, reason=seen.reason or unseen.reason)
-    errors = seen.standard_error, unseen.standard_error
-    error = None if None in errors else math.hypot(*(each for each in errors if each is not None))
-    return Reading("counterfactual", unseen.value - seen.value, standard_error=error, note=unseen.note)
 
 
 def _canaries(question: Question, canaries: Sequence[Canary], step: int, references: int, seed: int) -> Found:

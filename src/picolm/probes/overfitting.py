@@ -1,6 +1,5 @@
 """How much lower the loss of rows is that a model was trained on than that of rows that it was not."""
 
-import math
 from collections.abc import Generator
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from picolm.observe.subject import Subject
 from picolm.observe.training import SeenRows, TrainingRows, rows_of_tokens
 from picolm.observe.training import training_rows as rows_that_trained
 from picolm.probes.in_context import nats
-from picolm.probes.means import mean_of
+from picolm.probes.means import difference_of, mean_of
 from picolm.probes.probe import Found, Quantity, Reading, probe
 
 
@@ -95,9 +94,4 @@ def _loss(subject: Subject, name: str, rows: Rows) -> Loss:
 
 
 def _gap(name: str, more: Reading, less: Reading) -> Reading:
-    """Return the difference of two losses, whose standard error is that of independent samples."""
-    if more.value is None or less.value is None:
-        return Reading(name, None, reason=more.reason or less.reason)
-    both = more.standard_error, less.standard_error
-    error = None if None in both else math.hypot(*both)  # type: ignore[arg-type]
-    return Reading(name, more.value - less.value, standard_error=error, note=more.note.partition("; ")[2])
+    return difference_of(name, more, less, note=more.note.partition("; ")[2])

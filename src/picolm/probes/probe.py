@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 from picolm.errors import PicoError
 from picolm.observe import passes
 from picolm.observe.passes import Answer, Ask
-from picolm.observe.rows import Rows
 from picolm.observe.subject import Subject
 from picolm.options import Option, Options, type_hints
 from picolm.registry import Registry
@@ -242,21 +241,3 @@ def _code_of(function: Any) -> str:
         *([Path(own)] if own else []),
     ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
-
-
-__all__ = [
-    "PROBES",
-    "Answer",
-    "Ask",
-    "Found",
-    "Probe",
-    "Quantity",
-    "Reading",
-    "Rows",
-    "Running",
-    "Steps",
-    "Subject",
-    "find_probe",
-    "probe",
-    "run",
-]
