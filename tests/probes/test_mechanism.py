@@ -22,6 +22,7 @@ from picolm.probes.probe import Probe, Running, run
 from picolm.registry import find_code_in
 from picolm.schema import ConfigError
 from picolm.store import Run
+from picolm.train.evaluate import EVALUATIONS
 
 LLAMA = str(REFERENCE / "checkpoints" / "llama_s0")
 OWN = '''
@@ -184,6 +185,13 @@ def test_each_file_with_a_probe_is_imported() -> None:
     there = {file.stem for file in folder.glob("*.py") if "\n@probe(" in file.read_text()}
     modules = {PROBES.get(name).function.__module__ for name in PROBES}  # other tests may have added probes of a user
     assert there == {name.rpartition(".")[2] for name in modules if name.startswith("picolm.probes.")}
+
+
+@pytest.mark.parametrize("name", ["path", "barrier", "agreement"])
+def test_probes_of_several_steps_are_no_evaluations_of_the_model_in_training(name: str) -> None:
+    with pytest.raises(PicoError, match=f"unknown evaluation '{name}'"):
+        EVALUATIONS.get(name)
+    assert EVALUATIONS.get("calibration")
 
 
 def test_a_number_that_is_none_has_a_reason() -> None:
