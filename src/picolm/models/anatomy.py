@@ -54,6 +54,10 @@ class Anatomy:
         if self.block.count("{}") != 1 or self.block.count("{") != 1:
             raise ValueError(f"block: {self.block!r}; expected a name with {{}} for the number of the block")
 
+    def captured(self) -> list[str]:
+        """Return the roles that are captured and measured unless something is asked for: those of CAPTURED that it has."""
+        return [role for role in CAPTURED if role in self.parts]
+
     def module(self, name: str) -> str:
         """Return the module that a role stands for; any other name as it is."""
         return self.parts[name].module if name in self.parts else name

@@ -19,7 +19,6 @@ from picolm.address import Address
 from picolm.capture.taps import matching
 from picolm.errors import PicoError, StoreError
 from picolm.models import Anatomy, NextToken, anatomy_of, find_model
-from picolm.models.anatomy import CAPTURED
 from picolm.readers.checkpoint import CONFIG, SeriesCheckpoint
 from picolm.store import Checkpoint, Run
 from picolm.store.checkpoint import SealedCheckpoint
@@ -97,7 +96,7 @@ class Architecture(ABC):
 
         suffixes: None for those that are captured in training. Raises PicoError for a suffix that no module has.
         """
-        suffixes = [role for role in CAPTURED if role in self.anatomy.parts] if suffixes is None else suffixes
+        suffixes = self.anatomy.captured() if suffixes is None else suffixes
         if not suffixes:
             raise PicoError("modules: it is not known what the parts of this model are called; name modules")
         found = matching(self.modules, list(map(self.anatomy.module, suffixes)), layers, "modules")

@@ -13,7 +13,6 @@ from picolm.address import Address
 from picolm.capture.taps import matching
 from picolm.errors import PicoError
 from picolm.models import Anatomy
-from picolm.models.anatomy import CAPTURED
 from picolm.readers.families import FAMILIES, QKV, anatomy_of
 
 # What torch.compile, activation checkpointing and others put into the names of the modules that they wrap.
@@ -72,7 +71,7 @@ def modules_to_capture(model: nn.Module, suffixes: Sequence[str] | None, layers:
     named = {own_name(name): module for name, module in model.named_modules() if name}
     known = anatomy(model)
     if suffixes is None:
-        suffixes = [role for role in CAPTURED if role in known.parts]
+        suffixes = known.captured()
     if not suffixes:
         inside = {name: module for name, module in named.items() if Address("", "", name).layer is not None}
         found = [name for name, module in inside.items() if _has_matrix(module)]

@@ -21,6 +21,7 @@ from picolm.data import Source, has_own_length, open_source
 from picolm.data.batches import Batches
 from picolm.errors import DataError, PicoError
 from picolm.models import anatomy_of, describe, find_model
+from picolm.models.anatomy import CAPTURED
 from picolm.registry import Registry
 from picolm.schema import plain
 from picolm.seeds import derive
@@ -337,10 +338,13 @@ def _setup(config: TrainConfig, fabric: Fabric, model: Any) -> Any:
 def make_taps(config: TrainConfig, model: torch.nn.Module) -> Taps:
     """Return the taps for the captures of the configuration, with the modules looked up in `model`.
 
-    Raises PicoError for a suffix that matches no module.
+    The suffixes of the default mean those that the architecture has. Raises PicoError for a suffix that matches no module.
     """
     dynamics, anatomy = config.checkpointing.learning_dynamics, anatomy_of(model)
-    modules = find_modules(model, list(map(anatomy.module, dynamics.layer_suffixes)), dynamics.layers)
+    suffixes = dynamics.layer_suffixes
+    if suffixes == CAPTURED:
+        suffixes = tuple(anatomy.captured()) or CAPTURED
+    modules = find_modules(model, list(map(anatomy.module, suffixes)), dynamics.layers)
     return taps_of(dynamics, modules, config.training.seeds.noise)
 
 
