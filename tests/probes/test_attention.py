@@ -146,3 +146,37 @@ def test_rows_are_read_whole_where_the_context_allows_it(
         found = measure({"probe_name": "attention"}, steps=[0], observe={"rows": str(tmp_path / "rows.npy")})
         chance = found[found["metric"] == "attention.distance"]["chance"].iloc[0]
         assert chance == pytest.approx(read / 4)  # the mean of i / 2
+
+
+def test_it_shares_its_passes_with_probes_that_only_predict_the_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked together, each finds what it finds alone, and the model runs once on each batch."""
+    draw = np.random.default_rng(0)
+    tokens = [torch.as_tensor(draw.integers(0, 60, 33)) for _ in range(5)]
+    asked = Rows(tokens, [[31]] * 5, "made", True, digest_of([each.tolist() for each in tokens]))
+    subject = Subject(Run.open(REFERENCE / "checkpoints" / "llama_s0"))
+    ran: list[tuple[int, int]] = []
+    forward = Subject.forward
+
+    def counted(self: Subject, rows: Rows, batch: Sequence[int], needs: frozenset[str] = frozenset()) -> Pass:
+        ran.append((len(batch), rows.inputs(batch[0])))
+        return forward(self, rows, batch, needs)
+
+    monkeypatch.setattr(Subject, "forward", counted)
+    names = ("calibration", "attention", "dormant", "logit_lens", "in_context")
+    options = {"in_context": {"early": 2, "late": 20}}
+
+    def running(name: str) -> Running:
+        return Running(find_probe(name), {"subject": subject, "rows": asked, "stated": None}, options.get(name, {}))
+
+    together = [running(name) for name in names]
+    run(together, subject, batch_size=3)
+    assert ran == [(3, 33), (2, 33)]
+    for name, each in zip(names, together):
+        alone = running(name)
+        run([alone], subject, batch_size=3)
+        assert each.failure is None
+        assert any(reading.value is not None for reading in each.readings)
+        for one, other in zip(each.readings, alone.readings, strict=True):
+            assert (one.name, one.layer, one.head, one.bin) == (other.name, other.layer, other.head, other.bin)
+            assert one.reason == other.reason
+            assert other.value is None or one.value == pytest.approx(other.value, rel=1e-4, abs=1e-5), (name, one)

@@ -57,6 +57,22 @@ class Pass:
     ):
         self.tokens_BS, self.logits_BTV = tokens_BS, logits_BTV
         self.hidden, self.patterns, self.mlp = list(hidden), list(patterns), list(mlp)
+        self._shorter: dict[int, Pass] = {}
+
+    def until(self, size: int) -> "Pass":
+        """Return the pass at the first positions of its rows, which in a causal model are those of shorter rows."""
+        if size == self.logits_BTV.shape[1]:
+            return self
+        return self._shorter.setdefault(
+            size,
+            Pass(
+                self.tokens_BS,
+                self.logits_BTV[:, :size],
+                [each[:, :size] for each in self.hidden],
+                [each[..., :size, :size] for each in self.patterns],
+                [each[:, :size] for each in self.mlp],
+            ),
+        )
 
     @cached_property
     def targets_BP(self) -> Tensor:
@@ -81,14 +97,17 @@ class Pass:
 
 
 def answer(subject: "Subject", asks: Sequence[Ask], batch_size: int = 8) -> list[Answer]:
-    """Return what is read of each row, for each ask. Asks of the same rows share their forward passes.
+    """Return what is read of each row, for each ask. Asks of the same rows share their forward passes, also where one reads
+    the rows whole and another only predicts their last token.
 
     Raises PicoError where the model of a subject does not give what is needed.
     """
     found: list[Answer] = [{} for _ in asks]
-    sets = {ask.rows.identity: ask.rows for ask in asks}
-    for identity, rows in sets.items():
-        places = [place for place, ask in enumerate(asks) if ask.rows.identity == identity]
+    sets: dict[str, list[int]] = {}
+    for place, ask in enumerate(asks):
+        sets.setdefault(ask.rows.whole_of or ask.rows.identity, []).append(place)
+    for places in sets.values():
+        rows = min((asks[place].rows for place in places), key=lambda rows: rows.has_targets)  # the longest
         needs = frozenset[str]().union(*(asks[place].needs for place in places))
         for batch in rows.batches(batch_size):
             passes: dict[Subject, Pass] = {}
@@ -97,7 +116,8 @@ def answer(subject: "Subject", asks: Sequence[Ask], batch_size: int = 8) -> list
                 for each in of:
                     if each not in passes:
                         passes[each] = each.forward(rows, batch, needs)
-                for name, tensor in asks[place].read(*(passes[each] for each in of)).items():
+                size = asks[place].rows.inputs(batch[0])
+                for name, tensor in asks[place].read(*(passes[each].until(size) for each in of)).items():
                     found[place].setdefault(name, []).extend(tensor.cpu())
     return found
 

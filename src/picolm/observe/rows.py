@@ -7,7 +7,7 @@ and the positions are those whose tokens end at the same characters in all of th
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,8 @@ class Rows:
     positions: those to read of each row. has_targets: whether the last token of each row is only predicted; else (prompts) it is
     read, and nothing is predicted. identity: digest of what is read where: equal for the same ids and positions, and for texts
     that several tokenizers read. unread: tokens at the end of a row with targets that the model does not read: `row_length(0)`,
-    1 for the next token, 0 where what is predicted stands in the row itself.
+    1 for the next token, 0 where what is predicted stands in the row itself. whole_of: of rows that are read whole, the identity
+    of the rows with targets that they are otherwise, which share their passes.
     """
 
     tokens: list[Tensor]
@@ -46,6 +47,12 @@ class Rows:
     has_targets: bool
     identity: str
     unread: int = 1
+    whole_of: str = ""
+
+    def read_whole(self) -> "Rows":
+        """Return the rows with their last tokens read too, not only predicted."""
+        identity = digest_of(self.identity, "read whole")
+        return replace(self, has_targets=False, identity=identity, whole_of=self.identity)
 
     def inputs(self, row: int) -> int:
         """Return the number of positions of a row that the model computes."""

@@ -1,12 +1,10 @@
 """Where each head looks: how widely, how far back, and how much at the first token and at the previous one."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from picolm.observe.passes import Ask, Pass
-from picolm.observe.rows import Rows, digest_of
+from picolm.observe.rows import Rows
 from picolm.observe.subject import Subject
 from picolm.probes.patterns import readings_of_heads, scores_of_heads
 from picolm.probes.probe import Found, Quantity, probe
@@ -51,8 +49,8 @@ def attention(subject: Subject, rows: Rows) -> Found:
     All tokens of a row are queries, also the last one, which is only predicted elsewhere; in rows that are longer than the
     context of the model by that token, those before it.
     """
-    if rows.has_targets and max(map(len, rows.tokens)) <= subject.architecture.context:
-        rows = replace(rows, has_targets=False, identity=digest_of(rows.identity, "read whole"))
+    if rows.has_targets and rows.unread and max(map(len, rows.tokens)) <= subject.architecture.context:
+        rows = rows.read_whole()
     answer = yield Ask(rows, _read, frozenset({"patterns"}))
     queries_R = torch.tensor([rows.inputs(row) - 1 for row in range(len(rows.tokens))])
     yield from readings_of_heads(list(GIVES), answer, queries_R)
