@@ -3,21 +3,18 @@
 python docs/figures/nano.py [suites/pico-nano]    (needs matplotlib; without the suite it draws from nano_*.csv beside this file)
 """
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
+from drawing import HERE, apart, cell, lines, save
 
 from picolm.analyze import table
-from picolm.analyze.intervals import difference, interval
+from picolm.analyze.intervals import interval
 from picolm.store import Run
 from picolm.suite.convergence import by_group, by_run, figures
 
-HERE = Path(__file__).parent
-COLORS = ["#d9a514", "#35b779", "#2d708e", "#482677"]  # small to large; printed in grey, light to dark
 MATTERS = {
     ("attention", "activations"): "output of attention",
     ("mlp", "activations"): "output of the MLP",
@@ -34,11 +31,6 @@ SHOWN = {  # of each kind of matrix and metric, the rows of the table
     ("per", "weights"): ["first", "last", "last / first", f"fallen to 95% {SHARE}"],
     ("per", "gradients"): ["first", "last", "last / first", "mean over training"],
 }
-matplotlib.use("svg")
-matplotlib.rcParams |= {
-    "svg.hashsalt": "pico", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.titlesize": 10,
-}  # fmt: skip
 
 
 def condense(suite: Path) -> None:
@@ -65,22 +57,9 @@ def condense(suite: Path) -> None:
     members.round(5).to_csv(HERE / "nano_runs.csv", index=False)
 
 
-def band(frame: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Mean and 95 % interval over runs, by step; layers are averaged within each run first."""
-    each = frame.groupby(["step", "run"])[value].mean()
-    rows = [(step, *interval(part.tolist())[:3]) for step, part in each.groupby("step")]
-    return pd.DataFrame(rows, columns=["step", "mean", "low", "high"])
-
-
 def draw(axes: Any, frame: pd.DataFrame, groups: list[str], value: str, linear: bool = False) -> None:
     """A line with its band per size, and a thin one per run. linear: steps as they are, not their logarithms."""
-    for color, group in zip(COLORS, groups):
-        own = frame[frame["group"] == group]
-        for _, run in own.groupby(["run", "step"])[value].mean().groupby("run"):
-            axes.plot(run.index.get_level_values("step"), run, color=color, linewidth=0.6, alpha=0.6)
-        line = band(own, value)
-        axes.plot(line["step"], line["mean"], color=color, label=group.upper(), linewidth=1.6)
-        axes.fill_between(line["step"], line["low"], line["high"], color=color, alpha=0.2, linewidth=0)
+    lines(axes, frame, groups, value, [group.upper() for group in groups])
     axes.set_xlim(0, frame["step"].max())
     if linear:
         axes.set(xticks=[0, 256, 512, 768, 1024], ylim=(-0.02, 1.02))
@@ -88,10 +67,6 @@ def draw(axes: Any, frame: pd.DataFrame, groups: list[str], value: str, linear: 
     axes.set_xscale("symlog", linthresh=1, linscale=0.5)
     axes.set_xticks([0, 1, 4, 16, 64, 256, 1024], ["0", "1", "4", "16", "64", "256", "1024"])
     axes.minorticks_off()
-
-
-def save(figure: Any, name: str) -> None:
-    figure.savefig(HERE / f"nano_{name}.svg", metadata={"Date": None})
 
 
 def by_metric(values: pd.DataFrame, groups: list[str], metric: str, kinds: tuple[str, ...], label: str) -> None:
@@ -114,7 +89,7 @@ def by_metric(values: pd.DataFrame, groups: list[str], metric: str, kinds: tuple
     for axes in panels[:, 0]:
         axes.set_ylabel(label)
     panels.flat[0].legend(frameon=False)
-    save(figure, metric)
+    save(figure, f"nano_{metric}")
 
 
 def by_layer(values: pd.DataFrame, groups: list[str]) -> None:
@@ -134,7 +109,7 @@ def by_layer(values: pd.DataFrame, groups: list[str]) -> None:
         row[0].set_ylabel("CKA with the last step")
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.supxlabel("step (updates)", fontsize=10)
-    save(figure, "layers")
+    save(figure, "nano_layers")
 
 
 def losses(frame: pd.DataFrame, groups: list[str]) -> None:
@@ -144,7 +119,7 @@ def losses(frame: pd.DataFrame, groups: list[str]) -> None:
     draw(axes, frame[frame["of"] == "held out"], groups, "nats_per_token")
     axes.set(xlabel="step (updates)", ylabel="held-out loss (nats per token)")
     axes.legend(frameon=False)
-    save(figure, "loss")
+    save(figure, "nano_loss")
 
 
 def print_tables(values: pd.DataFrame, members: pd.DataFrame, groups: list[str]) -> None:
@@ -203,22 +178,6 @@ def ratios(found: pd.DataFrame) -> pd.DataFrame:
         .reset_index()
     )
     return wide.assign(figure="last / first", value=wide["last"] / wide["first"])[[*keys, "figure", "value"]]
-
-
-def cell(found: tuple[float, ...]) -> str:
-    mean, low, high, n = found
-    if not n or math.isnan(mean):
-        return "not in every layer"
-    spread = "" if math.isnan(high) else f" ± {(high - low) / 2:.3f}"
-    return f"{mean:.3f}{spread}" + ("" if n == 3 else f" (n = {n:.0f})")
-
-
-def apart(one: pd.Series, other: pd.Series) -> str:
-    """The difference of two means over runs with its 95 % interval (Welch); empty where a run has no value."""
-    if one.isna().any() or other.isna().any():
-        return ""
-    found, low, high = difference(one.tolist(), other.tolist())
-    return f"{found:+.3f} ± {(high - low) / 2:.3f}"
 
 
 def main() -> None:

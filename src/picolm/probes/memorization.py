@@ -165,7 +165,8 @@ def memorization(
     training data; where the run reads all of it, those not read yet; then held-out rows. The difference at one checkpoint
     estimates counterfactual memorization (Zhang et al. 2021) without training again. Extraction as in Carlini et al. 2023:
     `prompt` tokens, then `continuation` tokens, from the start of a row. Exposure as in Carlini et al. 2019, estimated from
-    `references` random rows; positions at which all canaries of a group are the same are the same in these. Stated rows
+    `references` random rows; positions at which all canaries of a group are the same are the same in these; their mean loss is
+    the chance level of `canary_loss`. Stated rows
     (`rows:`) are measured in place of all this, with any series. greedy: also decode, for `score`. per_row: a value of each
     row, with the batches that hold it (default: of stated rows).
     """
@@ -285,14 +286,15 @@ def _unseen(
 
 def _canaries(question: Question, canaries: Sequence[Canary], step: int, references: int, seed: int) -> Found:
     measured = yield from question.measure(rows_of_tokens(torch.stack([canary.tokens for canary in canaries])))
-    numbered = list(enumerate(zip(canaries, measured)))
-    for number, (canary, of_row) in numbered:
-        note = ": ".join(filter(None, (canary.group, _when(canary.steps, step))))
-        yield from question.readings("canary_", [of_row], note, bin=str(number))
+    numbered = enumerate(zip(canaries, measured))
     for group, (_, members) in enumerate(groupby(numbered, key=lambda each: id(each[1][0].alike))):
         of_group = list(members)
         losses_R = yield from _references(of_group[0][1][0], references, seed, group)
-        for number, (_, of_row) in of_group:
+        for number, (canary, of_row) in of_group:
+            note = ": ".join(filter(None, (canary.group, _when(canary.steps, step))))
+            others = None if losses_R is None else float(losses_R.mean()) / len(of_row.nats)
+            for reading in question.readings("canary_", [of_row], note, bin=str(number)):
+                yield reading._replace(chance=others) if reading.name == "canary_loss" else reading
             yield _exposure(float(of_row.nats.double().sum()), losses_R, str(number))
 
 
