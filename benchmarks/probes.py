@@ -188,12 +188,10 @@ def sorted_probes(subject: Any, rows: Any, folder: Path) -> tuple[dict[str, Any]
 
 def all_asks(begun: Any, subject: Any) -> Iterator[Any]:
     """Run a probe to its end, and yield all that it asks."""
-    from picolm.observe.passes import answer
-
     begun.go_on()
     while begun.ask is not None:
         yield begun.ask
-        begun.go_on(answer(subject, [begun.ask], BATCH)[0])
+        begun.go_on(subject.answer([begun.ask], BATCH)[0])
 
 
 def running(name: str, subject: Any, rows: Any, options: dict[str, Any], stated: Any = None) -> Any:

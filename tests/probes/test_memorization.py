@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.probes.conftest import REFERENCE, Measure, expected, value
 
+from picolm.data.canaries import random_rows
 from picolm.errors import PicoError
 from picolm.observe.subject import Subject
 from picolm.observe.training import SeenRows, rows_of_tokens
@@ -133,6 +134,12 @@ def test_a_canary_is_seen_by_the_checkpoints_after_its_step_and_by_none_before(
     assert by_row(found, "exposure", 80)[:2].tolist() == [8, 8]
     exposure = found[found["metric"] == "memorization.exposure"]
     assert set(exposure["note"]) == {"at most 8 bits with 255 references"}
+    # The chance level of a canary is the mean loss of the rows that its exposure is counted among, asked about by themselves.
+    np.save(tmp_path / "like.npy", random_rows(255, 17, np.arange(32), 0, "memorization references", 1))
+    like = measure({**SHORT, "rows": f"{tmp_path}/like.npy", "max_rows": 255}, runs=(places["planted"],), steps=[80])
+    canary = found[(found["metric"] == "memorization.canary_loss") & (found["step"] == 80)].set_index("bin")
+    assert canary["chance"]["2"] == pytest.approx(value(like, "memorization.loss"), rel=1e-6)
+    assert canary["value"]["0"] < 0.1 < canary["chance"]["0"]
     assert set(exposure["units"]) == {"bits"}
     plain_notes = without[without["metric"] == "memorization.row_loss"]["note"]
     assert set(plain_notes) == {"never seen in this run"}
