@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LATEST := .venv-latest/bin
 
-.PHONY: browser slurm demo suite experiment test test-latest siege check format docs clean help
+.PHONY: browser slurm demo suite experiment experiment-induction experiment-memorization test test-latest siege check format docs clean help
 
 help:
 	@echo "make demo   set up, and train a small language model on real text (offline, some minutes)"
@@ -26,6 +26,15 @@ suite: .venv/.demo
 # The figures of docs/experiment-nano.md are drawn again from the suite, and its tables printed.
 experiment: suite .venv/.docs
 	$(BIN)/python docs/figures/nano.py
+
+# The same for docs/experiment-induction.md and docs/experiment-memorization.md; an hour, and half of one.
+experiment-induction: .venv/.demo .venv/.docs
+	$(BIN)/pico suite examples/induction/suite.yaml --jobs 2 --trust-remote-code
+	$(BIN)/python docs/figures/induction_experiment.py
+
+experiment-memorization: .venv/.demo .venv/.docs
+	$(BIN)/pico suite examples/memorization/suite.yaml --jobs 2
+	$(BIN)/python docs/figures/memorization_experiment.py
 
 test: .venv/.dev browser slurm
 	$(BIN)/pytest -n 2 --dist worksteal
