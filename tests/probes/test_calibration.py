@@ -10,6 +10,8 @@ from tests.probes.conftest import Measure, expected, value
 from tests.probes.known import Known, readings, rows_of_lists
 
 from picolm.errors import PicoError
+from picolm.observe.passes import Pass
+from picolm.probes.calibration import _predictions
 
 
 @pytest.mark.parametrize(("series", "step"), [("llama_s0", 0), ("llama_s0", 300), ("neox_s0", 500)])
@@ -62,3 +64,10 @@ def test_nan_is_no_confidence() -> None:
     broken = Known(lambda tokens_BT: torch.full((*tokens_BT.shape, 5), math.nan), 5)
     with pytest.raises(PicoError, match="the model computes NaN at 3 of 3 positions; its weights may have diverged"):
         readings("calibration", broken, rows_of_lists([[0, 1, 2, 3]]))
+
+
+def test_a_token_that_cannot_be_has_no_part_in_the_entropy() -> None:
+    logits_BTV = torch.tensor([[[0.0, 0.0, -math.inf], [0.0, -math.inf, -math.inf]]])
+    found = _predictions(Pass(torch.zeros(1, 3, dtype=torch.long), logits_BTV))
+    assert found["entropy"].tolist() == [[pytest.approx(math.log(2)), 0.0]]
+    assert found["brier"].tolist() == [[pytest.approx(0.5), 0.0]]

@@ -17,13 +17,14 @@ from picolm.probes.probe import Found, Quantity, Reading, probe
 def _predictions(found: Pass) -> dict[str, Tensor]:
     """Read confidence, correctness, Brier score and entropy at each position, [B, P]."""
     probs_BPV = found.log_probs_BPV.exp()
+    finite_BPV = found.log_probs_BPV.clamp(min=torch.finfo(torch.float32).min)  # 0 times -inf is no number
     confidence_BP, likeliest_BP = probs_BPV.max(-1)
     of_target_BP = found.nats_BP.neg().exp()
     return {
         "confidence": confidence_BP,
         "right": likeliest_BP == found.targets_BP,
-        "brier": probs_BPV.square().sum(-1) - 2 * of_target_BP + 1,
-        "entropy": torch.special.entr(probs_BPV).sum(-1),
+        "brier": (probs_BPV * probs_BPV).sum(-1) - 2 * of_target_BP + 1,  # a square takes three times as long
+        "entropy": -finite_BPV.mul_(probs_BPV).sum(-1),
     }
 
 

@@ -69,7 +69,7 @@ def _read(subject: Subject, found: Pass) -> dict[str, Tensor]:
 
 def _of_row(subject: Subject, found: Pass, row: int) -> dict[str, Tensor]:
     targets_P, last_PV = found.targets_BP[row], found.log_probs_BPV[row]
-    final_PV, likeliest_P = last_PV.exp(), last_PV.argmax(-1)
+    final_PV, likeliest_P = last_PV.exp(), last_PV.max(-1).indices
     read: dict[str, list[Tensor]] = {name: [] for name in _OF_A_LAYER}
     for k, hidden_BTH in enumerate(found.hidden):
         lens_PV = last_PV
@@ -77,18 +77,13 @@ def _of_row(subject: Subject, found: Pass, row: int) -> dict[str, Tensor]:
             lens_PV = subject.readout(hidden_BTH[row : row + 1, : len(targets_P)])[0].to(last_PV.dtype).log_softmax(-1)
         # argmax gives a token even of what is not a number
         known_P = torch.where((lens_PV[:, 0] + last_PV[:, 0]).isnan(), torch.nan, 1.0)
-        read["kl"].append(_dot(final_PV, last_PV - lens_PV))
-        read["agreement"].append((lens_PV.argmax(-1) == likeliest_P) * known_P)
+        read["kl"].append((last_PV - lens_PV).mul_(final_PV).sum(-1))
+        read["agreement"].append((lens_PV.max(-1).indices == likeliest_P) * known_P)  # half of the time of argmax
         read["loss"].append(-lens_PV.gather(-1, targets_P[:, None])[:, 0])
-        read["entropy"].append(-_dot(lens_PV.exp(), lens_PV))
+        read["entropy"].append(-lens_PV.exp().mul_(lens_PV).sum(-1))
     of_row = {name: torch.stack(of_places) for name, of_places in read.items()}
     stays_KP = of_row["agreement"].flip(0).cumprod(0)
     return of_row | {"depth": len(stays_KP) - stays_KP.sum(0)}
-
-
-def _dot(a_PV: Tensor, b_PV: Tensor) -> Tensor:
-    """Return the sum over the vocabulary of products, [P]."""
-    return torch.einsum("pv,pv->p", a_PV, b_PV)
 
 
 def _check(subject: Subject, found: Pass) -> None:
