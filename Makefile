@@ -29,7 +29,7 @@ experiment: suite .venv/.docs
 
 # The same for docs/experiment-induction.md and docs/experiment-memorization.md; an hour, and half of one.
 experiment-induction: .venv/.demo .venv/.docs
-	$(BIN)/pico suite examples/induction/suite.yaml --jobs 2 --trust-remote-code
+	$(BIN)/pico suite examples/induction/suite.yaml --jobs 2
 	$(BIN)/python docs/figures/induction_experiment.py
 
 experiment-memorization: .venv/.demo .venv/.docs

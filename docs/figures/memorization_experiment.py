@@ -102,7 +102,7 @@ def draw(values: pd.DataFrame) -> None:
                 axes.set_title(f"shown from step {first} to {first + SPAN - 5}")
         panels[-1, column].set_xlabel("step (updates)")
     panels[0, 0].set_ylabel("nats a token\nbelow rows like it")
-    panels[1, 0].set_ylabel("exposure (bits, at most 8)")
+    panels[1, 0].set_ylabel("exposure (bits, at most 7)")
     panels[0, -1].legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, "memorization_curves")
 

@@ -54,11 +54,12 @@ class CodePolicy(NamedTuple):
     """The rules for importing code; a process passes them to the processes that it starts.
 
     trusted: --trust-remote-code. folders: folders, besides the working folder, in which the user's own modules are
-    found.
+    found. named: what the user's own configuration names, which a run that was made with it may name, too.
     """
 
     trusted: bool = False
     folders: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
 
 
 _policy = CodePolicy()
@@ -85,6 +86,11 @@ def find_code_in(folder: Path) -> None:
     set_code_policy(_policy._replace(folders=tuple(dict.fromkeys([*_policy.folders, str(folder.absolute())]))))
 
 
+def trust_names(names: Iterable[str]) -> None:
+    """Allow these names to be imported from now on, wherever they stand: the user's own configuration states them."""
+    set_code_policy(_policy._replace(named=tuple(dict.fromkeys([*_policy.named, *map(str, names)]))))
+
+
 def names_code(text: str) -> bool:
     """Return whether the text has the form `module:attribute`."""
     return _CODE.fullmatch(text) is not None
@@ -92,7 +98,7 @@ def names_code(text: str) -> bool:
 
 def require_trust(name: str) -> None:
     """Raise UntrustedCode if `name`, which will be imported or run, is `Untrusted` and remote code is not trusted."""
-    if isinstance(name, Untrusted) and not _policy.trusted:
+    if isinstance(name, Untrusted) and not _policy.trusted and name not in _policy.named:
         raise UntrustedCode(
             f"{name.where} names code of its own, {name.key}: {name}; to import is to run it, which is done only with "
             "--trust-remote-code"

@@ -18,6 +18,7 @@ from picolm.suite.command import run_suite
 from picolm.suite.config import load_suite
 from picolm.suite.standing import standing, standings
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SEEDS = "matrix: {size: {small: {model.d_model: 24}, wide: {model.d_model: 32}}, seed: [1, 2]}"
 
 
@@ -224,3 +225,32 @@ def test_a_suite_that_is_asked_to_stop_saves_and_goes_on_later(toy_suite: Callab
     found = standings(load_suite(file, words).members)
     assert [s.state for s in found] == ["interrupted", "new"]
     assert Run.open(tmp_path / "runs" / "toys-small").steps[-1] == found[0].step > 0
+
+
+@pytest.mark.slow
+def test_a_model_that_the_suite_names_is_trusted_in_its_analysis_and_in_no_other(
+    toy_suite: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Two architectures side by side, one of them the user's own; a stranger's run with the same name asks for trust."""
+    (tmp_path / "attention_only.py").write_text((EXAMPLES / "induction" / "attention_only.py").read_text())
+    file = toy_suite(
+        "matrix: {kind: {full: {model.model_type: pico_decoder},"
+        ' attention: {model.model_type: "attention_only:AttentionOnly"}}}'
+    )
+    (tmp_path / "analysis.yaml").write_text(
+        "analysis_name: both\nobserve: {rows: val}\nprobes: [{probe_name: in_context}]\nmetrics: [{metric_name: per}]\n"
+    )
+    pico = [sys.executable, "-m", "picolm"]
+    done = subprocess.run([*pico, "suite", str(file)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "trust-remote-code" not in done.stderr
+    values = pd.read_parquet(tmp_path / "suites/toys/both/results.parquet")
+    scores = values[values["metric"] == "in_context.in_context_score"]
+    assert set(scores["run"]) == {"toys-full", "toys-attention"}
+    assert scores["value"].notna().all()
+    of_mlp = values[values["module"].str.contains("swiglu")]
+    assert set(of_mlp[of_mlp["value"].notna()]["run"]) == {"toys-full"}
+
+    analysis = [*pico, "analyze", "analysis.yaml", "--run", "runs/toys-attention"]
+    alone = subprocess.run(analysis, cwd=tmp_path, capture_output=True, text=True)
+    assert "is done only with --trust-remote-code" in alone.stderr

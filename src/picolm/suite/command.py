@@ -10,6 +10,7 @@ from rich.table import Table
 
 from picolm.console import LEAST_WIDTH, configure_logging, say, screen
 from picolm.errors import PicoError
+from picolm.registry import trust_names
 from picolm.schema import dump
 from picolm.store.files import disk_errors, write_atomically
 from picolm.suite.comparison import REPORT, analyze_members, write_report
@@ -128,6 +129,7 @@ def _written(suite: Suite, members: list[Member]) -> dict[str, Path]:
 def _conclude(suite: Suite, members: list[Member], jobs: int, report: bool) -> None:
     """Analyze the finished members, and write the report."""
     log.info("Analyzing %d runs.", len(members))
+    trust_names(member.config.model.model_type for member in members)  # the suite's own file names them
     outcome, changed = analyze_members(suite, members, workers=jobs)
     if outcome is not None:
         log.info("%d values, %d of them computed now.", len(outcome.rows), outcome.computed)
