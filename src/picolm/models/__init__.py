@@ -13,6 +13,7 @@ from picolm.errors import PicoError
 from picolm.models.anatomy import Anatomy, Part
 from picolm.models.decoder import Decoder, DecoderConfig
 from picolm.models.objective import Likelihood, Loss, NextToken, Noise, Piece, Score
+from picolm.models.statespace import StateSpace, StateSpaceConfig
 from picolm.registry import Registry
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "Part",
     "Piece",
     "Score",
+    "StateSpace",
+    "StateSpaceConfig",
     "anatomy_of",
     "block_count",
     "describe",
@@ -120,6 +123,7 @@ class Model(Protocol):
 
 MODELS: Registry[type[Any]] = Registry("model")  # classes that implement `Model`; Any, since they are nn.Modules too
 MODELS.add("pico_decoder")(Decoder)
+MODELS.add("pico_statespace")(StateSpace)
 
 _OBJECTIVE = ("likelihood", "row_length", "loss", "score", "generate", "new_cache")
 

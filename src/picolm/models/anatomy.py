@@ -13,6 +13,8 @@ CAPTURED = (
     "attention.value",
     "attention.output",
     "mlp.output",
+    "ssm.value",
+    "ssm.output",
 )  # what is captured and measured unless something is asked for
 
 
@@ -33,7 +35,8 @@ class Anatomy:
     """The parts of a model by their roles, and its numbers; None for what is not known.
 
     block: the name of a block, with braces for its number (`layers.{}`). parts: by role (embedding, final_norm, unembedding,
-    attention.norm, attention.query, attention.key, attention.value, attention.output, mlp.output). keys: the configuration's
+    attention.norm, attention.query, attention.key, attention.value, attention.output, mlp.output, ssm.norm, ssm.gate, ssm.value,
+    ssm.write, ssm.read, ssm.step, ssm.output). keys: the configuration's
     names of the numbers, for messages. notes: sentences on what a measurement of the parts has to know.
     """
 

@@ -49,6 +49,11 @@ def twice_differentiable() -> Iterator[None]:
         _plain = before
 
 
+def is_plain() -> bool:
+    """Return whether what is computed now is to have second derivatives, see `twice_differentiable`."""
+    return _plain
+
+
 def attention(q_BMTGD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return sum_j 2^(q k_j) v_j / sum_j 2^(q k_j), [B, M, T, G, D].
 

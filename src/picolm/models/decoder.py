@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from .anatomy import Anatomy, Part, count
 from .generate import KeyValueCache
 from .layers import Block, Cache, RMSNorm, rotations
-from .loss import linear_cross_entropy, linear_predictions
-from .objective import Loss, NextToken
+from .loss import LinearNextToken
 
 TRAVELLING = (
     "anatomy.py",
@@ -99,7 +98,7 @@ class DecoderConfig:
         return all(getattr(self, name) > 0 for name in names)
 
 
-class Decoder(NextToken, nn.Module):
+class Decoder(LinearNextToken, nn.Module):
     """Tokens to logits. Deterministic, bit for bit, from run to run on one machine."""
 
     Config: ClassVar[type] = DecoderConfig
@@ -164,23 +163,6 @@ class Decoder(NextToken, nn.Module):
         """Return what rotates queries and keys at these positions, see `layers.rotations`."""
         config = self.config
         return rotations(positions_T, config.d_model // config.attention_n_heads, config.position_emb_theta, like)
-
-    def loss(self, tokens_BS: Tensor, noise: object = None) -> Loss:
-        """Sum of -ln p(token | tokens before it) over all but the first position. `noise` is not used: nothing is random.
-
-        The logits are never whole in memory, so forward hooks of de_embedding_proj see nothing here.
-        """
-        hidden_PH, targets_P = self._inputs(tokens_BS)
-        return Loss(linear_cross_entropy(hidden_PH, self.de_embedding_proj.weight, targets_P), targets_P.numel())
-
-    def predictions(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the terms of `loss`, and whether each token is the likeliest in its place, [B, T]."""
-        hidden_PH, targets_P = self._inputs(tokens_BS)
-        nats_P, likeliest_P = linear_predictions(hidden_PH, self.de_embedding_proj.weight, targets_P)
-        return nats_P.view(tokens_BS.shape[0], -1), likeliest_P.view(tokens_BS.shape[0], -1)
-
-    def _inputs(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-        return self.hidden(tokens_BS[:, :-1]).flatten(0, 1), tokens_BS[:, 1:].flatten()
 
     def new_cache(self) -> KeyValueCache:
         """Return a cache of keys and values that `forward` continues."""

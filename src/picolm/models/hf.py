@@ -119,7 +119,7 @@ class PicoDecoderHF(PreTrainedModel, GenerationMixin):
         shift_labels = others.pop(
             "shift_labels", None
         )  # as a parameter it would be one that Trainer asks every row for
-        _check_others(others)
+        _check_others(others, type(self).__name__)
         x_BTH, layers = self._inputs(input_ids, inputs_embeds, _same(cache, past_key_values), use_cache)
         mask = _mask(attention_mask, position_ids, x_BTH, layers)
         positions = self._positions(position_ids, x_BTH, layers)
@@ -281,9 +281,9 @@ def _same(cache: Any, past_key_values: Any) -> Any:
     return past_key_values if cache is None else cache
 
 
-def _check_others(others: dict[str, Any]) -> None:
+def _check_others(others: dict[str, Any], model: str) -> None:
     """Raise TypeError for an argument that would change nothing here, so that none is ignored in silence."""
     others.pop("cache_position", None)  # of transformers before 5.24; it follows from the cache
     for name, value in others.items():
         if value is not None and value is not False:
-            raise TypeError(f"PicoDecoderHF.forward() got an unexpected keyword argument {name!r}; leave it out")
+            raise TypeError(f"{model}.forward() got an unexpected keyword argument {name!r}; leave it out")

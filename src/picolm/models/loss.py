@@ -8,7 +8,7 @@ chunks use one piece of memory, which leaves no holes behind, and what needs flo
 Matrix products run in the dtype of the hidden states, the softmax and all sums in float32: in bfloat16,
 `linear_cross_entropy` of torch 2.13 takes 2.7 times as long and returns a bfloat16 loss.
 
-Legend: P positions, C positions of a chunk, H model width, V vocabulary.
+Legend: B rows, S tokens of a row, P positions, C positions of a chunk, H model width, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .objective import Loss, NextToken
+
 CHUNK_LOGITS = {"cpu": 2**22, "other": 2**27}  # 8 MiB in bfloat16, a quarter of a GiB on a GPU
 LEAST_ROWS = 512  # each chunk passes over the whole weight and its gradient
 TILE = {"cpu": 2**20, "other": 2**27}  # numbers that are in float32 at one time: 4 MiB on a CPU
 MOST_NATS = 60.0  # up to here -ln of a float32 probability is exact; beyond it loses digits, and then underflows
+
+
+class LinearNextToken(NextToken):
+    """The objective of a causal language model whose logits are `de_embedding_proj`, a linear layer, of its `hidden`."""
+
+    def loss(self: Any, tokens_BS: Tensor, noise: object = None) -> Loss:
+        """Sum of -ln p(token | tokens before it) over all but the first position. `noise` is not used: nothing is random.
+
+        The logits are never whole in memory, so forward hooks of de_embedding_proj see nothing here.
+        """
+        hidden_PH, targets_P = self._inputs(tokens_BS)
+        return Loss(linear_cross_entropy(hidden_PH, self.de_embedding_proj.weight, targets_P), targets_P.numel())
+
+    def predictions(self: Any, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the terms of `loss`, and whether each token is the likeliest in its place, [B, T]."""
+        hidden_PH, targets_P = self._inputs(tokens_BS)
+        nats_P, likeliest_P = linear_predictions(hidden_PH, self.de_embedding_proj.weight, targets_P)
+        return nats_P.view(tokens_BS.shape[0], -1), likeliest_P.view(tokens_BS.shape[0], -1)
+
+    def _inputs(self: Any, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        return self.hidden(tokens_BS[:, :-1]).flatten(0, 1), tokens_BS[:, 1:].flatten()
 
 
 def linear_cross_entropy(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ Shape = Callable[[int, int, int, int], float]  # (step, warm-up steps, total ste
 
 
 class Named(NamedTuple):
-    """A parameter, its name, and its role: `matrix` (of a block), `embedding` or `norm`."""
+    """A parameter, its name, and its role: `matrix` (of a block), `embedding`, `norm` or `dynamics` (never decayed)."""
 
     name: str
     parameter: nn.Parameter
@@ -169,7 +169,8 @@ def decay_groups(parameters: Iterable[Named], optimization: Optimization) -> lis
     """Return up to two parameter groups: parameters with weight decay, and parameters without."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for named in parameters:
-        groups[named.role == "matrix" or optimization.decay_norms_and_embeddings].append(named.parameter)
+        everything = optimization.decay_norms_and_embeddings and named.role != "dynamics"
+        groups[named.role == "matrix" or everything].append(named.parameter)
     decays = ((groups[True], optimization.weight_decay), (groups[False], 0.0))
     return [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
 
