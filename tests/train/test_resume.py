@@ -14,6 +14,7 @@ import yaml
 
 from picolm.cli import main
 from picolm.errors import DataError, PicoError, StoreError
+from picolm.models.anatomy import CAPTURED
 from picolm.store import Run
 from picolm.train import loop, run_training
 from picolm.train.fork import fork
@@ -354,6 +355,6 @@ def test_modules_that_an_earlier_version_captured_by_default_are_the_roles_of_no
         return {"checkpointing": {"learning_dynamics": {"layer_suffixes": list(suffixes)}}}
 
     before = config("attention.v_proj", "attention.o_proj", "swiglu.w_2")
-    now = config("attention.value", "attention.output", "mlp.output")
-    assert changes(before, now) == changes(now, before) == {}
+    then, now = config("attention.value", "attention.output", "mlp.output"), config(*CAPTURED)
+    assert changes(before, now) == changes(now, before) == changes(then, now) == changes(now, then) == {}
     assert list(changes(before, config("attention.value"))) == ["checkpointing.learning_dynamics.layer_suffixes"]

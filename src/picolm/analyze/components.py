@@ -87,8 +87,8 @@ def simple(
     """Tensors as they are: weights, gradients, activations or optimizer moments of modules, chosen by role or by the
     end of their names.
     """
-    suffixes = (layer_suffixes,) if isinstance(layer_suffixes, str) else layer_suffixes or (None,)
-    for suffix in (anatomy.module(name) if name else None for name in suffixes):
+    named = (layer_suffixes,) if isinstance(layer_suffixes, str) else tuple(layer_suffixes or ())
+    for suffix in [anatomy.module(name) for name in anatomy.suffixes(named)] or [None]:
         found = _matching(checkpoint, data_type, split, suffix, layers)
         for address in found:
             yield Operand(address, None, checkpoint.digest(address), _loader(checkpoint, address))

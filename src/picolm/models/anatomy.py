@@ -34,10 +34,9 @@ class Part(NamedTuple):
 class Anatomy:
     """The parts of a model by their roles, and its numbers; None for what is not known.
 
-    block: the name of a block, with braces for its number (`layers.{}`). parts: by role (embedding, final_norm, unembedding,
-    attention.norm, attention.query, attention.key, attention.value, attention.output, mlp.output, ssm.norm, ssm.gate, ssm.value,
-    ssm.write, ssm.read, ssm.step, ssm.output). keys: the configuration's
-    names of the numbers, for messages. notes: sentences on what a measurement of the parts has to know.
+    block: the name of a block, with braces for its number (`layers.{}`). parts: by role (embedding, final_norm, unembedding;
+    attention.norm, .query, .key, .value, .output; mlp.output; ssm.norm, .gate, .value, .write, .read, .step, .output). keys: the
+    configuration's names of the numbers, for messages. notes: sentences on what a measurement of the parts has to know.
     """
 
     layers: int | None = None
@@ -60,6 +59,10 @@ class Anatomy:
     def captured(self) -> list[str]:
         """Return the roles that are captured and measured unless something is asked for: those of CAPTURED that it has."""
         return [role for role in CAPTURED if role in self.parts]
+
+    def suffixes(self, asked: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the roles and names that are asked for: of CAPTURED, the default, those that this model has."""
+        return tuple(self.captured()) or asked if asked == CAPTURED else asked
 
     def module(self, name: str) -> str:
         """Return the module that a role stands for; any other name as it is."""

@@ -21,7 +21,6 @@ from picolm.data import Source, has_own_length, open_source
 from picolm.data.batches import Batches
 from picolm.errors import DataError, PicoError
 from picolm.models import anatomy_of, describe, find_model
-from picolm.models.anatomy import CAPTURED
 from picolm.registry import Registry
 from picolm.schema import plain
 from picolm.seeds import derive
@@ -341,9 +340,7 @@ def make_taps(config: TrainConfig, model: torch.nn.Module) -> Taps:
     The suffixes of the default mean those that the architecture has. Raises PicoError for a suffix that matches no module.
     """
     dynamics, anatomy = config.checkpointing.learning_dynamics, anatomy_of(model)
-    suffixes = dynamics.layer_suffixes
-    if suffixes == CAPTURED:
-        suffixes = tuple(anatomy.captured()) or CAPTURED
+    suffixes = anatomy.suffixes(dynamics.layer_suffixes)
     modules = find_modules(model, list(map(anatomy.module, suffixes)), dynamics.layers)
     return taps_of(dynamics, modules, config.training.seeds.noise)
 

@@ -360,10 +360,13 @@ def differences(config: Mapping[str, Any], schema: type[TrainConfig] = TrainConf
 
 
 def with_roles(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return `flat`; if its layer_suffixes are the former default module names, they are replaced by their roles."""
-    key = "checkpointing.learning_dynamics.layer_suffixes"
-    before = [PARTS[role].module for role in CAPTURED]
-    return flat | {key: list(CAPTURED)} if flat.get(key) == before else flat
+    """Return `flat`; if its layer_suffixes are a former default, modules or roles of a decoder, they are today's."""
+    key, former = (
+        "checkpointing.learning_dynamics.layer_suffixes",
+        ["attention.value", "attention.output", "mlp.output"],
+    )
+    before = (former, [PARTS[role].module for role in former])
+    return flat | {key: list(CAPTURED)} if flat.get(key) in before else flat
 
 
 def _defaults(schema: type[TrainConfig]) -> dict[str, Any]:
