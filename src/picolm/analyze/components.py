@@ -88,7 +88,8 @@ def simple(
     end of their names.
     """
     named = (layer_suffixes,) if isinstance(layer_suffixes, str) else tuple(layer_suffixes or ())
-    for suffix in [anatomy.module(name) for name in anatomy.suffixes(named)] or [None]:
+    modules: list[str | None] = [anatomy.module(name) for name in anatomy.suffixes(named)]
+    for suffix in modules or [None]:
         found = _matching(checkpoint, data_type, split, suffix, layers)
         for address in found:
             yield Operand(address, None, checkpoint.digest(address), _loader(checkpoint, address))

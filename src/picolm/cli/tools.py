@@ -17,7 +17,8 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to create.")],
     step: Annotated[int | None, typer.Option(help="Which checkpoint (default: the latest).")] = None,
     format_name: Annotated[
-        str, typer.Option("--format", help="llama (transformers), gguf (llama.cpp) or torch (a plain state dict).")
+        str,
+        typer.Option("--format", help="llama or mamba2 (transformers), gguf (llama.cpp), torch (a plain state dict)."),
     ] = "llama",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

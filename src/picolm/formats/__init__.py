@@ -26,7 +26,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 class Exported(NamedTuple):
-    """A model to export. weights: by the names of `Decoder.named_parameters`, as they were stored.
+    """A model to export. weights: by the names of the model's `named_parameters`, as they were stored.
 
     generation: the content of generation_config.json, with bos_token_id, eos_token_id (one or several) and
     pad_token_id, None for a token that does not exist; empty without a tokenizer. tokenizer: its files, name to
@@ -59,7 +59,7 @@ def export(run: Run, step: int | None, name: str, out: Path) -> int:
 
     Raises PicoError if the format cannot represent the model, or if the folder is not empty.
     """
-    from picolm.formats import llama, llamacpp, plain  # noqa: F401  (each adds its format)
+    from picolm.formats import llama, llamacpp, mamba, plain  # noqa: F401  (each adds its format)
 
     write = FORMATS.get(name)
     exported = collect(run, checkpoint_at(run, step))

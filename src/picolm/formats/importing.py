@@ -1,6 +1,6 @@
-"""Import a LlamaForCausalLM from a folder or the Hub, or a plain state dict, into a new run with one step.
+"""Import a LlamaForCausalLM or a Mamba2ForCausalLM from a folder or the Hub, or a plain state dict, into a new run with one step.
 
-The model must compute the same function as a Pico decoder; any other model is refused, with the reasons.
+The model must compute the same function as a Pico model; any other model is refused, with the reasons.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from picolm.errors import PicoError
 from picolm.formats import ORIGIN, TOKENIZER_FILES
 from picolm.formats.plain import CONFIG, STATE_DICT
-from picolm.models import MODELS, Decoder
-from picolm.models.llama import check_names, decoder_config, from_llama, special_tokens, with_output_layer
+from picolm.models import MODELS, Decoder, llama, mamba2
+from picolm.models.llama import check_names
 from picolm.network import fetch, file_list, in_cache
 from picolm.schema import mark_untrusted, plain
 from picolm.store import Run
@@ -50,11 +50,29 @@ class Imported(NamedTuple):
     weights: dict[str, Tensor]
 
 
+class _Conversion(NamedTuple):
+    """How a model of transformers becomes one of Pico: its configuration and weights, and the ids of its special tokens."""
+
+    config: Callable[[Mapping[str, Any]], Any]
+    weights: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
+    with_output_layer: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]]
+    special_tokens: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+_LLAMA = _Conversion(llama.decoder_config, llama.from_llama, llama.with_output_layer, llama.special_tokens)
+_MAMBA2 = _Conversion(mamba2.statespace_config, mamba2.from_mamba2, mamba2.with_output_layer, mamba2.special_tokens)
+
+
+def _conversion(stated: Mapping[str, Any]) -> _Conversion:
+    """Return the conversion for a config.json; for an unknown model that of a Llama, which refuses it with the reasons."""
+    return _MAMBA2 if stated.get("model_type") == "mamba2" else _LLAMA
+
+
 def import_model(place: str, out: Path, step: int | None) -> tuple[Run, int]:
     """Create a run at `out` with one step that contains the model at `place`. Returns the run and the step.
 
     place: a folder, or OWNER/NAME[@REVISION] on the Hub. step: None for the step it was exported from, else 0.
-    Raises PicoError if a Pico decoder cannot compute the same function, or if files are missing or damaged.
+    Raises PicoError if no model of Pico computes the same function, or if files are missing or damaged.
     """
     refuse_content(out)
     find = _finder(place)
@@ -90,15 +108,16 @@ def _read(find: Callable[[str], Path | None], place: str) -> Imported:
         raise PicoError(
             f"{place}: holds neither config.json (a model of transformers) nor {CONFIG} (a plain state dict)"
         )
-    llama = _json(config)
-    if str(llama.get("model_type")) in MODELS:
+    stated = _json(config)
+    if str(stated.get("model_type")) in MODELS:
         raise PicoError(f"{place}: is a checkpoint of a run already; give the run itself to the other commands")
-    shape = decoder_config(llama)
+    conversion = _conversion(stated)
+    shape = conversion.config(stated)
     stored = _transformers_weights(find, place)
-    weights = with_output_layer(stored, llama)
+    weights = conversion.with_output_layer(stored, stated)
     if len(weights) > len(stored):
         log.info("Its embeddings are tied; in the run they are two matrices of the same values.")
-    return _fitting(asdict(shape), from_llama(weights, shape), place, "config.json")
+    return _fitting(asdict(shape), conversion.weights(weights, shape), place, "config.json")
 
 
 def _plain(section: dict[str, Any], find: Callable[[str], Path | None], place: str) -> Imported:
@@ -132,7 +151,7 @@ def _fitting(section: dict[str, Any], weights: dict[str, Tensor], place: str, fi
 def _special_tokens(find: Callable[[str], Path | None]) -> dict[str, str]:
     """Return the model's generation_config.json (name to text), completed with the special tokens of config.json."""
     config, generation = find("config.json"), find("generation_config.json")
-    found = special_tokens(_json(config)) if config is not None else {}
+    found = {} if config is None else _conversion(_json(config)).special_tokens(_json(config))
     found |= _json(generation) if generation is not None else {}
     text = json.dumps(found, indent=2) + "\n"
     parse_json(text.encode(), str(generation or config), GenerationConfig)

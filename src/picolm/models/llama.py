@@ -111,14 +111,12 @@ def from_llama(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str
     return {own: _pairs(weights[other], _heads(own, config)) for own, other in expected.items()}
 
 
-def check_names(found: Collection[str], expected: Collection[str]) -> None:
+def check_names(found: Collection[str], expected: Collection[str], kind: str = "Pico decoder") -> None:
     """Raise PicoError if the names of the tensors differ from the expected ones."""
     unknown, missing = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
     if unknown:
-        bias = " (Pico decoders have no biases)" if unknown[0].endswith(".bias") else ""
-        raise PicoError(
-            f"the model holds {unknown[0]}{_more(unknown)}, for which there is no place in a Pico decoder{bias}"
-        )
+        bias = " (Pico decoders have no biases)" if unknown[0].endswith(".bias") and kind == "Pico decoder" else ""
+        raise PicoError(f"the model holds {unknown[0]}{_more(unknown)}, for which there is no place in a {kind}{bias}")
     if missing:
         raise PicoError(f"the model does not hold {missing[0]}{_more(missing)}; is a file of it missing?")
 

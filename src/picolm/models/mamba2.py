@@ -86,7 +86,8 @@ def from_mamba2(weights: Mapping[str, Tensor], config: StateSpaceConfig) -> dict
     if config.n_layers > len(weights):
         raise PicoError(f"the configuration says {config.n_layers} layers, and the files hold {len(weights)} tensors")
     inside = [*_INSIDE.values(), *_JOINED]
-    check_names(weights, [*_OUTSIDE.values(), *(other + name for _, other in _blocks(config) for name in inside)])
+    expected = [*_OUTSIDE.values(), *(other + name for _, other in _blocks(config) for name in inside)]
+    check_names(weights, expected, "Pico state space model")
     found = {own: weights[other] for own, other in _OUTSIDE.items()}
     read = config.n_groups * config.state_size
     sizes = {"z": config.inner, "x": config.inner, "b": read, "c": read, "dt": config.heads}
