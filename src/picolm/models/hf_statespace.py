@@ -146,8 +146,8 @@ class PicoStateSpaceHF(PreTrainedModel, GenerationMixin):
         )
         mask_BT = _mask(attention_mask, x_BTD, states)
         hidden: list[Tensor] | None = [] if _asked(output_hidden_states, self.config, "output_hidden_states") else None
-        documents = _documents(position_ids, x_BTD) if attention_mask is None and states is None else None
-        if documents is None:
+        documents = _documents(position_ids, x_BTD)
+        if documents is None or attention_mask is not None or states is not None:
             hidden_BTD = self._blocks(x_BTD, states, mask_BT, hidden)
         else:
             hidden_BTD = documents.packed(self._blocks(documents.unpacked(x_BTD), None, None, hidden))
