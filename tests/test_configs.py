@@ -19,6 +19,14 @@ PARAMETERS = {
     "pico-nano-1m": "966,084 (622,020 without embeddings)",
     "pico-nano-3m": "3,174,024 (2,485,896 without embeddings)",
     "pico-nano-10m": "9,848,280 (8,570,328 without embeddings)",
+    "pico-statespace-tiny": "11,276,736 (1,618,368 without embeddings)",
+    "pico-statespace-small": "64,476,712 (25,843,240 without embeddings)",
+    "pico-statespace-medium": "182,696,672 (105,429,728 without embeddings)",
+    "pico-statespace-large": "564,570,560 (410,036,672 without embeddings)",
+    "pico-statespace-nano-300k": "261,036 (113,580 without embeddings)",
+    "pico-statespace-nano-1m": "965,532 (621,468 without embeddings)",
+    "pico-statespace-nano-3m": "3,157,536 (2,469,408 without embeddings)",
+    "pico-statespace-nano-10m": "9,819,120 (8,541,168 without embeddings)",
 }
 
 

@@ -50,6 +50,14 @@ def _train() -> Iterator[str]:
     yield from _table(CanaryGroup, "A group of data.canaries", "canaries.")
 
 
+def _statespace() -> Iterator[str]:
+    from pydantic import create_model
+
+    from picolm.models import StateSpaceConfig
+
+    yield from _table(create_model("Model", model=(StateSpaceConfig, ...)), "model of pico_statespace", "statespace.")
+
+
 def _suite() -> Iterator[str]:
     from picolm.suite.config import SuiteConfig
 
@@ -242,6 +250,7 @@ def _code(text: str) -> str:
 GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "train": _train,
     "analyze": _analyze,
+    "statespace": _statespace,
     "suite": _suite,
     "command-line": _command_line,
     "metrics": _metrics,

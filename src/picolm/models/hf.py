@@ -51,9 +51,9 @@ class PicoDecoderHFConfig(PretrainedConfig):
         del defaults["model_type"]
         for name, default in defaults.items():
             setattr(self, name, options.pop(name, default))
-        self.use_cache = use_cache
-        self.tie_word_embeddings = tie_word_embeddings
         super().__init__(**options)
+        self.use_cache = use_cache
+        self.tie_word_embeddings = tie_word_embeddings  # after super(), which in transformers 4 makes it True
 
     def decoder_config(self) -> DecoderConfig:
         return DecoderConfig(**{field.name: getattr(self, field.name) for field in fields(DecoderConfig)})

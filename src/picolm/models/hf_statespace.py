@@ -46,9 +46,9 @@ class PicoStateSpaceHFConfig(PretrainedConfig):
         del defaults["model_type"]
         for name, default in defaults.items():
             setattr(self, name, options.pop(name, default))
-        self.use_cache = use_cache
-        self.tie_word_embeddings = tie_word_embeddings
         super().__init__(**options)
+        self.use_cache = use_cache
+        self.tie_word_embeddings = tie_word_embeddings  # after super(), which in transformers 4 makes it True
 
     def statespace_config(self) -> StateSpaceConfig:
         return StateSpaceConfig(**{field.name: getattr(self, field.name) for field in fields(StateSpaceConfig)})
