@@ -25,6 +25,13 @@ from picolm.registry import Registry
 
 Layers = Literal["all"] | Sequence[int]
 KINDS = ("weights", "gradients", "activations")
+CIRCUITS = (
+    "ov_circuit",
+    "qk_circuit",
+    "value_circuit",
+    "write_read_circuit",
+)  # which need weights, whatever is measured
+_BY_COLUMNS = ("ov_circuit", "value_circuit")  # heads of the outer layer are columns of its weight
 
 
 class Operand(NamedTuple):
@@ -146,8 +153,13 @@ def per_head(
     anatomy: Anatomy,
     **_: Any,
 ) -> Iterator[Operand | Absent]:
-    """The part of each head in the projections of the attention: rows of q, k and v, columns of o (default: v)."""
-    suffixes = (layer_suffixes,) if isinstance(layer_suffixes, str) else layer_suffixes or ("attention.value",)
+    """The part of each head in the projections of the attention: rows of q, k and v, columns of o (default: v); of a state space
+    model: rows of values and gates, columns of the output (default: values).
+    """
+    default = (
+        "ssm.value" if "ssm.value" in anatomy.parts and "attention.value" not in anatomy.parts else "attention.value"
+    )
+    suffixes = (layer_suffixes,) if isinstance(layer_suffixes, str) else layer_suffixes or (default,)
     for suffix in map(anatomy.module, suffixes):
         found = _matching(checkpoint, data_type, split, suffix, layers)
         for address in found:
@@ -204,6 +216,31 @@ def qk_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
     )
 
 
+@component("value_circuit", kinds=("weights", "gradients"))
+def value_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
+    """What a head of a state space model writes to the residual stream of what it reads there. Weights: W_O[:, h] W_X[h] (d x d,
+    rank: head size), without the convolution, SiLU, gate and norm that stand between the two. Gradients: the first-order change
+    gO X + O gX. With `heads: false`: the sum over the heads of a layer.
+    """
+    yield from _circuit(
+        checkpoint, "value_circuit", ("output_layer", "ssm.output"), ("value_layer", "ssm.value"), **asked
+    )
+
+
+@component("write_read_circuit", kinds=("weights", "gradients"))
+def write_read_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
+    """What a state space layer reads of what it wrote before: W_C^T W_B (d x d, rank: state size times groups), summed over
+    groups, of which heads take theirs; without the convolutions and SiLU between. Gradients: the first-order change gC^T B + C^T gB.
+    """
+    yield from _circuit(
+        checkpoint,
+        "write_read_circuit",
+        ("query_layer", "ssm.read"),
+        ("key_layer", "ssm.write"),
+        **asked | {"heads": False},
+    )
+
+
 def _circuit(
     checkpoint: Any,
     name: str,
@@ -247,7 +284,9 @@ def _circuit(
 def _cut_of(checkpoint: Any, name: str, needed: list[Address], anatomy: Anatomy) -> Cut:
     """Return how the two layers of a circuit are split into heads. Raises PicoError if it is unknown or impossible."""
     outer, inner = needed[:2]
-    across = -1 if name == "ov_circuit" else 0
+    if name == "write_read_circuit":  # not of a head
+        return Cut(1, 1, int(checkpoint.shape(outer)[0]))
+    across = -1 if name in _BY_COLUMNS else 0
     extents = {
         outer: ("heads", int(checkpoint.shape(outer)[across])),
         inner: ("kv_heads", int(checkpoint.shape(inner)[-1 if inner.kind == "activations" else 0])),
@@ -291,7 +330,7 @@ def _product(name: str, data_type: str, tensors: list[Tensor], head: int | None,
     def outer(
         tensor: Tensor,
     ) -> Tensor:  # columns of the output projection, rows of the query one; without heads: the sum over each group
-        columns = tensor if name == "ov_circuit" else tensor.T
+        columns = tensor if name in _BY_COLUMNS else tensor.T
         if head is not None:
             return columns[:, head * size : (head + 1) * size].double()
         return columns.double().unflatten(1, (groups, count // groups, size)).sum(2).flatten(1)

@@ -47,7 +47,8 @@ class Suffixes(Section):
 
 class Component(Section):
     component_name: Annotated[str, Key("component")] = "simple"
-    """simple, mlp, attention, embedding, residual, per_head, ov_circuit, qk_circuit, or my_lab.module:attribute."""
+    """simple, mlp, attention, embedding, residual, per_head, ov_circuit, qk_circuit, value_circuit, write_read_circuit, or
+    my_lab.module:attribute."""
     data_type: str = "weights"
     """weights, gradients, activations, or the name of an optimizer moment such as exp_avg."""
     layer_suffixes: str | tuple[str, ...] | Suffixes | None = None

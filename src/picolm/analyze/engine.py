@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from picolm.analyze.components import available
+from picolm.analyze.components import CIRCUITS, available
 from picolm.analyze.compute import compute, rows_of, tasks_of
 from picolm.analyze.config import AnalysisConfig
 from picolm.analyze.fetching import fetch_ahead, fetching, tidying
@@ -26,7 +26,7 @@ from picolm.store.listing import damaged
 log = logging.getLogger("picolm")
 
 WIDE = 192  # width of a model from which layers are computed in parallel; below it, Python takes most of the time
-CIRCUITS = ("ov_circuit", "qk_circuit", "per_head")
+OF_HEADS = (*CIRCUITS, "per_head")  # whose rows say what the architecture adds to them
 
 
 def analyze(
@@ -82,7 +82,7 @@ def _note(rows: Iterable[dict[str, Any]], runs: Mapping[str, Run]) -> None:
         found = [
             doubt for run, step in sorted(places, key=str) if run in runs for doubt in runs[run].doubts.get(step, ())
         ]
-        if row["component"] in CIRCUITS:
+        if row["component"] in OF_HEADS:
             if row["run"] not in left_out:
                 run = runs[row["run"]]
                 left_out[row["run"]] = read_anatomy(run[row["step"]], model_section(run), row["run"]).notes

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 
 from picolm.address import Address
+from picolm.analyze.components import CIRCUITS
 from picolm.analyze.compute import Task, tasks_of
 from picolm.analyze.pairing import Place, partner_places
 from picolm.analyze.reading import Readers
@@ -110,5 +111,5 @@ def _patterns(task: Task, observes: bool) -> Iterator[Address]:
     """Yield what a task reads, as patterns of addresses; circuits need weights too, and so does what is observed."""
     kind = task.component.data_type
     yield Address(kind, task.split if kind in ("gradients", "activations") else "", "*")
-    if task.component.component_name in ("ov_circuit", "qk_circuit") or observes:
+    if task.component.component_name in CIRCUITS or observes:
         yield Address("weights", "", "*")
