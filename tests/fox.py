@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from picolm.models import Decoder
+from picolm.models import Decoder, StateSpace
 from picolm.store import Run
 
 TEXT = (
@@ -55,6 +55,29 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> "object":
 @pytest.fixture(scope="session")
 def fox(make_run: "object") -> Run:
     return make_run()  # type: ignore[operator]
+
+
+@pytest.fixture(scope="session")
+def state_space_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with one step of a state space model, all of whose weights are random."""
+    from picolm.schema import plain
+    from picolm.train.config import schema_for
+    from picolm.train.state import weight_address
+
+    shape = {"model_type": "pico_statespace", "d_model": 24, "n_layers": 2, "vocab_size": 61, "max_seq_len": 40,
+             "state_size": 5, "head_dim": 8, "n_groups": 3}  # fmt: skip
+    raw = {"model": shape, "data": {"tokenizer": {"vocab_size": 61}}}
+    config = schema_for(raw).model_validate(raw)
+    model = StateSpace(config.model)
+    generator = torch.Generator().manual_seed(3)
+    model.init_parameters(generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    run = Run.create(tmp_path_factory.mktemp("lab") / "ssm", plain(config), {})
+    tensors = {weight_address(name): tensor for name, tensor in model.state_dict().items()}
+    run.commit(STEP, tensors, meta={"step": STEP}, texts={"anatomy.json": model.anatomy().to_json()})
+    return run
 
 
 @pytest.fixture

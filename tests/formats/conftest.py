@@ -1,1 +1,1 @@
-from tests.fox import fox, make_run, prompt  # noqa: F401
+from tests.fox import fox, make_run, prompt, state_space_run  # noqa: F401

@@ -24,33 +24,12 @@ SHAPE = StateSpaceConfig(d_model=24, n_layers=2, vocab_size=61, max_seq_len=40, 
 GOOD = json.loads(json.dumps(mamba2_config(SHAPE, "float32", {})))
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """A run with one step, whose weights are all random."""
-    from picolm.schema import plain
-    from picolm.train.config import schema_for
-    from picolm.train.state import weight_address
-
-    raw = {"model": {"model_type": "pico_statespace", "d_model": 24, "n_layers": 2, "vocab_size": 61, "max_seq_len": 40,
-                     "state_size": 5, "head_dim": 8, "n_groups": 3}, "data": {"tokenizer": {"vocab_size": 61}}}  # fmt: skip
-    config = schema_for(raw).model_validate(raw)
-    model = StateSpace(config.model)
-    model.init_parameters(torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
-    found = Run.create(tmp_path / "ssm", plain(config), {})
-    tensors = {weight_address(name): tensor for name, tensor in model.state_dict().items()}
-    found.commit(STEP, tensors, meta={"step": STEP}, texts={"anatomy.json": model.anatomy().to_json()})
-    return found
-
-
 @pytest.mark.slow
-def test_transformers_gives_the_same_logits_and_the_same_text(run: Run, tmp_path: Path) -> None:
+def test_transformers_gives_the_same_logits_and_the_same_text(state_space_run: Run, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    export(run, None, "mamba2", tmp_path / "out")
-    theirs, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), load_model(run, STEP)
+    export(state_space_run, None, "mamba2", tmp_path / "out")
+    theirs, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), load_model(state_space_run, STEP)
     assert type(theirs).__name__ == "Mamba2ForCausalLM"
     tokens = torch.randint(1, 61, (2, 33), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -79,13 +58,13 @@ def test_a_mamba2_that_transformers_made_becomes_a_run(tied: bool, tmp_path: Pat
         torch.testing.assert_close(load_model(run, 0)(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_round_trip_keeps_every_bit(run: Run, tmp_path: Path) -> None:
-    export(run, STEP, "mamba2", tmp_path / "out")
+def test_a_round_trip_keeps_every_bit(state_space_run: Run, tmp_path: Path) -> None:
+    export(state_space_run, STEP, "mamba2", tmp_path / "out")
     assert (tmp_path / "out" / "pico.json").exists()
     back, step = import_model(str(tmp_path / "out"), tmp_path / "back", None)
     assert step == STEP
-    assert same(run, back)
-    assert back.config["model"] == run.config["model"]
+    assert same(state_space_run, back)
+    assert back.config["model"] == state_space_run.config["model"]
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
@@ -143,7 +122,7 @@ def test_a_number_that_is_none_is_named(key: str, value: Any) -> None:
         statespace_config(GOOD | {key: value})
 
 
-def test_tensors_without_a_place_and_of_other_shapes_are_named(run: Run, tmp_path: Path) -> None:
+def test_tensors_without_a_place_and_of_other_shapes_are_named(state_space_run: Run, tmp_path: Path) -> None:
     name = "backbone.layers.0.mixer.in_proj.weight"
     for number, (change, words) in enumerate([
         (lambda t: t.update(other=torch.zeros(2)), "holds other, for which there is no place in a Pico state space model"),
@@ -151,7 +130,7 @@ def test_tensors_without_a_place_and_of_other_shapes_are_named(run: Run, tmp_pat
         (lambda t: t.update({name: torch.zeros(3, 24)}), rf"{name} has 3 rows; its configuration says \d+"),
     ]):  # fmt: skip
         out = tmp_path / f"out{number}"
-        export(run, STEP, "mamba2", out)
+        export(state_space_run, STEP, "mamba2", out)
         tensors = load_file(out / "model.safetensors")
         change(tensors)
         save_file(tensors, out / "model.safetensors")
@@ -160,8 +139,8 @@ def test_tensors_without_a_place_and_of_other_shapes_are_named(run: Run, tmp_pat
         assert not (tmp_path / "new").exists()
 
 
-def test_formats_of_other_architectures_are_refused(run: Run, fox: Run, tmp_path: Path) -> None:
+def test_formats_of_other_architectures_are_refused(state_space_run: Run, fox: Run, tmp_path: Path) -> None:
     with pytest.raises(PicoError, match="StateSpace has no Llama equivalent"):
-        export(run, STEP, "llama", tmp_path / "out")
+        export(state_space_run, STEP, "llama", tmp_path / "out")
     with pytest.raises(PicoError, match="Decoder has no Mamba-2 equivalent: only pico_statespace"):
         export(fox, STEP, "mamba2", tmp_path / "out")

@@ -195,11 +195,15 @@ def test_its_mixing_matrices_are_what_values_are_multiplied_by(model: StateSpace
     layer.norm.register_forward_hook(lambda module, arguments, output: seen.update(mixed=arguments[0]))
     logits, mixed = model.with_mixing(tokens)
     assert torch.equal(logits, model(tokens))
-    assert [matrix.shape for matrix in mixed] == [(3, 12, 131, 131)] * 3
+    assert [each.matrix_BHTT.shape for each in mixed] == [(3, 12, 131, 131)] * 3
     values_BTHP = seen["values"].unflatten(-1, (12, 8))
-    made_BTHP = torch.einsum("bhts,bshp->bthp", mixed[1], values_BTHP)
+    made_BTHP = torch.einsum("bhts,bshp->bthp", mixed[1].matrix_BHTT, values_BTHP)
     torch.testing.assert_close(made_BTHP.flatten(2), seen["mixed"], rtol=1e-10, atol=1e-10)
-    assert (mixed[1] < 0).any()
+    assert (mixed[1].matrix_BHTT < 0).any()
+    cache = model.new_cache()
+    model(tokens, cache)
+    torch.testing.assert_close(mixed[2].state_BHPN, cache.layers[2][-1], rtol=1e-10, atol=1e-10)
+    assert (mixed[0].decay_BTH > 0).all()
     assert not hasattr(model, "with_patterns")  # of attention: what asks for them is told that there are none
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from tests.fox import fox, make_run, state_space_run  # noqa: F401
 
 from picolm.analyze import table
 from picolm.analyze.command import analyze_runs

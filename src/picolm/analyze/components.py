@@ -230,7 +230,8 @@ def value_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
 @component("write_read_circuit", kinds=("weights", "gradients"))
 def write_read_circuit(checkpoint: Any, **asked: Any) -> Iterator[Operand | Absent]:
     """What a state space layer reads of what it wrote before: W_C^T W_B (d x d, rank: state size times groups), summed over
-    groups, of which heads take theirs; without the convolutions and SiLU between. Gradients: the first-order change gC^T B + C^T gB.
+    groups, of which heads take theirs; without the convolutions and SiLU between. Gradients: the first-order change
+    gC^T B + C^T gB.
     """
     yield from _circuit(
         checkpoint,

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,19 @@ class GatedNorm(nn.Module):
         return to_autocast(normed.flatten(-2).to(y.dtype) * self.weight)
 
 
+class Mixing(NamedTuple):
+    """How the heads of a layer make outputs of values.
+
+    matrix_BHTT: outputs are its products with the values behind the convolution; rows are positions of outputs. Its entries
+    are signed and their sums are not 1: they are no weights of attention. decay_BTH: -ln of what a position leaves of the state
+    before it. state_BHPN: the state after the last position.
+    """
+
+    matrix_BHTT: Tensor
+    decay_BTH: Tensor
+    state_BHPN: Tensor
+
+
 class StateSpaceLayer(nn.Module):
     """o(norm(scan(x, dt, B, C) + D x, z)), with x, B and C behind a causal convolution."""
 
@@ -174,9 +187,9 @@ class StateSpaceLayer(nn.Module):
         x_BTD: Tensor,
         cache: StateCache | None = None,
         mask_BT: Tensor | None = None,
-        mixed: list[Tensor] | None = None,
+        mixed: list[Mixing] | None = None,
     ) -> Tensor:
-        """mask_BT: False at padding, which changes no state. mixed: a list that the matrix of `mixing` and D is appended to."""
+        """mask_BT: False at padding, which changes no state. mixed: a list that a `Mixing` is appended to."""
         inputs = [self.x_proj(x_BTD), self.b_proj(x_BTD), self.c_proj(x_BTD)]
         dt_BTH = self.steps(x_BTD)
         if mask_BT is not None:
@@ -197,7 +210,8 @@ class StateSpaceLayer(nn.Module):
             kept = (conv.window(t, window) for conv, t, window in zip(convolutions, inputs, windows))
             cache.layers[self.layer] = (*kept, state)
         if mixed is not None:
-            mixed.append(mixing(dt_BTH, A_H, B, C) + torch.diag_embed(self.D[:, None].expand(-1, x_BTD.shape[1])))
+            own_HTT = torch.diag_embed(self.D[:, None].expand(-1, x_BTD.shape[1]))
+            mixed.append(Mixing(mixing(dt_BTH, A_H, B, C) + own_HTT, -dt_BTH * A_H, state))
         y_BTHP = y_BTHP + self.D[:, None].to(x_BTHP.dtype) * x_BTHP
         return self.o_proj(self.norm(y_BTHP.flatten(2), self.z_proj(x_BTD)))
 
@@ -221,7 +235,7 @@ class StateSpaceBlock(nn.Module):
         x_BTD: Tensor,
         cache: StateCache | None = None,
         mask_BT: Tensor | None = None,
-        mixed: list[Tensor] | None = None,
+        mixed: list[Mixing] | None = None,
     ) -> Tensor:
         return x_BTD + self.ssm(self.ssm_norm(x_BTD), cache, mask_BT, mixed)
 
@@ -247,16 +261,12 @@ class StateSpace(LinearNextToken, nn.Module):
         """Logits of the next token at every position, [B, T, V]. cache: the state that `tokens_BT` continue, and change."""
         return self.de_embedding_proj(self.hidden(tokens_BT, cache))
 
-    def with_mixing(self, tokens_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the logits, and the matrix of each layer by which a head makes its outputs of its values, [B, H, T, T].
-
-        Rows are positions of outputs, columns those of values. The entries are signed and not normalised: they are no
-        weights of attention, and their sum over a row means nothing.
-        """
-        mixed: list[Tensor] = []
+    def with_mixing(self, tokens_BT: Tensor) -> tuple[Tensor, list[Mixing]]:
+        """Return the logits, and of each layer how its heads make their outputs of their values."""
+        mixed: list[Mixing] = []
         return self.de_embedding_proj(self.hidden(tokens_BT, mixed=mixed)), mixed
 
-    def hidden(self, tokens_BT: Tensor, cache: StateCache | None = None, mixed: list[Tensor] | None = None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, cache: StateCache | None = None, mixed: list[Mixing] | None = None) -> Tensor:
         """Return the normed residual stream that the logits are read from, [B, T, D]."""
         x_BTD = self.embedding_proj(tokens_BT)
         for layer in self.layers:

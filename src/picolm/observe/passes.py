@@ -25,7 +25,7 @@ class Ask(NamedTuple):
     """What a probe asks of a forward pass over rows.
 
     read: a function of a `Pass` that returns tensors [B, …] by name. needs: what the pass has to keep: `hidden`, `patterns`,
-    `mlp`.
+    `mixing`, `mlp`.
     beside: other subjects that run on the same rows; `read` is given the pass of each, after that of the subject itself.
     """
 
@@ -45,6 +45,7 @@ class Pass:
     tokens_BS: the rows. logits_BTV: at each position that the model computes.
     hidden: the residual stream [B, T, H] before the first block and after each block, as asked for; patterns: the attention
     weights of each block, [B, N, T, T]; mlp: the hidden activations of the MLP of each block, [B, T, F].
+    mixing: a `Mixing` of each block of a state space model.
     """
 
     def __init__(
@@ -54,13 +55,17 @@ class Pass:
         hidden: Sequence[Tensor] = (),
         patterns: Sequence[Tensor] = (),
         mlp: Sequence[Tensor] = (),
+        mixing: Sequence[Any] = (),
     ):
         self.tokens_BS, self.logits_BTV = tokens_BS, logits_BTV
-        self.hidden, self.patterns, self.mlp = list(hidden), list(patterns), list(mlp)
+        self.hidden, self.patterns, self.mlp, self.mixing = list(hidden), list(patterns), list(mlp), list(mixing)
         self._shorter: dict[int, Pass] = {}
 
     def until(self, size: int) -> "Pass":
-        """Return the pass at the first positions of its rows, which in a causal model are those of shorter rows."""
+        """Return the pass at the first positions of its rows, which in a causal model are those of shorter rows.
+
+        Asked of models with attention, which have no `mixing`.
+        """
         if size == self.logits_BTV.shape[1]:
             return self
         return self._shorter.setdefault(

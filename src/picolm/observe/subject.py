@@ -106,12 +106,14 @@ class Subject:
 
     def require(self, *needs: str) -> None:
         """Raise PicoError unless the model gives all of these: `logits` (of the next token at each position), `patterns` (the
-        weights of its attention), `hidden` (its residual stream), `mlp` (the hidden activations of its MLPs), `readout` (how
-        logits are read from its residual stream), `optimizer` (the second moments of Adam, stored with the step).
+        weights of its attention), `mixing` (how the heads of a state space model mix values), `hidden` (its residual stream),
+        `mlp` (the hidden activations of its MLPs), `readout` (how logits are read from its residual stream), `optimizer` (the
+        second moments of Adam, stored with the step).
         """
         lacking = {
             "logits": self.likelihood != "exact" or self.architecture.outline.row_length(0) != 1,
             "patterns": not hasattr(self.architecture.outline, "with_patterns"),
+            "mixing": not hasattr(self.architecture.outline, "with_mixing"),
             "hidden": not self._blocks(self.architecture.outline),
             "mlp": not self._mlp_outputs(self.architecture.outline),
             "readout": not {"final_norm", "unembedding"} <= set(self.anatomy.parts),
@@ -126,16 +128,18 @@ class Subject:
         """Run the model on some rows of one length; see `Pass`. No gradients are computed."""
         self.require("logits", *(need for need in needs))
         device = next(self.model.parameters(), torch.empty(0)).device
-        tokens_BS, patterns = self._tokens(rows, batch).to(device), list[Tensor]()
+        tokens_BS, patterns, mixing = self._tokens(rows, batch).to(device), list[Tensor](), list[Any]()
         tokens_BT = tokens_BS[:, : rows.inputs(batch[0])]
         blocks = self._blocks(self.model) if "hidden" in needs else []
         outputs = self._mlp_outputs(self.model) if "mlp" in needs else []
         with torch.no_grad(), residual_stream(blocks) as hidden, inputs_of(outputs) as mlp:
             if "patterns" in needs:
                 logits_BTV, patterns = self.model.with_patterns(tokens_BT)
+            elif "mixing" in needs:
+                logits_BTV, mixing = self.model.with_mixing(tokens_BT)
             else:
                 logits_BTV = self.model(tokens_BT)
-        return Pass(tokens_BS, logits_BTV, hidden, patterns, mlp)
+        return Pass(tokens_BS, logits_BTV, hidden, patterns, mlp, mixing)
 
     @with_threads
     @torch.no_grad()
@@ -293,6 +297,7 @@ class Subject:
 _LACKING = {
     "logits": "gives no probabilities of the next token at each position",
     "patterns": "does not give the weights of an attention",
+    "mixing": "has no states that decay: it is no state space model",
     "hidden": "has no blocks whose names are known, so its residual stream cannot be read",
     "mlp": "has no MLPs whose parts are known, so their hidden activations cannot be read",
     "readout": "has no final norm and unembedding whose names are known, so no logits can be read from its residual stream",

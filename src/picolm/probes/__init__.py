@@ -23,6 +23,7 @@ from picolm.probes import (  # noqa: F401
     ngram,
     overfitting,
     path,
+    state_space,
     token_curves,
 )
 from picolm.probes.live import ProbeEvaluation
