@@ -121,7 +121,8 @@ class Subject:
         }
         for need in needs:
             if lacking[need]:
-                raise PicoError(f"the model of {self.run.name} {_LACKING[need]}")
+                why = ": it predicts hidden tokens from both sides" if self.likelihood == "bound" else ""
+                raise PicoError(f"the model of {self.run.name} {_LACKING[need]}{why * (need == 'logits')}")
 
     @with_threads
     def forward(self, rows: Rows, batch: Sequence[int], needs: Collection[str] = ()) -> Pass:

@@ -1,0 +1,157 @@
+"""A run of masked diffusion keeps the promises of every run: repeatable, captured as it happened, and the same in any cut."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from picolm.address import Address
+from picolm.errors import PicoError
+from picolm.models import Noise
+from picolm.observe.config import Observe
+from picolm.observe.observed import observers
+from picolm.observe.subject import Subject
+from picolm.store import Run
+from picolm.train import noise, run_training
+from picolm.train.inspection import batch_at
+from picolm.train.job import Due
+from picolm.train.replay import replay
+from picolm.train.sample import load_model
+from tests.train.test_loop import digests, kill_at
+
+Train = Callable[..., Run]
+MODEL = "model.model_type=pico_diffusion"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("masking", ["exact", "by_time"])
+def test_an_interrupted_run_ends_with_the_same_bytes_and_replays_to_them(
+    train: Train, make_config: Any, monkeypatch: pytest.MonkeyPatch, masking: str
+) -> None:
+    options = (MODEL, f"model.masking={masking}", "training.max_steps=12", "checkpointing.save_every_n_steps=6")
+    whole = train(*options, "checkpointing.run_name=whole")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        assert run_training(make_config(*options)) != 0
+    continued = train(*options)
+    assert digests(continued, 12) == digests(whole, 12)
+    assert continued.evaluation(12) == whole.evaluation(12)
+    verdict = replay(whole, [8], kinds=Due(), verify=True)
+    assert verdict.identical
+    assert verdict.compared
+
+
+def test_capture_changes_no_byte_and_accumulation_changes_rounding_only(train: Train) -> None:
+    watched = train(MODEL, "checkpointing.run_name=watched", "checkpointing.learning_dynamics.positions=all")
+    blind = train(MODEL, "checkpointing.run_name=blind", "checkpointing.learning_dynamics.what=[]")
+    assert digests(watched, 6) == digests(blind, 6)
+    cut = train(MODEL, "checkpointing.run_name=cut", "training.optimization.gradient_accumulation_steps=4",
+                "checkpointing.learning_dynamics.positions=all")  # fmt: skip
+    for address in watched[6].select(kind="weights") + watched[0].select(kind="gradients"):
+        step = 6 if address.kind == "weights" else 0
+        torch.testing.assert_close(cut[step][address], watched[step][address], rtol=1e-3, atol=1e-5)
+
+
+def test_the_stored_gradient_trained_the_model_and_is_that_of_the_stated_noise(train: Train) -> None:
+    run = train(
+        MODEL, "checkpointing.learning_dynamics.what=[gradients]", "training.optimization.optimizer=sgd",
+        "training.optimization.grad_clip_norm=null", "training.optimization.weight_decay=0",
+        "training.optimization.lr=1.0", "checkpointing.save_every_n_steps=1",
+        "checkpointing.learning_dynamics.layer_suffixes=[q_proj, k_proj, v_proj, o_proj, w_0, w_1, w_2, attention_norm,"
+        " swiglu_norm, output_norm, embedding_proj, de_embedding_proj]",
+    )  # fmt: skip
+    assert len(run[0].select(kind="gradients", split="train")) == len(run[0].select(kind="weights"))
+    for step in (0, 4):
+        before, after = run[step], run[step + 1]
+        model = load_model(run, step)
+        tokens_RS = torch.tensor(before.rows("train")["input_ids"].to_pylist())
+        loss = model.loss(tokens_RS, noise.of_training(42, step, list(range(len(tokens_RS))), len(tokens_RS)))
+        (loss.nats / loss.tokens).backward()
+        for address in before.select(kind="gradients", split="train"):
+            weights = Address("weights", "", address.module)
+            implied = (before[weights].double() - after[weights].double()) / before.meta["learning_rate"]
+            rounding = 2**-23 * before[weights].abs().max().double() / before.meta["learning_rate"]
+            assert (implied - before[address].double()).abs().max() <= rounding, address
+            again = dict(model.named_parameters())[f"{address.module}.weight"].grad
+            torch.testing.assert_close(again, before[address], rtol=1e-4, atol=1e-6)
+    mask = run[0][Address("gradients", "train", "embedding_proj")][-1]
+    assert mask.any()
+
+
+def test_captures_are_of_rows_in_which_nothing_is_hidden_and_observation_repeats_them(train: Train) -> None:
+    run = train(MODEL, "checkpointing.learning_dynamics.positions=all")
+    for step in run:
+        checkpoint, model = run[step], load_model(run, step)
+        for split in ("train", "val"):
+            tokens_RS = torch.tensor(checkpoint.rows(split)["input_ids"].to_pylist())
+            for address in checkpoint.select(kind="activations", split=split):
+                seen: list[torch.Tensor] = []
+                hook = model.get_submodule(address.module).register_forward_hook(
+                    lambda m, i, out, seen=seen: seen.append(out)
+                )
+                with torch.no_grad():
+                    model(tokens_RS[:, :-1])
+                hook.remove()
+                torch.testing.assert_close(checkpoint[address], seen[0], rtol=1e-5, atol=1e-5)
+    asked = Observe(what=("activations", "gradients"), positions="all")
+    (observer,) = observers(asked, {"toy": run}).values()
+    seen_there = observer.subject.at(run[6]).tensors(observer.rows, observer.addresses)
+    stored = run[6].select(split="val")
+    assert set(stored) == set(seen_there)
+    assert all(torch.equal(run[6][address], seen_there[address]) for address in stored)
+
+
+def test_noise_of_held_out_rows_belongs_to_the_row(train: Train) -> None:
+    """With a learning rate of almost 0, their gradients at two steps are those of the same masks."""
+    run = train(MODEL, "training.optimization.lr=1e-30", "training.optimization.weight_decay=0")
+    for split, same in (("val", True), ("train", False)):
+        address = run[0].select(kind="gradients", split=split)[0]
+        assert torch.equal(run[0][address], run[6][address]) is same
+
+
+def test_a_bound_is_logged_as_one_and_exact_losses_of_tokens_are_those_of_the_definition(train: Train) -> None:
+    run = train(MODEL, "checkpointing.save_every_n_steps=3")
+    entry = next(entry for entry in run.metrics() if "train/loss" in entry)
+    assert entry["train/bound_nats_per_token"] == entry["train/loss"]
+    assert not {"train/perplexity", "train/bits_per_byte"} & set(entry)
+    assert not [name for name in run.evaluation(6) or {} if name.endswith("/nats_per_token")]
+    assert (run.evaluation(3) or {})["paloma_bound/draws"] == 8
+    assert (run.evaluation(6) or {})["paloma_bound/draws"] == 64
+    seen = batch_at(run, 3, rows=2, loss=True)
+    model = load_model(run, 3)
+    row_S = seen.rows.tokens_RS[1]
+    state_TS = row_S.repeat(len(row_S) - 1, 1)
+    for place in range(1, len(row_S)):
+        state_TS[place - 1, place:] = model.mask
+    with torch.no_grad():
+        log_p_TV = torch.stack([model(state_TS)[place - 1, place] for place in range(1, len(row_S))]).log_softmax(-1)
+    expected_T = -log_p_TV.gather(-1, row_S[1:, None])[:, 0]
+    assert seen.before_RT is not None
+    torch.testing.assert_close(seen.before_RT[1].float(), expected_T, rtol=1e-4, atol=1e-5)
+
+
+def test_probes_of_the_next_token_refuse_it_with_the_reason(train: Train) -> None:
+    subject = Subject(train(MODEL))
+    with pytest.raises(PicoError, match=r"predicts hidden tokens from both sides"):
+        subject.require("logits")
+    assert subject.likelihood == "bound"
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about its own tracing
+def test_a_compiled_loss_is_the_loss_to_rounding() -> None:
+    from picolm.models import Diffusion, DiffusionConfig
+
+    model = Diffusion(DiffusionConfig(d_model=24, n_layers=2, attention_n_heads=4, attention_n_kv_heads=2,
+                                      activation_hidden_dim=48, vocab_size=64, max_seq_len=16))  # fmt: skip
+    model.init_parameters(torch.Generator().manual_seed(0))
+    compiled = torch.compile(type(model).loss, dynamic=False, backend="eager")
+    rows = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(1))
+    torch._dynamo.reset()
+    frames = []
+    for step in range(12):  # more numbers of hidden tokens than graphs that may be kept
+        seeds = [100 * step + row for row in range(4)]
+        torch.testing.assert_close(compiled(model, rows, Noise(seeds)).nats, model.loss(rows, Noise(seeds)).nats)
+        frames.append(torch._dynamo.utils.counters["frames"]["total"])
+    assert frames[-1] == frames[0]  # nothing is compiled for another number of them
