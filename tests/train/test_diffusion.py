@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.train.test_loop import digests, kill_at
 
 from picolm.address import Address
 from picolm.errors import PicoError
@@ -18,7 +19,6 @@ from picolm.train.inspection import batch_at
 from picolm.train.job import Due
 from picolm.train.replay import replay
 from picolm.train.sample import load_model
-from tests.train.test_loop import digests, kill_at
 
 Train = Callable[..., Run]
 MODEL = "model.model_type=pico_diffusion"
