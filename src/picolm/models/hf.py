@@ -52,8 +52,9 @@ class PicoDecoderHFConfig(PretrainedConfig):
         for name, default in defaults.items():
             setattr(self, name, options.pop(name, default))
         self.use_cache = use_cache
-        self.tie_word_embeddings = tie_word_embeddings
-        super().__init__(**options)
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings, **options
+        )  # transformers 4 ties them unless it is told
 
     def decoder_config(self) -> DecoderConfig:
         return DecoderConfig(**{field.name: getattr(self, field.name) for field in fields(DecoderConfig)})

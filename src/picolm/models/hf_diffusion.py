@@ -47,11 +47,12 @@ class PicoDiffusionHFConfig(PretrainedConfig):
         del defaults["model_type"]
         for name, default in defaults.items():
             setattr(self, name, options.pop(name, default))
-        self.tie_word_embeddings = tie_word_embeddings
         self.mask_token_id = self.vocab_size if mask_token_id is None else mask_token_id
         self.max_position_embeddings = self.max_seq_len + 1  # the given first token and the predicted ones
         options.pop("max_position_embeddings", None)
-        super().__init__(**options)
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings, **options
+        )  # transformers 4 ties them unless it is told
 
     def diffusion_config(self) -> DiffusionConfig:
         return DiffusionConfig(**{field.name: getattr(self, field.name) for field in fields(DiffusionConfig)})
