@@ -52,9 +52,8 @@ class PicoDecoderHFConfig(PretrainedConfig):
         for name, default in defaults.items():
             setattr(self, name, options.pop(name, default))
         self.use_cache = use_cache
-        super().__init__(
-            tie_word_embeddings=tie_word_embeddings, **options
-        )  # transformers 4 ties them unless it is told
+        super().__init__(**options)
+        self.tie_word_embeddings = tie_word_embeddings  # set last: transformers 4 ties them
 
     def decoder_config(self) -> DecoderConfig:
         return DecoderConfig(**{field.name: getattr(self, field.name) for field in fields(DecoderConfig)})

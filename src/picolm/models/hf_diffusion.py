@@ -50,9 +50,8 @@ class PicoDiffusionHFConfig(PretrainedConfig):
         self.mask_token_id = self.vocab_size if mask_token_id is None else mask_token_id
         self.max_position_embeddings = self.max_seq_len + 1  # the given first token and the predicted ones
         options.pop("max_position_embeddings", None)
-        super().__init__(
-            tie_word_embeddings=tie_word_embeddings, **options
-        )  # transformers 4 ties them unless it is told
+        super().__init__(**options)
+        self.tie_word_embeddings = tie_word_embeddings  # set last: transformers 4 ties them
 
     def diffusion_config(self) -> DiffusionConfig:
         return DiffusionConfig(**{field.name: getattr(self, field.name) for field in fields(DiffusionConfig)})
