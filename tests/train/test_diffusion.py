@@ -1,24 +1,34 @@
 """A run of masked diffusion keeps the promises of every run: repeatable, captured as it happened, and the same in any cut."""
 
+import json
 from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tests.fox import STEP
 from tests.train.test_loop import digests, kill_at
 
 from picolm.address import Address
+from picolm.data.tokenizer import load_tokenizer
 from picolm.errors import PicoError
+from picolm.formats import export
 from picolm.models import Noise
 from picolm.observe.config import Observe
 from picolm.observe.observed import observers
 from picolm.observe.subject import Subject
 from picolm.store import Run
 from picolm.train import noise, run_training
+from picolm.train.evaluate import Evaluation, evaluate
+from picolm.train.evaluation_config import Evaluation as Settings
 from picolm.train.inspection import batch_at
 from picolm.train.job import Due
 from picolm.train.replay import replay
-from picolm.train.sample import load_model
+from picolm.train.sample import load_model, sample
+from picolm.train.text import Text
 
 Train = Callable[..., Run]
 MODEL = "model.model_type=pico_diffusion"
@@ -155,3 +165,83 @@ def test_a_compiled_loss_is_the_loss_to_rounding() -> None:
         torch.testing.assert_close(compiled(model, rows, Noise(seeds)).nats, model.loss(rows, Noise(seeds)).nats)
         frames.append(torch._dynamo.utils.counters["frames"]["total"])
     assert frames[-1] == frames[0]  # nothing is compiled for another number of them
+
+
+@pytest.fixture
+def lab(make_run: Any) -> Run:
+    """A run with a tokenizer and one step of a model of large weights."""
+    run: Run = make_run(model_type="pico_diffusion", max_seq_len=63)
+    return run
+
+
+def exact_nats(run: Run, sentence: str) -> float:
+    """From left to right, by hand: no batch, no padding, the logits of `forward`."""
+    model = load_model(run)
+    tokens = torch.tensor([[0, *load_tokenizer(run.step_path(STEP)).encode(sentence).ids]])
+    total, state = 0.0, tokens.clone()
+    state[:, 1:] = model.mask
+    for place in range(1, tokens.shape[1]):
+        with torch.no_grad():
+            total -= model(state)[0, place].double().log_softmax(-1)[tokens[0, place]].item()
+        state[:, place] = tokens[:, place]
+    return total
+
+
+def measured(run: Run, name: str, settings: dict[str, Any]) -> dict[str, float]:
+    text, chosen = Text(run.step_path(STEP) / "tokenizer.json", 320), Settings.model_validate(settings)
+    return evaluate(
+        (name,), Evaluation(load_model(run), None, 4, text.token_bytes_V, 0, 1, torch.device("cpu"), text, chosen)
+    )
+
+
+def test_minimal_pairs_and_tasks_are_judged_by_exact_nats(lab: Run, tmp_path: Path) -> None:
+    sentences = ["the fox runs", "a fox run over the hill", "the dog and a fox", "hills the over", "fox"]
+    pairs = [{"sentence_good": good, "sentence_bad": bad} for good, bad in pairwise([*sentences, sentences[0]])]
+    nats = [exact_nats(lab, sentence) for sentence in sentences]
+    right = [good < bad for good, bad in pairwise([*nats, nats[0]])]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    for size in (1, 64):
+        found = measured(lab, "minimal_pairs", {"minimal_pairs": {"path": str(tmp_path), "batch_size": size}})
+        assert found == {"minimal_pairs": sum(right) / 5}
+    (tmp_path / "data").mkdir()
+    questions = [{"choices": sentences}]
+    (tmp_path / "data" / "questions.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in questions))
+    (tmp_path / "task.yaml").write_text(f"""
+task: lab_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/data/questions.jsonl}}, cache_dir: {tmp_path}/cache}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: ""
+doc_to_choice: choices
+doc_to_target: {int(np.argmin(nats))}
+metric_list: [{{metric: acc}}]
+""")
+    found = measured(lab, "lm_eval", {"lm_eval": {"tasks": ["lab_choices"], "include_path": str(tmp_path)}})
+    assert found["lm_eval/lab_choices/acc"] == 1
+
+
+def test_text_is_written_in_any_order_and_gaps_are_filled(lab: Run, fox: Run) -> None:
+    place, tokenizer = str(lab.path), load_tokenizer(lab.step_path(STEP))
+    for options in ({}, {"order": "random", "steps": 3}, {"order": "left_to_right", "block_length": 4}):
+        written = sample(place, None, "the fox", max_new_tokens=8, seed=1, temperature=0.8, **options)
+        assert written.startswith("the fox")
+        assert written == sample(place, None, "the fox", max_new_tokens=8, seed=1, temperature=0.8, **options)
+    filled = sample(place, None, "the fox", max_new_tokens=5, seed=1, temperature=0.0, suffix=" runs")
+    assert filled.startswith("the fox")
+    assert filled.endswith(" runs")
+    ids = [*tokenizer.encode("the fox").ids, *[320] * 5, *tokenizer.encode(" runs").ids]
+    assert filled == tokenizer.decode(load_model(lab).infill(torch.tensor([ids]))[0].tolist())
+    with pytest.raises(PicoError, match=r"order, suffix: only a diffusion model can be asked for that"):
+        sample(str(fox.path), None, "the fox", max_new_tokens=5, seed=1, order="random", suffix="x")
+    with pytest.raises(PicoError, match="do not fit into a context of 64"):
+        sample(place, None, "the fox", max_new_tokens=64, seed=1)
+    with pytest.raises(PicoError, match="tokens; this model takes between 1 and 64"):
+        sample(place, None, "the fox", max_new_tokens=63, seed=1, suffix=" runs")
+
+
+@pytest.mark.parametrize("name", ["llama", "gguf"])
+def test_formats_of_the_next_token_refuse_it_with_the_reason(lab: Run, tmp_path: Path, name: str) -> None:
+    with pytest.raises(PicoError, match="Diffusion has no Llama equivalent: only pico_decoder computes"):
+        export(lab, STEP, name, tmp_path / "out")
+    export(lab, STEP, "torch", tmp_path / "plain")

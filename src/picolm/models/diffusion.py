@@ -162,8 +162,7 @@ class Diffusion(Decoder):
 
         What follows the end of a text is filled with `eos`, and what all rows have after their end is left out.
         """
-        temperature, top_k, top_p = (options.get(name) for name in ("temperature", "top_k", "top_p"))
-        check(prompt_BT, max_new_tokens, self.config.max_seq_len + 1, temperature or 0.0, top_k, top_p)
+        self._check(prompt_BT, max_new_tokens, **options)
         length = prompt_BT.shape[1]
         masks_BT = prompt_BT.new_full((len(prompt_BT), max_new_tokens), self.mask)
         tokens_BT = self.infill(torch.cat((prompt_BT, masks_BT), 1), **options)
@@ -183,10 +182,15 @@ class Diffusion(Decoder):
 
         use_cache: accepted as by other models; there is no cache. Raises ValueError where the first token is a mask.
         """
+        self._check(tokens_BT, 0, **options)
         if (tokens_BT[:, :1] == self.mask).any():
             raise ValueError("the first token is given, never filled in: put the end-of-text token there")
-        self.check_context(tokens_BT.shape[1])
         return fill(self, tokens_BT, ends=_ends(eos), **options)
+
+    def _check(
+        self, tokens_BT: Tensor, new: int, temperature: float = 0.0, top_k: Any = None, top_p: Any = None, **others: Any
+    ) -> None:
+        check(tokens_BT, new, self.config.max_seq_len + 1, temperature, top_k, top_p)
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of one training step per predicted token of rows of `length` of them.
