@@ -113,6 +113,27 @@ def test_captures_are_of_rows_in_which_nothing_is_hidden_and_observation_repeats
     assert all(torch.equal(run[6][address], seen_there[address]) for address in stored)
 
 
+def test_a_stated_noise_level_is_part_of_the_address_and_hides_that_share(train: Train) -> None:
+    run = train(MODEL, "training.optimization.lr=1e-30")
+    masks = {}
+    for percent in (25, 50):
+        asked = Observe(what=("activations",), positions="all", modules=("embedding",), hidden=percent)
+        (observer,) = observers(asked, {"toy": run}).values()
+        (address,) = observer.addresses
+        assert address == Address("activations", f"val_hidden_{percent}", "embedding_proj")
+        found = [observer.at(run[step])[address] for step in (0, 6)]
+        assert torch.equal(*found)  # the same tokens at every step
+        mask_H = run[0][Address("weights", "", "embedding_proj")][-1]
+        masks[percent] = (found[0] == mask_H).all(-1)
+        assert not masks[percent][:, 0].any()
+        assert (masks[percent].sum(-1) == round(percent / 100 * 15)).all()
+    assert (masks[25] <= masks[50]).all()
+    assert not torch.equal(masks[50][0], masks[50][1])
+    with pytest.raises(PicoError, match="has no mask; only a diffusion model hides tokens"):
+        observers(asked, {"toy": train("checkpointing.run_name=decoder")})
+    assert "not of 50 % hidden" in next(Observe(what=("gradients",), hidden=50).problems())[1]
+
+
 def test_noise_of_held_out_rows_belongs_to_the_row(train: Train) -> None:
     """With a learning rate of almost 0, their gradients at two steps are those of the same masks."""
     run = train(MODEL, "training.optimization.lr=1e-30", "training.optimization.weight_decay=0")

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from .anatomy import Anatomy
@@ -152,6 +153,12 @@ class Diffusion(Decoder):
         Captures keep the activations of this pass: they do not depend on chance, and are aligned with those of a decoder.
         """
         return self.hidden(tokens_BS[:, :-1])
+
+    def hide(self, tokens_BT: Tensor, share: float, noise: Noise) -> Tensor:
+        """Return the tokens with a share of those after the first hidden, to the nearest whole number."""
+        length = tokens_BT.shape[1] - 1
+        ranks_BT = pad(torch.stack(noise.permutations([length] * len(tokens_BT))), (1, 0), value=length)
+        return tokens_BT.masked_fill(ranks_BT < round(share * length), self.mask)
 
     def new_cache(self) -> None:  # type: ignore[override]
         """Return None: nothing can be kept of earlier positions, which see the later ones."""

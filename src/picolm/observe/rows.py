@@ -37,7 +37,7 @@ class Rows:
     positions: those to read of each row. has_targets: whether the last token of each row is only predicted; else (prompts) it is
     read, and nothing is predicted. identity: digest of what is read where: equal for the same ids and positions, and for texts
     that several tokenizers read. unread: tokens at the end of a row with targets that the model does not read: `row_length(0)`,
-    1 for the next token, 0 where what is predicted stands in the row itself.
+    1 for the next token, 0 where what is predicted stands in the row itself. hidden: percent of the tokens that are hidden.
     """
 
     tokens: list[Tensor]
@@ -46,6 +46,7 @@ class Rows:
     has_targets: bool
     identity: str
     unread: int = 1
+    hidden: int = 0
 
     def inputs(self, row: int) -> int:
         """Return the number of positions of a row that the model computes."""
@@ -223,8 +224,9 @@ def _checked(tokens: list[Tensor], asked: Observe, context: int, name: str, has_
             f"{asked.rows}: a row has {max(lengths)} inputs, and the model of {name} reads at most {context}"
         )
     positions = [_positions(asked.positions, length) for length in lengths]
-    identity = digest_of(*(row.tolist() for row in tokens), positions)
-    return Rows(tokens, positions, asked.split, has_targets, identity, unread)
+    hidden = [asked.hidden] if asked.hidden else []
+    identity = digest_of(*(row.tolist() for row in tokens), positions, *hidden)
+    return Rows(tokens, positions, asked.split, has_targets, identity, unread, asked.hidden)
 
 
 def _positions(asked: Any, length: int) -> list[int]:
@@ -265,8 +267,10 @@ def _aligned(
         for name, (tokens, places) in read.items():
             found[name][0].append(tokens)
             found[name][1].append([places[end] for end in common[-1]])
-    identity = digest_of(texts, common)
-    return {name: Rows(*rows, asked.split, has_targets, identity, ahead[name]) for name, rows in found.items()}
+    identity = digest_of(texts, common, *([asked.hidden] if asked.hidden else []))
+    return {
+        name: Rows(*rows, asked.split, has_targets, identity, ahead[name], asked.hidden) for name, rows in found.items()
+    }
 
 
 def _read(tokenizer: "Tokenizer", text: str, context: int, unread: int) -> tuple[Tensor, dict[int, int]]:

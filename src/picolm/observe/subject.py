@@ -225,9 +225,19 @@ class Subject:
         return self.model.loss(tokens_BS, drawn)
 
     def _read(self, rows: Rows, batch: Sequence[int]) -> None:
-        """Run a model that hides tokens on some rows without hiding any."""
+        """Run a model that hides tokens on some rows, in which as many are hidden as the rows say (none by default)."""
         tokens_BS = self._tokens(rows, batch)
-        (self.model.without_noise if rows.has_targets else self.model)(tokens_BS)
+        if rows.hidden:
+            self.model(self._hide(tokens_BS[:, : rows.inputs(batch[0])], rows, batch))
+        else:
+            (self.model.without_noise if rows.has_targets else self.model)(tokens_BS)
+
+    def _hide(self, tokens_BT: Tensor, rows: Rows, batch: Sequence[int]) -> Tensor:
+        """Return what the model reads of some rows. The hidden tokens depend on the row alone, not on the run or the step."""
+        if not rows.hidden:
+            return tokens_BT
+        hidden_BT: Tensor = self.model.hide(tokens_BT, rows.hidden / 100, noise.of_split(0, "hidden", batch))
+        return hidden_BT
 
     def _gradients(self, body: Mapping[str, nn.Module], split: str, names: Sequence[str]) -> dict[Address, Tensor]:
         """Return the gradients of parameters. names: of their modules, or those with the parameter's own name."""
@@ -292,7 +302,8 @@ class Subject:
         """Yield the rows of each forward pass and what the model reads of them. No gradients are computed meanwhile."""
         with torch.no_grad():
             for batch in rows.batches(batch_size):
-                yield batch, self._tokens(rows, batch)[:, : rows.inputs(batch[0])]
+                tokens_BT = self._tokens(rows, batch)[:, : rows.inputs(batch[0])]
+                yield batch, self._hide(tokens_BT, rows, batch)
 
     def _tokens(self, rows: Rows, batch: Sequence[int]) -> Tensor:
         tokens_BS = torch.stack([rows.tokens[row] for row in batch])
