@@ -427,3 +427,17 @@ def test_its_files_travel_and_import_nothing_of_this_package() -> None:
     using = [name for name, text in files.items() if "from transformers" in text]
     assert using == ["pico_diffusion.py"]
     assert json.loads(json.dumps(model.hf_config()))["mask_token_id"] == 3
+
+
+def test_keys_that_it_shares_with_the_decoder_keep_their_help(tmp_path: Path) -> None:
+    from picolm.document import ConfigError
+    from picolm.schema import load
+    from picolm.train.config import schema_for
+
+    file = tmp_path / "wrong.yaml"
+    file.write_text("model: {model_type: pico_diffusion, d_model: wide, masking: some}")
+    with pytest.raises(ConfigError) as error:
+        load(file, schema_for)
+    said = str(error.value)
+    assert "Width of the residual stream" in said
+    assert "How training hides tokens" in said

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,10 @@ def test_a_stated_noise_level_is_part_of_the_address_and_hides_that_share(train:
         assert (masks[percent].sum(-1) == round(percent / 100 * 15)).all()
     assert (masks[25] <= masks[50]).all()
     assert not torch.equal(masks[50][0], masks[50][1])
+    subject = observer.subject.at(run[6])
+    assert subject.logits(observer.rows).shape[-1] == 64
+    with pytest.raises(PicoError, match="predicts hidden tokens at their own positions, and none is hidden"):
+        subject.logits(replace(observer.rows, hidden=0))
     with pytest.raises(PicoError, match="has no mask; only a diffusion model hides tokens"):
         observers(asked, {"toy": train("checkpointing.run_name=decoder")})
     assert "not of 50 % hidden" in next(Observe(what=("gradients",), hidden=50).problems())[1]

@@ -273,7 +273,15 @@ class Subject:
 
     @with_threads
     def logits(self, rows: Rows, batch_size: int = 8) -> Tensor:
-        """Return the logits at the positions of each row, [R, V], [R, P, V] or [N, V], see `tensors`."""
+        """Return the logits at the positions of each row, [R, V], [R, P, V] or [N, V], see `tensors`.
+
+        Raises PicoError for a model that predicts hidden tokens, and rows in which none is hidden.
+        """
+        if hasattr(self.architecture.outline, "hide") and not rows.hidden:
+            raise PicoError(
+                f"the model of {self.run.name} predicts hidden tokens at their own positions, and none is hidden: its logits "
+                "mean nothing there; say with `hidden` what percentage to hide"
+            )
         found: list[Tensor] = []
         for batch, tokens_BT in self._inputs(rows, batch_size):
             logits_BTV = self.model(tokens_BT)
