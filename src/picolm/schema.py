@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from picolm.document import ConfigError, Document, KeyPath, Problem, expand_path, likely_meant, write_yaml
 from picolm.errors import PicoError
@@ -272,7 +272,18 @@ def _suggestion(schema: type[BaseModel], path: KeyPath) -> str:
 
 
 def _describe(schema: type[BaseModel], path: KeyPath) -> str:
-    return re.split(r"(?<=\.)\s", _fields_at(schema, path).get("description", ""), maxsplit=1)[0]
+    text = _fields_at(schema, path).get("description", "") or _inherited(schema, path)
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
+
+
+def _inherited(schema: type[BaseModel], path: KeyPath) -> str:
+    """Return the help of a key that the dataclass of a section inherits; pydantic reads the docstrings of the class alone."""
+    section = schema.model_fields[str(path[0])].annotation if path and path[0] in schema.model_fields else None
+    for base in getattr(section, "__mro__", ())[1:] if len(path) == 2 else ():
+        described = TypeAdapter(base).json_schema()["properties"] if dataclasses.is_dataclass(base) else {}
+        if text := described.get(str(path[1]), {}).get("description"):
+            return str(text)
+    return ""
 
 
 def _lower(message: str) -> str:

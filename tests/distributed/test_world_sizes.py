@@ -149,6 +149,28 @@ def test_a_state_space_model_is_the_same_on_one_process_and_three(config: Path, 
     check_same_checkpoints(open_run("one"), open_run("three"), (0, 25, 50))
 
 
+def test_masked_diffusion_hides_the_same_tokens_on_any_number_of_processes(launch: Any, open_run: Any) -> None:
+    """The numbers of hidden tokens are spread over the rows of all processes together."""
+    words = ("model.model_type=pico_diffusion", "training.max_steps=12", "checkpointing.save_every_n_steps=6")
+    whole = launch("whole", 1, *words)
+    one = launch("one", 1, *words, "training.optimization.gradient_accumulation_steps=1")
+    three = launch("three", 3, *words, "training.fabric.strategy=ddp")
+    two = launch("two", 2, *words, "training.fabric.strategy=fsdp2")
+    for done in (whole, one, three, two):
+        assert done.returncode == 0, done.stderr
+    base = open_run("whole")
+    for name in ("one", "three", "two"):
+        other = open_run(name)
+        assert list(base.steps) == list(other.steps) == [0, 6, 12]
+        for step in base.steps:
+            assert list(base[step]) == list(other[step])
+            for address in base[step]:
+                loosest = LOOSEST.get(address.kind, 1e-3) if step else FIRST
+                assert difference(base[step][address], other[step][address]) < loosest, (name, step, address)
+        assert other.evaluation(12) == pytest.approx(base.evaluation(12), rel=1e-5)
+    assert "paloma_bound/bound_nats_per_token" in (base.evaluation(12) or {})
+
+
 def test_losses_are_normalised_by_the_tokens_that_all_processes_predict(launch: Any, open_run: Any) -> None:
     """The counts differ by micro-batch and process; a micro-batch of one row may predict nothing."""
     words = ("model.model_type=lab:Some", "training.max_steps=4", "training.optimization.grad_clip_norm=null",

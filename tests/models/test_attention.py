@@ -1,6 +1,7 @@
 """Theorems on attention: one definition, several routes."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,11 @@ def from_the_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
     return torch.einsum("bmtgk,bmkd->bmtgd", weights, v)
 
 
+def full_from_the_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = torch.einsum("bmtgd,bmkd->bmtgk", q, k) * math.log(2)
+    return torch.einsum("bmtgk,bmkd->bmtgd", scores.softmax(-1), v)
+
+
 def with_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     out = function(*inputs)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
@@ -34,6 +40,25 @@ def test_every_route_is_the_definition_forward_and_backward(route, T, K):
     inputs = problem(T, K, dtype=torch.float64)
     for ours, expected in zip(with_gradients(route, inputs), with_gradients(from_the_definition, inputs)):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("route", [routes.block_full, partial(routes.fused, causal=False), routes.attention])
+@pytest.mark.parametrize(("T", "K"), [(1, 1), (5, 5), (64, 64), (200, 200), (70, 150)])
+def test_every_route_to_both_sides_is_the_definition_forward_and_backward(route, T, K):
+    inputs = problem(T, K, dtype=torch.float64)
+    route = partial(route, causal=False) if route is routes.attention else route
+    for ours, expected in zip(with_gradients(route, inputs), with_gradients(full_from_the_definition, inputs)):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_weights_to_both_sides_sum_to_1_and_give_the_output():
+    q, k, v = problem(20, 20, dtype=torch.float64)
+    weights = routes.attention_weights(q, k, causal=False)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    assert (weights > 0).all()
+    with routes.twice_differentiable():
+        plain = routes.attention(q, k, v, causal=False)
+    torch.testing.assert_close(plain, routes.block_full(q, k, v))
 
 
 def errors(route, inputs: list[torch.Tensor]) -> torch.Tensor:

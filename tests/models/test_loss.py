@@ -99,6 +99,29 @@ def test_equal_logits_cost_ln_v():
     torch.testing.assert_close(linear_token_nats(hidden, weight * 0, targets), torch.full((23,), math.log(50)))
 
 
+@pytest.mark.usefixtures("chunked")
+def test_shares_are_factors_of_the_terms_and_of_their_gradients():
+    hidden, weight, targets = problem()
+    shares = torch.linspace(0, 3, len(targets))
+    nats = linear_cross_entropy(hidden, weight, targets, shares)
+    terms = -(hidden.double() @ weight.double().mT).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    expected = (terms * shares.double()).sum()
+    torch.testing.assert_close(nats.double(), expected, rtol=1e-5, atol=0)
+    for ours, theirs in zip(
+        torch.autograd.grad(nats, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, shares), nats)
+
+
+def test_no_positions_cost_nothing_and_have_no_gradient():
+    hidden, weight, targets = problem()
+    nats = linear_cross_entropy(hidden[:0], weight, targets[:0], torch.zeros(0))
+    assert nats == 0
+    assert torch.autograd.grad(nats, weight)[0].count_nonzero() == 0
+
+
 def test_huge_logits_stay_finite():
     hidden, weight, targets = problem()
     nats = linear_cross_entropy(hidden * 1e4, weight, targets)

@@ -18,7 +18,7 @@ from torch import Tensor
 from picolm.data.parquet import ShardedRows
 from picolm.errors import DataError, PicoError
 from picolm.models import Decoder, DecoderConfig, NextToken, Noise, Piece, Score
-from picolm.train.evaluate import Evaluation, Rows, evaluate, token_nats
+from picolm.train.evaluate import Evaluation, NoLikelihood, Rows, evaluate, pieces_of, score, token_nats
 from picolm.train.evaluation_config import Evaluation as Settings
 from picolm.train.sample import load_model
 from picolm.train.text import Text
@@ -267,10 +267,44 @@ def test_a_bound_is_called_a_bound_and_has_a_standard_error() -> None:
     found = [evaluate(("paloma",), evaluation(rows, size, Bound())._replace(settings=settings)) for size in (1, 3)]
     assert found[0] == pytest.approx(found[1], rel=1e-6)  # each row has noise of its own
     assert not [name for name in found[0] if not name.startswith("paloma_bound")]
+    assert not [name for name in found[0] if name.endswith("/nats_per_token")]
+    assert found[0]["paloma_bound/draws"] == 400
     error = found[0]["paloma_bound/standard_error"]
     assert error == pytest.approx(12**-0.5 / 20 / 2, rel=0.1)  # a uniform number, 400 draws, 4 rows
-    difference = found[0]["paloma_bound/nats_per_token"] - exact["paloma/nats_per_token"]
+    difference = found[0]["paloma_bound/bound_nats_per_token"] - exact["paloma/nats_per_token"]
     assert difference == pytest.approx(0.5, abs=4 * error)
+
+
+def test_the_last_step_of_a_run_has_draws_of_its_own() -> None:
+    rows = Rows.sample(Table(None, 3), None, 5)
+    given = evaluation(rows, model=Bound())._replace(settings=Settings(draws=2, final_draws=9), last=7)
+    found = {step: evaluate(("paloma",), given._replace(step=step)) for step in (6, 7)}
+    assert [found[step]["paloma_bound/draws"] for step in (6, 7)] == [2, 9]
+
+
+def test_draws_belong_to_the_number_of_a_row_whatever_the_selection() -> None:
+    rows = Rows.sample(Table(None, 6), None, LENGTH + 1)
+    settings = Settings(draws=2)
+    whole = score(pieces_of(Bound(), rows.tokens_RS), evaluation(rows, model=Bound())._replace(settings=settings), 2)
+    some = Rows(rows.tokens_RS[[4, 1]], None, rows.numbers[[4, 1]])
+    found = evaluate(("paloma",), evaluation(some, model=Bound())._replace(settings=settings))
+    assert found["paloma_bound/bound_nats_per_token"] * 2 * LENGTH == pytest.approx(whole.nats[[4, 1]].sum().item())
+
+
+def test_a_bound_where_an_exact_value_is_needed_is_refused_with_the_reason() -> None:
+    class NoExact(Bound):
+        def score(self, pieces: Sequence[Piece], *, draws: int = 1, noise: Noise | None = None) -> Score:
+            if draws == 0:
+                raise NotImplementedError
+            return super().score(pieces, draws=draws, noise=noise)
+
+    class Other(Bound):
+        def score(self, pieces: Sequence[Piece], *, draws: int = 1, noise: Noise | None = None) -> Score:
+            return super().score(pieces, draws=max(2, draws), noise=noise)
+
+    for model in (NoExact(), Other()):
+        with pytest.raises(NoLikelihood, match=r"can only be bounded .* not comparable with an exact value"):
+            token_nats(model, torch.zeros(2, 5, dtype=torch.long))
 
 
 def test_a_model_without_a_likelihood_has_no_perplexity_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:

@@ -109,6 +109,7 @@ def observe(
     positions: Annotated[str, typer.Option(help="last, all, or positions in a row, separated by commas.")] = "last",
     max_rows: Annotated[int | None, typer.Option(help="At most so many rows (default: 64 of a file).")] = None,
     length: Annotated[int | None, typer.Option(help="Predicted tokens of a row of a text (default: 512).")] = None,
+    hidden: Annotated[int, typer.Option(help="Percent of the tokens that are hidden from a diffusion model.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -131,6 +132,7 @@ def observe(
         "positions": _words(positions),
         "max_rows": max_rows,
         "length": length,
+        "hidden": hidden,
         "batch_size": batch_size,
     }
     asked |= {"modules": modules.split(",")} if modules else {}

@@ -79,10 +79,25 @@ def generate(
         float | None, typer.Option(help="Sample from the most likely tokens that together hold this probability.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    order: Annotated[
+        str | None,
+        typer.Option(help="Diffusion models: fill in `confident` positions first, `random` ones, or `left_to_right`."),
+    ] = None,
+    denoising_steps: Annotated[
+        int | None, typer.Option(help="Diffusion models: forward passes to fill in all tokens (default: one for each).")
+    ] = None,
+    block_length: Annotated[
+        int | None, typer.Option(help="Diffusion models: fill in so many tokens before the next ones.")
+    ] = None,
+    suffix: Annotated[
+        str | None, typer.Option(help="Diffusion models: fill the gap of max-new-tokens tokens before this text.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate text from a checkpoint."""
     from picolm.train.sample import sample
 
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    own = {"order": order, "steps": denoising_steps, "block_length": block_length, "suffix": suffix}
+    options |= {name: value for name, value in own.items() if value is not None}
     say(sample(run, step, prompt, max_new_tokens=max_new_tokens, seed=seed, **options))

@@ -16,10 +16,12 @@ import yaml
 
 from picolm.console import BLOCKS
 from picolm.document import ConfigError, parse_yaml, write_yaml
-from picolm.errors import StoreError
+from picolm.errors import PicoError, StoreError
 from picolm.markdown import block, code, plain
+from picolm.store.listing import logged_losses
 from picolm.store.roworder import lookup
 from picolm.store.run import Run
+from picolm.trusted import parse_json
 
 FILE = "README.md"
 _WIDTH = 60  # bars of the curve
@@ -28,13 +30,13 @@ _STEPS = 40  # rows of the table of commits
 _FRONT = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PROGRAM = """from huggingface_hub import list_repo_commits
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
 step = {step}
 title = f"Saving HF Model -- Step {{step}}"
 commits = list_repo_commits({repository}, revision={branch})
 revision = next(commit.commit_id for commit in commits if commit.title == title)
-model = AutoModelForCausalLM.from_pretrained({repository}, revision=revision, trust_remote_code=True)
+model = {auto}.from_pretrained({repository}, revision=revision, trust_remote_code=True)
 """
 _COMMANDS = """pico analyze ANALYSIS.yaml --repo_id {repository} --branch {branch}   # fetches only the files that it needs
 pico pull {place}                                  # or have the run here, verified"""
@@ -80,13 +82,28 @@ def model_card(
         configuration=_yaml(differences) or "{}",
         losses=_losses(run),
         program=_PROGRAM.format(
-            step=steps[-1] if steps else 0, repository=json.dumps(repository), branch=json.dumps(branch)
+            auto=_auto_class(run),
+            step=steps[-1] if steps else 0,
+            repository=json.dumps(repository),
+            branch=json.dumps(branch),
         ),
         commits=[(step, commits[step]) for step in _spread(steps, _STEPS)],
         commands=_COMMANDS.format(
             repository=repository, branch=shlex.quote(branch), place=shlex.quote(f"{repository}@{branch}")
         ),
     )
+
+
+def _auto_class(run: Run) -> str:
+    """Return the class of transformers that loads the model, as the config.json of its newest step says."""
+    try:
+        newest = run.latest()
+        found = parse_json(newest.read("config.json"), "config.json", dict[str, Any]) if newest is not None else {}
+    except (PicoError, OSError):
+        found = {}
+    named = found.get("auto_map")
+    classes = [name for name in named if re.fullmatch(r"AutoModelFor\w+", str(name))] if isinstance(named, dict) else []
+    return classes[0] if classes else "AutoModelForCausalLM"
 
 
 def _number(value: Any) -> str:
@@ -125,16 +142,16 @@ def _yaml(differences: Mapping[str, Any]) -> str:
 
 
 def _losses(run: Run) -> dict[str, Any] | None:
-    """Return the range of the logged losses, a curve of bars, and some points; None where none is logged."""
-    logged = [(entry["step"], entry["train/loss"]) for entry in run.read_metrics(("train/loss",))]
-    points = [(step, loss) for step, loss in logged if isinstance(loss, int | float) and math.isfinite(loss)]
+    """Return what the logged losses are, their range, a curve of bars, and some points; None where none is logged."""
+    logged, name = logged_losses(run)
+    points = [(step, loss) for step, loss in logged.items() if isinstance(loss, int | float) and math.isfinite(loss)]
     if not points:
         return None
     losses = [loss for _, loss in points]
     low, high = min(losses), max(losses)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     bars = "".join(BLOCKS[round((loss - low) * scale)] for loss in _spread(losses, _WIDTH))
-    return {"low": low, "high": high, "bars": bars, "points": _spread(points, _POINTS)}
+    return {"name": name, "low": low, "high": high, "bars": bars, "points": _spread(points, _POINTS)}
 
 
 def _spread(values: list[Any], count: int) -> list[Any]:

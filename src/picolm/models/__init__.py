@@ -12,6 +12,7 @@ from torch import Tensor
 from picolm.errors import PicoError
 from picolm.models.anatomy import Anatomy, Part
 from picolm.models.decoder import Decoder, DecoderConfig
+from picolm.models.diffusion import Diffusion, DiffusionConfig
 from picolm.models.objective import Likelihood, Loss, NextToken, Noise, Piece, Score
 from picolm.models.statespace import StateSpace, StateSpaceConfig
 from picolm.registry import Registry
@@ -21,6 +22,8 @@ __all__ = [
     "Anatomy",
     "Decoder",
     "DecoderConfig",
+    "Diffusion",
+    "DiffusionConfig",
     "Likelihood",
     "Loss",
     "Model",
@@ -87,7 +90,10 @@ class Model(Protocol):
     A causal language model inherits its objective from `NextToken` and implements only the other methods. tokens_BS are
     rows of `row_length(max_seq_len)` token ids. `loss` and `score` take all random numbers from `noise`, which has one
     stream of numbers per row, so the result is the same for any number of processes and micro-batches. The loss of a
-    step is the sum of `Loss.nats` divided by the sum of `Loss.tokens`, over all micro-batches and processes.
+    step is the sum of `Loss.nats` divided by the sum of `Loss.tokens`, over all micro-batches and processes. `score` averages a
+    bound over `draws`; for 0 draws it returns exact nats, and raises NotImplementedError if there are none. A model that hides
+    tokens from itself in training may have a method `without_noise(tokens_BS)`, a forward pass in which it hides none: captures
+    keep the activations of this pass.
     """
 
     Config: ClassVar[type]
@@ -124,6 +130,7 @@ class Model(Protocol):
 MODELS: Registry[type[Any]] = Registry("model")  # classes that implement `Model`; Any, since they are nn.Modules too
 MODELS.add("pico_decoder")(Decoder)
 MODELS.add("pico_statespace")(StateSpace)
+MODELS.add("pico_diffusion")(Diffusion)
 
 _OBJECTIVE = ("likelihood", "row_length", "loss", "score", "generate", "new_cache")
 

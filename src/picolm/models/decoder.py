@@ -104,13 +104,17 @@ class Decoder(LinearNextToken, nn.Module):
     Config: ClassVar[type] = DecoderConfig
     state_prefix: ClassVar[str] = "pico_decoder."
     """What stands before the name of a parameter in model.safetensors."""
+    causal: ClassVar[bool] = True
+    """Whether a position sees only those up to its own."""
+    marks: ClassVar[int] = 0
+    """Rows of the embedding beyond the vocabulary: tokens that are read and never predicted."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         if problems := list(config.problems()):
             raise ValueError("; ".join(f"{', '.join(names)}: {message}" for names, message in problems))
         self.config = config
-        self.embedding_proj = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding_proj = nn.Embedding(config.vocab_size + self.marks, config.d_model)
         self.layers = nn.ModuleList(
             Block(
                 config.d_model,
@@ -119,6 +123,7 @@ class Decoder(LinearNextToken, nn.Module):
                 config.activation_hidden_dim,
                 config.norm_eps,
                 layer,
+                self.causal,
             )
             for layer in range(config.n_layers)
         )
@@ -139,10 +144,16 @@ class Decoder(LinearNextToken, nn.Module):
         weights: list[Tensor] = []
         return self.de_embedding_proj(self.hidden(tokens_BT, weights=weights)), weights
 
-    def hidden(self, tokens_BT: Tensor, cache: Cache | None = None, weights: list[Tensor] | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        cache: Cache | None = None,
+        weights: list[Tensor] | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Return the normed residual stream that the logits are read from, [B, T, H]. Raises ValueError past the context.
 
-        weights: a list that the attention weights of each layer are appended to.
+        weights: a list that the attention weights of each layer are appended to. mask: see `attention`.
         """
         start = cache.get_seq_length() if cache is not None else 0
         stop = start + tokens_BT.shape[1]
@@ -150,7 +161,7 @@ class Decoder(LinearNextToken, nn.Module):
         x_BTH = self.embedding_proj(tokens_BT)
         rotations_TF2 = self.rotations(torch.arange(start, stop, device=x_BTH.device), x_BTH)
         for layer in self.layers:
-            x_BTH = layer(x_BTH, rotations_TF2, cache, None, weights)
+            x_BTH = layer(x_BTH, rotations_TF2, cache, mask, weights)
         return self.output_norm(x_BTH)
 
     def check_context(self, positions: int) -> None:

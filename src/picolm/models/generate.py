@@ -57,7 +57,7 @@ def generate(
     have. Raises ValueError when prompt and new tokens do not fit into `context` positions, and NotFinite for a model that
     computes NaN.
     """
-    _check(prompt_BT, max_new_tokens, context, temperature, top_k, top_p)
+    check(prompt_BT, max_new_tokens, context, temperature, top_k, top_p)
     ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), device=prompt_BT.device)
     cache, seen = model.new_cache() if use_cache else None, 0
     tokens_BT, ended_B1 = prompt_BT, torch.zeros_like(prompt_BT[:, :1], dtype=torch.bool)
@@ -78,11 +78,26 @@ def choose(
     logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """Return one token of each row, [B, 1]. Raises NotFinite for logits among which there is no largest number."""
-    largest_B1 = logits_BV.amax(-1, keepdim=True)
-    if not largest_B1.isfinite().all():  # NaN where any is NaN
-        raise NotFinite("the model computes NaN or infinities for the next token; its weights may have diverged")
+    check_finite(logits_BV)
     if temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)
+    p_BV, tokens_BV = likeliest_first(logits_BV, temperature, top_k, top_p)
+    device = p_BV.device if generator is None else generator.device
+    drawn_B1 = torch.multinomial(p_BV.to(device), 1, generator=generator).to(p_BV.device)
+    return tokens_BV.gather(1, drawn_B1)
+
+
+def check_finite(logits_BV: Tensor) -> None:
+    """Raise NotFinite for logits among which there is no largest number."""
+    if not logits_BV.amax(-1).isfinite().all():  # NaN where any is NaN
+        raise NotFinite("the model computes NaN or infinities for the next token; its weights may have diverged")
+
+
+def likeliest_first(
+    logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return the weights of the tokens to draw from, 0 for those that top_p leaves out, and their ids, the likeliest first."""
+    largest_B1 = logits_BV.amax(-1, keepdim=True)
     scaled_BV = (
         (logits_BV - largest_B1).double() / temperature
     ).float()  # of the smallest temperature, too, no infinity
@@ -90,12 +105,11 @@ def choose(
     p_BV = logits_BV[:, :top_k].softmax(-1)
     if top_p is not None:
         p_BV = p_BV.masked_fill(p_BV.cumsum(-1) - p_BV >= top_p, 0.0)  # the first is always kept
-    device = p_BV.device if generator is None else generator.device
-    drawn_B1 = torch.multinomial(p_BV.to(device), 1, generator=generator).to(p_BV.device)
-    return tokens_BV.gather(1, drawn_B1)
+    return p_BV, tokens_BV
 
 
-def _check(prompt_BT: Tensor, new: int, context: int, temperature: float, top_k: Any, top_p: Any) -> None:
+def check(prompt_BT: Tensor, new: int, context: int, temperature: float, top_k: Any, top_p: Any) -> None:
+    """Raise ValueError for what does not fit into `context` positions, and for options out of range."""
     length = prompt_BT.shape[1]
     if not 0 < length <= context:
         raise ValueError(f"the prompt has {length} tokens; this model takes between 1 and {context}")

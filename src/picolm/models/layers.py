@@ -76,11 +76,14 @@ def rotate(x_BTND: Tensor, rotations_TF2: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention in which each group of query heads shares a key-value head (Ainslie et al. 2023)."""
+    """Self-attention in which each group of query heads shares a key-value head (Ainslie et al. 2023).
 
-    def __init__(self, width: int, heads: int, kv_heads: int, layer: int):
+    causal: whether a position sees only those up to its own, unless a mask says what it sees.
+    """
+
+    def __init__(self, width: int, heads: int, kv_heads: int, layer: int, causal: bool = True):
         super().__init__()
-        self.heads, self.kv_heads, self.layer = heads, kv_heads, layer
+        self.heads, self.kv_heads, self.layer, self.causal = heads, kv_heads, layer, causal
         kv_width = width // heads * kv_heads
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, kv_width, bias=False)
@@ -104,8 +107,8 @@ class Attention(nn.Module):
             k_BMTD, v_BMTD = cache.update(k_BMTD, v_BMTD, self.layer)
         q_BMTGD = q_BTND.unflatten(2, (M, -1)).transpose(1, 2)
         if weights is not None:
-            weights.append(attention_weights(q_BMTGD, k_BMTD, mask))
-        out_BMTGD = attention(q_BMTGD, k_BMTD, v_BMTD, mask)
+            weights.append(attention_weights(q_BMTGD, k_BMTD, mask, self.causal))
+        out_BMTGD = attention(q_BMTGD, k_BMTD, v_BMTD, mask, self.causal)
         return self.o_proj(out_BMTGD.transpose(1, 2).flatten(2))
 
 
@@ -125,9 +128,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + swiglu(norm(x))."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int, eps: float, layer: int):
+    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int, eps: float, layer: int, causal: bool = True):
         super().__init__()
-        self.attention = Attention(width, heads, kv_heads, layer)
+        self.attention = Attention(width, heads, kv_heads, layer, causal)
         self.attention_norm = RMSNorm(width, eps)
         self.swiglu = SwiGLU(width, hidden)
         self.swiglu_norm = RMSNorm(width, eps)

@@ -46,11 +46,17 @@ class LinearNextToken(NextToken):
         return self.hidden(tokens_BS[:, :-1]).flatten(0, 1), tokens_BS[:, 1:].flatten()
 
 
-def linear_cross_entropy(hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> Tensor:
-    """-sum_p log softmax(weight hidden_p)[target_p], a float32 scalar in nats, differentiable once."""
+def linear_cross_entropy(
+    hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor, shares_P: Tensor | None = None
+) -> Tensor:
+    """-sum_p share_p log softmax(weight hidden_p)[target_p], a float32 scalar in nats, differentiable once.
+
+    shares_P: factors of the terms, of which no gradient is computed; None: all are 1.
+    """
     if not torch.is_grad_enabled():
-        return linear_token_nats(hidden_PH, weight_VH, targets_P).sum()
-    return _LinearCrossEntropy.apply(hidden_PH, weight_VH, targets_P)
+        nats_P = linear_token_nats(hidden_PH, weight_VH, targets_P)
+        return (nats_P if shares_P is None else nats_P * shares_P).sum()
+    return _LinearCrossEntropy.apply(hidden_PH, weight_VH, targets_P, shares_P)
 
 
 @torch.no_grad()
@@ -83,9 +89,9 @@ def _nats(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_PH: Tensor, weight_VH: Tensor, targets_P: Tensor, shares_P: Tensor | None) -> Tensor:
         exact = torch.promote_types(hidden_PH.dtype, torch.float32)
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden_PH) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VH, dtype=exact) if needs_weight else None
         weight = weight_VH.to(hidden_PH.dtype)
@@ -96,6 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_CH = hidden_PH[chunk]
             logits = torch.mm(hidden_CH, weight.mT, out=logits_CV[: hidden_CH.shape[0]])
             nats_P[chunk] = _to_gradient(logits, targets_P[chunk, None])
+            if shares_P is not None:
+                logits.mul_(shares_P[chunk, None])
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
@@ -105,22 +113,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nats_P[rare] = linear_token_nats(hidden_PH[rare], weight, targets_P[rare])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VH.dtype
-        return nats_P.sum()
+        return (nats_P if shares_P is None else nats_P * shares_P).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None,
             None,
         )
 
 
 def _chunks(hidden_PH: Tensor, weight_VH: Tensor) -> Iterator[slice]:
     size = max(LEAST_ROWS, _of_device(CHUNK_LOGITS, hidden_PH) // weight_VH.shape[0])
-    for start in range(0, hidden_PH.shape[0], size):
+    for start in range(0, max(1, hidden_PH.shape[0]), size):  # one empty chunk of no positions
         yield slice(start, start + size)
 
 

@@ -39,7 +39,7 @@ class Score(NamedTuple):
 
     nats: for each piece, one number per scored token: -ln p of the token given those before it, or, where it is a bound,
     terms whose sum is at least -ln p of all of them. exact: whether it is no bound. draws: random draws that a bound is
-    averaged over, 0 where nothing is random. standard_error: [N], of the sums of the pieces over these draws.
+    averaged over, 0 where nothing is random. standard_error: [N], of the sums of the pieces over these draws; NaN for one draw.
     likeliest: bool [N], whether each scored token is the likeliest one in its place; None where the model cannot tell.
     """
 
@@ -110,13 +110,38 @@ class Noise:
     numbers for any number of micro-batches and processes. They are drawn on the CPU, so they are the same on any device.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
-        self.device = device
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        step_seed: int | None = None,
+        places: Sequence[int] = (),
+        rows: int = 0,
+    ):
+        """seeds: of each row. step_seed: of what the R `rows` of the global batch of a step share; places: where these B are in
+        it. Without a step_seed, the rows share nothing.
+        """
+        self.device, self.seeds = device, list(seeds)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._shared = None if step_seed is None else torch.Generator().manual_seed(step_seed)
+        self._places_B, self._rows = torch.tensor(places, dtype=torch.long), rows
 
     def uniform(self, *shape: int) -> Tensor:
         """Return uniform float32 numbers in [0, 1), [B, *shape]."""
         return self._each(lambda generator: torch.rand(shape, generator=generator))
+
+    def stratified(self) -> Tensor:
+        """Return a uniform float64 number in [0, 1) for each row, [B].
+
+        Of all R rows of the global batch, each interval [i/R, (i + 1)/R) gets exactly one, in random order: means over the rows
+        vary less than those of independent numbers. Rows that share nothing get independent numbers.
+        """
+        own_B = self._each(lambda generator: torch.rand((), generator=generator)).double()
+        if self._shared is None:
+            return own_B
+        strata_B = torch.randperm(self._rows, generator=self._shared)[self._places_B].to(self.device)
+        return (strata_B + own_B) / self._rows
 
     def normal(self, *shape: int) -> Tensor:
         """Return normal float32 numbers of mean 0 and variance 1, [B, *shape]."""
@@ -125,6 +150,11 @@ class Noise:
     def integers(self, high: int, *shape: int) -> Tensor:
         """Return uniform int64 numbers in [0, high), [B, *shape]."""
         return self._each(lambda generator: torch.randint(high, shape, generator=generator))
+
+    def permutations(self, lengths: Sequence[int]) -> list[Tensor]:
+        """Return for each row a random permutation of 0 … length - 1, int64."""
+        each = zip(lengths, self._generators, strict=True)
+        return [torch.randperm(length, generator=generator).to(self.device) for length, generator in each]
 
     def _each(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         return torch.stack([draw(generator) for generator in self._generators]).to(self.device)

@@ -60,7 +60,7 @@ def answers(subject: Subject, rows: Rows, asked: Observe, addresses: Sequence[Ad
     if "logits" in asked.what:
         found[Address("logits", rows.split, whole)] = subject.logits(rows, asked.batch_size)
     if "scores" in asked.what:
-        scores = subject.scores(rows, asked.batch_size)
+        scores = subject.scores(rows, asked.batch_size, draws=0)
         equal = len({len(of_row) for of_row in scores}) == 1
         found[Address("scores", rows.split, whole)] = torch.stack(scores) if equal else torch.cat(scores)
     return found

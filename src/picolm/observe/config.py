@@ -1,8 +1,9 @@
 """What is observed: the rows, and which tensors of which modules at which positions."""
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from picolm.schema import Place, Section
 
@@ -34,10 +35,23 @@ class Observe(Section):
     """At most so many rows (default: all that are held out, all prompts, 64 of a file)."""
     length: PositiveInt | None = None
     """Predicted tokens of a row of a text (default: 512, or the context of the model if that is less)."""
+    hidden: Annotated[int, Field(ge=0, lt=100)] = 0
+    """Percent of the tokens after the first of a row that are hidden from a diffusion model: its noise level. Those of a lower
+    level are among those of a higher one. 0 is what training captures, and what is compared with other models.
+    """
     batch_size: PositiveInt = 8
     """Rows per forward pass."""
 
+    def problems(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Yield each broken rule between keys."""
+        if self.hidden and (others := sorted({"gradients", "scores"} & set(self.what))):
+            yield (
+                ("hidden", "what"),
+                f"{others[0]} are of all noise levels together, not of {self.hidden} % hidden; leave them out of `what`",
+            )
+
     @property
     def split(self) -> str:
-        """The split of the addresses of what is observed."""
-        return HELD_OUT if self.rows == HELD_OUT else GIVEN
+        """The split of the addresses of what is observed, with the percentage that is hidden: `val_hidden_50`."""
+        rows = HELD_OUT if self.rows == HELD_OUT else GIVEN
+        return f"{rows}_hidden_{self.hidden}" if self.hidden else rows

@@ -19,7 +19,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from picolm.address import Address
-from picolm.errors import FileError, StoreError
+from picolm.errors import FileError, PicoError, StoreError
 from picolm.network import cache_folder
 from picolm.observe.config import Observe
 from picolm.observe.rows import Rows, rows_of
@@ -45,6 +45,8 @@ class Observer:
     def __init__(self, subject: Subject, rows: Rows, asked: Observe):
         self.subject, self.rows, self.asked = subject, rows, asked
         self.asking = threading.Lock()  # one model, so one question at a time
+        if asked.hidden and not hasattr(subject.architecture.outline, "hide"):
+            raise PicoError(f"hidden: the model of {subject.run.name} has no mask; only a diffusion model hides tokens")
         kinds = [kind for kind in asked.what if kind in ("activations", "gradients")]
         self.addresses = subject.architecture.addresses(asked.split, kinds, asked.modules, asked.layers)
 

@@ -39,6 +39,7 @@ class Rows:
     that several tokenizers read. unread: tokens at the end of a row with targets that the model does not read: `row_length(0)`,
     1 for the next token, 0 where what is predicted stands in the row itself. whole_of: of rows that are read whole, the identity
     of the rows with targets that they are otherwise, which share their passes.
+    hidden: percent of the tokens that are hidden.
     """
 
     tokens: list[Tensor]
@@ -47,6 +48,7 @@ class Rows:
     has_targets: bool
     identity: str
     unread: int = 1
+    hidden: int = 0
     whole_of: str = ""
 
     def read_whole(self) -> "Rows":
@@ -230,8 +232,9 @@ def _checked(tokens: list[Tensor], asked: Observe, context: int, name: str, has_
             f"{asked.rows}: a row has {max(lengths)} inputs, and the model of {name} reads at most {context}"
         )
     positions = [_positions(asked.positions, length) for length in lengths]
-    identity = digest_of(*(row.tolist() for row in tokens), positions)
-    return Rows(tokens, positions, asked.split, has_targets, identity, unread)
+    hidden = [asked.hidden] if asked.hidden else []
+    identity = digest_of(*(row.tolist() for row in tokens), positions, *hidden)
+    return Rows(tokens, positions, asked.split, has_targets, identity, unread, asked.hidden)
 
 
 def _positions(asked: Any, length: int) -> list[int]:
@@ -272,8 +275,10 @@ def _aligned(
         for name, (tokens, places) in read.items():
             found[name][0].append(tokens)
             found[name][1].append([places[end] for end in common[-1]])
-    identity = digest_of(texts, common)
-    return {name: Rows(*rows, asked.split, has_targets, identity, ahead[name]) for name, rows in found.items()}
+    identity = digest_of(texts, common, *([asked.hidden] if asked.hidden else []))
+    return {
+        name: Rows(*rows, asked.split, has_targets, identity, ahead[name], asked.hidden) for name, rows in found.items()
+    }
 
 
 def _read(tokenizer: "Tokenizer", text: str, context: int, unread: int) -> tuple[Tensor, dict[int, int]]:

@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from picolm.address import Address
 from picolm.capture.taps import Taps, gradients
 from picolm.errors import PicoError
-from picolm.models import Anatomy, Likelihood, Noise, Piece
+from picolm.models import Anatomy, Likelihood, Piece
 from picolm.observe import passes
 from picolm.observe.architecture import Architecture, architecture_of
 from picolm.observe.optimizer import has_moments
 from picolm.observe.passes import Ask, Pass, inputs_of, residual_stream
 from picolm.observe.rows import Rows
 from picolm.readers.series import Series
-from picolm.seeds import derive
 from picolm.store import Checkpoint, Run
+from picolm.train import noise
+from picolm.train.evaluate import scored
 
+BOUND_DRAWS = 8  # of a bound, for each row
 _THREADS = torch.get_num_threads()  # before an analysis takes one for each of its layers
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
@@ -121,7 +123,8 @@ class Subject:
         }
         for need in needs:
             if lacking[need]:
-                raise PicoError(f"the model of {self.run.name} {_LACKING[need]}")
+                why = ": it predicts hidden tokens from both sides" if self.likelihood == "bound" else ""
+                raise PicoError(f"the model of {self.run.name} {_LACKING[need]}{why * (need == 'logits')}")
 
     @with_threads
     def forward(self, rows: Rows, batch: Sequence[int], needs: Collection[str] = ()) -> Pass:
@@ -178,8 +181,9 @@ class Subject:
         """Return activations and gradients by address, on the CPU, from one pass over the rows.
 
         activations: [R, H] for one position of each row, [R, P, H] for several, [N, H] over all rows where their numbers differ.
-        gradients: of the mean loss of all rows, shaped as the weights are. Raises PicoError for gradients of prompts, which
-        predict nothing, and for a module that did not run once or returns no tensor.
+        gradients: of the mean loss of all rows, shaped as the weights are. Activations of a model that hides tokens are of a pass
+        in which it does not. Raises PicoError for gradients of prompts, which predict nothing, and for a module that did not run
+        once or returns no tensor.
         """
         of = {address.module: self.architecture.holder(address.module) for address in wanted}
         captured = [address.module for address in wanted if address.kind == "activations"]
@@ -196,10 +200,15 @@ class Subject:
         ):
             for batch in rows.batches(batch_size):
                 outputs.clear()
-                loss = self._forward(rows, batch)
+                if backward or not hasattr(self.model, "without_noise"):
+                    loss = self._forward(rows, batch)
                 if backward:
                     (loss.nats * (1.0 / total)).backward()
                     predicted += loss.tokens
+                if hasattr(self.model, "without_noise"):
+                    outputs.clear()
+                    with torch.no_grad():
+                        self._read(rows, batch)
                 for module in captured:
                     output_BTH = self.architecture.part(module, _one(outputs, of[module][0], len(batch)))
                     kept[module] += [output_BTH[place, rows.positions[row]] for place, row in enumerate(batch)]
@@ -215,9 +224,24 @@ class Subject:
         tokens_BS = self._tokens(rows, batch)
         if not rows.has_targets:
             return self.model(tokens_BS)
-        seeds = [derive(self.architecture.noise_seed, f"{rows.split} row", self.checkpoint.step, row) for row in batch]
-        torch.manual_seed(seeds[0])  # for models that use the global generator
-        return self.model.loss(tokens_BS, Noise(seeds))
+        drawn = noise.of_split(self.architecture.noise_seed, rows.split, batch)
+        torch.manual_seed(drawn.seeds[0])  # for models that use the global generator
+        return self.model.loss(tokens_BS, drawn)
+
+    def _read(self, rows: Rows, batch: Sequence[int]) -> None:
+        """Run a model that hides tokens on some rows, in which as many are hidden as the rows say (none by default)."""
+        tokens_BS = self._tokens(rows, batch)
+        if rows.hidden:
+            self.model(self._hide(tokens_BS[:, : rows.inputs(batch[0])], rows, batch))
+        else:
+            (self.model.without_noise if rows.has_targets else self.model)(tokens_BS)
+
+    def _hide(self, tokens_BT: Tensor, rows: Rows, batch: Sequence[int]) -> Tensor:
+        """Return what the model reads of some rows. The hidden tokens depend on the row alone, not on the run or the step."""
+        if not rows.hidden:
+            return tokens_BT
+        hidden_BT: Tensor = self.model.hide(tokens_BT, rows.hidden / 100, noise.of_split(0, "hidden", batch))
+        return hidden_BT
 
     def _gradients(self, body: Mapping[str, nn.Module], split: str, names: Sequence[str]) -> dict[Address, Tensor]:
         """Return the gradients of parameters. names: of their modules, or those with the parameter's own name."""
@@ -253,7 +277,15 @@ class Subject:
 
     @with_threads
     def logits(self, rows: Rows, batch_size: int = 8) -> Tensor:
-        """Return the logits at the positions of each row, [R, V], [R, P, V] or [N, V], see `tensors`."""
+        """Return the logits at the positions of each row, [R, V], [R, P, V] or [N, V], see `tensors`.
+
+        Raises PicoError for a model that predicts hidden tokens, and rows in which none is hidden.
+        """
+        if hasattr(self.architecture.outline, "hide") and not rows.hidden:
+            raise PicoError(
+                f"the model of {self.run.name} predicts hidden tokens at their own positions, and none is hidden: its logits "
+                "mean nothing there; say with `hidden` what percentage to hide"
+            )
         found: list[Tensor] = []
         for batch, tokens_BT in self._inputs(rows, batch_size):
             logits_BTV = self.model(tokens_BT)
@@ -261,10 +293,13 @@ class Subject:
         return _stacked(found)
 
     @with_threads
-    def scores(self, rows: Rows, batch_size: int = 8) -> list[Tensor]:
-        """Return the nats of each predicted token of each row (terms of a bound, where the likelihood is one).
+    def scores(self, rows: Rows, batch_size: int = 8, draws: int = BOUND_DRAWS) -> list[Tensor]:
+        """Return the nats of each predicted token of each row.
 
-        Raises PicoError for prompts, which predict nothing, and for a model without a likelihood.
+        draws: for a model whose likelihood is a bound, the number of draws of it, whose terms are returned; 0: exact nats, along
+        an order of the model's choice, which takes a forward pass for each token.
+
+        Raises PicoError for prompts, which predict nothing, and for a model without a likelihood, or without an exact one.
         """
         if not rows.has_targets or self.likelihood == "none":
             why = "prompts have no tokens to predict" if self.likelihood != "none" else "the model has no likelihood"
@@ -272,14 +307,15 @@ class Subject:
         read, found = self.model.row_length(0), list[Tensor]()
         for batch in rows.batches(batch_size):
             pieces = [Piece(tokens, len(tokens) - read) for tokens in self._tokens(rows, batch)]
-            found += self.model.score(pieces, noise=Noise([derive(0, "score", row) for row in batch])).nats
+            found += scored(self.model, pieces, draws, noise.of_scores(batch)).nats
         return found
 
     def _inputs(self, rows: Rows, batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the rows of each forward pass and what the model reads of them. No gradients are computed meanwhile."""
         with torch.no_grad():
             for batch in rows.batches(batch_size):
-                yield batch, self._tokens(rows, batch)[:, : rows.inputs(batch[0])]
+                tokens_BT = self._tokens(rows, batch)[:, : rows.inputs(batch[0])]
+                yield batch, self._hide(tokens_BT, rows, batch)
 
     def _tokens(self, rows: Rows, batch: Sequence[int]) -> Tensor:
         tokens_BS = torch.stack([rows.tokens[row] for row in batch])

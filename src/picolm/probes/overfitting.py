@@ -9,7 +9,7 @@ from pydantic import Field
 from picolm.data.batches import permute
 from picolm.observe.passes import Answer, Ask
 from picolm.observe.rows import Rows
-from picolm.observe.subject import Subject
+from picolm.observe.subject import BOUND_DRAWS, Subject
 from picolm.observe.training import SeenRows, TrainingRows, rows_of_tokens
 from picolm.observe.training import training_rows as rows_that_trained
 from picolm.probes.in_context import nats
@@ -89,7 +89,7 @@ def _loss(subject: Subject, name: str, rows: Rows) -> Loss:
         of_rows = subject.scores(rows)
     reading = mean_of(name, of_rows)
     words = f"{len(rows.tokens)} rows"
-    note = f"{words}; an upper bound of the loss" if subject.likelihood == "bound" else words
+    note = f"{words}; an upper bound of the loss, {BOUND_DRAWS} draws a row" if subject.likelihood == "bound" else words
     return reading._replace(note=note, rows=rows.identity)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from picolm.console import screen, sparkline
 from picolm.errors import StoreError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 KINDS = ("weights", "optimizer", "activations", "gradients", "data", "tokenizer", "other")
+BOUND = "train/bound_nats_per_token"  # logged beside train/loss by a model whose loss is a bound
 SMALL = {"data", "tokenizer", "other"}
 
 
@@ -70,17 +71,24 @@ def verify(run: Run) -> Iterator[tuple[int, list[str]]]:
 
 
 def loss_line(run: Run) -> str:
-    """Return the logged training loss as one line, empty when none is logged.
+    """Return the logged training loss as one line, empty when none is logged; a bound of it is called `bound`.
 
     Example: `loss  8.34 █▅▃▂▁ 5.21  (steps 0 to 60, nats per token)`.
     """
-    losses = {entry["step"]: entry["train/loss"] for entry in run.read_metrics(("train/loss",))}
+    losses, name = logged_losses(run)
     if not losses:
         return ""
     steps = sorted(losses)
     series = [losses[step] for step in steps]
     drawn = f" {sparkline(series, 32)} {series[-1]:.4g}" if len(series) > 1 else ""
-    return f"loss  {series[0]:.4g}{drawn}  (steps {steps[0]} to {steps[-1]}, nats per token)"
+    return f"{name}  {series[0]:.4g}{drawn}  (steps {steps[0]} to {steps[-1]}, nats per token)"
+
+
+def logged_losses(run: Run) -> tuple[dict[int, Any], str]:
+    """Return the logged training losses by step, and what they are: `loss`, or `bound` of a model that has no exact one."""
+    entries = [entry for entry in run.read_metrics(("train/loss", BOUND)) if "train/loss" in entry]
+    losses = {entry["step"]: entry["train/loss"] for entry in entries}
+    return losses, "bound" if any(BOUND in entry for entry in entries) else "loss"
 
 
 def runs_in(folder: Path) -> list[Run]:
@@ -102,8 +110,8 @@ def runs_table(runs: list[Run]) -> "Table":
     for heading in ("run", "checkpoints", "last step", "damaged", "loss"):
         shown.add_column(heading, justify="left" if heading == "run" else "right", overflow="fold")
     for run in runs:
-        steps, losses = run.steps, [entry["train/loss"] for entry in run.read_metrics(("train/loss",))]
-        loss = f"{losses[-1]:.4g}" if losses else ""
+        steps, (losses, name) = run.steps, logged_losses(run)
+        loss = f"{list(losses.values())[-1]:.4g}{' (bound)' * (name == 'bound')}" if losses else ""
         shown.add_row(run.name, str(len(steps)), str(steps[-1]) if steps else "", str(len(damaged(run)) or ""), loss)
     return shown
 

@@ -19,6 +19,7 @@ from picolm.report.material import Material, gather
 from picolm.report.section import Section, Sheet
 from picolm.store import Run
 from picolm.store.files import disk_errors, write_atomically
+from picolm.store.listing import BOUND
 from picolm.suite.config import SEED, Member, Suite
 from picolm.suite.convergence import by_group, figures
 from picolm.train.job import Plan
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("picolm")
 
 MEMBERS, COMPARED, REPORT = "members.csv", "comparison.csv", "report.html"
-LOSS = "val/paloma/nats_per_token"
+LOSSES = ("train/loss", "val/paloma/nats_per_token")
+BOUNDS = (BOUND, "val/paloma_bound/bound_nats_per_token")
 SECTION = "picolm.suite.comparison:section"
 
 
@@ -69,7 +71,9 @@ def describe(members: list[Member]) -> "pd.DataFrame":
     rows = []
     for member in members:
         run = Run.open(member.path)
-        ends = {name: _last(run, name) for name in ("train/loss", LOSS)}
+        ends = {name: _last(run, name) for name in (*LOSSES, *BOUNDS)}
+        if ends[BOUND] is not None:
+            ends["train/loss"] = None  # it is the bound under another name
         group = "-".join(text for axis, text in member.labels.items() if axis != SEED) or "all"
         rows.append(
             {"run": member.name, "group": group}
@@ -77,19 +81,20 @@ def describe(members: list[Member]) -> "pd.DataFrame":
             | {"parameters": parameter_count(member.config), "tokens": tokens_in_all(member.config)}
             | ends
         )
-    return pd.DataFrame(rows)
+    described = pd.DataFrame(rows)
+    return described.drop(columns=[name for name in BOUNDS if name in described and described[name].isna().all()])
 
 
 def compare(members: "pd.DataFrame", values: "pd.DataFrame") -> "pd.DataFrame":
     """Return a row per group and figure, with the mean over runs and its 95 % confidence interval (Student's t).
 
-    Final losses come first, then the metrics.
+    Final losses come first, then the metrics. Bounds are figures of their own: no mean is over both.
     """
     import pandas as pd
 
     losses = []
     for group, rows in members.groupby("group", sort=False):
-        for name in ("train/loss", LOSS):
+        for name in [name for name in (*LOSSES, *BOUNDS) if name in rows]:
             mean, low, high, n = interval(rows[name].dropna().tolist())
             losses.append(
                 {"group": group, "figure": name, "mean": mean, "low": low, "high": high, "n": n, "of": len(rows)}

@@ -90,4 +90,5 @@ def _evaluation(run: Run, step: int, config: TrainConfig, rows: Rows | None) -> 
         settings=config.evaluation,
         run=run,
         step=step,
+        last=config.training.max_steps,
     )

@@ -322,7 +322,7 @@ def _setup(config: TrainConfig, fabric: Fabric, model: Any) -> Any:
 
     The optimizers are not wrapped, because nothing here needs Fabric's handling of them.
     """
-    methods = ["loss", "score", "generate"]
+    methods = ["loss", "score", "generate"] + ["without_noise"] * hasattr(model, "without_noise")
     if devices.want_compile(config.training, fabric.device):
         devices.set_compiler(config.training)
         compiled = torch.compile(type(model).loss, dynamic=False)  # all micro-batches of a run have one shape

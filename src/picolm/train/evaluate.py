@@ -2,8 +2,8 @@
 
 An evaluation is a function that takes the model (which scores text itself) and its rows, and returns named numbers.
 `paloma` is the name used by the published configurations: perplexity over rows that may be labelled with their source.
-A result that is computed from a bound of the likelihood has the suffix `_bound`. Pieces of text are scored in batches of
-similar lengths, distributed over all processes.
+What is computed from a bound of the likelihood is called so: `paloma_bound`, `bound_nats_per_token`. Pieces of text are scored
+in batches of similar lengths, distributed over all processes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor
 from picolm.capture.taps import summed
 from picolm.data.tokenizer import encode_text
 from picolm.errors import PicoError
-from picolm.models import Noise, Piece
+from picolm.models import Noise, Piece, Score
 from picolm.models.generate import NotFinite
 from picolm.registry import Registry
-from picolm.seeds import derive
+from picolm.train import noise
 from picolm.train.devices import reshard
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ class Evaluation(NamedTuple):
     """The inputs of an evaluation.
 
     token_bytes_V: the number of bytes of text of each token, None without a tokenizer. text: the tokenizer of the run.
-    settings: the evaluation section of its configuration. run, step: which run the model is of, and the updates before it.
+    settings: the evaluation section of its configuration. run, step: which run the model is of, and the updates before it;
+    last: the last step of the run.
     """
 
     model: Any
@@ -108,15 +109,14 @@ class Evaluation(NamedTuple):
     settings: Any = None
     run: Run | None = None
     step: int = 0
+    last: int | None = None
 
     @property
     def draws(self) -> int:
         """Number of random draws over which a bound of a likelihood is averaged."""
-        return 1 if self.settings is None else int(self.settings.draws)
-
-    def named(self, name: str) -> str:
-        """Return `name`, with the suffix `_bound` if the likelihood of the model is a bound."""
-        return f"{name}_bound" if self.model.likelihood == "bound" else name
+        if self.settings is None:
+            return 1
+        return int(self.settings.final_draws if self.step == self.last else self.settings.draws)
 
 
 EVALUATIONS: Registry[Callable[[Evaluation], dict[str, float]]] = Registry("evaluation", more="picolm.probes")
@@ -159,7 +159,7 @@ def paloma(evaluation: Evaluation) -> dict[str, float]:
     if evaluation.rows is None:
         return {}
     pieces = pieces_of(evaluation.model, evaluation.rows.tokens_RS)
-    scores = score(pieces, evaluation)
+    scores = score(pieces, evaluation, evaluation.draws, evaluation.rows.numbers)
     if not scores.nats.isfinite().all():
         log.warning("paloma has no value: the model computes NaN or infinities; its weights may have diverged")
     tokens = torch.tensor([piece.scored for piece in pieces], dtype=torch.float64)
@@ -170,15 +170,22 @@ def paloma(evaluation: Evaluation) -> dict[str, float]:
     names = sorted(set(labels))
     sources = torch.tensor([names.index(label) for label in labels], dtype=torch.long)
     sums = torch.zeros(len(names), 4, dtype=torch.float64).index_add_(0, sources, columns)
-    family = evaluation.named("paloma")
-    results = _scores(family, *sums.sum(0).tolist())
+    family = scores.named("paloma")
+    results = _scores(family, scores, *sums.sum(0).tolist())
     for name, row in zip(names, sums.tolist()):
         if name:
-            results |= _scores(f"{family}/{source_name(name)}", *row)
+            results |= _scores(f"{family}/{source_name(name)}", scores, *row)
     return results
 
 
-UNITS = ("nats_per_token", "bits_per_byte", "standard_error")
+UNITS = (
+    "nats_per_token",
+    "bits_per_byte",
+    "bound_nats_per_token",
+    "bound_bits_per_byte",
+    "standard_error",
+    "draws",
+)
 _LIKE_A_UNIT = re.compile(rf"(?:.*/)?(?:{'|'.join(UNITS)})(?: \(source\))*")
 
 
@@ -187,17 +194,20 @@ def source_name(label: str) -> str:
     return f"{label} (source)" if _LIKE_A_UNIT.fullmatch(label) else label
 
 
-def _scores(name: str, nats: float, tokens: float, text_bytes: float, variance: float) -> dict[str, float]:
-    """Return perplexity and nats per token, with the standard error if they are estimates and bits per byte if known."""
+def _scores(
+    name: str, scores: Scores, nats: float, tokens: float, text_bytes: float, variance: float
+) -> dict[str, float]:
+    """Return perplexity, nats per token and, if known, bits per byte; of a bound also its standard error and its draws."""
+    unit = "bound_" if scores.draws else ""
     if not tokens:
-        return {f"{name}/nats_per_token": math.nan}
+        return {f"{name}/{unit}nats_per_token": math.nan}
     per_token = nats / tokens
-    scores = {name: math.inf if per_token > 700 else math.exp(per_token), f"{name}/nats_per_token": per_token}
-    if variance:
-        scores[f"{name}/standard_error"] = math.sqrt(variance) / tokens
+    found = {name: math.inf if per_token > 700 else math.exp(per_token), f"{name}/{unit}nats_per_token": per_token}
+    if scores.draws:
+        found |= {f"{name}/standard_error": math.sqrt(variance) / tokens, f"{name}/draws": scores.draws}
     if text_bytes:  # below 0: the text of some tokens is unknown
-        scores[f"{name}/bits_per_byte"] = nats / (math.log(2) * text_bytes) if text_bytes > 0 else math.nan
-    return scores
+        found[f"{name}/{unit}bits_per_byte"] = nats / (math.log(2) * text_bytes) if text_bytes > 0 else math.nan
+    return found
 
 
 @EVALUATIONS.add("minimal_pairs")
@@ -248,11 +258,17 @@ class Scores(NamedTuple):
 
     nats: -ln p of each piece, summed over its scored tokens, or a bound of it. variance: of `nats`, if they are
     estimated from random draws, else 0. likeliest: bool, whether every scored token is the most likely at its position.
+    draws: over which a bound is averaged; 0: `nats` are exact.
     """
 
     nats: Tensor
     variance: Tensor
     likeliest: Tensor
+    draws: int = 0
+
+    def named(self, name: str) -> str:
+        """Return `name`, with the suffix `_bound` for what follows from a bound."""
+        return f"{name}_bound" if self.draws else name
 
     def finite(self) -> Scores:
         """Return these scores. Raises NotFinite for NaN and infinities, which comparisons would hide."""
@@ -269,40 +285,55 @@ def pieces_of(model: Any, tokens_RS: Tensor) -> list[Piece]:
     return [Piece(tokens_S, len(tokens_S) - read) for tokens_S in tokens_RS]
 
 
-def token_nats(model: Any, tokens_RS: Tensor, draws: int = 1) -> Tensor:
-    """Return the nats of each scored token of each row, [R, T], on the CPU.
+def token_nats(model: Any, tokens_RS: Tensor) -> Tensor:
+    """Return the exact nats of each scored token of each row, [R, T], on the CPU.
 
-    Raises NoLikelihood if the model has no likelihood.
+    Raises NoLikelihood if the model has no likelihood, or no exact one.
     """
     require_likelihood(model)
-    score = model.score(pieces_of(model, tokens_RS), draws=draws, noise=_noise(range(len(tokens_RS)), "cpu"))
-    return torch.stack(score.nats).cpu()
+    drawn = noise.of_scores(range(len(tokens_RS)))
+    return torch.stack(scored(model, pieces_of(model, tokens_RS), 0, drawn).nats).cpu()
 
 
-def score(pieces: Sequence[Piece], evaluation: Evaluation) -> Scores:
-    """Return the scores of all pieces, on every process. Raises NoLikelihood if the model has no likelihood."""
+def score(
+    pieces: Sequence[Piece], evaluation: Evaluation, draws: int = 0, numbers: Sequence[int] | np.ndarray | None = None
+) -> Scores:
+    """Return the scores of all pieces, on every process.
+
+    draws: of a bound, where the model has no other likelihood; 0: exact nats. numbers: of each piece, which its draws depend on
+    (default: its place). Raises NoLikelihood if the model has no likelihood, and for 0 draws if it has no exact one.
+    """
     require_likelihood(evaluation.model)
+    draws_used = draws if evaluation.model.likelihood == "bound" else 0
     found_N3 = torch.zeros(len(pieces), 3, dtype=torch.float64)  # zero for the pieces of other processes
     for places, batch in _batches(pieces, evaluation):
-        noise = _noise(places or [-1], evaluation.device)
-        score = evaluation.model.score(batch, draws=evaluation.draws, noise=noise)
+        own = [int(place if numbers is None else numbers[place]) for place in places or [0]]
+        score = scored(evaluation.model, batch, draws, noise.of_scores(own, evaluation.device))
         for row, place in enumerate(places):
             found_N3[place, 0] = score.nats[row].double().sum().item()
             found_N3[place, 1] = score.standard_error[row].double().square().item()
             found_N3[place, 2] = score.likeliest is not None and bool(score.likeliest[row])
     found_N3 = summed(found_N3, evaluation.device)
-    return Scores(found_N3[:, 0], found_N3[:, 1], found_N3[:, 2] > 0)
+    return Scores(found_N3[:, 0], found_N3[:, 1], found_N3[:, 2] > 0, draws_used)
+
+
+def scored(model: Any, pieces: Sequence[Piece], draws: int, drawn: Noise) -> Score:
+    """Return the score of pieces. Raises NoLikelihood for 0 draws if the model gives no exact nats."""
+    try:
+        found: Score = model.score(pieces, draws=draws, noise=drawn)
+        if draws or found.exact:
+            return found
+    except NotImplementedError:
+        pass
+    raise NoLikelihood(
+        "the likelihood of a text can only be bounded with this model, and a bound is not comparable with an exact value"
+    )
 
 
 def require_likelihood(model: Any) -> None:
     """Raise NoLikelihood if the model states that it has no likelihood."""
     if model.likelihood == "none":
         raise NoLikelihood("the likelihood of a text cannot be computed from this model (its likelihood is `none`)")
-
-
-def _noise(places: Sequence[int] | range, device: Any) -> Noise:
-    """Return the noise for pieces by their indices: the same at every step, for any batch size and number of processes."""
-    return Noise([derive(0, "score", place) for place in places], device)
 
 
 def _batches(pieces: Sequence[Piece], evaluation: Evaluation) -> Iterator[tuple[list[int], list[Piece]]]:

@@ -52,6 +52,8 @@ class Evaluation(Section):
     """Steps between evaluations (default: at each checkpoint)."""
     draws: Annotated[PositiveInt, Key(since="0.2")] = 8
     """Number of random draws over which a bound of a likelihood is averaged; no effect if the likelihood is exact."""
+    final_draws: Annotated[PositiveInt, Key(since="0.2")] = 64
+    """Number of draws at the last step of the run, whose results are compared."""
     paloma: Paloma = Paloma()
     minimal_pairs: MinimalPairs = MinimalPairs()
     lm_eval: Harness = Harness()

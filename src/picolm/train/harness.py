@@ -116,7 +116,7 @@ def run_tasks(evaluation: Evaluation) -> dict[str, float]:
             torch_random_seed=None,
         )
     assert found is not None
-    return dict(sorted(_numbers(found, evaluation.named("lm_eval"))))
+    return dict(sorted(_numbers(found, "lm_eval")))
 
 
 def _numbers(found: dict[str, Any], family: str) -> Any:

@@ -29,7 +29,7 @@ class Batch:
 
     where: the place of each row in the data, as text. read: the number of tokens at the start of a row that are not
     predicted. before_RT, after_RT: the loss in nats of each of the T other tokens, before and after the update of the
-    step. If the likelihood of the model is a bound, only the sum over a row is a loss.
+    step.
     """
 
     step: int

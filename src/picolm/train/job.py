@@ -179,6 +179,11 @@ class Job:
         """Number of tokens at the start of a row that are read but not predicted: row_length(0)."""
         return int(self.state.model.row_length(0))
 
+    @property
+    def reads_without_noise(self) -> bool:
+        """Whether the model hides tokens from itself in training, and captures are of a pass in which it does not."""
+        return hasattr(self.state.model, "without_noise")
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the update from `step` to `step + 1`."""
         return learning_rate(step, self.config.training.optimization, self.config.training.max_steps)

@@ -14,9 +14,8 @@ from picolm.address import Address
 from picolm.capture import capture
 from picolm.capture.taps import Order, summed
 from picolm.errors import PicoError
-from picolm.models import Loss, Noise
-from picolm.seeds import derive
-from picolm.train import report
+from picolm.models import Loss
+from picolm.train import noise, report
 from picolm.train.devices import keeps_shards, only_deterministic, reshard
 from picolm.train.evaluate import Evaluation, evaluate
 from picolm.train.job import Due, Job
@@ -145,16 +144,18 @@ def forward(
     job: Job, step: int, places: Sequence[int] | np.ndarray, tokens_BS: Tensor, split: str, *, compiled: bool
 ) -> Loss:
     """Return the loss of one micro-batch, computed in the precision of the run. Its randomness depends only on the
-    seed, the split, the step and the row.
+    seed, the row, and in training on the step.
     """
-    seed, rows = job.config.training.seeds.noise, places if len(places) else [-1]
-    seeds = [derive(seed, f"{split} row", step, int(row)) for row in rows]
-    torch.manual_seed(seeds[0])  # for models that use the global generator, so that its state need not be saved
-    noise = Noise(seeds, job.device)
+    seed, rows = job.config.training.seeds.noise, [int(place) for place in places] or [-1]
+    if split == "train":
+        drawn = noise.of_training(seed, step, rows, job.config.data.dataloader.batch_size, job.device)
+    else:
+        drawn = noise.of_split(seed, split, rows, job.device)
+    torch.manual_seed(drawn.seeds[0])  # for models that use the global generator, so that its state need not be saved
     loss = job.model.compiled_loss if compiled else job.model.loss
     # On one device Fabric applies autocast to `forward` only, not to other methods.
     with job.fabric.autocast(), only_deterministic(job.exact):
-        return loss(tokens_BS.to(job.device, non_blocking=True), noise)
+        return loss(tokens_BS.to(job.device, non_blocking=True), drawn)
 
 
 @contextmanager
@@ -163,27 +164,36 @@ def watch(job: Job, step: int, due: Due, micro_batches: Sequence[Tensor]) -> Ite
 
     Gradients are read after backward, before clipping. Hooks inside a compiled loss would split its graph differently
     and change its rounding, so the run would no longer end with the same bytes. With a compiled loss, the activations
-    therefore come from a second forward pass of the same weights that is not compiled.
+    therefore come from a second forward pass of the same weights that is not compiled. So they do for a model that hides
+    tokens: from a pass in which none is hidden.
     """
     if not due.dynamics:
         yield {}
         return
     order = job.batches.rank_rows(step)
-    again = job.compiled and job.taps.activations
+    again = job.taps.activations and (job.compiled or job.reads_without_noise)
     with job.stopwatch.time("capture"):
-        with capture(
-            replace(job.taps, activations=job.taps.activations and not again), split="train", step=step, order=order
-        ) as captured:
+        taps = replace(job.taps, activations=job.taps.activations and not again)
+        with capture(taps, split="train", step=step, order=order) as captured:
             yield captured
         if again:
-            with (
-                capture(replace(job.taps, gradients=False), split="train", step=step, order=order) as activations,
-                torch.no_grad(),
-            ):
-                for places, tokens_BS in zip(order, micro_batches, strict=True):
-                    forward(job, step, places, tokens_BS, "train", compiled=False)
-            reshard(job.model)
-            captured |= activations
+            captured |= activations(job, step, "train", order, micro_batches)
+
+
+def activations(
+    job: Job, step: int, split: str, order: Order, micro_batches: Sequence[Tensor]
+) -> dict[Address, Tensor]:
+    """Return the activations of a forward pass of its own over some micro-batches, without what the model hides of them."""
+    taps = replace(job.taps, gradients=False)
+    with capture(taps, split=split, step=step, order=order) as captured, torch.no_grad():
+        for places, tokens_BS in zip(order, micro_batches, strict=True):
+            if job.reads_without_noise:
+                with job.fabric.autocast(), only_deterministic(job.exact):
+                    job.model.without_noise(tokens_BS.to(job.device, non_blocking=True))
+            else:
+                forward(job, step, places, tokens_BS, split, compiled=False)
+    reshard(job.model)
+    return captured
 
 
 def held_out(job: Job, step: int) -> dict[Address, Tensor]:
@@ -197,10 +207,14 @@ def held_out(job: Job, step: int) -> dict[Address, Tensor]:
     order, micro_batches = zip(*job.captured_rows.micro_batches(size, rank, world))
     kept = [parameter.grad for parameter in job.state.model.parameters()]
     job.state.model.zero_grad()
-    with capture(job.taps, split="val", step=step, order=order) as captured:
+    again = job.taps.activations and job.reads_without_noise
+    taps = replace(job.taps, activations=job.taps.activations and not again)
+    with capture(taps, split="val", step=step, order=order) as captured:
         accumulate(job, step, micro_batches, order, job.captured_rows.tokens_RS[:, job.tokens_read :].numel())
     for parameter, gradient in zip(job.state.model.parameters(), kept):
         parameter.grad = gradient
+    if again:
+        captured |= activations(job, step, "val", order, micro_batches)
     return captured
 
 
@@ -253,6 +267,7 @@ def evaluation(job: Job) -> dict[str, float]:
             settings=job.config.evaluation,
             run=job.run,
             step=job.state.step,
+            last=job.config.training.max_steps,
         )
         with job.fabric.autocast():
             return evaluate(job.config.evaluation.metrics or (), context)

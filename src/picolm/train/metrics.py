@@ -202,10 +202,10 @@ class Progress:
     def line(self, step: int, last: int, metrics: Mapping[str, Any]) -> None:
         """Log one line with the metrics of a step, if there is no bar."""
         if self.bar is None:
-            speed = metrics["tokens_per_s"]
+            speed, loss = metrics["tokens_per_s"], "bound" if "train/bound_nats_per_token" in metrics else "loss"
             left = (last - step) * self.tokens_per_step / speed
             self.say(
-                f"step {step}/{last}  loss {metrics['train/loss']:.4f}  lr {metrics['lr']:.2e}  "
+                f"step {step}/{last}  {loss} {metrics['train/loss']:.4f}  lr {metrics['lr']:.2e}  "
                 f"grad norm {metrics['grad_norm']:.3f}  {speed:,.0f} tokens/s  {_duration(left)} left"
             )
 

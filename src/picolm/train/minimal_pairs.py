@@ -34,8 +34,8 @@ class Pair(NamedTuple):
 def accuracy(evaluation: Evaluation) -> dict[str, float]:
     """Return the share of pairs whose acceptable sentence is more likely, overall and by phenomenon.
 
-    A tie counts as wrong. Raises DataError for unusable files and sentences that are too long, PicoError without a
-    tokenizer, and NotFinite if the model computes NaN.
+    A tie counts as wrong. Sentences are compared by exact nats, never by bounds. Raises DataError for unusable files and
+    sentences that are too long, PicoError without a tokenizer, and NotFinite if the model computes NaN.
     """
     settings, language = evaluation.settings.minimal_pairs, Language.of(evaluation, "minimal_pairs")
     pairs = read_pairs(Path(settings.path).expanduser(), settings.group_by)
@@ -44,10 +44,9 @@ def accuracy(evaluation: Evaluation) -> dict[str, float]:
     ]
     scores = score(pieces, evaluation._replace(batch_size=settings.batch_size)).finite()
     good_P, bad_P = scores.nats.view(-1, 2).unbind(1)
-    family = evaluation.named("minimal_pairs")
     right: dict[str, list[float]] = defaultdict(list)
     for pair, correct in zip(pairs, (good_P < bad_P).tolist()):
-        for name in (family, *([f"{family}/{pair.phenomenon}"] if pair.phenomenon else [])):
+        for name in ("minimal_pairs", *([f"minimal_pairs/{pair.phenomenon}"] if pair.phenomenon else [])):
             right[name].append(float(correct))
     return {name: sum(values) / len(values) for name, values in sorted(right.items())}
 

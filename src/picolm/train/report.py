@@ -80,6 +80,8 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
     if job.state.model.likelihood == "exact":  # otherwise the loss is a bound of the likelihood or unrelated to it
         metrics["train/perplexity"] = math.inf if loss > 700 else math.exp(loss)
         metrics |= _bits_per_byte(job, number, loss)
+    elif job.state.model.likelihood == "bound":
+        metrics["train/bound_nats_per_token"] = loss
     if job.rates_differ:
         metrics |= {f"lr/{name}": value for name, value in job.group_rates(number).items()}
     metrics |= _noise(job)
@@ -293,8 +295,9 @@ def log_summary(job: Job) -> None:
     source = job.batches.source
     if losses and len(source) * source.row_length <= MOST_TOKENS_COUNTED:
         log.info(
-            "Loss in nats per token: %.3f at the start, %.3f now. A uniform guess has ln(%d) = %.3f, the best guess that "
+            "%s in nats per token: %.3f at the start, %.3f now. A uniform guess has ln(%d) = %.3f, the best guess that "
             "ignores the context (the unigram entropy of the corpus) %.3f.",
+            "Bound of the loss" if job.state.model.likelihood == "bound" else "Loss",
             losses[0], losses[-1], job.config.model.vocab_size, math.log(job.config.model.vocab_size), unigram_entropy(source),
         )  # fmt: skip
     if losses:

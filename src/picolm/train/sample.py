@@ -87,8 +87,9 @@ def ends_of_text(checkpoint: Checkpoint) -> list[int]:
 def sample(place: str, step: int | None, prompt: str, *, max_new_tokens: int, seed: int, **options: Any) -> str:
     """Generate text from a prompt with the model of a run. Returns the prompt and the generated text as one string.
 
-    The prompt is encoded as in training. options: passed to `generate` of the model. Raises PicoError for a prompt that
-    is too long, for options and seeds out of range, without a tokenizer, and for a model that computes NaN.
+    The prompt is encoded as in training. options: passed to `generate` of the model; suffix: a text that follows the new tokens,
+    for a model that fills gaps. Raises PicoError for a prompt that is too long, for options and seeds out of range or of another
+    kind of model, without a tokenizer, and for a model that computes NaN.
     """
     if max_new_tokens < 1:
         raise PicoError(f"max_new_tokens is {max_new_tokens}; ask for at least 1 token")
@@ -108,9 +109,18 @@ def sample(place: str, step: int | None, prompt: str, *, max_new_tokens: int, se
     tokens = tokens or ends[:1]  # an empty prompt becomes the start of a document
     model = load_model(run, checkpoint.step)
     eos = ends[0] if len(ends) == 1 else ends or None
+    if not hasattr(model, "infill") and (others := sorted({"order", "steps", "block_length", "suffix"} & set(options))):
+        raise PicoError(
+            f"{', '.join(others)}: only a diffusion model can be asked for that; this one writes left to right"
+        )
     generator = torch.Generator().manual_seed(seed)
+    after = encode_text(tokenizer, str(options.pop("suffix", "")), "the suffix")
     try:
-        written = model.generate(torch.tensor([tokens]), max_new_tokens, eos=eos, generator=generator, **options)
+        if after:
+            gap_1T = torch.tensor([[*tokens, *[model.mask] * max_new_tokens, *after]])
+            written = model.infill(gap_1T, generator=generator, **options)
+        else:
+            written = model.generate(torch.tensor([tokens]), max_new_tokens, eos=eos, generator=generator, **options)
     except NotFinite as error:
         raise PicoError(f"{checkpoint.path}: {error}") from error
     except ValueError as error:

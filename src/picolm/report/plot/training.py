@@ -10,12 +10,13 @@ import plotly.graph_objects as go
 from picolm.errors import PicoError
 from picolm.report.look import COLOURS, DASHES, colours_of
 from picolm.report.plot.panels import Control, Panel, figure, line
+from picolm.store.listing import BOUND
 
 UNITS = ("nats per token", "perplexity", "bits per byte")
 TRAINED = ("train/loss", "train/perplexity", "train/bits_per_byte")
-TRAINING = "training batches"
+TRAINING, BOUNDED = "training batches", "bound of training batches"
 VALIDATED = re.compile(
-    r"val/(?!lm_eval/|minimal_pairs)(?P<name>[^/]+)(?:/(?P<source>.+?))??(?:/(?P<unit>nats_per_token|bits_per_byte))?$"
+    r"val/(?!lm_eval/|minimal_pairs)(?P<name>[^/]+)(?:/(?P<source>.+?))??(?:/(?P<unit>(?:bound_)?(?:nats_per_token|bits_per_byte)))?$"
 )
 PROGRESS = {
     "lr": Panel("Learning rate", "learning rate"),
@@ -48,15 +49,20 @@ def loss(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.Fi
     """Return a figure of loss, perplexity and bits per byte, of training and of each source of the held-out rows.
 
     log: see `log_table`. One run: a colour per source; several: a colour per run, or, if there are more runs than
-    colours, per group (run -> its group), of one source at a time. Raises PicoError if no loss was logged.
+    colours, per group (run -> its group), of one source at a time. Bounds of the loss are sources of their own. Raises PicoError
+    if no loss was logged.
     """
+    bounded = log.loc[log["name"] == BOUND, "run"].unique()
+    log = log[~(log["run"].isin(bounded) & (log["name"] == TRAINED[0]))]  # it is the bound under another name
     runs = colours_of(log["run"].unique(), groups)
     many = len(runs) > COLOURS
     evaluated = losses_among(log["name"].unique())
     curves = [curve for name in log["name"].unique() if (curve := _curve(name, evaluated)) is not None]
     if not curves:
         raise PicoError("nothing was logged of a loss")
-    sources = sorted(dict.fromkeys(source for _, source, _ in curves), key=lambda source: source != TRAINING)
+    sources = sorted(
+        dict.fromkeys(source for _, source, _ in curves), key=lambda source: source not in (TRAINING, BOUNDED)
+    )
     traces = []
     for name, source, unit in sorted(curves, key=lambda curve: sources.index(curve[1])):
         for run, place in runs.items():
@@ -82,22 +88,25 @@ def loss(log: pd.DataFrame, *, groups: Mapping[str, str] | None = None) -> go.Fi
 def losses_among(names: Iterable[str]) -> set[str]:
     """Return the evaluations that are losses: `paloma`, and each that logs nats per token. Others log other numbers."""
     found = (
-        name.removeprefix("val/").removesuffix("/nats_per_token").split("/")[0]
+        name.removeprefix("val/").rpartition("/")[0].split("/")[0]
         for name in names
-        if name.endswith("/nats_per_token")
+        if name.endswith(("/nats_per_token", "/bound_nats_per_token")) and name.startswith("val/")
     )
     return {"paloma", *found}
 
 
 def _curve(name: str, evaluated: set[str]) -> tuple[str, str, int] | None:
     """Return (name, source, index in UNITS) of a loss; None for other quantities. evaluated: see `losses_among`."""
+    if name == BOUND:
+        return name, BOUNDED, 0
     if name in TRAINED:
         return name, TRAINING, TRAINED.index(name)
     found = VALIDATED.match(name)
-    if found is None or found["name"] not in evaluated:
+    if found is None or found["name"] not in evaluated or name.endswith(("/standard_error", "/draws")):
         return None
-    unit = {"nats_per_token": 0, None: 1, "bits_per_byte": 2}[found["unit"]]
-    return name, " ".join(filter(None, ("held out:", found["source"] or "all", ""))).strip(), unit
+    unit = {"nats_per_token": 0, None: 1, "bits_per_byte": 2}[found["unit"] and found["unit"].removeprefix("bound_")]
+    words = "bound, held out:" if found["name"].endswith("_bound") else "held out:"
+    return name, f"{words} {found['source'] or 'all'}", unit
 
 
 def _spikes(log: pd.DataFrame, run: str, shown: dict[str, int]) -> list[go.Scatter]:

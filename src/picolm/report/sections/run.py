@@ -17,7 +17,7 @@ from picolm.report.section import SECTIONS, Section
 from picolm.schema import flatten
 from picolm.store import Checkpoint, Run
 from picolm.store.checkpoint import SealedCheckpoint
-from picolm.store.listing import damaged
+from picolm.store.listing import BOUND, damaged
 
 EXPECTED = {"run_name", "runs_dir"}  # differ from the default in every run, so not shown
 FEW = 3  # up to this many runs, differences from the default configuration are unfolded
@@ -38,7 +38,7 @@ def card(name: str, opened: Run, unfolded: bool = True) -> Markup:
     """Return the facts of a run, its configuration (differences from the defaults first) and provenance, as HTML."""
     config, environment = flatten(_config(opened)), _environment(opened)
     last = opened.latest()
-    entries = list(opened.read_metrics(("train/loss", "train/perplexity", "tokens", "tokens_per_s")))
+    entries = list(opened.read_metrics(("train/loss", BOUND, "train/perplexity", "tokens", "tokens_per_s")))
     return render(
         "run.html",
         name=name,
@@ -101,7 +101,8 @@ def _facts(config: dict[str, Any], entries: list[dict[str, Any]], parameters: in
         step, loss, entry = losses[-1]
         known = loss < 700 and "train/perplexity" in entry  # a loss that is not a likelihood has no perplexity
         perplexity = f"perplexity {math.exp(loss):,.1f}, at step {step:,}" if known else f"at step {step:,}"
-        facts.append((f"{loss:.3f}", "training loss, nats per token", perplexity))
+        what = "bound of the training loss" if BOUND in entry else "training loss"
+        facts.append((f"{loss:.3f}", f"{what}, nats per token", perplexity))
     if len(speeds) > 1:
         seconds = sum((after - before) / speed for (before, _), (after, speed) in pairwise(speeds) if speed > 0)
         facts.append((duration(seconds), "of training", "from the logged speeds"))

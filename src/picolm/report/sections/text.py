@@ -99,7 +99,6 @@ def rows(run: Run, step: int, most: float, prefix: str = "") -> Iterator[Row]:
     checkpoint = run[step]
     assert isinstance(checkpoint, SealedCheckpoint)
     model = load_model(run, step)
-    what = "loss" if model.likelihood == "exact" else "bound of the loss"
     words = Text(checkpoint.locate("tokenizer.json"), int(run.config["model"]["vocab_size"]))
     for split, where in (("train", "training batch of"), ("val", "held-out text at")):
         try:
@@ -112,7 +111,7 @@ def rows(run: Run, step: int, most: float, prefix: str = "") -> Iterator[Row]:
         names = table.column("source").to_pylist() if "source" in table.column_names else [""] * len(ids_RS)
         numbers = table.column("row").to_pylist() if "row" in table.column_names else [None] * len(ids_RS)
         for ids_S, nats_T, source, number in zip(ids_RS, nats_RT, names, numbers, strict=True):
-            loss = f"mean {what} {nats_T.mean():.3f} nats" + (
+            loss = f"mean loss {nats_T.mean():.3f} nats" + (
                 "" if nats_T.size < TOKENS else f" over {nats_T.size} tokens"
             )
             place = [f"{prefix}{where} step {step}", f"row {number}" if number is not None else "", source, loss]
