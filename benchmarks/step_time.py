@@ -1,6 +1,8 @@
 """How fast a training step is, and how much memory it takes, beside the decoders that people use for the same.
 
     python benchmarks/step_time.py [--shapes tiny,mid,big] [--precisions bf16,float32] [--modes eager,compiled] [--rounds 9]
+    python benchmarks/step_time.py --family statespace --shapes tiny,mid,long     beside Mamba2ForCausalLM and our decoder
+    python benchmarks/step_time.py --family diffusion --shapes tiny,mid           beside ModernBERT and our decoder
     python benchmarks/step_time.py --profile tiny          where the time of our own step goes
     python benchmarks/step_time.py --device cuda --shapes decoder-tiny,decoder-small
 
@@ -14,7 +16,10 @@ turns.
 
 Peers: `LlamaForCausalLM` of transformers, and `GPT` of litgpt (`pip install --no-deps litgpt lightning pytorch-lightning
 torchmetrics jsonargparse docstring_parser typeshed_client importlib_resources psutil`: with its dependencies it would
-replace versions that this project needs). A peer that is not installed is left out, and said to be.
+replace versions that this project needs). Of a state space model: `Mamba2ForCausalLM` with chunks of several lengths; the
+default of 256 is its slowest on a CPU. Of masked diffusion: `ModernBertForMaskedLM` with full attention in each layer, which
+computes the logits of hidden tokens alone, as ours does. There our decoder is shown, too, and is no peer. A peer that is not
+installed is left out, and said to be.
 """
 
 import argparse
@@ -25,13 +30,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from picolm.models import Decoder, DecoderConfig
+from picolm.models import MODELS, Noise
 from picolm.train.devices import matmul_peak, tune_allocator
 
 
@@ -50,6 +56,7 @@ SHAPES = {
     "tiny": Shape(96, 384, 4096, 8, 512),
     "mid": Shape(384, 1536, 4096, 8, 512),
     "big": Shape(96, 384, 50304, 1, 2048),
+    "long": Shape(96, 384, 4096, 2, 2048),
     # One micro-batch of the shipped configurations, on each of their GPUs.
     "decoder-tiny": Shape(96, 384, 50304, 8, 2048),
     "decoder-small": Shape(384, 1536, 50304, 8, 2048),
@@ -58,21 +65,41 @@ PRECISIONS = {"bf16": torch.bfloat16, "float32": torch.float32}
 LossOf = Callable[[Tensor], Tensor]  # rows of length + 1 tokens -> mean loss
 
 
+# Blocks, state size and head size of the state space model that has as many parameters, by the width.
+STATE_SPACE = {24: (1, 8, 8), 96: (24, 48, 16), 384: (26, 128, 64)}
+
+
 def pico(shape: Shape) -> tuple[nn.Module, LossOf]:
-    config = DecoderConfig(
-        d_model=shape.width,
-        n_layers=shape.layers,
-        vocab_size=shape.vocabulary,
-        max_seq_len=shape.length,
-        attention_n_heads=shape.heads,
-        attention_n_kv_heads=shape.kv_heads,
-        activation_hidden_dim=shape.hidden,
-    )
-    model = Decoder(config)
+    return built("pico_decoder", shape, **decoder_keys(shape))
+
+
+def pico_statespace(shape: Shape) -> tuple[nn.Module, LossOf]:
+    layers, state, head = STATE_SPACE[shape.width]
+    return built("pico_statespace", shape, n_layers=layers, state_size=state, head_dim=head)
+
+
+def pico_diffusion(shape: Shape) -> tuple[nn.Module, LossOf]:
+    """With keys of each head of its own, as ModernBERT."""
+    return built("pico_diffusion", shape, **decoder_keys(shape._replace(kv_heads=shape.heads)))
+
+
+def decoder_keys(shape: Shape) -> dict[str, int]:
+    return {
+        "n_layers": shape.layers,
+        "attention_n_heads": shape.heads,
+        "attention_n_kv_heads": shape.kv_heads,
+        "activation_hidden_dim": shape.hidden,
+    }
+
+
+def built(name: str, shape: Shape, **keys: int) -> tuple[nn.Module, LossOf]:
+    kind = MODELS.get(name)
+    config = kind.Config(d_model=shape.width, vocab_size=shape.vocabulary, max_seq_len=shape.length, **keys)
+    model = kind(config)
     model.init_parameters(torch.Generator().manual_seed(0))
 
     def loss_of(tokens: Tensor) -> Tensor:
-        loss = model.loss(tokens)
+        loss = model.loss(tokens, Noise(range(len(tokens)), tokens.device))
         return loss.nats / loss.tokens
 
     return model, loss_of
@@ -120,8 +147,77 @@ def litgpt(shape: Shape) -> tuple[nn.Module, LossOf]:
     return model, lambda tokens: chunked_cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
 
 
-SIDES = {"pico": pico, "llama": llama, "litgpt": litgpt}
-NEEDS = {"pico": "torch", "llama": "transformers", "litgpt": "litgpt"}
+def mamba2(shape: Shape, chunk: int) -> tuple[nn.Module, LossOf]:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    layers, state, head = STATE_SPACE[shape.width]
+    config = Mamba2Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        num_hidden_layers=layers,
+        state_size=state,
+        head_dim=head,
+        num_heads=2 * shape.width // head,
+        n_groups=1,
+        chunk_size=chunk,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    model = Mamba2ForCausalLM(config).train()
+    return model, lambda tokens: model(tokens[:, :-1], labels=tokens, shift_labels=tokens[:, 1:].contiguous()).loss
+
+
+def modernbert(shape: Shape) -> tuple[nn.Module, LossOf]:
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    config = ModernBertConfig(
+        vocab_size=shape.vocabulary + 1,
+        hidden_size=shape.width,
+        intermediate_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=shape.length + 1,
+        layer_types=["full_attention"] * shape.layers,
+        sparse_prediction=True,
+        decoder_bias=False,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        cls_token_id=None,
+        sep_token_id=None,
+    )
+    model = ModernBertForMaskedLM(config).train()
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        """Hides of each row as many tokens as ours does on average, half of them."""
+        hidden = torch.rand(tokens.shape, device=tokens.device) < 0.5
+        labels = tokens.masked_fill(~hidden, -100)
+        loss: Tensor = model(tokens.masked_fill(hidden, shape.vocabulary), labels=labels).loss
+        return loss
+
+    return model, loss_of
+
+
+SIDES: dict[str, Callable[[Shape], tuple[nn.Module, LossOf]]] = {
+    "pico": pico,
+    "llama": llama,
+    "litgpt": litgpt,
+    "pico_statespace": pico_statespace,
+    **{f"mamba2, chunks of {chunk}": partial(mamba2, chunk=chunk) for chunk in (32, 64, 256)},
+    "pico_diffusion": pico_diffusion,
+    "modernbert": modernbert,
+}
+FAMILIES = {
+    "decoder": ["pico", "llama", "litgpt"],
+    "statespace": ["pico_statespace", *(side for side in SIDES if side.startswith("mamba2")), "pico"],
+    "diffusion": ["pico_diffusion", "modernbert", "pico"],
+}
+
+
+def needed(side: str) -> str:
+    """Return the library of a side."""
+    return "torch" if side.startswith("pico") else side if side == "litgpt" else "transformers"
 
 
 def stepper(side: str, shape: Shape, precision: str, mode: str, device: str) -> Callable[[], float]:
@@ -129,8 +225,11 @@ def stepper(side: str, shape: Shape, precision: str, mode: str, device: str) -> 
     torch.manual_seed(0)
     model, loss_of = SIDES[side](shape)
     with torch.device("meta"):
-        expected = sum(parameter.numel() for parameter in pico(shape)[0].parameters())
-    assert sum(parameter.numel() for parameter in model.parameters()) == expected, f"{side} is another model"
+        expected = sum(parameter.numel() for parameter in SIDES[ours(side)](shape)[0].parameters())
+    more = sum(parameter.numel() for parameter in model.parameters()) / expected - 1
+    assert abs(more) < (0.03 if side == "modernbert" else 1e-9), (
+        f"{side} is another model: {100 * more:+.1f} % parameters"
+    )
     model.to(device)
     if mode == "compiled":
         loss_of = torch.compile(loss_of)
@@ -146,6 +245,11 @@ def stepper(side: str, shape: Shape, precision: str, mode: str, device: str) -> 
         return loss.item()
 
     return step
+
+
+def ours(side: str) -> str:
+    """Return the side of Pico that another one is compared with."""
+    return side if side.startswith("pico") else next(own[0] for own in FAMILIES.values() if side in own)
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -164,7 +268,7 @@ def peak_memory(side: str, shape: str, precision: str, device: str) -> float | N
 
 
 def print_peak_memory(side: str, shape: str, precision: str, device: str) -> None:
-    importlib.import_module(NEEDS[side])
+    importlib.import_module(needed(side))
     if device == "cpu":
         # What torch loads on first use.
         stepper(side, Shape(24, 24, 64, 1, 16, layers=1), precision, "eager", device)()
@@ -193,31 +297,30 @@ def compare(name: str, precision: str, sides: list[str], modes: list[str], round
             seconds[key].append(timed(step))
     peak = statistics.median(peaks)
     with torch.device("meta"):
-        flops = pico_flops(shape)
+        flops = {side: flops_of(ours(side), shape) for side in sides}
     print(
         f"\n**{name}**, {precision}: width {shape.width}, hidden {shape.hidden}, vocabulary {shape.vocabulary}, "
-        f"{shape.rows} x {shape.length} tokens; {flops / 1e6:.1f} MFLOP a token, peak {peak / 1e9:.0f} GFLOP/s\n"
+        f"{shape.rows} x {shape.length} tokens; {flops[sides[0]] / 1e6:.1f} MFLOP a token, peak {peak / 1e9:.0f} GFLOP/s\n"
     )
     print("| | mode | tokens/s | x fastest peer | share of peak | peak memory, MiB | first loss |")
     print("|---|---|---|---|---|---|---|")
     rate = {key: shape.rows * shape.length / statistics.median(times) for key, times in seconds.items()}
     for (side, mode), speed in rate.items():
-        peers = [rate[other, mode] for other in sides if other != "pico"]
+        peers = [rate[other, mode] for other in sides if not other.startswith("pico")]
         ratio = f"{speed / max(peers):.2f}" if peers else "-"
         held = f"{memory[side]:.0f}" if mode == "eager" and memory[side] is not None else "-"
-        share = f"{100 * speed * flops / peak:.0f} %"
+        share = f"{100 * speed * flops[side] / peak:.0f} %"
         print(f"| {side} | {mode} | {speed:.0f} | {ratio} | {share} | {held} | {losses[side, mode]:.3f} |", flush=True)
 
 
-def pico_flops(shape: Shape) -> int:
-    model, _ = pico(shape)
-    assert isinstance(model, Decoder)
-    return model.flops_per_token(shape.length)
+def flops_of(side: str, shape: Shape) -> int:
+    model: Any = SIDES[side](shape)[0]
+    return int(model.flops_per_token(shape.length))
 
 
-def profile(name: str, precision: str, device: str, steps: int = 5) -> None:
+def profile(side: str, name: str, precision: str, device: str, steps: int = 5) -> None:
     """Print the operations that our own eager step spends its time in: that of the device, without waiting for it."""
-    step = stepper("pico", SHAPES[name], precision, "eager", device)
+    step = stepper(side, SHAPES[name], precision, "eager", device)
     step(), step()
     with torch.profiler.profile() as profiler:
         for _ in range(steps):
@@ -238,6 +341,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="tiny,mid,big")
     parser.add_argument("--precisions", default="bf16,float32")
     parser.add_argument("--modes", default="eager,compiled")
+    parser.add_argument("--family", choices=FAMILIES, default="decoder")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -251,9 +355,10 @@ def main() -> None:
         side, name, precision = options.memory
         return print_peak_memory(side, name, precision, options.device)
     if options.profile:
-        return profile(options.profile, options.precisions.split(",")[0], options.device)
-    sides = [side for side in SIDES if importlib.util.find_spec(NEEDS[side])]
-    missing = ", ".join(NEEDS[side] for side in SIDES if side not in sides)
+        return profile(FAMILIES[options.family][0], options.profile, options.precisions.split(",")[0], options.device)
+    family = FAMILIES[options.family]
+    sides = [side for side in family if importlib.util.find_spec(needed(side))]
+    missing = ", ".join(dict.fromkeys(needed(side) for side in family if side not in sides))
     print(
         f"torch {torch.__version__}, {options.threads} threads, freed memory {allocator}; not installed: {missing or 'none'}"
     )
