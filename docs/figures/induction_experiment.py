@@ -28,6 +28,7 @@ CURVES = {  # name: label of the axis
     "in_context": "early minus late positions: nats",
 }
 FORMED = 0.1  # prefix matching of the best head at the end; uniform attention has 0.022
+DOUBLINGS = ((128, 256), (256, 512), (500, 1000))  # steps between which the loss is compared
 PLATEAU = 350  # a step after the first rise of the in-context score, and before induction heads
 
 
@@ -80,7 +81,9 @@ def moments(values: pd.DataFrame) -> pd.DataFrame:
             if name != "loss" and (formed or name == "previous_token")
         }
         by_step = curves["in_context"].set_index("step")["value"]
+        loss = curves["loss"].set_index("step")["value"]
         after = {"gained later": by_step.iloc[-4:].mean() - by_step.loc[PLATEAU]}
+        after |= {f"fallen from {first}": loss.loc[first] - loss.loc[end] for first, end in DOUBLINGS}
         rows.append(
             {"run": run, "group": run.rpartition("-")[0], **ends, **after} | {f"at {k}": v for k, v in when.items()}
         )
@@ -123,6 +126,8 @@ def print_tables(found: pd.DataFrame) -> None:
     for name in ("loss", *CURVES):
         row(f"{CURVES.get(name, 'held-out loss, nats per token')}, at the end", found[name])
     row(f"of the last, gained after step {PLATEAU}", found["gained later"])
+    for first, end in DOUBLINGS:
+        row(f"held-out loss fallen from step {first} to {end}, nats per token", found[f"fallen from {first}"])
     for name in CURVES:
         row(f"{name}: step half-way", found[f"at {name}"], 0)
     for one, other in (("previous_token", "prefix_matching"), ("prefix_matching", "copying"),
