@@ -98,7 +98,7 @@ def test_chunks_are_halved_until_none_decays_too_much(decay, chunk):
     assert ssd.chunk_size(a_BTH) == chunk
 
 
-def test_chunks_have_equal_lengths_and_a_nan_is_left_to_the_plain_form():
+def test_chunks_have_equal_lengths_and_a_nan_stays_one():
     assert [ssd.chunk_size(torch.zeros(1, length, 1)) for length in (2, 50, 64, 65, 130, 512)] == [
         2,
         50,
@@ -107,7 +107,12 @@ def test_chunks_have_equal_lengths_and_a_nan_is_left_to_the_plain_form():
         44,
         64,
     ]
-    assert ssd.chunk_size(torch.full((1, 9, 1), torch.nan)) is None
+    x, dt, A, B, C, first = (each.detach() for each in inputs(length=9))
+    dt[0, 4] = torch.nan
+    y, last = ssd.scan(x, dt, A, B, C, first)
+    assert y[0, 4:].isnan().all()
+    assert last[0].isnan().all()
+    assert not y[1].isnan().any()
 
 
 @pytest.mark.parametrize("step", [1e-6, 0.1, 1.0, 3.0, 30.0, 1e4, 1e20])
