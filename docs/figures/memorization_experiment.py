@@ -69,23 +69,24 @@ def print_tables(found: pd.DataFrame) -> None:
         + "|"
     )
     for figure in [name for name in found if name not in ("run", "size", "shown")]:
+        digits = 0 if figure.startswith("steps") else 2
         by = found.assign(seed=found["run"].str.rpartition("-")[2]).pivot(
             index=["shown", "seed"], columns="size", values=figure
         )
         for shown in SHOWN:
             own = by.loc[shown]
             apart = (own["large"] - own["small"]).tolist()
-            cells = [cell(interval(own[size].tolist())) for size in SIZES] + [signed(apart)]
+            cells = [cell(interval(own[size].tolist()), digits) for size in SIZES] + [signed(apart, digits)]
             print(f"| {figure} | from step {SHOWN[shown]} | " + " | ".join(cells) + " |")
         apart = by.loc["late"] - by.loc["early"]
-        ends = [signed(apart[size].tolist()) for size in SIZES]
+        ends = [signed(apart[size].tolist(), digits) for size in SIZES]
         print("| | late - early | " + " | ".join(ends) + " | |")
 
 
-def signed(differences: list[float]) -> str:
+def signed(differences: list[float], digits: int) -> str:
     """Return the mean of differences within pairs of runs of one seed, or within runs, with its 95 % interval."""
     mean, low, high, _ = interval(differences)
-    return f"{mean:+.3f} ± {(high - low) / 2:.3f}"
+    return f"{mean:+.{digits}f} ± {(high - low) / 2:.{digits}f}"
 
 
 def draw(values: pd.DataFrame) -> None:
