@@ -4,7 +4,7 @@ Legend: B rows of a pass, T positions that the model computes, P of them whose n
 the residual stream, N query heads, L blocks, F width inside of the MLP.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from picolm.observe.subject import Subject
 
 Read = Callable[..., Mapping[str, Tensor]]
+
+
+PART = 2**20  # logits that probes read at one time, 4 MiB in float32
 
 
 class Ask(NamedTuple):
@@ -79,6 +82,17 @@ class Pass:
             ),
         )
 
+    def of_rows(self, rows: slice) -> "Pass":
+        """Return the pass of some of its rows."""
+        return Pass(
+            self.tokens_BS[rows],
+            self.logits_BTV[rows],
+            [each[rows] for each in self.hidden],
+            [each[rows] for each in self.patterns],
+            [each[rows] for each in self.mlp],
+            [type(each)(*(tensor[rows] for tensor in each)) for each in self.mixing],
+        )
+
     @cached_property
     def targets_BP(self) -> Tensor:
         """The next token of each position that has one in its row."""
@@ -114,17 +128,24 @@ def answer(subject: "Subject", asks: Sequence[Ask], batch_size: int = 8) -> list
     for places in sets.values():
         rows = min((asks[place].rows for place in places), key=lambda rows: rows.has_targets)  # the longest
         needs = frozenset[str]().union(*(asks[place].needs for place in places))
+        subjects = dict.fromkeys([subject, *(each for place in places for each in asks[place].beside)])
         for batch in rows.batches(batch_size):
-            passes: dict[Subject, Pass] = {}
-            for place in places:
-                of = (subject, *asks[place].beside)
-                for each in of:
-                    if each not in passes:
-                        passes[each] = each.forward(rows, batch, needs)
-                size = asks[place].rows.inputs(batch[0])
-                for name, tensor in asks[place].read(*(passes[each].until(size) for each in of)).items():
-                    found[place].setdefault(name, []).extend(tensor.cpu())
+            whole = {each: each.forward(rows, batch, needs) for each in subjects}
+            for part in _parts(whole.values()):
+                passes = {each: of_all.of_rows(part) for each, of_all in whole.items()}
+                for place in places:
+                    size = asks[place].rows.inputs(batch[0])
+                    of = [passes[each].until(size) for each in (subject, *asks[place].beside)]
+                    for name, tensor in asks[place].read(*of).items():
+                        found[place].setdefault(name, []).extend(tensor.cpu())
     return found
+
+
+def _parts(passes: Collection[Pass]) -> Iterator[slice]:
+    """Yield the rows that are read at one time: so few that their numbers stay in the cache from one probe to the next."""
+    rows = max(len(each.logits_BTV) for each in passes)
+    size = max(1, PART // max(each.logits_BTV[0].numel() for each in passes))
+    yield from (slice(first, first + size) for first in range(0, rows, size))
 
 
 @contextmanager
