@@ -17,6 +17,7 @@ SMALLEST = {  # script: (its arguments, what it prints then)
         ["--width", "64", "--layers", "2", "--checkpoints", "2", "--rows", "2", "--length", "16", "--analyze", "64x2"],
         "ours / plain",
     ),
+    "nanogpt": (["--precisions", "float32", "--rounds", "2"], "| plain GPT |"),
     "probes": (
         [
             "--width",
