@@ -18,15 +18,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from step_time import LossOf, Shape
+from step_time import pico as decoder
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
-from picolm.models import Decoder, DecoderConfig
 from picolm.train.devices import tune_allocator
 
 WIDTH, LAYERS, HEADS, LENGTH, ROWS, CHARACTERS = 128, 4, 4, 64, 12, 65
 HIDDEN = 344  # three matrices of SwiGLU as large as two of width 4 x 128
-LossOf = Callable[[Tensor], Tensor]  # rows of LENGTH + 1 tokens -> mean loss
 
 
 class PlainBlock(nn.Module):
@@ -81,23 +81,8 @@ def nanogpt() -> tuple[nn.Module, LossOf, torch.optim.Optimizer]:
 
 
 def pico() -> tuple[nn.Module, LossOf, torch.optim.Optimizer]:
-    model = Decoder(
-        DecoderConfig(
-            d_model=WIDTH,
-            n_layers=LAYERS,
-            vocab_size=CHARACTERS,
-            max_seq_len=LENGTH,
-            attention_n_heads=HEADS,
-            attention_n_kv_heads=HEADS,
-            activation_hidden_dim=HIDDEN,
-        )
-    )
-    model.init_parameters(torch.Generator().manual_seed(0))
-
-    def loss_of(tokens: Tensor) -> Tensor:
-        loss = model.loss(tokens)
-        return loss.nats / loss.tokens
-
+    shape = Shape(WIDTH, HIDDEN, CHARACTERS, ROWS, LENGTH, layers=LAYERS, heads=HEADS, kv_heads=HEADS)
+    model, loss_of = decoder(shape)
     return model, loss_of, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
 
