@@ -11,7 +11,8 @@ from picolm.models.statespace import Mixing
 from picolm.observe.rows import Rows
 from picolm.observe.subject import Subject
 from picolm.probes.attention import attention
-from picolm.probes.state_space import GIVES, _read, _reading, state_space
+from picolm.probes.probe import Reading
+from picolm.probes.state_space import GIVES, _finished, _read, state_space
 from picolm.store import Run
 
 
@@ -28,7 +29,7 @@ def test_a_head_that_reads_the_position_before_and_takes_it_away() -> None:
     assert found["distance"] == pytest.approx(1)
     assert (found["own_share"], found["previous_share"], found["negative_share"]) == (0, 1, 1)
     assert found["first_share"] == pytest.approx(1 / 5)
-    assert _reading("half_life", found["half_life"], None, 0, 0).value == pytest.approx(3)
+    assert _finished(Reading("half_life", found["half_life"], 0, 0)).value == pytest.approx(3)
     assert found["state_norm"] == pytest.approx(2)
     assert found["state_rank"] == pytest.approx(4)
 
@@ -46,9 +47,9 @@ def test_shares_do_not_change_with_the_size_of_the_entries() -> None:
 
 
 def test_what_is_not_finite_has_a_reason() -> None:
-    assert "not finite" in _reading("distance", math.nan, None, 0, 0).reason
-    assert _reading("half_life", 0.0, None, 0, 0).reason == "the state does not decay"
-    found = _reading("half_life", 0.1, 0.01, 1, 2)
+    assert "not finite" in _finished(Reading("distance", math.nan, 0, 0)).reason
+    assert _finished(Reading("half_life", 0.0, 0, 0)).reason == "the state does not decay"
+    found = _finished(Reading("half_life", 0.1, 1, 2, standard_error=0.01))
     assert found.standard_error == pytest.approx(math.log(2) / 0.1**2 * 0.01)
 
 

@@ -27,10 +27,10 @@ def scores_of_heads(patterns: Sequence[Tensor], score: Callable[[Tensor], Tensor
 
 
 def readings_of_heads(names: Sequence[str], answer: Answer, counts_R: Tensor) -> Iterator[Reading]:
-    """Yield the mean over rows of each score of each head, with that of uniform attention as its chance level.
+    """Yield the mean over rows of each score of each head; if the answer has that of uniform attention, it is the chance level.
 
-    names: of the X scores. answer: with what `scores_of_heads` returned. counts_R: the weight of each row, its number of
-    positions that are read; rows of weight 0 have no scores.
+    names: of the X scores. answer: with what `scores_of_heads` returned, or such scores by the number of the layer. counts_R: the
+    weight of each row, its number of positions that are read; rows of weight 0 have no scores.
     """
     read = counts_R > 0
     if not read.any():
@@ -41,7 +41,7 @@ def readings_of_heads(names: Sequence[str], answer: Answer, counts_R: Tensor) ->
         scores_RNX = torch.stack(answer[key]).double()[read]
         return mean_over_rows(scores_RNX * counts_R[read, None, None], counts_R[read])
 
-    chances = means(UNIFORM)[0][0].tolist()
+    chances = means(UNIFORM)[0][0].tolist() if UNIFORM in answer else [None] * len(names)
     for layer in range(sum(key.isdigit() for key in answer)):
         mean_NX, error_NX = means(str(layer))
         for head, values in enumerate(mean_NX.tolist()):

@@ -14,7 +14,7 @@ from torch import Tensor
 from picolm.observe.passes import Ask, Pass
 from picolm.observe.rows import Rows
 from picolm.observe.subject import Subject
-from picolm.probes.means import mean_over_rows
+from picolm.probes.patterns import readings_of_heads
 from picolm.probes.probe import Found, Quantity, Reading, probe
 
 _OF = "of the absolute entries of the mixing matrix (signed, not normalised), over positions after the first"
@@ -65,26 +65,20 @@ def state_space(subject: Subject, rows: Rows) -> Found:
     """
     answer = yield Ask(rows, _read, frozenset({"mixing"}))
     counts_R = torch.tensor([rows.inputs(row) - 1 for row in range(len(rows.tokens))])
-    read = counts_R > 0
-    if not read.any():
-        yield from (Reading(name, None, reason="no row has a second position") for name in GIVES)
-        return
-    for layer in range(len(answer)):
-        scores_RHX = torch.stack(answer[str(layer)])[read]
-        mean_HX, error_HX = mean_over_rows(scores_RHX * counts_R[read, None, None], counts_R[read])
-        for head, values in enumerate(mean_HX.tolist()):
-            errors = [None] * len(GIVES) if error_HX is None else error_HX[head].tolist()
-            for name, value, error in zip(GIVES, values, errors):
-                yield _reading(name, value, error, layer, head)
+    yield from map(_finished, readings_of_heads(list(GIVES), answer, counts_R))
 
 
-def _reading(name: str, value: float, error: float | None, layer: int, head: int) -> Reading:
-    """Return a mean as a reading, that of the decay as a half-life; its error follows by the derivative."""
+def _finished(reading: Reading) -> Reading:
+    """Return a mean as it is told: that of the decay as a half-life, whose error follows by the derivative."""
+    value, error = reading.value, reading.standard_error
+    if value is None:
+        return reading
     if not math.isfinite(value):
-        return Reading(name, None, layer, head, reason="a state, or all that a position mixes, is 0 or not finite")
-    if name != "half_life":
-        return Reading(name, value, layer, head, standard_error=error)
+        why = "a state, or all that a position mixes, is 0 or not finite"
+        return reading._replace(value=None, standard_error=None, reason=why)
+    if reading.name != "half_life":
+        return reading
     if value <= 0:
-        return Reading(name, None, layer, head, reason="the state does not decay")
+        return reading._replace(value=None, standard_error=None, reason="the state does not decay")
     half_life = math.log(2) / value
-    return Reading(name, half_life, layer, head, standard_error=None if error is None else half_life * error / value)
+    return reading._replace(value=half_life, standard_error=None if error is None else half_life * error / value)
