@@ -32,6 +32,7 @@ from picolm.errors import PicoError
 from picolm.registry import Registry
 from picolm.schema import plain
 from picolm.store.files import disk_errors
+from picolm.store.listing import BOUND
 from picolm.store.manifest import inside
 from picolm.tracking import Session
 from picolm.trusted import open_to_append, refuse_links
@@ -202,7 +203,7 @@ class Progress:
     def line(self, step: int, last: int, metrics: Mapping[str, Any]) -> None:
         """Log one line with the metrics of a step, if there is no bar."""
         if self.bar is None:
-            speed, loss = metrics["tokens_per_s"], "bound" if "train/bound_nats_per_token" in metrics else "loss"
+            speed, loss = metrics["tokens_per_s"], "bound" if BOUND in metrics else "loss"
             left = (last - step) * self.tokens_per_step / speed
             self.say(
                 f"step {step}/{last}  {loss} {metrics['train/loss']:.4f}  lr {metrics['lr']:.2e}  "

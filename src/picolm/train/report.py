@@ -15,7 +15,7 @@ from picolm.address import Address
 from picolm.data.embedded import unigram_entropy
 from picolm.store import Checkpoint
 from picolm.store.checkpoint import weights_digest
-from picolm.store.listing import loss_line
+from picolm.store.listing import BOUND, loss_line
 from picolm.store.manifest import CONFIG
 from picolm.train.config import row_length
 from picolm.train.evaluate import Rows
@@ -81,7 +81,7 @@ def _quantities(job: Job, number: int, gradient: Any, rate: float, sizes: Update
         metrics["train/perplexity"] = math.inf if loss > 700 else math.exp(loss)
         metrics |= _bits_per_byte(job, number, loss)
     elif job.state.model.likelihood == "bound":
-        metrics["train/bound_nats_per_token"] = loss
+        metrics[BOUND] = loss
     if job.rates_differ:
         metrics |= {f"lr/{name}": value for name, value in job.group_rates(number).items()}
     metrics |= _noise(job)
