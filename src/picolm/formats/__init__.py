@@ -6,7 +6,7 @@ A format is a function that writes an `Exported` model into an empty folder, reg
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,6 +79,18 @@ def collect(run: Run, checkpoint: Checkpoint) -> Exported:
         generation.setdefault("bos_token_id", generation["eos_token_id"])  # in training a text begins after an end
     origin = {"run": run.name, "step": checkpoint.step, "model_type": config.model_type}
     return Exported(config, weights, generation, files, origin)
+
+
+def write_for_transformers(
+    exported: Exported, folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> None:
+    """Write config.json, model.safetensors, generation_config.json and the tokenizer's files."""
+    from safetensors.torch import save_file
+
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(exported, folder)
 
 
 def write_tokenizer(exported: Exported, folder: Path) -> None:

@@ -1,9 +1,8 @@
 """Export a LlamaForCausalLM: a folder that transformers and compatible tools load without Pico's code."""
 
-import json
 from pathlib import Path
 
-from picolm.formats import FORMATS, Exported, write_tokenizer
+from picolm.formats import FORMATS, Exported, write_for_transformers
 from picolm.models import MODELS
 from picolm.models.llama import check_equivalent, llama_config, to_llama
 
@@ -14,11 +13,6 @@ def llama(exported: Exported, folder: Path) -> None:
 
     Raises PicoError if the model is not a Pico decoder.
     """
-    from safetensors.torch import save_file
-
     check_equivalent(MODELS.get(exported.config.model_type))
     config = llama_config(exported.config, exported.dtype, exported.generation)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = to_llama(exported.weights, exported.config)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_tokenizer(exported, folder)
+    write_for_transformers(exported, folder, config, to_llama(exported.weights, exported.config))
