@@ -42,6 +42,7 @@ TRAVELLERS = {"decoder", "layers", "attention", "loss", "objective", "anatomy", 
     "diffusion",
     "masked",
     "hf_diffusion",
+    "wrapping",
 }
 ONE_DOOR = {
     "transformers": "models/hf.py models/hf_statespace.py models/hf_diffusion.py observe/architecture.py recorder/trainer.py",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy, Part, count
 from .generate import KeyValueCache
-from .layers import Block, Cache, RMSNorm, rotations
+from .layers import Block, Cache, RMSNorm, draw_matrix, rotations
 from .loss import LinearNextToken
 
 TRAVELLING = (
@@ -28,6 +28,7 @@ TRAVELLING = (
     "layers.py",
     "loss.py",
     "objective.py",
+    "wrapping.py",
 )  # with every checkpoint, beside hf.py
 
 
@@ -215,18 +216,8 @@ class Decoder(LinearNextToken, nn.Module):
         for name, parameter in self.named_parameters():
             values = torch.ones(parameter.shape, device=generator.device)
             if parameter.ndim == 2:
-                self._draw(name, values, generator)
+                draw_matrix(name, values, self.config.init, 2 * self.config.n_layers, generator)
             parameter.copy_(values)
-
-    def _draw(self, name: str, values: Tensor, generator: torch.Generator) -> None:
-        if self.config.init == "normal":
-            residual = name.endswith(("o_proj.weight", "w_2.weight"))
-            values.normal_(0.0, 0.02 / (math.sqrt(2 * self.config.n_layers) if residual else 1.0), generator=generator)
-        elif name == "embedding_proj.weight":
-            values.normal_(generator=generator)
-        else:
-            bound = values.shape[1] ** -0.5  # what kaiming_uniform_(a=sqrt(5)) of nn.Linear comes to
-            values.uniform_(-bound, bound, generator=generator)
 
     def hf_config(self) -> dict[str, Any]:
         """The content of config.json beside the weights, with which transformers builds this model (see hf.py)."""

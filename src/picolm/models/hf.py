@@ -8,7 +8,7 @@ Legend: B rows, T positions of queries, K positions of keys (those of the cache 
 H model width, N query heads.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -25,9 +25,10 @@ from .generate import generate  # noqa: F401
 from .layers import Block  # noqa: F401
 from .loss import linear_cross_entropy  # noqa: F401
 from .objective import Loss  # noqa: F401
+from .wrapping import Embeddings, check_others, own_config, take_fields
 
 # transformers renamed past_key_values to cache in 5.24; `forward` takes both names.
-_CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
+CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
 
 
 class PicoDecoderHFConfig(PretrainedConfig):
@@ -47,19 +48,16 @@ class PicoDecoderHFConfig(PretrainedConfig):
     }
 
     def __init__(self, use_cache: bool = True, tie_word_embeddings: bool = False, **options: Any):
-        defaults = asdict(DecoderConfig())
-        del defaults["model_type"]
-        for name, default in defaults.items():
-            setattr(self, name, options.pop(name, default))
+        take_fields(self, DecoderConfig, options)
         super().__init__(**options)
         self.use_cache = use_cache
         self.tie_word_embeddings = tie_word_embeddings  # after super(), which in transformers 4 makes it True
 
     def decoder_config(self) -> DecoderConfig:
-        return DecoderConfig(**{field.name: getattr(self, field.name) for field in fields(DecoderConfig)})
+        return own_config(self, DecoderConfig)
 
 
-class PicoDecoderHF(PreTrainedModel, GenerationMixin):
+class PicoDecoderHF(Embeddings, PreTrainedModel, GenerationMixin):
     """A `Decoder` behind the interface of transformers' causal language models."""
 
     config_class = PicoDecoderHFConfig
@@ -74,18 +72,6 @@ class PicoDecoderHF(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = False
         self.loss_type = "ForCausalLM"  # transformers guesses it from the name of the class
         self.post_init()
-
-    def get_input_embeddings(self) -> Any:
-        return self.pico_decoder.embedding_proj
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.pico_decoder.embedding_proj = value
-
-    def get_output_embeddings(self) -> Any:
-        return self.pico_decoder.de_embedding_proj
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        self.pico_decoder.de_embedding_proj = new_embeddings
 
     def forward(
         self,
@@ -119,33 +105,26 @@ class PicoDecoderHF(PreTrainedModel, GenerationMixin):
         shift_labels = others.pop(
             "shift_labels", None
         )  # as a parameter it would be one that Trainer asks every row for
-        _check_others(others, type(self).__name__)
-        x_BTH, layers = self._inputs(input_ids, inputs_embeds, _same(cache, past_key_values), use_cache)
+        others.pop("cache_position", None)  # of transformers before 5.24; it follows from the cache
+        check_others(others, type(self).__name__)
+        x_BTH, layers = self._inputs(input_ids, inputs_embeds, same(cache, past_key_values), use_cache)
         mask = _mask(attention_mask, position_ids, x_BTH, layers)
         positions = self._positions(position_ids, x_BTH, layers)
-        states: list[Tensor] | None = [] if _asked(output_hidden_states, self.config, "output_hidden_states") else None
-        weights: list[Tensor] | None = [] if _asked(output_attentions, self.config, "output_attentions") else None
+        states: list[Tensor] | None = [] if asked(output_hidden_states, self.config, "output_hidden_states") else None
+        weights: list[Tensor] | None = [] if asked(output_attentions, self.config, "output_attentions") else None
         hidden_BTH = self._blocks(x_BTH, positions, layers, mask, states, weights)
-        logits_BTV = self.pico_decoder.de_embedding_proj(_kept(hidden_BTH, logits_to_keep))
+        logits_BTV = self.pico_decoder.de_embedding_proj(kept(hidden_BTH, logits_to_keep))
         loss = None
         if labels is not None:
-            if logits_BTV.shape[1] != x_BTH.shape[1]:
-                raise ValueError("labels need the logits of all positions: leave logits_to_keep out")
-            loss = self.loss_function(
-                logits=logits_BTV,
-                labels=labels,
-                vocab_size=logits_BTV.shape[-1],
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
-            )
+            loss = loss_of_labels(self, logits_BTV, x_BTH.shape[1], labels, num_items_in_batch, shift_labels)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTV,
             hidden_states=None if states is None else (*states, hidden_BTH),
             attentions=None if weights is None else tuple(layers.padded(of_layer) for of_layer in weights),
-            **{_CACHE: layers.cache},
+            **{CACHE: layers.cache},
         )
-        return output if _asked(return_dict, self.config, "return_dict") else output.to_tuple()
+        return output if asked(return_dict, self.config, "return_dict") else output.to_tuple()
 
     def _inputs(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Any, use_cache: bool | None
@@ -157,7 +136,7 @@ class PicoDecoderHF(PreTrainedModel, GenerationMixin):
             x_BTH = inputs_embeds
         else:
             raise ValueError("give either input_ids or inputs_embeds")
-        if cache is None and _asked(use_cache, self.config, "use_cache") and not self._recomputes():
+        if cache is None and asked(use_cache, self.config, "use_cache") and not self._recomputes():
             cache = DynamicCache()
         return x_BTH, _Layers(cache, x_BTH.shape[1])
 
@@ -166,10 +145,7 @@ class PicoDecoderHF(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             self.pico_decoder.check_context(layers.stop)
             return torch.arange(layers.start, layers.stop, device=x_BTH.device)
-        if position_ids.ndim != 2 or position_ids.shape[1] != x_BTH.shape[1]:
-            raise ValueError(
-                f"position_ids of shape {tuple(position_ids.shape)} for {x_BTH.shape[1]} tokens a row; expected [rows, tokens]"
-            )
+        check_positions(position_ids, x_BTH.shape[1])
         self.pico_decoder.check_context(int(position_ids.max()) + 1)
         return position_ids.to(x_BTH.device)
 
@@ -264,26 +240,41 @@ def _whole(mask: Tensor) -> Tensor:
     return mask.masked_fill(mask.amax(-1, keepdim=True) == -torch.inf, 0.0)
 
 
-def _kept(hidden_BTH: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+def loss_of_labels(
+    model: Any, logits_BTV: Tensor, length: int, labels: Tensor, items: Any, shift_labels: Tensor | None
+) -> Any:
+    """Return what transformers takes for the loss of a causal model. Raises ValueError unless all `length` logits are there."""
+    if logits_BTV.shape[1] != length:
+        raise ValueError("labels need the logits of all positions: leave logits_to_keep out")
+    return model.loss_function(
+        logits=logits_BTV,
+        labels=labels,
+        vocab_size=logits_BTV.shape[-1],
+        num_items_in_batch=items,
+        shift_labels=shift_labels,
+    )
+
+
+def check_positions(position_ids: Tensor, length: int) -> None:
+    """Raise ValueError unless position_ids are [B or 1, length]."""
+    if position_ids.ndim != 2 or position_ids.shape[1] != length:
+        raise ValueError(
+            f"position_ids of shape {tuple(position_ids.shape)} for {length} tokens a row; expected [rows, tokens]"
+        )
+
+
+def kept(hidden_BTH: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Return the positions whose logits are wanted: the last ones, those of an index, or all (0)."""
     wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     return hidden_BTH[:, wanted]
 
 
-def _asked(argument: bool | None, config: Any, name: str) -> bool:
+def asked(argument: bool | None, config: Any, name: str) -> bool:
     """Return the argument, or where it is None what the configuration says."""
     return bool(getattr(config, name, False) if argument is None else argument)
 
 
-def _same(cache: Any, past_key_values: Any) -> Any:
+def same(cache: Any, past_key_values: Any) -> Any:
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("cache and past_key_values are two names of one argument; give one of them")
     return past_key_values if cache is None else cache
-
-
-def _check_others(others: dict[str, Any], model: str) -> None:
-    """Raise TypeError for an argument that would change nothing here, so that none is ignored in silence."""
-    others.pop("cache_position", None)  # of transformers before 5.24; it follows from the cache
-    for name, value in others.items():
-        if value is not None and value is not False:
-            raise TypeError(f"{model}.forward() got an unexpected keyword argument {name!r}; leave it out")

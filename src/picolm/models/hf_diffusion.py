@@ -7,7 +7,6 @@ returns is what BertForMaskedLM takes and returns.
 Legend: B rows, T positions, N query heads, V vocabulary, H model width.
 """
 
-from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +25,7 @@ from .layers import Block  # noqa: F401
 from .loss import linear_cross_entropy  # noqa: F401
 from .masked import fill  # noqa: F401
 from .objective import Loss  # noqa: F401
+from .wrapping import Embeddings, check_others, own_config, take_fields
 
 
 class PicoDiffusionHFConfig(PretrainedConfig):
@@ -43,10 +43,7 @@ class PicoDiffusionHFConfig(PretrainedConfig):
     }
 
     def __init__(self, tie_word_embeddings: bool = False, mask_token_id: int | None = None, **options: Any):
-        defaults = asdict(DiffusionConfig())
-        del defaults["model_type"]
-        for name, default in defaults.items():
-            setattr(self, name, options.pop(name, default))
+        take_fields(self, DiffusionConfig, options)
         self.mask_token_id = self.vocab_size if mask_token_id is None else mask_token_id
         self.max_position_embeddings = self.max_seq_len + 1  # the given first token and the predicted ones
         options.pop("max_position_embeddings", None)
@@ -54,10 +51,10 @@ class PicoDiffusionHFConfig(PretrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings  # set last: transformers 4 ties them
 
     def diffusion_config(self) -> DiffusionConfig:
-        return DiffusionConfig(**{field.name: getattr(self, field.name) for field in fields(DiffusionConfig)})
+        return own_config(self, DiffusionConfig)
 
 
-class PicoDiffusionHF(PreTrainedModel):
+class PicoDiffusionHF(Embeddings, PreTrainedModel):
     """A `Diffusion` behind the interface of transformers' masked language models. The mask is `config.mask_token_id`."""
 
     config_class = PicoDiffusionHFConfig
@@ -69,18 +66,6 @@ class PicoDiffusionHF(PreTrainedModel):
         super().__init__(config)
         self.pico_diffusion = Diffusion(config.diffusion_config())
         self.post_init()
-
-    def get_input_embeddings(self) -> Any:
-        return self.pico_diffusion.embedding_proj
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.pico_diffusion.embedding_proj = value
-
-    def get_output_embeddings(self) -> Any:
-        return self.pico_diffusion.de_embedding_proj
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        self.pico_diffusion.de_embedding_proj = new_embeddings
 
     def forward(
         self,
@@ -97,9 +82,7 @@ class PicoDiffusionHF(PreTrainedModel):
         the loss is their mean in nats. Raises TypeError for an argument that is not among these and is neither None nor False,
         and ValueError past the context.
         """
-        for name, value in others.items():
-            if value is not None and value is not False:
-                raise TypeError(f"PicoDiffusionHF.forward() got an unexpected keyword argument {name!r}; leave it out")
+        check_others(others, type(self).__name__)
         weights: list[Tensor] | None = [] if output_attentions else None
         mask = _visible(attention_mask, input_ids)
         hidden_BTH = self.pico_diffusion.hidden(input_ids, weights=weights, mask=mask)

@@ -6,7 +6,6 @@ A copy of it travels with every checkpoint as pico_statespace.py, together with 
 Legend: B rows, T new positions, K all positions (those of the cache and the T new ones), V vocabulary, D model width.
 """
 
-from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
 import torch
@@ -21,12 +20,13 @@ from .attention import attention  # noqa: F401
 from .convolution import Convolution  # noqa: F401
 from .decoder import Decoder  # noqa: F401
 from .generate import generate  # noqa: F401
-from .hf import _CACHE, _asked, _check_others, _kept, _same
+from .hf import CACHE, asked, check_positions, kept, loss_of_labels, same
 from .layers import RMSNorm  # noqa: F401
 from .loss import LinearNextToken  # noqa: F401
 from .objective import Loss  # noqa: F401
 from .ssd import scan  # noqa: F401
 from .statespace import StateCache, StateSpace, StateSpaceConfig
+from .wrapping import Embeddings, check_others, own_config, take_fields
 
 
 class PicoStateSpaceHFConfig(PretrainedConfig):
@@ -42,16 +42,13 @@ class PicoStateSpaceHFConfig(PretrainedConfig):
     }
 
     def __init__(self, use_cache: bool = True, tie_word_embeddings: bool = False, **options: Any):
-        defaults = asdict(StateSpaceConfig())
-        del defaults["model_type"]
-        for name, default in defaults.items():
-            setattr(self, name, options.pop(name, default))
+        take_fields(self, StateSpaceConfig, options)
         super().__init__(**options)
         self.use_cache = use_cache
         self.tie_word_embeddings = tie_word_embeddings  # after super(), which in transformers 4 makes it True
 
     def statespace_config(self) -> StateSpaceConfig:
-        return StateSpaceConfig(**{field.name: getattr(self, field.name) for field in fields(StateSpaceConfig)})
+        return own_config(self, StateSpaceConfig)
 
 
 class States(StateCache):
@@ -69,13 +66,12 @@ class States(StateCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        for kept in self.layers.values():
-            rows = torch.arange(len(kept[-1])).repeat_interleave(repeats)
-            self.select(rows)
-            return
+        if self.layers:
+            rows = len(next(iter(self.layers.values()))[-1])
+            self.select(torch.arange(rows).repeat_interleave(repeats))
 
 
-class PicoStateSpaceHF(PreTrainedModel, GenerationMixin):
+class PicoStateSpaceHF(Embeddings, PreTrainedModel, GenerationMixin):
     """A `StateSpace` behind the interface of transformers' causal language models."""
 
     config_class = PicoStateSpaceHFConfig
@@ -95,18 +91,6 @@ class PicoStateSpaceHF(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         """Return False: `forward` makes the cache."""
         return False
-
-    def get_input_embeddings(self) -> Any:
-        return self.pico_statespace.embedding_proj
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.pico_statespace.embedding_proj = value
-
-    def get_output_embeddings(self) -> Any:
-        return self.pico_statespace.de_embedding_proj
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        self.pico_statespace.de_embedding_proj = new_embeddings
 
     def forward(
         self,
@@ -137,32 +121,33 @@ class PicoStateSpaceHF(PreTrainedModel, GenerationMixin):
         that do not fit together.
         """
         shift_labels = others.pop("shift_labels", None)  # a parameter would be asked of every row by Trainer
-        _check_others(others, type(self).__name__)
+        others.pop("cache_position", None)  # of transformers before 5.24; it follows from the cache
+        check_others(others, type(self).__name__)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         states = _states(
-            _same(cache, past_key_values), _asked(use_cache, self.config, "use_cache") and not self._recomputes()
+            same(cache, past_key_values), asked(use_cache, self.config, "use_cache") and not self._recomputes()
         )
         mask_BT = _mask(attention_mask, x_BTD, states)
-        hidden: list[Tensor] | None = [] if _asked(output_hidden_states, self.config, "output_hidden_states") else None
+        hidden: list[Tensor] | None = [] if asked(output_hidden_states, self.config, "output_hidden_states") else None
         documents = _documents(position_ids, x_BTD)
         if documents is None or attention_mask is not None or states is not None:
             hidden_BTD = self._blocks(x_BTD, states, mask_BT, hidden)
         else:
             hidden_BTD = documents.packed(self._blocks(documents.unpacked(x_BTD), None, None, hidden))
             hidden = None if hidden is None else [documents.packed(state) for state in hidden]
-        logits_BTV = self.pico_statespace.de_embedding_proj(_kept(hidden_BTD, logits_to_keep))
+        logits_BTV = self.pico_statespace.de_embedding_proj(kept(hidden_BTD, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = self._loss(logits_BTV, x_BTD.shape[1], labels, num_items_in_batch, shift_labels)
+            loss = loss_of_labels(self, logits_BTV, x_BTD.shape[1], labels, num_items_in_batch, shift_labels)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTV,
             hidden_states=None if hidden is None else (*hidden, hidden_BTD),
-            **{_CACHE: states},
+            **{CACHE: states},
         )
-        return output if _asked(return_dict, self.config, "return_dict") else output.to_tuple()
+        return output if asked(return_dict, self.config, "return_dict") else output.to_tuple()
 
     def _blocks(
         self, x_BTD: Tensor, states: States | None, mask_BT: Tensor | None, hidden: list[Tensor] | None
@@ -177,17 +162,6 @@ class PicoStateSpaceHF(PreTrainedModel, GenerationMixin):
         if states is not None:
             states.length += x_BTD.shape[1]
         return self.pico_statespace.output_norm(x_BTD)
-
-    def _loss(self, logits_BTV: Tensor, length: int, labels: Tensor, items: Any, shift_labels: Tensor | None) -> Any:
-        if logits_BTV.shape[1] != length:
-            raise ValueError("labels need the logits of all positions: leave logits_to_keep out")
-        return self.loss_function(
-            logits=logits_BTV,
-            labels=labels,
-            vocab_size=logits_BTV.shape[-1],
-            num_items_in_batch=items,
-            shift_labels=shift_labels,
-        )
 
     def _recomputes(self) -> bool:
         """Whether the backward pass computes the blocks again (gradient checkpointing); then there is no cache."""
@@ -244,9 +218,6 @@ def _documents(position_ids: Tensor | None, x_BTD: Tensor) -> _Documents | None:
     """Return the documents of packed rows: each begins where `position_ids` jump. None where no row has several."""
     if position_ids is None:
         return None
-    if position_ids.ndim != 2 or position_ids.shape[1] != x_BTD.shape[1]:
-        raise ValueError(
-            f"position_ids of shape {tuple(position_ids.shape)} for {x_BTD.shape[1]} tokens a row; expected [rows, tokens]"
-        )
+    check_positions(position_ids, x_BTD.shape[1])
     starts_BT = (position_ids.diff(prepend=position_ids[:, :1] - 2) != 1).expand(len(x_BTD), -1).to(x_BTD.device)
     return _Documents(starts_BT) if starts_BT[:, 1:].any() else None

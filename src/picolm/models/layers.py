@@ -145,3 +145,17 @@ class Block(nn.Module):
     ) -> Tensor:
         x_BTH = x_BTH + self.attention(self.attention_norm(x_BTH), rotations_TF2, cache, mask, weights)
         return x_BTH + self.swiglu(self.swiglu_norm(x_BTH))
+
+
+def draw_matrix(name: str, values: Tensor, init: str, additions: int, generator: torch.Generator) -> None:
+    """Fill an initial matrix. init: that of the configuration. additions: how often a layer adds to the residual stream; what
+    writes to it is smaller by the root of that.
+    """
+    if init == "normal":
+        residual = name.endswith(("o_proj.weight", "w_2.weight"))
+        values.normal_(0.0, 0.02 / (math.sqrt(additions) if residual else 1.0), generator=generator)
+    elif name == "embedding_proj.weight":
+        values.normal_(generator=generator)
+    else:
+        bound = values.shape[1] ** -0.5  # what kaiming_uniform_(a=sqrt(5)) of nn.Linear comes to
+        values.uniform_(-bound, bound, generator=generator)

@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 
 from .anatomy import Anatomy, Part
 from .convolution import Convolution
-from .layers import RMSNorm, to_autocast
+from .layers import RMSNorm, draw_matrix, to_autocast
 from .loss import LinearNextToken
 from .ssd import mixing, scan
 
@@ -36,6 +36,7 @@ TRAVELLING = (
     "objective.py",
     "ssd.py",
     "statespace.py",
+    "wrapping.py",
 )  # with every checkpoint, beside hf_statespace.py; the decoder's, because hf.py stands on them
 
 
@@ -324,18 +325,8 @@ class StateSpace(LinearNextToken, nn.Module):
             if _role(name) == "dynamics":
                 _draw_dynamics(name, values, self.config.conv_kernel, generator)
             elif parameter.ndim == 2:
-                self._draw_matrix(name, values, generator)
+                draw_matrix(name, values, self.config.init, self.config.n_layers, generator)
             parameter.copy_(values)
-
-    def _draw_matrix(self, name: str, values: Tensor, generator: torch.Generator) -> None:
-        if self.config.init == "normal":
-            smaller = math.sqrt(self.config.n_layers) if name.endswith("o_proj.weight") else 1.0
-            values.normal_(0.0, 0.02 / smaller, generator=generator)
-        elif name == "embedding_proj.weight":
-            values.normal_(generator=generator)
-        else:
-            bound = values.shape[1] ** -0.5  # what kaiming_uniform_(a=sqrt(5)) of nn.Linear comes to
-            values.uniform_(-bound, bound, generator=generator)
 
     def hf_config(self) -> dict[str, Any]:
         """The content of config.json beside the weights, with which transformers builds this model (see hf_statespace.py)."""
