@@ -7,9 +7,13 @@ import torch
 
 from picolm.address import Address
 from picolm.analyze.components import Absent, operands
+from picolm.errors import PicoError
 from picolm.models import StateSpace, StateSpaceConfig
 from picolm.models.anatomy import CAPTURED
+from picolm.schema import load
 from picolm.store import Run
+from picolm.train import run_training
+from picolm.train.config import schema_for
 
 CONFIG = StateSpaceConfig(d_model=12, n_layers=2, vocab_size=17, state_size=5, head_dim=6, n_groups=2)
 
@@ -89,3 +93,31 @@ def test_the_default_means_what_the_model_has(checkpoint, model: StateSpace) -> 
     (absent,) = found(checkpoint, model, "simple", data_type="weights", layer_suffixes=("mlp.output",))
     assert isinstance(absent, Absent)
     assert all(isinstance(each, Absent) for each in found(checkpoint, model, "ov_circuit", data_type="weights"))
+
+
+def test_paired_metrics_of_a_state_space_model_need_no_component(analyze, toy_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"""
+data: {{dataset: {{name: {toy_data}}}, dataloader: {{batch_size: 8}}, tokenizer: {{vocab_size: 64}}}}
+model: {{model_type: pico_statespace, d_model: 24, n_layers: 2, state_size: 5, head_dim: 12, vocab_size: 64, max_seq_len: 16}}
+training: {{max_steps: 2, fabric: {{accelerator: cpu, precision: 32-true}},
+  optimization: {{lr: 0.01, lr_warmup_steps: 2, gradient_accumulation_steps: 1}}}}
+checkpointing: {{run_name: states, runs_dir: {tmp_path}, save_every_n_steps: 1}}
+monitoring: {{logging: {{log_level: ERROR}}}}
+""")
+    run_training(load(tmp_path / "c.yaml", schema_for))
+    outcome, table = analyze(
+        "metrics: [{metric_name: cka, target: {checkpoint: last}}]", str(tmp_path / "states"), "narrow"
+    )
+    assert not outcome.absent
+    modules = table.groupby("run")["module"].unique().map(sorted).to_dict()
+    assert modules["states"] == ["layers.0.ssm.o_proj", "layers.1.ssm.o_proj"]
+    assert modules["narrow"] == [f"layers.{n}.{part}" for n in (0, 1) for part in ("ov_circuit", "swiglu.w_2")]
+    assert table["value"].between(0, 1 + 1e-6).all()
+    last = table[(table["step"] == 2) & (table["run"] == "states")]
+    assert last["value"].sub(1).abs().max() < 1e-6  # of a step with itself
+    own, _ = analyze("metrics: [{metric_name: cka, target: {checkpoint: last}}]", str(tmp_path / "states"))
+    assert not own.absent
+    other = ["checkpointing.run_name=embeddings", "checkpointing.learning_dynamics.layer_suffixes=[embedding]"]
+    run_training(load(tmp_path / "c.yaml", schema_for, other))
+    with pytest.raises(PicoError, match=r"ssm.output.*finds nothing at any step"):
+        analyze("metrics: [{metric_name: cka, target: {checkpoint: last}}]", str(tmp_path / "embeddings"))

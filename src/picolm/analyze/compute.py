@@ -38,12 +38,19 @@ class Task:
     split: str
     target: Target | None
     chance: int | None = None  # number of permutations
+    statespace: bool | None = None  # of a component that nobody named: which models it is for (None: all)
 
     @cached_property
     def identity(self) -> str:
         """Digest of what a value depends on besides the matrices: metric, code, options, number of permutations."""
         codes = code_of(self.metric.function), code_of(COMPONENTS.get(self.component.component_name))
         return digest_of(self.metric.name, *codes, self.options, *filter(None, [self.chance]))
+
+    def fits(self, reader: Reader | None) -> bool:
+        """Return whether the task is for the model of a step."""
+        return self.statespace is None or (
+            reader is not None and self.statespace == ("ssm.output" in reader.anatomy.parts)
+        )
 
 
 class Cell(NamedTuple):
@@ -73,22 +80,25 @@ def tasks_of(config: AnalysisConfig) -> list[Task]:
         target = entry.compared_with if metric.arity == 2 else None
         split = entry.data_split or observed or ("val" if metric.arity == 2 else "train")
         options = tuple(sorted(entry.options.items()))
-        for component in entry.components or default_components(metric):
-            tasks.append(Task(metric, options, component, split, target, entry.chance))
+        components = [(named, None) for named in entry.components or ()] or default_components(metric)
+        tasks += [Task(metric, options, named, split, target, entry.chance, models) for named, models in components]
     return tasks
 
 
-def default_components(metric: Any) -> tuple[Component, ...]:
-    """Return the components of an entry that names none: activations of OV circuits and MLPs for metrics that need
-    matching rows, captured weights and gradients for others.
+def default_components(metric: Any) -> list[tuple[Component, bool | None]]:
+    """Return the components of an entry that names none, each with whether it is for state space models (None: for all models).
+
+    Metrics that need matching rows take what the layers write to the residual stream: activations of OV circuits and MLPs, of a
+    state space model those of the output projection. Others take captured weights and gradients.
     """
     if metric.arity == 2 and metric.needs == "rows":
-        return (
-            Component(component_name="ov_circuit", data_type="activations"),
-            Component(component_name="mlp", data_type="activations"),
-        )
+        return [
+            (Component(component_name="ov_circuit", data_type="activations"), False),
+            (Component(component_name="mlp", data_type="activations"), False),
+            (Component(data_type="activations", layer_suffixes=("ssm.output",)), True),
+        ]
     kinds = [kind for kind in ("weights", "gradients") if kind in metric.of]
-    return tuple(Component(data_type=kind, layer_suffixes=CAPTURED) for kind in kinds)
+    return [(Component(data_type=kind, layer_suffixes=CAPTURED), None) for kind in kinds]
 
 
 @cache
@@ -109,6 +119,8 @@ def plan_step(readers: Readers, place: Place, tasks: Iterable[Task], steps: Mapp
         work.absent.append(f"step {place.step} of {place.run}: there is no such checkpoint")
         return work
     for task in tasks:
+        if not task.fits(reader):
+            continue
         found, absent = reader.operands(task.component, task.split)
         work.absent += [f"{reader.name}: no {missing.what}" for missing in absent]
         if task.target is None:

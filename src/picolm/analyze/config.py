@@ -91,8 +91,9 @@ class Entry(BaseModel):
     rows at each step, and train for others).
     """
     components: tuple[Component, ...] | None = None
-    """What the metric is computed on. Default: activations of ov_circuit and mlp for metrics that need matching rows;
-    weights and gradients of the modules that are captured by default (values, outputs, mlp.output) for others.
+    """What the metric is computed on. Default: activations of ov_circuit and mlp for metrics that need matching rows, of a
+    state space model those of ssm.output; weights and gradients of the modules that are captured by default (values,
+    outputs, mlp.output) for others.
     """
     target_checkpoint: NonNegativeInt | Literal["first", "last", "previous"] | None = None
     """The step to compare with, a key of published files; `target` can express more."""
