@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from picolm.analyze.components import CIRCUITS, available
-from picolm.analyze.compute import compute, rows_of, tasks_of
+from picolm.analyze.compute import compute, fits_any, rows_of, tasks_of
 from picolm.analyze.config import AnalysisConfig
 from picolm.analyze.fetching import fetch_ahead, fetching, tidying
 from picolm.analyze.heads import read_anatomy, stated_anatomy
@@ -201,9 +201,7 @@ def _report(outcome: Outcome, ask: Ask, strict: bool) -> None:
     """Log what is missing. Raises PicoError if a metric found nothing at all, or if `strict` and any is missing."""
     tasks, readers = tasks_of(ask.config), readers_of(ask)
     for number, task in enumerate(tasks):
-        if number not in outcome.found and any(
-            task.fits(readers.at(run.name, run.steps[-1])) for run in readers.runs.values()
-        ):
+        if number not in outcome.found and fits_any(task, readers):
             run = next(iter(readers.runs.values()))
             raise PicoError(
                 f"{task.metric.name} of {task.component.component_name} ({task.component.data_type}, split {task.split}, "
@@ -238,9 +236,8 @@ def plan(config: AnalysisConfig, places: Iterable[str]) -> str:
         values += sum(1 for cell in cells for _ in rows_of(cell, Value(None)))
     files = {readers.location(*asked) for asked in readers.asked}
     probes = "".join(f", probe {entry.probe_name}" for entry in config.probes)
-    lines = [
-        f"{len(tasks)} metrics of components{probes}, {sum(map(len, steps.values()))} steps of {len(opened)} run(s)"
-    ]
+    fitting = sum(fits_any(task, readers) for task in tasks)
+    lines = [f"{fitting} metrics of components{probes}, {sum(map(len, steps.values()))} steps of {len(opened)} run(s)"]
     lines += [
         f"{values} values from {len(readers.asked)} tensors in {len(files)} files:",
         *(f"  {file}" for file in sorted(files)),
