@@ -1,5 +1,6 @@
 """Heads and circuits of a state space model: by hand from its weights; and an analysis of one beside a decoder."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,12 @@ monitoring: {{logging: {{log_level: ERROR}}}}
     run_training(load(tmp_path / "c.yaml", schema_for, other))
     with pytest.raises(PicoError, match=r"ssm.output.*finds nothing at any step"):
         analyze("metrics: [{metric_name: cka, target: {checkpoint: last}}]", str(tmp_path / "embeddings"))
+
+
+def test_defaults_for_other_models_are_told_apart_by_the_steps_that_are_analyzed(analyze, runs, tmp_path: Path) -> None:
+    shutil.copytree(runs["narrow"], tmp_path / "narrow")
+    (tmp_path / "narrow" / "checkpoints" / "step_6" / "anatomy.json").write_text("{")
+    text = "steps: [0, 2]\nmetrics: [{metric_name: cka, target: {checkpoint: first}}]"
+    outcome, table = analyze(text, str(tmp_path / "narrow"))
+    assert not outcome.absent
+    assert set(table["step"]) == {0, 2}

@@ -72,11 +72,6 @@ class Work:
     absent: list[str] = field(default_factory=list)
 
 
-def fits_any(task: Task, readers: Readers) -> bool:
-    """Return whether a task is for the model of any run, by its last step."""
-    return any(task.fits(readers.at(name, run.steps[-1])) for name, run in readers.runs.items())
-
-
 def tasks_of(config: AnalysisConfig) -> list[Task]:
     """Return the tasks of a configuration, in its order."""
     tasks, observed = [], config.observe.split if config.observe is not None else None

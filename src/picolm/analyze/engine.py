@@ -10,14 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from picolm.analyze.components import CIRCUITS, available
-from picolm.analyze.compute import compute, fits_any, rows_of, tasks_of
+from picolm.analyze.compute import compute, rows_of, tasks_of
 from picolm.analyze.config import AnalysisConfig
 from picolm.analyze.fetching import fetch_ahead, fetching, tidying
 from picolm.analyze.heads import read_anatomy, stated_anatomy
 from picolm.analyze.probing import over_steps, probe_step
 from picolm.analyze.reading import Readers, model_section
 from picolm.analyze.values import Value, Values, rename_damaged
-from picolm.analyze.work import Ask, Outcome, Unit, cells_of, chosen_steps, forget_runs, observed, readers_of, units_of
+from picolm.analyze.work import (
+    Ask,
+    Outcome,
+    Unit,
+    cells_of,
+    chosen_steps,
+    fits_any,
+    forget_runs,
+    observed,
+    readers_of,
+    units_of,
+)
 from picolm.errors import PicoError
 from picolm.registry import code_policy, set_code_policy
 from picolm.store import Run
@@ -201,7 +212,7 @@ def _report(outcome: Outcome, ask: Ask, strict: bool) -> None:
     """Log what is missing. Raises PicoError if a metric found nothing at all, or if `strict` and any is missing."""
     tasks, readers = tasks_of(ask.config), readers_of(ask)
     for number, task in enumerate(tasks):
-        if number not in outcome.found and fits_any(task, readers):
+        if number not in outcome.found and fits_any(ask.config, readers, task):
             run = next(iter(readers.runs.values()))
             raise PicoError(
                 f"{task.metric.name} of {task.component.component_name} ({task.component.data_type}, split {task.split}, "
@@ -236,7 +247,7 @@ def plan(config: AnalysisConfig, places: Iterable[str]) -> str:
         values += sum(1 for cell in cells for _ in rows_of(cell, Value(None)))
     files = {readers.location(*asked) for asked in readers.asked}
     probes = "".join(f", probe {entry.probe_name}" for entry in config.probes)
-    fitting = sum(fits_any(task, readers) for task in tasks)
+    fitting = sum(fits_any(config, readers, task) for task in tasks)
     lines = [f"{fitting} metrics of components{probes}, {sum(map(len, steps.values()))} steps of {len(opened)} run(s)"]
     lines += [
         f"{values} values from {len(readers.asked)} tensors in {len(files)} files:",

@@ -135,6 +135,14 @@ def units_of(config: AnalysisConfig, runs: Mapping[str, Run], outcome: Outcome) 
                 yield Unit(tuple(Place(name, step) for step in steps), every, layer, count)
 
 
+def fits_any(config: AnalysisConfig, readers: Readers, task: Task) -> bool:
+    """Return whether a task is for the model of any run, by the last of its steps that are analyzed, which have been read."""
+    if task.statespace is None:
+        return True
+    last = {name: (chosen_steps(config, there)[0] or there)[-1] for name, there in readers.steps.items()}
+    return any(task.fits(readers.at(name, step)) for name, step in last.items())
+
+
 def readers_of(ask: Ask) -> Readers:
     """Return the open runs, cached per process: a step that many steps are compared with is read once per process."""
     return _opened(ask.runs, observed(ask.config))
