@@ -111,6 +111,18 @@ def test_the_shipped_suites_train_the_shipped_configurations(suite: str, family:
         assert {key for key in ours if ours[key] != theirs[key]} <= set(NAMES)
 
 
+def test_the_suite_of_architectures_has_the_shipped_models() -> None:
+    suite = load_suite(CONFIGS / "suites" / "architectures.yaml")
+    families = {"decoder": "pico-nano", "diffusion": "pico-diffusion-nano", "statespace": "pico-statespace-nano"}
+    for member in suite.members:
+        architecture, size = member.labels["model"].split("-")
+        alone = load(CONFIGS / f"{families[architecture]}-{size}.yaml", schema_for)
+        assert member.config.model == alone.model
+        steps, rows = member.config.training.max_steps, int(member.config.data.dataset.name[6:].partition(",")[0])
+        epochs = steps * member.config.data.dataloader.batch_size / rows
+        assert epochs == {"once": 1, "often": 16}[member.labels["rows"]]
+
+
 @pytest.mark.slow
 def test_the_shipped_sizes_are_what_they_are_called() -> None:
     from picolm.train.preview import estimate

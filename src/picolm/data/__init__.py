@@ -13,6 +13,7 @@ colon.
     nanogpt:PATH                  .bin files of nanoGPT and llm.c
     datasets:FOLDER               a folder written by `save_to_disk` of the library datasets
     mix:NAME*WEIGHT,NAME*WEIGHT   rows of several sources by weights
+    first:ROWS,NAME               the first training rows of another source
     my_lab.module:attribute       a factory of your own, with the same arguments
 
 The names of files and folders give the split (see `manifest.py`). Published data sets and `picolm.data.prepare` use
@@ -105,7 +106,7 @@ def is_own_source(name: str) -> bool:
 
 def has_own_length(name: str) -> bool:
     """Return whether the stored rows have a fixed length, so that the data set can be opened without `row_length`."""
-    return name.partition(":")[0] not in ("datatrove", "embedded", "megatron", "mix", "nanogpt", "olmo")
+    return name.partition(":")[0] not in ("datatrove", "embedded", "first", "megatron", "mix", "nanogpt", "olmo")
 
 
 def _find(name: str) -> tuple[SourceFactory, str]:
@@ -127,6 +128,7 @@ def _find(name: str) -> tuple[SourceFactory, str]:
 from picolm.data import (  # noqa: E402  (each registers its families above)
     arrow,  # noqa: F401
     embedded,  # noqa: F401
+    first,  # noqa: F401
     flat,  # noqa: F401
     hub,  # noqa: F401
     megatron,  # noqa: F401

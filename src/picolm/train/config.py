@@ -37,8 +37,8 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME on the Hub
 class Dataset(Section):
     name: Annotated[Place, Key("data source", is_code=is_own_source, on_resume="noted")] = "pico-lm/pretokenized-dolma"
     """Source of the rows: a Hub data set, a folder of token shards, `embedded:NAME`, tokens of other tools
-    (`datatrove:FOLDER`, `megatron:`, `olmo:`, `nanogpt:`, `datasets:`), or a weighted mixture such as
-    `mix:rows/books*0.7,rows/web*0.3`."""
+    (`datatrove:FOLDER`, `megatron:`, `olmo:`, `nanogpt:`, `datasets:`), a weighted mixture such as
+    `mix:rows/books*0.7,rows/web*0.3`, or the first rows of a source (`first:2000,rows/books`)."""
     shuffle: bool = False
     """Shuffle the first pass too; later passes are always shuffled. Not needed for prepared and published data, which
     are shuffled on disk."""
