@@ -16,7 +16,7 @@ from tests.readers.conftest import make
 from torch import Tensor, nn
 
 from picolm.errors import PicoError
-from picolm.models import Anatomy, NextToken
+from picolm.models import Anatomy, Diffusion, DiffusionConfig, NextToken
 from picolm.observe.rows import Rows
 from picolm.observe.subject import Subject
 from picolm.observe.training import rows_of_tokens
@@ -204,6 +204,36 @@ def test_a_model_without_attention_gives_its_losses(measure: Measure) -> None:
     for name in OF_HEADS:
         assert found[name, None, None].value is None
         assert found[name, None, None].reason == "the model of given does not give the weights of an attention"
+
+
+@pytest.mark.parametrize("bos", [0, "none"])
+def test_a_model_that_predicts_hidden_tokens_has_its_exact_losses_from_left_to_right(bos: int | str) -> None:
+    """Each token of each copy alone: hidden with all later ones, and predicted from what is left."""
+    torch.manual_seed(0)
+    config = DiffusionConfig(
+        d_model=16, n_layers=1, vocab_size=SIZE, max_seq_len=2 * K, attention_n_heads=2, attention_n_kv_heads=2, activation_hidden_dim=16
+    )  # fmt: skip
+    model = Diffusion(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    r_RK = torch.stack([torch.randperm(SIZE - 1)[: K - 1] + 1 for _ in range(3)])
+    tokens_RT = torch.cat([*([torch.zeros(3, 1, dtype=torch.long)] if bos == 0 else []), r_RK, r_RK], 1)
+    found = ask(Given(model), tokens_RT)
+    size = tokens_RT.shape[1]
+    nats_RT = torch.zeros(3, size, dtype=torch.float64)
+    for place in range(1, size):
+        hidden_RT = tokens_RT.clone()
+        hidden_RT[:, place:] = model.config.vocab_size
+        log_probs_RV = model(hidden_RT)[:, place].log_softmax(-1)
+        nats_RT[:, place] = -log_probs_RV.gather(-1, tokens_RT[:, place : place + 1])[:, 0]
+    begin, length = int(bos == 0), r_RK.shape[1]
+    first_RX, second_RX = nats_RT[:, begin + 1 : begin + length], nats_RT[:, begin + length + 1 :]
+    assert first_RX.shape == second_RX.shape
+    assert found["first_copy_loss", None, None].value == pytest.approx(first_RX.mean().item(), rel=1e-5)
+    assert found["induction_loss", None, None].value == pytest.approx(second_RX.mean().item(), rel=1e-5)
+    assert found["copy_advantage", None, None].value == pytest.approx((second_RX - first_RX).mean().item(), abs=1e-5)
+    assert ("induction_accuracy", None, None) not in found
+    assert "it predicts hidden tokens from both sides" in found["prefix_matching", None, None].reason
 
 
 def test_a_model_of_transformers_without_attention_gives_its_losses_and_the_rest_goes_on(

@@ -6,6 +6,7 @@ Legend: B rows of a pass, R rows, T positions of a row, K tokens of r, N heads, 
 """
 
 import math
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Annotated, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from picolm.errors import PicoError
 from picolm.observe import training
-from picolm.observe.passes import Ask, Pass
+from picolm.observe.passes import Answer, Ask, Pass
 from picolm.observe.rows import Rows
 from picolm.observe.subject import Subject
 from picolm.observe.vocabulary import first_token, special_tokens
@@ -78,7 +79,7 @@ class _Repeated(NamedTuple):
     second: int
 
 
-@probe("induction", needs=["logits"], gives=OF_HEADS | OF_MODEL)
+@probe("induction", gives=OF_HEADS | OF_MODEL)
 def induction(
     subject: Subject,
     stated: Rows | None,
@@ -97,7 +98,11 @@ def induction(
     training rows (`frequent`), from all of the vocabulary (`all`), or from a list of ids; `length` of them, in `count` rows.
     `bos`: the id before them, or none (default: the token that texts of the model begin with). `rows` in place of all these: rows
     of token ids [BOS, r, r] or [r, r], all of which the model reads. Chance: uniform attention, and uniform predictions.
+    The losses of a model that predicts hidden tokens are its exact nats from left to right, with all later tokens hidden; this takes
+    a forward pass for each token.
     """
+    if subject.likelihood != "bound":
+        subject.require("logits")
     made = ""
     if stated is None:
         first = _first(subject, bos)
@@ -107,10 +112,14 @@ def induction(
         made = stated.identity
     repeated, lacking = _repeated(subject, stated), ""
     try:
-        subject.require("patterns")
+        subject.require("logits", "patterns")
         answer = yield Ask(repeated.rows, partial(_read, repeated), frozenset({"patterns"}))
     except PicoError as error:
-        lacking, answer = str(error), (yield Ask(repeated.rows, partial(_losses, repeated)))
+        lacking = str(error)
+        if subject.likelihood == "bound":
+            answer = _exact_losses(subject, repeated)
+        else:
+            answer = yield Ask(repeated.rows, partial(_losses, repeated))
     if lacking:
         of_heads = [Reading(name, None, reason=lacking) for name in OF_HEADS]
     else:
@@ -125,16 +134,26 @@ def induction(
 
 
 def _losses(repeated: _Repeated, found: Pass) -> dict[str, Tensor]:
-    """Read the losses of both copies of r without its first token, [B, K - 1]."""
-    second = slice(repeated.second, None)
-    first = slice(repeated.second - repeated.period, found.nats_BP.shape[1] - repeated.period)
+    """Read the losses of both copies of r without its first token, and whether the second was predicted, [B, K - 1]."""
     nats_BP = found.nats_BP.double()
     right_BP = (found.likeliest_BP == found.targets_BP).double().masked_fill(nats_BP.isnan(), math.nan)
+    return _of_copies(repeated, nats_BP) | {"induction_accuracy": right_BP[:, repeated.second :]}
+
+
+def _exact_losses(subject: Subject, repeated: _Repeated) -> Answer:
+    """Return the same losses, for each row, of a model that predicts hidden tokens: its exact nats from left to right."""
+    rows = replace(repeated.rows, has_targets=True, unread=subject.architecture.outline.row_length(0))
+    nats_RP = torch.stack(subject.scores(rows, draws=0)).double()
+    return {name: list(each) for name, each in _of_copies(repeated, nats_RP).items()}
+
+
+def _of_copies(repeated: _Repeated, nats_BP: Tensor) -> dict[str, Tensor]:
+    second = slice(repeated.second, None)
+    first = slice(repeated.second - repeated.period, nats_BP.shape[1] - repeated.period)
     read = {
         "induction_loss": nats_BP[:, second],
         "first_copy_loss": nats_BP[:, first],
         "copy_advantage": nats_BP[:, second] - nats_BP[:, first],
-        "induction_accuracy": right_BP[:, second],
     }
     if len(repeated.rows.tokens[0]) % 2 == 0:
         read["tl_evals_induction_loss"] = nats_BP[:, repeated.period + 1 :]
