@@ -210,10 +210,9 @@ def test_a_model_without_attention_gives_its_losses(measure: Measure) -> None:
 def test_a_model_that_predicts_hidden_tokens_has_its_exact_losses_from_left_to_right(bos: int | str) -> None:
     """Each token of each copy alone: hidden with all later ones, and predicted from what is left."""
     torch.manual_seed(0)
-    config = DiffusionConfig(
-        d_model=16, n_layers=1, vocab_size=SIZE, max_seq_len=2 * K, attention_n_heads=2, attention_n_kv_heads=2, activation_hidden_dim=16
-    )  # fmt: skip
-    model = Diffusion(config).eval()
+    heads = {"attention_n_heads": 2, "attention_n_kv_heads": 2}
+    sizes = {"d_model": 16, "n_layers": 1, "vocab_size": SIZE, "max_seq_len": 2 * K, "activation_hidden_dim": 16}
+    model = Diffusion(DiffusionConfig(**sizes, **heads)).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     r_RK = torch.stack([torch.randperm(SIZE - 1)[: K - 1] + 1 for _ in range(3)])

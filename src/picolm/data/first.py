@@ -1,6 +1,6 @@
 """The first rows of another source: the same text with less of it, so that a training reads it several times.
 
-    first:2527,embedded:state_of_the_union     the first 2527 training rows of that source, and all of its held-out rows
+first:2527,embedded:state_of_the_union     the first 2527 training rows of that source, and all of its held-out rows
 """
 
 from __future__ import annotations
