@@ -98,7 +98,7 @@ def induction(
     training rows (`frequent`), from all of the vocabulary (`all`), or from a list of ids; `length` of them, in `count` rows.
     `bos`: the id before them, or none (default: the token that texts of the model begin with). `rows` in place of all these: rows
     of token ids [BOS, r, r] or [r, r], all of which the model reads. Chance: uniform attention, and uniform predictions.
-    The losses of a model that predicts hidden tokens are its exact nats from left to right, with all later ones hidden, which takes
+    The losses of a model that predicts hidden tokens are its exact nats from left to right, with all later ones hidden: it takes
     a forward pass for each token.
     """
     if subject.likelihood != "bound":
