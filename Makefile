@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LATEST := .venv-latest/bin
 
-.PHONY: browser slurm demo suite experiment experiment-induction experiment-memorization test test-latest siege check format docs clean help
+.PHONY: browser slurm demo suite experiment experiment-induction experiment-memorization experiment-architectures test test-latest siege check format docs clean help
 
 help:
 	@echo "make demo   set up, and train a small language model on real text (offline, some minutes)"
@@ -27,7 +27,8 @@ suite: .venv/.demo
 experiment: suite .venv/.docs
 	$(BIN)/python docs/figures/nano.py
 
-# The same for docs/experiment-induction.md and docs/experiment-memorization.md; an hour, and half of one.
+# The same for docs/experiment-induction.md (an hour), docs/experiment-memorization.md (half of one) and
+# docs/experiment-architectures.md.
 experiment-induction: .venv/.demo .venv/.docs
 	$(BIN)/pico suite examples/induction/suite.yaml --jobs 2
 	$(BIN)/python docs/figures/induction_experiment.py
@@ -35,6 +36,10 @@ experiment-induction: .venv/.demo .venv/.docs
 experiment-memorization: .venv/.demo .venv/.docs
 	$(BIN)/pico suite examples/memorization/suite.yaml --jobs 2
 	$(BIN)/python docs/figures/memorization_experiment.py
+
+experiment-architectures: .venv/.demo .venv/.docs
+	$(BIN)/pico suite configs/suites/architectures.yaml --jobs 2
+	$(BIN)/python docs/figures/architectures_experiment.py
 
 test: .venv/.dev browser slurm
 	$(BIN)/pytest -n 2 --dist worksteal
