@@ -53,6 +53,9 @@ ONE_DOOR = {
     "lm_eval": "train/harness.py",
     "gguf": "formats/llamacpp.py",
     "submitit": "suite/cluster.py",
+    "uvicorn": "view/command.py",
+    "starlette": "view/command.py view/guard.py view/server.py",
+    "PIL": "view/animation.py",
 }
 
 
@@ -98,6 +101,11 @@ def test_siblings_do_not_import_each_other() -> None:
     assert not [
         pair for pair in pairs if pair[0] != pair[1] and any(set(pair) <= room for room in (NOUNS, VERBS, TOOLS))
     ]
+
+
+def test_only_the_command_line_and_the_package_itself_know_the_page() -> None:
+    users = {part_of(file) for file in FILES if any(name.startswith("picolm.view") for name in imports(file))}
+    assert users == {"view", "cli", "__init__"}
 
 
 @pytest.mark.slow

@@ -47,6 +47,27 @@ SMALLEST = {  # script: (its arguments, what it prints then)
     "safeguards": (["--rounds", "1", "--every", "1"], "no digests"),
     "step_time": (["--shapes", "tiny", "--precisions", "float32", "--modes", "eager", "--rounds", "1"], "| llama |"),
     "trainer": (["--steps", "2"], "trainer / bare"),
+    "view": (
+        [
+            "data.tokenizer.vocab_size=512",
+            "model.vocab_size=512",
+            "model.max_seq_len=80",
+            "data.dataloader.batch_size=2",
+            "model.d_model=24",
+            "model.activation_hidden_dim=48",
+            "model.n_layers=1",
+            "checkpointing.save_every_n_steps=2",
+            "training.optimization.gradient_accumulation_steps=1",
+            "evaluation.metrics=null",
+            "--steps",
+            "3",
+            "--training",
+            "40",
+            "--rounds",
+            "1",
+        ],
+        "with / alone",
+    ),  # fmt: skip
     "uploads": (["--rounds", "1", "--every", "1"], "saved and sent"),
 }
 

@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from picolm import view
     from picolm.recorder import Recorder
 
 __version__ = "0.1.0"
-__all__ = ["Recorder", "__version__"]
+__all__ = ["Recorder", "__version__", "view"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from picolm.recorder import Recorder
 
         return Recorder
+    if name == "view":
+        import importlib
+
+        return importlib.import_module("picolm.view")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

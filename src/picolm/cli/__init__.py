@@ -9,7 +9,7 @@ if sys.argv[:1] == ["-c"] and sys.path[:1] == [""]:
     del sys.path[0]  # as in `__main__`: modules of the working folder would hide installed packages
 
 # isort: off
-from picolm.cli import training, again, analysis, reporting, suites, runs, corpora, exchange, tools  # noqa: F401  # in the order that `pico --help` shows
+from picolm.cli import training, again, analysis, reporting, viewing, suites, runs, corpora, exchange, tools  # noqa: F401  # in the order that `pico --help` shows
 
 # isort: on
 from picolm.cli.app import app

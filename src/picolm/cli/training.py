@@ -1,5 +1,6 @@
 """`pico train`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from picolm.cli.app import ConfigArguments, ConfigPath, TrustRemoteCode, app, config_and_overrides
 from picolm.console import say
+from picolm.errors import PicoError
 
 
 @app.command()
@@ -14,6 +16,9 @@ def train(
     arguments: ConfigArguments = None,
     config_path: ConfigPath = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and exit.")] = False,
+    view: Annotated[
+        bool, typer.Option("--view", help="Show the run in the browser while it is trained (pico view beside it).")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     code_folder: Annotated[
         list[Path] | None, typer.Option(help="A further folder to import your own modules from.", hidden=True)
@@ -37,4 +42,11 @@ def train(
 
     from picolm.train import run_training
 
-    raise typer.Exit(run_training(config))
+    if not view or os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes the first one shows the run
+        raise typer.Exit(run_training(config))
+    from picolm.view.command import beside
+
+    if config.checkpointing.run_name is None:
+        raise PicoError("--view: give the run a name to find it by, with checkpointing.run_name=…")
+    with beside(Path(config.checkpointing.runs_dir).expanduser() / config.checkpointing.run_name, trust_remote_code):
+        raise typer.Exit(run_training(config))

@@ -217,13 +217,13 @@ class ObservedCheckpoint(Checkpoint):
             return None
 
 
-def bound(folder: Path, most_bytes: int, but: Path) -> None:
-    """Delete what was not used for longest in a folder of observed tensors, until it holds at most `most_bytes`."""
+def bound(folder: Path, most_bytes: int, but: Path, ending: str = ".safetensors") -> None:
+    """Delete what was not used for longest in a folder, of files with this ending, until they have at most `most_bytes`."""
 
     def used(file: Path) -> float:
         return file.stat().st_mtime
 
-    files = sorted((file for file in folder.glob("*.safetensors") if file != but), key=used)
+    files = sorted((file for file in folder.glob(f"*{ending}") if file != but), key=used)
     total = sum(file.stat().st_size for file in (*files, but))
     for file in files:
         if total <= most_bytes:

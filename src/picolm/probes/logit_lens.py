@@ -63,7 +63,7 @@ def _read(subject: Subject, found: Pass) -> dict[str, Tensor]:
     """Read each place of the residual stream, [B, K, P], and the depth of each prediction, [B, P]; one row at a time, so that
     few numbers per token of the vocabulary are in memory.
     """
-    _check(subject, found)
+    check_readout(subject, found)
     of_rows = [_of_row(subject, found, row) for row in range(len(found.tokens_BS))]
     return {name: torch.stack([of_row[name] for of_row in of_rows]) for name in of_rows[0]}
 
@@ -87,7 +87,7 @@ def _of_row(subject: Subject, found: Pass, row: int) -> dict[str, Tensor]:
     return of_row | {"depth": len(stays_KP) - stays_KP.sum(0)}
 
 
-def _check(subject: Subject, found: Pass) -> None:
+def check_readout(subject: Subject, found: Pass) -> None:
     """Raise PicoError unless the readout of the last block is what the model itself gives, at the first positions of a row."""
     logits_TV, read_TV = found.logits_BTV[0, :_CHECKED], subject.readout(found.hidden[-1][:1, :_CHECKED])[0]
     if not torch.allclose(read_TV, logits_TV, rtol=_CLOSE, atol=_CLOSE, equal_nan=True):
