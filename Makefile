@@ -72,7 +72,7 @@ check: .venv/.dev
 docs: .venv/.dev browser runs/demo/run.json
 	$(BIN)/python docs/figures/demo_loss.py
 	$(BIN)/python docs/figures/tutorials.py
-	if command -v chromedriver >/dev/null; then $(BIN)/python docs/figures/report.py; fi
+	if command -v chromedriver >/dev/null; then $(BIN)/python docs/figures/report.py && $(BIN)/python docs/figures/view.py; fi
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 runs/demo/run.json:

@@ -168,7 +168,7 @@ def _command(name: str, command: Any) -> Iterator[str]:
     yield from ("", f"## {name}", "", _cell(command.help or ""), "")
     yield from ("| argument or option | default | meaning |", "|---|---|---|")
     for parameter in command.params:
-        if parameter.name == "help":
+        if parameter.name == "help" or getattr(parameter, "hidden", False):
             continue
         if parameter.param_type_name == "argument":
             label = _code(parameter.metavar or parameter.name.upper())
