@@ -67,7 +67,7 @@ SMALLEST = {  # script: (its arguments, what it prints then)
             "1",
         ],
         "with / alone",
-    ),  # fmt: skip
+    ),
     "uploads": (["--rounds", "1", "--every", "1"], "saved and sent"),
 }
 

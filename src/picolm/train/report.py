@@ -303,4 +303,5 @@ def log_summary(job: Job) -> None:
     if losses:
         log.info("%s", loss_line(job.run))
     log.info("See what they hold:   pico list %s", path)
+    log.info("See it think:         pico view %s", path)
     log.info("Let the model write:  pico generate %s --prompt 'The'", path)

@@ -56,9 +56,9 @@ function card(list, side, at, step, answer) {
     strip(answer.tokens, answer.nats, uniform(of), { label: `Tokens of side ${at + 1}` }),
       scaleOf("0", fixed(uniform(of), 2), "nats, a uniform guess"),
   ];
-  const bound = of.likelihood === "bound" ? [make("span", { className: "tag", textContent: "a bound" })] : [];
+  const order = of.likelihood === "bound" ? [make("span", { className: "tag", textContent: "exact, from left to right" })] : [];
   return make("article", { className: "side", data: { run: side.id, step, mean: answer.mean_nats ?? "" }, "--swatch": category(at) },
-    make("div", { className: "controls" }, runs, steps, gone), make("p", { className: "faint" }, where, " ", ...bound), ...body);
+    make("div", { className: "controls" }, runs, steps, gone), make("p", { className: "faint" }, where, " ", ...order), ...body);
 }
 
 async function follow(list) {

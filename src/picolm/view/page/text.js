@@ -71,7 +71,7 @@ const firstPredicted = (shown) => Math.max(0, shown.nats.findIndex((value) => va
 
 function remarks(shown) {
   const words = [shown.seen_at !== null && shown.seen_at !== undefined && `seen at step ${whole(shown.seen_at)}`,
-    shown.truncated && `cut to the first ${shown.tokens.length} tokens`, shown.likelihood === "bound" && "the likelihood of this model is a bound"];
+    shown.truncated && `cut to the first ${shown.tokens.length} tokens`, shown.likelihood === "bound" && "exact, from left to right"];
   return words.filter(Boolean).map((text) => make("span", { className: "tag", textContent: text }));
 }
 
