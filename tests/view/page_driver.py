@@ -41,7 +41,7 @@ def started(command: list[str], **options: Any) -> Iterator[tuple[subprocess.Pop
     reading.start()
 
     def address() -> str:
-        until = time.monotonic() + 90
+        until = time.monotonic() + 200
         while time.monotonic() < until:
             if found := ADDRESS.search("".join(lines)):
                 return found[0]

@@ -390,7 +390,7 @@ def test_code_that_a_run_names_is_not_imported(
         (["nowhere"], "no run here"),
         (["RUN", "--host", "0.0.0.0"], "--allow-remote"),
         (["RUN", "--host", "example.org"], "--allow-remote"),
-        (["RUN", "--port", "99999"], "99999"),
+        (["RUN", "--port", "99999"], "65535"),
         (["RUN", "--host", "127.0.0.1", "--port", "PORT"], "cannot be used"),
     ],
 )
