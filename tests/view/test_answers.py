@@ -1,6 +1,8 @@
 """What is told of a text at a step is what the model computes, found here on other ways."""
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -191,3 +193,10 @@ def _after(subject: Subject, tokens_1T: torch.Tensor, steps: int) -> set[int]:
         tokens_1T = tokens_1T.clone()
         tokens_1T[0, place] = whole_1T[0, place]
     return set((tokens_1T[0] != subject.model.mask).nonzero()[:, 0].tolist())
+
+
+def test_the_server_starts_without_what_only_training_needs() -> None:
+    program = "import sys, picolm.view.server; print([name for name in %r if name in sys.modules])"
+    heavy = ["lightning_fabric", "transformers", "matplotlib", "plotly", "scipy"]
+    done = subprocess.run([sys.executable, "-c", program % heavy], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -3,8 +3,6 @@
 import json
 from typing import Any
 
-from picolm.train.history import own_run
-from picolm.train.inspection import batch_at
 from picolm.view.session import Session, to_json
 from picolm.view.viewed import Viewed
 
@@ -15,6 +13,9 @@ def batch(session: Session, viewed: Viewed, step: int, rows: int) -> bytes:
     """Return the first rows of batch `step`, their sources, tokens, and nats under the weights of that step, and of the next one
     with weights. A step without weights has no nats. Raises PicoError for a run whose batches are not known.
     """
+    from picolm.train.history import own_run  # imports Lightning, for which the page would wait two seconds more
+    from picolm.train.inspection import batch_at
+
     rows = min(rows, MOST_ROWS if viewed.subject.likelihood == "exact" else MOST_OF_BOUNDS)
     seen, steps = batch_at(own_run(str(viewed.run.path)), step, rows=rows).rows, viewed.steps()
     ids, after = seen.tokens_RS.tolist(), next((each for each in steps if each > step), None)
