@@ -135,7 +135,7 @@ def ends(values: pd.DataFrame) -> pd.DataFrame:
 
 def print_tables(found: pd.DataFrame) -> None:
     """Markdown: means with intervals over seeds, and what reading rows 16 times changes, within seeds."""
-    by = found.set_index(["figure", "group", "seed"])["value"]
+    by = found.set_index(["figure", "group", "seed"])["value"].sort_index()
     for name in dict.fromkeys(found["figure"]):
         print(f"\n| {name} | " + " | ".join(f"{MODELS[model]}, {size}" for model in MODELS for size in SIZES) + " |")
         print("|---" * (len(MODELS) * len(SIZES) + 1) + "|")

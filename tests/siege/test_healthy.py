@@ -15,7 +15,8 @@ def test_every_command_is_besieged() -> None:
     top = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     there = {name for name in top if name != "data"} | {f"data {name}" for name in top["data"].commands}
     spoken = {" ".join(words.split()[: 2 if words.startswith("data ") else 1]) for words in camp.COMMANDS.values()}
-    assert spoken == there
+    serving = {"view"}  # does not end by itself; tests/view/test_siege.py attacks it
+    assert spoken == there - serving
 
 
 @pytest.mark.slow
