@@ -239,6 +239,14 @@ def test_seeds_are_a_line_with_the_interval_of_the_analysis(make_table: Make) ->
     assert len(plot.compare(table, "norm").data) == 3
 
 
+def test_models_of_other_parts_and_depths_are_compared(make_table: Make) -> None:
+    """The deeper run has a layer of one part that no run has of the other part."""
+    deep = [entry | {"component": "other"} for entry in norms(range(0, 30, 10), 3, run="deep")]
+    figure = plot.compare(make_table(norms(range(0, 30, 10), 2, run="flat") + deep), "norm")
+    shown = [(trace.name, trace.meta["shown"]["layer"]) for trace in figure.data if trace.meta["shown"]]
+    assert shown == [*(("flat", place) for place in range(3)), *(("deep", place) for place in range(4))]
+
+
 def test_the_log_of_a_run_is_drawn_by_source_with_its_spikes() -> None:
     entries = [
         {

@@ -40,7 +40,10 @@ def compare(
     left_out: dict[str, None] = {}
     for panel, (_, group) in enumerate(found):
         for place, layer in enumerate([None, *(depths if choices and group["layer"].notna().any() else [])]):
-            chosen = _per_run(group if layer is None else group[group["layer"] == layer])
+            there = group if layer is None else group[group["layer"] == layer]
+            if there.empty:  # another part of a deeper model has this layer
+                continue
+            chosen = _per_run(there)
             fixed = group["layer"].isna().all() or not choices
             traces += lines_of_groups(chosen, belongs, panel, {} if fixed else {"layer": place}, left_out)
     title = named(name, rows["options"].iloc[0] or "")
