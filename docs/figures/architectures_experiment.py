@@ -16,6 +16,7 @@ from picolm.store import Run
 from picolm.suite.convergence import figures
 
 MODELS = {"decoder": "decoder", "statespace": "state space", "diffusion": "diffusion (bound)"}
+NAMES = ("decoder", "state space", "diffusion")
 SIZES, ROWS = ("300k", "1m"), ("once", "often")
 EPOCH, LOGGED = 96, 6  # steps that read all rows where they are few, and what is logged in them
 LOSSES = {
@@ -102,7 +103,7 @@ def draw_inside(values: pd.DataFrame) -> None:
     for row, rows in zip(panels, ROWS):
         for axes, name in zip(row, INSIDE.values()):
             own = values[values["of"] == name]
-            lines(axes, own, [f"{model}-1m-{rows}" for model in MODELS], "value", list(MODELS))
+            lines(axes, own, [f"{model}-1m-{rows}" for model in MODELS], "value", list(NAMES))
             axes.set_title(f"{name}, {'once' if rows == 'once' else '16 times'}")
             axes.set_xscale("symlog", linthresh=1, linscale=0.5)
             axes.set_xticks([0, 1, 4, 16, 64, 256, 1024], ["0", "1", "4", "16", "64", "256", "1024"])

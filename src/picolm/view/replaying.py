@@ -100,7 +100,7 @@ class Replays:
 
 
 def main(place: str, step: int, out: str) -> None:
-    """Make a step again, its weights only; print the number of updates that are done, one a line."""
+    """Make a step again, its weights only; write how many updates are done, a number a line, to standard output."""
     from picolm.train.fork import collection
     from picolm.train.history import origin, own_run
     from picolm.train.job import Due
@@ -110,7 +110,8 @@ def main(place: str, step: int, out: str) -> None:
     first = origin(run, step).step
 
     def watch(job: Any, at: int) -> None:
-        print(at - first, flush=True)
+        sys.stdout.write(f"{at - first}\n")  # for the server, which reads it
+        sys.stdout.flush()
 
     verdict = replay(
         run, [step], kinds=Due(weights=True), destination=collection(run, Path(out), step, []), watchers=[watch]
