@@ -49,7 +49,7 @@ OUTSIDE := tests/models/test_hf.py tests/models/test_hf_diffusion.py tests/forma
 	tests/train/test_afterwards.py tests/data/test_tokenizer.py tests/data/test_datatrove.py tests/data/test_corpora.py \
 	tests/data/test_embedded.py tests/data/test_hub.py tests/suite/test_cluster.py tests/analyze/test_remote.py \
 	tests/analyze/test_cluster.py tests/exchange tests/readers tests/recorder tests/store/test_hub_run.py tests/report/test_plot.py \
-	tests/report/test_page.py tests/test_network.py tests/test_terminal.py
+	tests/report/test_page.py tests/test_network.py tests/test_terminal.py tests/view/test_server.py
 
 # The newest versions that pyproject.toml allows, without constraints.txt: a break of theirs is found here, not by users.
 test-latest: $(LATEST)/pip
