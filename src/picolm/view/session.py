@@ -5,7 +5,7 @@ An answer that is kept is read; else the model of the run is filled with the wei
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from pydantic import BaseModel, Field
 
 from picolm import __version__
-from picolm.errors import PicoError
 from picolm.store import Run
 from picolm.view import about, answers
 from picolm.view.cached import Answers
@@ -170,13 +169,3 @@ def line_of(kind: str, step: int, found: bytes) -> dict[str, Any]:
     """Return the line of a stream that a step's answer gives: of a text, its history; of heads, their scores."""
     answer = json.loads(found)
     return {"step": step} | ({name: answer[name] for name in HISTORY} if kind == "text" else answer)
-
-
-def lines(session: Session, kind: str, question: Question) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a stream over steps, computed one after the other; a step that fails gives `error`."""
-    viewed, asked = session.read(question)
-    for step in session.steps(question):
-        try:
-            yield line_of(kind, step, session.answer(kind, viewed, step, asked.ids))
-        except PicoError as error:
-            yield {"step": step, "error": str(error)}

@@ -40,10 +40,7 @@ def compare(
     left_out: dict[str, None] = {}
     for panel, (_, group) in enumerate(found):
         for place, layer in enumerate([None, *(depths if choices and group["layer"].notna().any() else [])]):
-            there = group if layer is None else group[group["layer"] == layer]
-            if there.empty:  # another part of a deeper model has this layer
-                continue
-            chosen = _per_run(there)
+            chosen = _per_run(group if layer is None else group[group["layer"] == layer])
             fixed = group["layer"].isna().all() or not choices
             traces += lines_of_groups(chosen, belongs, panel, {} if fixed else {"layer": place}, left_out)
     title = named(name, rows["options"].iloc[0] or "")
@@ -57,14 +54,19 @@ def compare(
 
 
 def _per_run(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per run and step: the mean over layers and heads of the finite values."""
+    """Return one row per run and step: the mean over layers and heads of the finite values.
+
+    Of no rows, as of a layer that only another part of a deeper model has, it is empty.
+    """
     finite = rows[np.isfinite(rows["value"].to_numpy(dtype=float))]
     means = finite.groupby(["run", "step"], as_index=False)["value"].mean()
+    if rows.empty:
+        return means
     keep = [column for column in rows.columns if column not in ("run", "step", "value")]
     one = rows.iloc[[0]][keep].assign(
         layer=pd.NA, head=pd.NA, against_step=pd.NA, module="", against_run="", reason="", standard_error=math.nan
     )
-    return means.merge(one, how="cross") if len(rows) else means
+    return means.merge(one, how="cross")
 
 
 def lines_of_groups(
