@@ -104,6 +104,11 @@ def is_own_source(name: str) -> bool:
     return names_code(name) and name.partition(":")[0] not in SOURCES
 
 
+def is_hidden_code(name: str) -> bool:
+    """Return whether a source named inside of another source's name is code: the checks for untrusted code do not look there."""
+    return is_own_source(name) and not os.path.exists(name)
+
+
 def has_own_length(name: str) -> bool:
     """Return whether the stored rows have a fixed length, so that the data set can be opened without `row_length`."""
     return name.partition(":")[0] not in ("datatrove", "embedded", "first", "megatron", "mix", "nanogpt", "olmo")

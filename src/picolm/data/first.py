@@ -5,13 +5,12 @@ first:2527,embedded:state_of_the_union     the first 2527 training rows of that 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from picolm.data import SOURCES, Source, is_own_source, open_source
+from picolm.data import SOURCES, Source, is_hidden_code, open_source
 from picolm.data.manifest import digest_of
 from picolm.errors import DataError
 
@@ -22,7 +21,7 @@ def open_first(place: str, *, split: str = "train", **options: Any) -> Source:
     number, comma, name = place.partition(",")
     if not comma or not number.isdecimal() or int(number) == 0:
         raise DataError(f"first:{place}: takes a number of rows and a source, such as first:2000,rows/books")
-    if is_own_source(name) and not os.path.exists(name):  # the checks for untrusted code do not look behind the comma
+    if is_hidden_code(name):
         raise DataError(f"first:{place}: {name} is code, which can give fewer rows by itself")
     source = open_source(name, split=split, **options)
     if split != "train":

@@ -10,7 +10,6 @@ after part.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from picolm.data import SOURCES, Source, is_own_source, open_source
+from picolm.data import SOURCES, Source, is_hidden_code, open_source
 from picolm.data.batches import permute
 from picolm.data.manifest import digest_of
 from picolm.errors import DataError
@@ -39,7 +38,7 @@ def open_mix(place: str, *, split: str = "train", row_length: int | None = None,
             f"mix:{place}: takes two or more sources, all or none with a weight, such as mix:books*0.7,web*0.3"
         )
     for name in names:
-        if is_own_source(name) and not os.path.exists(name):  # the checks for untrusted code do not look into a mix
+        if is_hidden_code(name):
             raise DataError(
                 f"mix:{place}: {name} is code, which cannot be part of a mix; let a source of your own mix instead"
             )
