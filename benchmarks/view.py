@@ -4,30 +4,34 @@
 
 `start` is from the command to the first answer about a text. `never seen` is a step whose answer is not kept yet, `seen` one
 whose answer is, over HTTP, both for 64 tokens. The run of `--steps` steps is the first one with its last step linked so many
-times; `memory` is that of the server after all of them were visited, once and twice. The training is `pico train CONFIG` with and
-without `--view` and a page that follows it, in turns; its speed is the median of the tokens per second that it logs.
+times; `memory` is that of the server after all of them were visited, once and twice. The training is `pico train CONFIG` with
+and without `--view` and a browser that shows its page, in turns. Its speed is the median of the tokens per second that it logs;
+those differ by several hundredths from one training to the next, so what the page costs it is told by CPU time too.
 """
 
 import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from urllib.request import Request, urlopen
 
+from picolm.report.browser import WORDS, find
 from picolm.store import Run
 from picolm.store.manifest import MANIFEST, Manifest
 
 TOKENS = 64
+START_S = 8  # after which the server and the page are there
 PICO = [sys.executable, "-m", "picolm"]
 
 
@@ -120,45 +124,84 @@ def resident(process: int) -> int:
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def trained(config: list[str], folder: Path, steps: int, view: bool) -> float:
-    """Train a run, with its page followed if `view`. Returns the median of the logged tokens per second."""
+class Cost(NamedTuple):
+    """What a training with a page beside it showed: the median of the logged tokens per second; the seconds of CPU of the server
+    until it answered, and the parts of a core that it and a browser took from then on (0 without them).
+    """
+
+    tokens_per_s: float
+    start_s: float
+    server: float
+    browser: float
+
+
+def trained(config: list[str], folder: Path, steps: int, view: bool) -> Cost:
+    """Train a run; if `view`, with its page open in a browser, at the newest step, in the panel with all curves."""
     name = f"run{time.monotonic_ns()}"
     command = [*PICO, "train", *config, f"training.max_steps={steps}", f"checkpointing.run_name={name}"]
     words = [f"checkpointing.runs_dir={folder}", "monitoring.logging.log_every_n_steps=10"]
+    start_s = server = browser = 0.0
     with subprocess.Popen(
         [*command, *words, *(["--view"] if view else [])], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "http://" in line:
-                threading.Thread(target=follow, args=[line.split()[-1]], daemon=True).start()
+                start_s, server, browser = costs(process.pid, line.split()[-1])
     if process.returncode:
         raise SystemExit(f"the training failed: {' '.join(command)}")
     speeds = [entry["tokens_per_s"] for entry in Run.open(folder / name).read_metrics(("tokens_per_s",))]
-    return statistics.median(speeds[len(speeds) // 4 :])  # without the start, in which the server starts too
+    return Cost(statistics.median(speeds[len(speeds) // 4 :]), start_s, server, browser)  # without the start of both
 
 
-def follow(address: str) -> None:
-    """Receive events until the server ends."""
-    try:
-        with urlopen(f"{address}api/events") as events:
-            for _ in events:
-                pass
-    except OSError:
-        pass
+def costs(training: int, address: str) -> tuple[float, float, float]:
+    """Open the page of a training, and measure until its server ends. Returns the last three numbers of a Cost (Linux)."""
+    words = ["pgrep", "-P", str(training), "-f", "picolm view"]
+    server = int(subprocess.run(words, capture_output=True, check=True).stdout.split()[0])
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        options = [*WORDS, "--remote-debugging-port=0", f"--user-data-dir={profile}", f"{address}#panel=training"]
+        browser = subprocess.Popen([find(), *options], stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(START_S)
+        began, before = time.perf_counter(), (cpu_seconds(server), cpu_of_session(browser.pid))
+        shares = (0.0, 0.0)
+        with suppress(OSError):
+            while True:
+                now = cpu_seconds(server), cpu_of_session(browser.pid)
+                passed = max(time.perf_counter() - began, 1e-9)
+                shares = (now[0] - before[0]) / passed, (now[1] - before[1]) / passed
+                time.sleep(0.5)
+        os.killpg(browser.pid, signal.SIGKILL)
+        browser.wait()
+    return before[0], *shares
+
+
+def cpu_of_session(leader: int) -> float:
+    """Return the seconds of CPU of all processes of a session."""
+    found = subprocess.run(["pgrep", "-s", str(leader)], capture_output=True).stdout.split()
+    return sum(cpu_seconds(int(process)) for process in found)
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the seconds of CPU that a process has taken (Linux). Raises OSError where it is gone."""
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def beside(config: list[str], folder: Path, steps: int, rounds: int) -> None:
-    """Print the speed of a training with and without the page, in turns."""
-    speeds: dict[bool, list[float]] = {False: [], True: []}
+    """Print what the server and the browser take, and the speed of a training with and without the page, in turns."""
+    found: dict[bool, list[Cost]] = {False: [], True: []}
     for number in range(rounds):
         for view in (False, True) if number % 2 else (True, False):
-            speeds[view].append(trained(config, folder, steps, view))
-    alone, viewed = (statistics.median(speeds[view]) for view in (False, True))
-    ratios = [with_it / without for without, with_it in zip(speeds[False], speeds[True])]
-    print("| tokens/s alone | with the page | with / alone: median, rounds |\n|---|---|---|")
+            found[view].append(trained(config, folder, steps, view))
+    ratios = [
+        with_it.tokens_per_s / without.tokens_per_s for without, with_it in zip(found[False], found[True], strict=True)
+    ]
+    _, start_s, server, browser = (statistics.median(column) for column in zip(*found[True], strict=True))
+    print(
+        "| start, CPU s | server, part of a core | browser | tokens/s with / without: median, rounds |\n|---|---|---|---|"
+    )
     shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-    print(f"| {alone:.0f} | {viewed:.0f} | {statistics.median(ratios):.3f} ({shown}) |")
+    print(f"| {start_s:.2f} | {server:.2%} | {browser:.2%} | {statistics.median(ratios):.3f} ({shown}) |")
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ SMALLEST = {  # script: (its arguments, what it prints then)
             "--rounds",
             "1",
         ],
-        "with / alone",
+        "with / without",
     ),
     "uploads": (["--rounds", "1", "--every", "1"], "saved and sent"),
 }

@@ -1,6 +1,6 @@
 """Follow runs while they are trained: new lines of the log, new steps, their end, as events that the page receives.
 
-One task looks at all runs, and only while somebody listens: a few calls of `stat` per second, so that the training beside it is
+One task looks at all runs, and only while somebody listens: a few calls of `stat` each second, so that the training beside it is
 not slowed.
 """
 
@@ -18,7 +18,7 @@ from picolm.view.refusal import Refused
 from picolm.view.session import to_json
 from picolm.view.viewed import Viewed
 
-POLL_S = 0.5
+POLL_S = 1.0
 HEARTBEAT_S = 10.0
 MOST_LISTENERS = 32
 _READ_BYTES = 4 * 2**20  # of a log, at one time

@@ -1,12 +1,13 @@
 // What happens while one looks: lines that a training logs, new steps, its end. The browser connects again by itself.
 import { byId, brief, fixed, whole } from "./dom.js";
-import { flush, restore, runOf, session, state } from "./state.js";
+import { change, flush, restore, run, runOf, session, state } from "./state.js";
 import { forget, look, saved } from "./source.js";
 import { addSteps, drawTimeline, replayed } from "./timeline.js";
 import { stale } from "./training.js";
 
-const AGAIN = 1000; // milliseconds between two readings of the log
-let waiting = null;
+const SOON = 1000; // milliseconds in which new lines and steps are drawn together
+const REST = 100; // times as long as drawing took, the page is at rest before it draws again: 1 % of one core of a busy machine
+let waiting = null, free = 0, from = null; // from: the step that is left for the newest one
 
 const say = (words, kind = "") => { byId("live").textContent = words; byId("live").dataset.kind = kind; };
 
@@ -24,31 +25,34 @@ function lossOf(line) {
 }
 
 const told = {
-  metrics({ run, lines }, refresh) {
+  metrics({ run, lines }, draw) {
     const of = runOf(run);
     if (!of || !lines.length) return;
     of.newest = lines.findLast((line) => line["train/loss"] !== undefined) ?? lines.at(-1);
     stale(run);
-    if (run === state.run && state.panel === "training") waiting ??= setTimeout(() => { waiting = null; refresh(); }, AGAIN);
+    if (run === state.run && state.panel === "training") draw();
   },
-  steps({ run, steps }, refresh) {
+  steps({ run, steps }, draw) {
     stale(run);
-    if (runOf(run)?.steps.length === 0) again(refresh); // only now it is known what its model can do
-    else if (addSteps(run, steps)) refresh();
+    if (!runOf(run)) return;
+    if (!runOf(run).steps.length) return draw.again(); // only now it is known what its model can do
+    from = addSteps(run, steps) ?? from;
+    if (run === state.run) draw();
   },
   gone({ run }) { if (runOf(run)) Object.assign(runOf(run), { gone: true, live: false }); },
   live({ run, live }) { const of = runOf(run); if (of) Object.assign(of, { live, ended: of.live && !live, gone: false }); },
   replay: replayed,
 };
 
-export function followLive(refresh) {
+export function followLive(refresh, settled) {
   describeLive();
   if (saved) return;
+  const draw = Object.assign(() => paced(refresh, settled), { again: () => again(refresh) });
   const source = new EventSource("api/events");
   let lost = false;
   source.onmessage = (event) => {
     const message = JSON.parse(event.data);
-    told[message.type]?.(message, refresh);
+    told[message.type]?.(message, draw);
     describeLive();
   };
   source.onerror = () => { lost = true; say("the server does not answer; trying again", "gone"); };
@@ -57,6 +61,20 @@ export function followLive(refresh) {
     lost = false;
     describeLive();
   };
+}
+
+// Draws what is new, and goes to the newest step if the page stands on the one before; seldom enough that the training is not slowed.
+function paced(refresh, settled) {
+  waiting ??= setTimeout(async () => {
+    waiting = null;
+    const began = performance.now();
+    if (from !== null && from === state.step) change({ step: run().steps.at(-1).step });
+    else refresh();
+    from = null;
+    await settled();
+    const now = performance.now();
+    free = now + (run()?.live ? REST * (now - began) : 0);
+  }, Math.max(SOON, free - performance.now()));
 }
 
 async function again(refresh) {

@@ -177,7 +177,7 @@ async function start() {
   onChange(follow);
   addEventListener("hashchange",
     () => { restore(location.hash.slice(1)); play(false); describeRun(); drawTimeline(); choosePanel(); showQuestion(); refresh(); });
-  followLive(refresh);
+  followLive(refresh, settled);
   await refresh();
 }
 

@@ -145,19 +145,16 @@ function showAwaited() {
   return true;
 }
 
-// The steps of a run grew, or one was replaced.
+// The steps of a run grew, or one was replaced. Returns the step that is shown if it was the newest one until now, else null.
 export function addSteps(id, steps) {
   const of = session.runs.find((each) => each.id === id);
-  if (!of) return false;
-  const atEnd = id === state.run && state.step === of.steps.at(-1)?.step;
+  const atEnd = id === state.run && state.step === (of.steps.at(-1)?.step ?? null);
   const known = new Map([...of.steps, ...steps].map((entry) => [entry.step, entry]));
   of.steps = [...known.values()].sort((a, b) => a.step - b.step);
   of.last_step = Math.max(of.last_step, of.steps.at(-1)?.step ?? 0);
-  if (id !== state.run) return false;
+  if (id !== state.run) return null;
   drawTimeline();
-  if (showAwaited()) return true;
-  if (atEnd || state.step === null) change({ step: of.steps.at(-1).step });
-  return true;
+  return !showAwaited() && atEnd ? state.step : null;
 }
 
 export const stepAt = (of, by) => (by === "tokens" ? nearest(of, tokensAt(run(), stepOf(run(), state.step)) ?? state.step, "tokens")
