@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from picolm.observe.subject import Subject
 from picolm.readers.series import open_series
 from picolm.report.browser import drive
 from picolm.store import Run
+from picolm.store.manifest import MANIFEST, Manifest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -292,6 +294,56 @@ def test_two_architectures_side_by_side(page_of: Any, made: Callable[[str], Path
     expected = [None if a is None or b is None else b - a for a, b in zip(ours, theirs, strict=True)]
     assert numbers(page.values(".text-panel .tokens span")) == near(numbers(expected))
     assert (page.trouble(), page.complaints()) == ("", [])
+
+
+def test_heads_and_layers_of_two_runs_are_compared(page_of: Any, made: Callable[[str], Path]) -> None:
+    kinds = ("decoder", "statespace", "diffusion")
+    page = page_of(*kinds).open(text=TEXT, panel="compare", beside="heads", head=1, layer=1).to("End")
+    truths = [Truth(made(kind)).at(8) for kind in kinds]
+    for number, truth in enumerate(truths):
+        matrix_NTT = truth.mixed(1, 1)
+        assert (
+            len(page.all(f".side[data-run='{number}'] .head"))
+            == truth.subject.anatomy.layers * truth.subject.anatomy.heads
+        )
+        assert page.values(f".side[data-run='{number}'] .reads .tokens span") == near(matrix_NTT[-1].tolist())
+    page.ask("document.querySelectorAll('.side .head')[0].click()")  # chooses the same head of every side
+    page.settle()
+    for number, truth in enumerate(truths):
+        assert page.values(f".side[data-run='{number}'] .reads .tokens span") == near(truth.mixed(0, 0)[-1].tolist())
+    page.press("layers", "#panel-compare").press("loss of the next token", "#panel-compare")
+    for number, truth in enumerate(truths[:2]):
+        last = truth.subject.anatomy.layers
+        shown = page.values(f".side[data-run='{number}'] td[data-row='{last}']")
+        assert shown[-1] is None  # nothing comes after the last token
+        assert shown[:-1] == near(truth.nats()[1:])
+    why = page.one(".side[data-run='2'] .notice").text
+    assert "logits" in why or "hidden" in why or "readout" in why, why
+    assert (page.trouble(), page.complaints()) == ("", [])
+
+
+def test_a_curve_that_leaves_steps_out_says_so(
+    page_of: Any, made: Callable[[str], Path], tmp_path: Path, chromium: Any
+) -> None:
+    run = Run.open(shutil.copytree(made("decoder"), tmp_path / "many"))
+    last = run.steps[-1]
+    source = run.path / "checkpoints" / f"step_{last}"
+    manifest = Manifest.from_bytes((source / MANIFEST).read_bytes(), str(source))
+    for step in range(last + 1, last + 241):
+        folder = shutil.copytree(source, source.with_name(f"step_{step}"), copy_function=os.link)
+        (folder / MANIFEST).unlink()
+        (folder / MANIFEST).write_bytes(replace(manifest, step=step).to_bytes())
+    count = len(run.step_directories())
+    with server(run.path) as address:
+        page = Page(chromium, address).open(text=TEXT).history("text")
+        drawn = int(page.ask("return document.getElementById('panel-text').dataset.history"))
+        assert drawn < count
+        page.until(
+            "return document.querySelector('.mean h4').textContent.endsWith(arguments[0])",
+            f", at {drawn} of {count} steps",
+        )
+        assert page.to("End").step() == last + 240
+        assert (page.trouble(), page.complaints()) == ("", [])
 
 
 def test_a_link_restores_the_state(page_of: Any) -> None:

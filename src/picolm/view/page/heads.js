@@ -1,6 +1,6 @@
 // What each head does with each position: attention, or how a state space layer mixes values (signed). All heads small, one large.
 import { category, chooser, dark, fixed, make, quoted, roving, shade, svg, whole } from "./dom.js";
-import { change, question, run, spread, state, stepNumbers } from "./state.js";
+import { among, change, question, run, spread, state, stepNumbers } from "./state.js";
 import { ask, askHeads, overSteps } from "./source.js";
 import { curves, saver } from "./plot.js";
 import { orderOf, scaleOf, strip } from "./text.js";
@@ -10,7 +10,7 @@ const CURVE_STEPS = 60, LABELLED = 64; // steps of the scores at most; tokens up
 const panel = make("div", { className: "heads-panel" });
 let found, asked = null, controller, over = { key: "", lines: [] };
 
-export const headsPanel = { key: "heads", title: "Heads", node: panel, show: showHeads, figure: () => headFigure() };
+export const headsPanel = { key: "heads", title: "Heads", node: panel, show: showHeads, figure: headFigure };
 
 export const whyNoHeads = (of) => (of.can.patterns === true || of.can.mixing === true ? null : `${of.can.patterns}`);
 
@@ -28,7 +28,7 @@ async function showHeads(signal) {
   panel.replaceChildren(
     make("p", { className: "lead", textContent: words }),
     ...(found.ordered ? [orderStrip(found.ordered)] : []),
-    make("div", { className: "two even" }, make("div", {}, grid(layers, heads, layer, head), reads), large), make("div", { className: "scores" }),
+    make("div", { className: "two even" }, make("div", {}, grid(found, layer, head), reads), large), make("div", { className: "scores" }),
   );
   drawLarge(layer, head);
   follow(layer, head);
@@ -41,30 +41,32 @@ function orderStrip(text) {
     strip(text.tokens, values, most, { digits: 0, label: "Order of reveal" }));
 }
 
-function matrix(layer, head) {
-  const [, heads, length] = found.shape, size = length * length, from = (layer * heads + head) * size;
-  return found.values.subarray(from, from + size);
+function matrix(of, layer, head) {
+  const [, heads, length] = of.shape, size = length * length, from = (layer * heads + head) * size;
+  return of.values.subarray(from, from + size);
 }
 
 // The colour of an entry grows with its square root: of a share, or of the part of the largest entry with its sign.
-const mostOf = (values) => (found.kind === "mixing" ? values.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-30) : 1);
+const mostOf = (of, values) => (of.kind === "mixing" ? values.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-30) : 1);
 const tone = (value, most) => Math.sign(value) * Math.sqrt(Math.abs(value) / most);
 
-function painted(values, length, light) {
-  const canvas = make("canvas", { width: length, height: length }), pen = canvas.getContext("2d"), picture = pen.createImageData(length, length),
-    most = mostOf(values);
+function painted(of, layer, head) {
+  const length = of.shape[2], canvas = make("canvas", { width: length, height: length }), pen = canvas.getContext("2d"),
+    picture = pen.createImageData(length, length), values = matrix(of, layer, head), most = mostOf(of, values), light = !dark();
   values.forEach((value, at) => picture.data.set([...shade(tone(value, most), light), 255], at * 4));
   pen.putImageData(picture, 0, 0);
   return canvas;
 }
 
-function grid(layers, heads, layer, head) {
+// All heads of an answer, small; the one of a layer and a head is marked.
+export function grid(of, layer, head) {
+  const [layers, heads] = of.shape;
   const node = make("div", { className: "heads-grid", role: "group", "aria-label": "All heads", "--columns": heads });
   for (let row = 0; row < layers; row++) for (let column = 0; column < heads; column++) {
     const chosen = row === layer && column === head;
     const button = make("button", { type: "button", className: "head", tabIndex: chosen ? 0 : -1, "aria-pressed": chosen,
       "aria-label": `layer ${row}, head ${column}`, title: `layer ${row}, head ${column}`, onclick: () => change({ layer: row, head: column }) },
-      painted(matrix(row, column), found.shape[2], !dark()));
+      painted(of, row, column));
     node.append(button);
   }
   roving(node, () => heads);
@@ -72,9 +74,9 @@ function grid(layers, heads, layer, head) {
 }
 
 function drawLarge(layer, head) {
-  const values = matrix(layer, head), length = found.shape[2], most = mostOf(values),
+  const values = matrix(found, layer, head), length = found.shape[2], most = mostOf(found, values),
     readout = make("p", { className: "readout", "aria-live": "polite" });
-  const drawn = headFigure(layer, head, false), box = make("div", { className: "plot" }, drawn);
+  const drawn = drawHead(found, layer, head), box = make("div", { className: "plot" }, drawn);
   drawn.onpointermove = (event) => {
     const { left, width } = drawn.getBoundingClientRect(), scale = drawn.viewBox.baseVal.width / width, { top } = drawn.getBoundingClientRect();
     const key = Math.floor(((event.clientX - left) * scale - drawn.from.x) / drawn.from.cell),
@@ -83,49 +85,68 @@ function drawLarge(layer, head) {
     readout.textContent = `${quoted(found.tokens[query])} (${query + 1}) from ${quoted(found.tokens[key])} (${key + 1}): ${fixed(values[query * length + key], 4)}`;
     if (query !== asked) readOf(query, values, most);
   };
-  const legend = found.kind === "mixing" ? scaleOf(fixed(-most, 3), fixed(most, 3), "entry of the matrix; the colour grows with the square root of its size", true)
-    : scaleOf("0", "1", "share of attention; the colour grows with its square root", false);
-  legend.classList.add("ramp");
   panel.querySelector(".large").replaceChildren(make("div", { className: "line" }, make("h3", { textContent: `Layer ${layer}, head ${head}` }),
-    make("span", { className: "end" }, saver(() => headFigure(layer, head), `${run().name} step ${state.step} layer ${layer} head ${head}`))), box,
-    legend, readout);
+    make("span", { className: "end" }, saver(headFigure, `${run().name} step ${state.step} layer ${layer} head ${head}`))), box,
+    legendOf(found, most), readout);
   readOf(asked, values, most);
 }
 
-// The text, coloured by what the head reads for one of its tokens.
+function legendOf(of, most) {
+  const node = of.kind === "mixing" ? scaleOf(fixed(-most, 3), fixed(most, 3), "entry of the matrix; the colour grows with the square root of its size", true)
+    : scaleOf("0", "1", "share of attention; the colour grows with its square root", false);
+  node.classList.add("ramp");
+  return node;
+}
+
 function readOf(query, values, most) {
   asked = query;
-  const length = found.shape[2], row = Array.from(values.subarray(query * length, (query + 1) * length));
   const place = panel.querySelector(".reads"), focused = place.contains(document.activeElement);
-  const node = strip(found.tokens, row, -most,
-    { chosen: query, digits: 3, choose: (at) => { if (at !== asked) { change({ token: at }); readOf(at, values, most); } },
-    label: "What the head reads" });
+  place.replaceChildren(...readsOf(found, values, most, query, (at) => { if (at !== asked) { change({ token: at }); readOf(at, values, most); } }));
+  if (focused) place.querySelector(".tokens").children[query].focus({ preventScroll: true });
+}
+
+// The text, coloured by what a head reads for one of its tokens.
+function readsOf(of, values, most, query, choose) {
+  const length = of.shape[2], row = Array.from(values.subarray(query * length, (query + 1) * length));
+  const node = strip(of.tokens, row, -most, { chosen: query, digits: 3, choose, label: "What the head reads" });
   const best = row.reduce((top, value, at) => (Math.abs(value) > Math.abs(row[top]) ? at : top), 0);
   node.querySelectorAll("span").forEach((span) =>
     span.style.setProperty("--h", `${(100 * Math.min(1, Math.abs(tone(row[span.dataset.at], most)))).toFixed(1)}%`));
-  place.replaceChildren(make("h4",
-    { textContent: `At ${quoted(found.tokens[query])} (token ${query + 1}) it reads most from ${quoted(found.tokens[best])} (token ${best + 1}): ${fixed(row[best], 3)}` }), node);
-  if (focused) node.children[query].focus({ preventScroll: true });
+  return [make("h4",
+    { textContent: `At ${quoted(of.tokens[query])} (token ${query + 1}) it reads most from ${quoted(of.tokens[best])} (token ${best + 1}): ${fixed(row[best], 3)}` }), node];
 }
 
-export function headFigure(layer = Math.min(state.layer, found.shape[0] - 1), head = Math.min(state.head, found.shape[1] - 1), titled = true) {
-  const length = found.shape[2], named = length <= LABELLED, from = { x: named ? 92 : 12, y: (named ? 92 : 12) + (titled ? 24 : 0) };
+export function headFigure() {
+  const [layers, heads] = found.shape, layer = Math.min(state.layer, layers - 1), head = Math.min(state.head, heads - 1);
+  return drawHead(found, layer, head, `${run().name}, step ${whole(state.step)}, layer ${layer}, head ${head}`);
+}
+
+// One head of an answer, large, with the tokens beside it where they are few.
+function drawHead(of, layer, head, title = null) {
+  const length = of.shape[2], named = length <= LABELLED, from = { x: named ? 92 : 12, y: (named ? 92 : 12) + (title ? 24 : 0) };
   const cell = Math.max(2, Math.min(30, 420 / length)), wide = from.x + length * cell + 12, high = from.y + length * cell + 12;
-  const picture = painted(matrix(layer, head), length, !dark()).toDataURL();
   const drawn = svg("svg", { viewBox: `0 0 ${wide} ${high}`, width: wide, height: high, "font-size": Math.min(12, Math.max(7, cell)),
     fill: "var(--faint)", role: "img", "aria-label": `Pattern of layer ${layer}, head ${head}` });
   drawn.from = { ...from, cell };
   drawn.append(svg("rect", { x: from.x - 0.5, y: from.y - 0.5, width: length * cell + 1, height: length * cell + 1, fill: "none",
-    stroke: "var(--line)" }), svg("image", { href: picture, x: from.x, y: from.y, width: length * cell, height: length * cell,
-    "image-rendering": "pixelated", preserveAspectRatio: "none" }));
-  if (titled) drawn.append(svg("text", { x: 12, y: 18, "font-size": 13, fill: "var(--ink)" },
-    `${run().name}, step ${whole(state.step)}, layer ${layer}, head ${head}`));
-  if (named) found.tokens.forEach((token, at) => {
+    stroke: "var(--line)" }), svg("image", { href: painted(of, layer, head).toDataURL(), x: from.x, y: from.y, width: length * cell,
+    height: length * cell, "image-rendering": "pixelated", preserveAspectRatio: "none" }));
+  if (title) drawn.append(svg("text", { x: 12, y: 18, "font-size": 13, fill: "var(--ink)" }, title));
+  if (named) of.tokens.forEach((token, at) => {
     const word = token.replaceAll("\n", "↵").trim().slice(0, 12), middle = (at + 0.5) * cell;
     drawn.append(svg("text", { x: from.x - 6, y: from.y + middle + 3, "text-anchor": "end" }, word),
       svg("text", { transform: `translate(${from.x + middle + 3},${from.y - 6}) rotate(-90)` }, word));
   });
   return drawn;
+}
+
+// What a side of a comparison shows of an answer: all heads, the chosen one or the last that there is, and what it reads at the token.
+export function headsBeside(of) {
+  const [layers, heads, length] = of.shape, layer = Math.min(state.layer, layers - 1), head = Math.min(state.head, heads - 1);
+  const values = matrix(of, layer, head), most = mostOf(of, values);
+  return [grid(of, layer, head), make("h4", { textContent: `Layer ${layer}, head ${head}` }),
+    make("div", { className: "large" }, drawHead(of, layer, head)), legendOf(of, most),
+    make("div", { className: "reads" }, ...readsOf(of, values, most, Math.min(state.token ?? length - 1, length - 1)))];
 }
 
 // Scores of every head over training; those of the chosen one are strong.
@@ -163,6 +184,6 @@ function drawScores(layer, head) {
     : `layer ${layer}, head ${head} at step ${whole(state.step)}: ${fixed(now, 4)}` });
   const unit = found.kind === "mixing" ? "mean entry of the matrix" : "mean share of attention";
   place.replaceChildren(tools, told,
-    curves({ title: `${SCORES[state.score]}, ${unit}`, series, ends: [run().steps[0].step, run().steps.at(-1).step], height: 220,
+    curves({ title: `${SCORES[state.score]}, ${unit}${among(lines)}`, series, ends: [run().steps[0].step, run().steps.at(-1).step], height: 220,
     name: `${run().name} ${SCORES[state.score]}` }));
 }

@@ -1,9 +1,10 @@
 // What is looked at. It is written into the fragment of the address, which so is a link to all of it.
+import { whole } from "./dom.js";
 import { look, savedState } from "./source.js";
 
 export const DEFAULT_TEXT = "The people of the United States of America, and the government of the people.";
 const START = { run: 0, step: null, text: null, row: null, panel: "text", token: null, layer: 0, head: 0, scale: "log", by: "step", colour: "loss",
-  from: null, other: null, score: "previous", lens: "likeliest", numbers: false, sides: null };
+  from: null, other: null, score: "previous", lens: "likeliest", numbers: false, sides: null, beside: "text" };
 const NUMBERS = new Set(["run", "step", "token", "layer", "head", "from", "other"]);
 export const state = { ...START };
 export const session = { runs: [] };
@@ -100,5 +101,8 @@ export function spread(steps, count) {
   }
   return [...chosen].sort((a, b) => a - b);
 }
+
+// What a title says of a curve that leaves steps out.
+export const among = (steps, of = run()) => (steps.length < of.steps.length ? `, at ${whole(steps.length)} of ${whole(of.steps.length)} steps` : "");
 
 export const stepNumbers = (of = run()) => of.steps.map((entry) => entry.step);

@@ -1,6 +1,6 @@
 // The text at a step: each token with its loss, what was predicted in its place, and how that went over all steps.
 import { category, chooser, fixed, make, percent, quoted, roving, svg, whole } from "./dom.js";
-import { change, question, run, runOf, session, spread, state, stepNumbers } from "./state.js";
+import { among, change, question, run, runOf, session, spread, state, stepNumbers } from "./state.js";
 import { ask, overSteps } from "./source.js";
 import { curves, saver } from "./plot.js";
 
@@ -162,7 +162,7 @@ function drawTrend() {
   if (!trend || !lines.length) return;
   const steps = lines.map((line) => line.step), one = (label, read) => ({ label, steps, values: lines.map(read), colour: category(0) });
   const ends = [run().steps[0].step, run().steps.at(-1).step];
-  mean.replaceChildren(curves({ title: "Loss of this text, nats per token", series: [one("mean", (line) => line.mean_nats)], ends, height: 230,
+  mean.replaceChildren(curves({ title: `Loss of this text, nats per token${among(lines)}`, series: [one("mean", (line) => line.mean_nats)], ends, height: 230,
     name: `${run().name} loss of the text` }));
   if (answer.nats[seen] === null) return void trend.replaceChildren();
   const named = quoted(answer.tokens[seen]);
