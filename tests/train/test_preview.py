@@ -1,6 +1,8 @@
 """The preview says what a run will be, without data, device or a file; and the run then is it."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,11 @@ from picolm.store import Run
 from picolm.store.listing import contents
 from picolm.train.preview import preview
 
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -20,6 +27,12 @@ def sizes(text: str) -> dict[str, float]:
     line = next(line for line in text.splitlines() if line.startswith("disk")).removeprefix("disk")
     found = re.findall(r"([a-z][a-z ]*?)(?: about)? ([\d.e+]+) (B|kB|MB|GB|TB)", line)
     return {name.strip(): float(number) * UNITS[unit] for name, number, unit in found}
+
+
+def memory_of(text: str) -> float:
+    """The bytes of the line `memory`."""
+    number, unit = re.findall(r"memory +about ([\d.]+) (\w+) per (?:process|device)", text)[0]
+    return float(number) * UNITS[unit]
 
 
 def test_the_figures_of_a_run(make_config: Callable[..., Any]) -> None:
@@ -93,10 +106,30 @@ def test_nothing_is_needed_and_nothing_is_made(make_config: Callable[..., Any], 
 @pytest.mark.slow
 def test_more_rows_at_once_take_more_memory(make_config: Callable[..., Any]) -> None:
     def memory(accumulation: int) -> float:
-        text = preview(make_config(f"training.optimization.gradient_accumulation_steps={accumulation}"))
-        number, unit = re.findall(r"memory +about ([\d.]+) (\w+) per device", text)[0]
-        return float(number) * UNITS[unit]
+        accumulated = f"training.optimization.gradient_accumulation_steps={accumulation}"
+        return memory_of(preview(make_config(accumulated, *words)))
+
+    words = ("checkpointing.learning_dynamics.eval_data=null", "training.fabric.accelerator=cuda")
 
     assert memory(1) > memory(2) > memory(8)
     parameters = 2 * 64 * 24 + 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 48 + 2 * 24) + 24
     assert memory(8) > 7 * 4 * parameters  # weights, gradients, two moments, and the snapshot of all but the gradients
+    accumulated = ("training.optimization.gradient_accumulation_steps=8", "training.fabric.accelerator=cuda")
+    assert memory_of(preview(make_config(*accumulated))) > memory(8)  # eight held-out rows are captured at once
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux counts it")
+@pytest.mark.parametrize("architecture", ["", "statespace-", "diffusion-"])
+def test_the_memory_that_is_foretold_is_the_peak_of_the_training(architecture: str, tmp_path: Path) -> None:
+    words = [
+        f"pico-{architecture}nano-1m", "training.fabric.precision=32-true", "training.fabric.accelerator=cpu",
+        "training.max_steps=2", "data.dataloader.batch_size=96", "training.optimization.gradient_accumulation_steps=1",
+        "checkpointing.save_every_n_steps=2", "evaluation.metrics=[]",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "picolm", "train", *words]
+    told = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    measured = subprocess.run(
+        [sys.executable, "-c", PEAK, *command], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert memory_of(told) == pytest.approx(1024 * int(measured.stdout.split()[-1]), rel=0.15)

@@ -94,9 +94,8 @@ class Diffusion(Decoder):
 
     @torch.compiler.disable  # the number of hidden tokens changes from step to step, and each would be compiled anew
     def _paid(self, hidden_BSH: Tensor, tokens_BS: Tensor, where_BS: Tensor, weights_B: Tensor) -> Loss:
-        shares_P = weights_B.to(torch.promote_types(hidden_BSH.dtype, torch.float32)).repeat_interleave(
-            where_BS.sum(-1)
-        )
+        shares_B = weights_B.to(torch.promote_types(hidden_BSH.dtype, torch.float32))
+        shares_P = shares_B[:, None].expand_as(where_BS)[where_BS]
         weight_VH = self.de_embedding_proj.weight
         nats = linear_cross_entropy(hidden_BSH[where_BS], weight_VH, tokens_BS[where_BS], shares_P)
         return Loss(nats, tokens_BS[:, 1:].numel())

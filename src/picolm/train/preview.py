@@ -1,5 +1,7 @@
 """Describe the run of a configuration without training, for `pico train --dry-run`. Needs no data and no accelerator."""
 
+import dataclasses
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,22 +10,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from picolm.capture import Taps
 from picolm.data import open_source
 from picolm.errors import DataError, PicoError
-from picolm.models import find_model
+from picolm.models import block_count, find_model
 from picolm.schema import dump, plain
 from picolm.store.writer import surplus
-from picolm.train import devices
+from picolm.train import devices, noise
 from picolm.train.build import make_taps
 from picolm.train.config import TrainConfig
 from picolm.train.job import Plan
 from picolm.train.optim import build_optimizers, schedule_remarks
 from picolm.train.resources import require_blocks
 from picolm.train.state import State
+
+PROGRAM_BYTES = 640_000_000  # resident before the first pass: Python, torch, Lightning, data, a tokenizer
+SLACK = 1.15  # what the allocator holds, over what is alive at once
 
 
 class Estimate(NamedTuple):
@@ -40,14 +45,13 @@ class Estimate(NamedTuple):
 
 class Imagined(NamedTuple):
     """A run without values. config: resolved for this machine. model: on no device. In bytes: moments of the optimizer;
-    captured: one capture; activations: what the forward pass of one micro-batch keeps for backward.
+    captured: one capture.
     """
 
     config: TrainConfig
     model: Any
     moments: int
     captured: int
-    activations: int
 
 
 def preview(config: TrainConfig) -> str:
@@ -93,16 +97,16 @@ def _imagined(config: TrainConfig) -> Imagined:
     with FakeTensorMode():  # shapes and element types without values: no memory, no time
         model = find_model(config.model.model_type)(config.model)
         taps = make_taps(config, model)
-        activations = _activations(config, model)
         moments, outputs = _moments(config, model), _outputs(config, model, taps)
-    return Imagined(config, model, moments, _captured(config, taps, outputs), activations)
+    return Imagined(config, model, moments, _captured(config, taps, outputs))
 
 
 def _sizes(run: Imagined) -> dict[str, str]:
     config, model = run.config, run.model
     weights = _bytes(config, model.parameters())
-    # weights, gradients, moments, the snapshot that is being saved, and the activations
-    memory = 2 * weights + run.moments + (weights + run.moments) + run.activations
+    # weights, gradients, moments, the snapshot that is being saved, the captures, and what a pass needs
+    kept = 2 * weights + run.moments + (weights + run.moments) + run.captured
+    memory = kept + _of_a_pass(config)
     parameters = sum(p.numel() for p in model.parameters())
     roles = model.parameter_roles()
     embeddings = sum(p.numel() for name, p in model.named_parameters() if roles[name] == "embedding")
@@ -114,36 +118,57 @@ def _sizes(run: Imagined) -> dict[str, str]:
         "tokens per step": f"{tokens:,}",
         "tokens in all": f"{tokens * steps:,} in {steps:,} steps",
         "compute": f"{flops:,} FLOP per token, {flops * tokens * steps:.3g} FLOP in all",
-        "memory": f"about {rounded_bytes(memory)} per device",
+        "memory": _memory(config, memory),
     }
 
 
-def _activations(config: TrainConfig, model: nn.Module) -> int:
-    """Return the bytes that the forward pass of one micro-batch keeps for backward."""
+def _memory(config: TrainConfig, needed: float) -> str:
+    if config.training.fabric.accelerator != "cpu":
+        return f"about {rounded_bytes(needed)} per device"
+    of_all = f"about {rounded_bytes(needed + PROGRAM_BYTES)} per process"
+    return f"{of_all}, {rounded_bytes(PROGRAM_BYTES)} of them for Python and its libraries"
+
+
+def _of_a_pass(config: TrainConfig) -> float:
+    """Return the bytes that the forward and backward passes of the largest micro-batch have allocated at once.
+
+    They are counted in models of two and three blocks, and extrapolated from there.
+    """
+    rows = _largest_micro_batch(config)
+    key, blocks = block_count(config.model) or ("", 0)
+    if blocks <= 3:
+        return SLACK * _counted(config, config.model, rows)
+    two, three = (_counted(config, _with_blocks(config.model, key, number), rows) for number in (2, 3))
+    return SLACK * (two + (blocks - 2) * (three - two))
+
+
+def _with_blocks(shape: Any, key: str, number: int) -> Any:
+    return dataclasses.replace(shape, **{key: number})
+
+
+def _largest_micro_batch(config: TrainConfig) -> int:
+    """Return the rows of a micro-batch: of the training on one device, or of a capture of held-out rows."""
     optimization, fabric = config.training.optimization, config.training.fabric
-    devices_in_all = fabric.num_devices * fabric.num_nodes
-    rows = config.data.dataloader.batch_size // (optimization.gradient_accumulation_steps * devices_in_all)
-    two, four = (_kept_for_backward(config, model, tokens) for tokens in (2, 4))  # a part does not grow with the tokens
-    return two + (rows * config.model.max_seq_len - 2) * (four - two) // 2
+    parts = optimization.gradient_accumulation_steps * fabric.num_devices * fabric.num_nodes
+    return max(
+        config.data.dataloader.batch_size // parts,
+        min(config.checkpointing.learning_dynamics.batch_size, _held_out_rows(config)),
+        1,
+    )
 
 
-def _kept_for_backward(config: TrainConfig, model: nn.Module, tokens: int) -> int:
-    """Return the bytes of the tensors, without the weights, that a forward pass of so many tokens keeps for backward."""
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = _forward(config, model, tokens)
-    del output  # until here, no storage was freed and its number used again
-    mixed = config.training.fabric.precision.endswith("-mixed")
-    wide = 4 if mixed else devices.weight_dtype(config.training.fabric.precision).itemsize
-    return sum(kept.values()) * wide // 4
+def _counted(config: TrainConfig, shape: Any, rows: int) -> int:
+    """Return the most bytes that the passes of so many rows have allocated at once, beside weights and gradients."""
+    precision, length = config.training.fabric.precision, config.model.max_seq_len
+    dtype, mixed = devices.compute_dtype(precision), precision.endswith("-mixed")
+    with FakeTensorMode():
+        model: Any = find_model(shape.model_type)(shape)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        with Alive() as alive, torch.autocast("cpu", dtype, enabled=mixed):
+            drawn = noise.of_training(0, 0, range(rows), rows)
+            model.loss(torch.zeros(rows, model.row_length(length), dtype=torch.long), drawn).nats.backward()
+    return alive.most if mixed else alive.most * devices.weight_dtype(precision).itemsize // 4
 
 
 def _forward(config: TrainConfig, model: nn.Module, tokens: int) -> Any:
@@ -228,15 +253,47 @@ def _outputs(config: TrainConfig, model: nn.Module, taps: Taps) -> list[tuple[in
 
 
 class AnyValue(TorchDispatchMode):
-    """A dispatch mode that returns 0 for the value of any tensor, so that models that branch on values can run.
-
-    The outputs have the same shapes in every branch.
+    """A dispatch mode that returns 0 for the value of any tensor, so that models that branch on values can run, and takes half of
+    what a condition chooses among. The outputs have the same shapes in every branch.
     """
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
+        aten = torch.ops.aten
+        if function is aten._local_scalar_dense.default:
             return 0
+        if function in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            indices = [index for given in arguments[1] for index in _places(given)]
+            arguments = (arguments[0], indices, *arguments[2:])
         return function(*arguments, **(options or {}))
+
+
+def _places(index: Tensor | None) -> list[Tensor | None]:
+    """Return indices in place of a condition, one for each of its dimensions, of half of its places."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [index.new_zeros(max(1, index.numel() // 2), dtype=torch.long) for _ in range(index.ndim)]
+
+
+class Alive(AnyValue):
+    """Counts the bytes of the tensors without values that are made inside the block. most: that were there at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known, self._bytes, self.most = set[int](), 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        found = super().__torch_dispatch__(function, types, arguments, options)
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self._bytes += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self._bytes)
+        return found
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._bytes -= size
 
 
 def _rows(config: TrainConfig, available: int) -> int:
