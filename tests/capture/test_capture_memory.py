@@ -18,7 +18,8 @@ order = [range(8 * number, 8 * number + 8) for number in range(128)]
 def resident():
     return int(open("/proc/self/statm").read().split()[1])
 
-with capture(Taps({name: module for name, module in model.named_modules() if name}, gradients=False), split="val", step=0, order=order) as captured:
+modules = {name: module for name, module in model.named_modules() if name}
+with capture(Taps(modules, gradients=False), split="val", step=0, order=order) as captured:
     sizes = []
     for _ in order:
         model(torch.randn(8, 256, 96)).sum().backward()
