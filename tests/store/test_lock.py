@@ -46,6 +46,22 @@ def test_a_second_process_is_refused_with_the_holder_s_name_until_the_holder_die
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
+def test_a_run_is_live_while_a_living_process_writes_it(run: Run) -> None:
+    assert not run.is_live
+    with run.lock():
+        assert run.is_live
+        with run.lock():
+            pass
+        assert Run.open(run.path).is_live
+    assert not run.is_live  # this process lives on
+    with holder(run, SAY) as process:
+        assert run.is_live
+        process.kill()
+        process.wait()
+        assert not run.is_live
+
+
 def test_a_second_writer_of_the_same_process_is_refused_too(run: Run) -> None:
     with run.lock(), pytest.raises(StoreError, match=f"process {os.getpid()} on"):
         Run.open(run.path).commit(0, {}, meta={})

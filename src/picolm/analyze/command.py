@@ -14,7 +14,7 @@ from picolm.analyze.work import Outcome
 from picolm.console import can_redraw, configure_logging, say, screen
 from picolm.schema import dump, load, plain
 from picolm.store import Run
-from picolm.store.files import RunLock
+from picolm.store.files import LOCK, RunLock
 from picolm.tracking import Session
 from picolm.trusted import make_folder, refuse_links
 
@@ -47,7 +47,7 @@ def analyze_runs(
     folder = Path(config.monitoring.output_dir) / config.analysis_name
     refuse_links(folder, folder.parent)
     make_folder(folder)
-    with RunLock(folder / ".lock", "analysis", "analysis_name").held():
+    with RunLock(folder / LOCK, "analysis", "analysis_name").held():
         configure_logging("INFO", folder / "analysis.log")
         options: dict[str, Any] = {"workers": workers, "backend": backend, "keep_downloads": keep_downloads}
         outcome = _with_bar(config, places, strict=strict, **options)

@@ -19,6 +19,7 @@ from picolm.errors import FileError, StoreError
 from picolm.store import hub
 from picolm.store.checkpoint import SealedCheckpoint
 from picolm.store.files import (
+    LOCK,
     RunLock,
     digest_file,
     disk_errors,
@@ -90,12 +91,12 @@ def pull(
     wanted = source.steps if steps is None else sorted(set(steps))
     if absent := [step for step in wanted if step not in source]:
         source[absent[0]]  # raises Missing, before anything is written
-    if folder.is_dir() and not any((folder / name).exists() for name in (".lock", RUN, CONFIG)):
+    if folder.is_dir() and not any((folder / name).exists() for name in (LOCK, RUN, CONFIG)):
         # check before a lock file is created in it
         _refuse_other_content(folder, (Directories.checkpoints_dir, Directories.eval_results_dir))
     with disk_errors("the run", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with RunLock(inside(folder, ".lock")).held():
+        with RunLock(inside(folder, LOCK)).held():
             copy = _CopyOfOurs(source, folder) if source.is_ours else _CopyOfPublished(source, folder)
             fetched = []
             for done, step in enumerate(wanted):
@@ -321,7 +322,7 @@ class _CopyOfPublished(_Copy):
 
 def _refuse_other_content(folder: Path, expected: Collection[str] = (CONFIG, ENVIRONMENT)) -> None:
     """Raise StoreError when a new folder holds anything that an interrupted pull does not leave."""
-    others = {path.name for path in folder.iterdir()} - {".lock", _TEMPORARY, *expected}
+    others = {path.name for path in folder.iterdir()} - {LOCK, _TEMPORARY, *expected}
     if others:
         raise StoreError(f"{folder} is not empty (it holds {min(others)}); choose another --out")
 

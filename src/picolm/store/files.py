@@ -8,10 +8,11 @@ import math
 import os
 import shutil
 import socket
+import sys
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from picolm.trusted import check_form, open_regular, open_to_append, parse_json,
 logger = logging.getLogger(__name__)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+LOCK = ".lock"
 GONE = "is gone; was it deleted or moved while in use?"
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -221,7 +223,24 @@ class RunLock:
             yield
         finally:
             with self._guard:
+                if self._lock.lock_counter == 1:
+                    with suppress(OSError):
+                        os.truncate(self.path, 0)  # a process that lives on, such as a notebook, holds it no more
                 self._lock.release()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a process of this machine holds the lock: it wrote its name, has not removed it, and is alive."""
+        try:
+            holder = read_json(self.path, Holder, within=self.path.parent)
+            if holder.host != socket.gethostname() or sys.platform == "win32":  # there, signal 0 is Ctrl-C
+                return False
+            os.kill(holder.pid, 0)
+            return True
+        except PermissionError:
+            return True  # somebody else's process
+        except (FileError, OSError):
+            return False
 
     def _acquire(self) -> None:
         if not self._lock.is_locked:

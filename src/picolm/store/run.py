@@ -16,7 +16,7 @@ from picolm.address import Address
 from picolm.errors import StoreError
 from picolm.registry import Registry
 from picolm.store.checkpoint import Checkpoint, Missing, SealedCheckpoint
-from picolm.store.files import GONE, RunLock, disk_errors
+from picolm.store.files import GONE, LOCK, RunLock, disk_errors
 from picolm.store.manifest import MANIFEST, RUN, Directories, check_name, inside, step_directory, step_of
 from picolm.store.publish import (
     Content,
@@ -45,7 +45,7 @@ class Run(Records, Mapping[int, Checkpoint]):
     def __init__(self, path: Path, directories: Directories):
         super().__init__(path, directories)
         self.checkpoints_path = inside(path, directories.checkpoints_dir)
-        self._lock = RunLock(inside(path, ".lock"))
+        self._lock = RunLock(inside(path, LOCK))
         self._commits = threading.Lock()
         self._seen: dict[int, tuple[tuple[int, ...], str]] = {}  # complete manifests: inode, size, times; digest
 
@@ -315,6 +315,11 @@ class Run(Records, Mapping[int, Checkpoint]):
     def lock(self) -> AbstractContextManager[None]:
         """Return a context that holds the lock of the run. Raises StoreError, on entry, when another process has it."""
         return self._lock.held()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a process of this machine writes the run now, as far as its lock says."""
+        return self._lock.is_alive
 
     @contextmanager
     def _changing(self, what: str, needed_bytes: int = 0) -> Iterator[None]:

@@ -1,15 +1,11 @@
 """What the page is told of a run before anything is asked of it: its shape, its steps, its marks, and what can be asked."""
 
-import os
-import socket
 from collections.abc import Iterator
 from typing import Any
 
-from picolm.errors import FileError, PicoError, StoreError
+from picolm.errors import PicoError, StoreError
 from picolm.readers.series import Series
 from picolm.store import Run
-from picolm.store.forms import Holder
-from picolm.trusted import read_json
 from picolm.view import answers
 from picolm.view.viewed import SPLITS, Viewed
 
@@ -49,7 +45,7 @@ def describe(viewed: Viewed) -> dict[str, Any]:
     return {
         "id": viewed.number, "name": run.name, "place": viewed.place, **about, "notes": notes,
         "can": {**can, "training": True, "batch": why, "replay": why},
-        "live": is_live(run),
+        "live": run.is_live,
         "tokens_per_step": logged.per_step,
         "steps": steps_of(viewed, logged),
         "last_step": max([*steps, *logged.steps, 0]),
@@ -150,22 +146,6 @@ def _rows(viewed: Viewed, split: str) -> dict[str, Any]:
         if count is not None:
             return {"rows": count, "steps": steps}
     return {"rows": 0, "steps": []}
-
-
-def is_live(run: Run) -> bool:
-    """Return whether a process of this machine that holds the lock of the run is alive."""
-    if type(run) is not Run:
-        return False
-    try:
-        holder = read_json(run.path / ".lock", Holder, within=run.path)
-        if holder.host != socket.gethostname():
-            return False
-        os.kill(holder.pid, 0)
-        return True
-    except PermissionError:
-        return True  # somebody else's
-    except (FileError, OSError):
-        return False
 
 
 def _quietly(read: Any, notes: list[str]) -> Any:

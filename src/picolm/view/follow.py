@@ -13,7 +13,7 @@ from typing import Any
 from picolm.errors import FileError, StoreError
 from picolm.store.manifest import METRICS
 from picolm.trusted import open_regular, parse_json
-from picolm.view.about import is_live, steps_of, tokens_of
+from picolm.view.about import steps_of, tokens_of
 from picolm.view.refusal import Refused
 from picolm.view.session import to_json
 from picolm.view.viewed import Viewed
@@ -35,7 +35,7 @@ class Watch:
         self._offset = self._log[1] if self._log else 0
         self._folder = self._changed()
         self._steps = {each["step"]: each for each in steps_of(viewed, tokens_of(viewed.run))}
-        self._live, self._gone = is_live(viewed.run), False
+        self._live, self._gone = viewed.run.is_live, False
 
     def look(self) -> Iterator[Event]:
         """Yield what changed since the last time."""
@@ -57,7 +57,7 @@ class Watch:
             removed = [step for step in before if step not in self._steps]
             if new or removed:
                 yield {"type": "steps", **about, "steps": new, "removed": removed}
-        if (live := is_live(self.viewed.run)) != self._live:
+        if (live := self.viewed.run.is_live) != self._live:
             self._live = live
             yield {"type": "live", **about, "live": live}
 
