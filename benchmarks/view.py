@@ -162,9 +162,9 @@ def costs(training: int, address: str) -> tuple[float, float, float]:
         options = [*WORDS, "--remote-debugging-port=0", f"--user-data-dir={profile}", f"{address}#panel=training"]
         browser = subprocess.Popen([find(), *options], stderr=subprocess.DEVNULL, start_new_session=True)
         time.sleep(START_S)
-        began, before = time.perf_counter(), (cpu_seconds(server), cpu_of_session(browser.pid))
-        shares = (0.0, 0.0)
-        with suppress(OSError):
+        began, before, shares = time.perf_counter(), (0.0, 0.0), (0.0, 0.0)
+        with suppress(OSError):  # the server ended, with its training
+            before = cpu_seconds(server), cpu_of_session(browser.pid)
             while True:
                 now = cpu_seconds(server), cpu_of_session(browser.pid)
                 passed = max(time.perf_counter() - began, 1e-9)

@@ -80,7 +80,7 @@ def test_each_benchmark_is_listed_here() -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_benchmark_prints_its_figures(name: str, tmp_path: Path) -> None:
-    if name == "report" and not shutil.which("chromedriver"):
+    if name in ("report", "view") and not shutil.which("chromedriver"):
         pytest.skip("there is no Chromium here (make browser)")
     arguments, expected = SMALLEST[name]
     # As a command in this process may have set it; benchmarks import each other from their folder.
@@ -91,3 +91,12 @@ def test_a_benchmark_prints_its_figures(name: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert script.returncode == 0, script.stderr
     assert expected in script.stdout
+
+
+@pytest.mark.slow
+def test_each_peer_of_masked_diffusion_is_measured() -> None:
+    """Its parameters are compared with ours, in the sizes that are reported."""
+    command = [sys.executable, str(BENCHMARKS / "step_time.py"), "--memory", "modernbert", "tiny", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) > 100  # MiB
