@@ -81,13 +81,27 @@ def next_token(running: Any, prompt: str | list[int]) -> tuple[list[tuple[int, f
     ]
 
 
+STATE_SPACE = {"model_type": "pico_statespace", "d_model": 48, "n_layers": 2, "vocab_size": 320, "max_seq_len": 64}
+MODELS: dict[str, dict[str, object]] = {
+    "decoder": {},
+    "state space": STATE_SPACE | {"state_size": 32, "head_dim": 16},
+    "state space of groups and odd sizes": STATE_SPACE
+    | {"state_size": 5, "head_dim": 8, "n_groups": 3, "conv_kernel": 3},
+    "wide state space": STATE_SPACE | {"state_size": 16, "head_dim": 24, "expand": 3, "norm_eps": 0.01},
+}
+
+
 @pytest.mark.slow
-def test_llama_cpp_reads_text_as_we_do_and_writes_the_same_tokens(fox: Run, tmp_path: Path) -> None:
-    export(fox, STEP, "gguf", tmp_path / "out")
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_reads_text_as_we_do_and_writes_the_same_tokens(
+    name: str, make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run(**MODELS[name])
+    export(run, STEP, "gguf", tmp_path / "out")
     running, model, tokenizer = (
         server(tmp_path / "out" / "model.gguf"),
-        load_model(fox),
-        load_tokenizer(fox.step_path(STEP)),
+        load_model(run),
+        load_tokenizer(run.step_path(STEP)),
     )
     compared = 0
     for text in ("The lazy fox doesn't", "We'LL  know,\n\n\tnaïve 1790!  ", "dog<|endoftext|>", "ж€", TEXT[:60]):

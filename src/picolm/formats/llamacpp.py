@@ -5,6 +5,7 @@ llama.cpp rotates the pairs (x0, x1), (x2, x3), … like Pico, so the rows of q 
 
 import json
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from picolm.data.tokenizer import parse_tokenizer
 from picolm.errors import PicoError
 from picolm.formats import FORMATS, Exported
-from picolm.models import MODELS
+from picolm.models import MODELS, Diffusion, StateSpace
 from picolm.models.llama import check_equivalent, gguf_name, llama_config
+from picolm.models.mamba2 import gguf_shape, to_gguf
 
 log = logging.getLogger("picolm")
 
@@ -27,26 +29,39 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
 def gguf(exported: Exported, folder: Path) -> None:
     """Write model.gguf, in the element type of the weights.
 
-    Raises PicoError if the package `gguf` is missing, the model is not a Pico decoder, or llama.cpp lacks its
-    tokenizer.
+    A decoder is a `llama` there, a state space model a `mamba2`. Raises PicoError if the package `gguf` is missing, for other
+    models, and if llama.cpp lacks the tokenizer.
     """
     try:
         from gguf import GGUFWriter
     except ImportError as error:
         raise PicoError("--format gguf needs: pip install 'picolm[gguf]'") from error
-    check_equivalent(MODELS.get(exported.config.model_type))
-    writer = GGUFWriter(folder / FILE, "llama")
-    _write_shape(writer, exported)
+    model_class = MODELS.get(exported.config.model_type)
+    if model_class is StateSpace:
+        writer, tensors = GGUFWriter(folder / FILE, "mamba2"), to_gguf(exported.weights, exported.config)
+        for key, value in gguf_shape(exported.config).items():
+            add: Callable[..., None] = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+            add(f"mamba2.{key}", value)
+    elif model_class is Diffusion:
+        raise PicoError(
+            "--format gguf: the llada of llama.cpp has a logit for every token that it reads, also for the one that hides "
+            "others, which a pico_diffusion has not: its probabilities would be others; use --format torch for its plain weights"
+        )
+    else:
+        check_equivalent(model_class)
+        writer, tensors = GGUFWriter(folder / FILE, "llama"), {gguf_name(n): t for n, t in exported.weights.items()}
+        _write_llama_shape(writer, llama_config(exported.config, exported.dtype, exported.generation))
+    _write_about(writer, exported)
     _write_tokenizer(writer, exported)
-    for name, tensor in exported.weights.items():
-        _write_tensor(writer, gguf_name(name), tensor)
+    for name, tensor in tensors.items():
+        _write_tensor(writer, name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _write_shape(writer: Any, exported: Exported) -> None:
+def _write_about(writer: Any, exported: Exported) -> None:
     from gguf import LlamaFileType
 
     config, types = exported.config, {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
@@ -56,7 +71,9 @@ def _write_shape(writer: Any, exported: Exported) -> None:
     writer.add_file_type(LlamaFileType[types[exported.dtype]])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_seq_len)
-    llama = llama_config(config, exported.dtype, exported.generation)
+
+
+def _write_llama_shape(writer: Any, llama: Mapping[str, Any]) -> None:
     writer.add_embedding_length(llama["hidden_size"])
     writer.add_block_count(llama["num_hidden_layers"])
     writer.add_feed_forward_length(llama["intermediate_size"])

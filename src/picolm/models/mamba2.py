@@ -5,6 +5,7 @@ one. Values are moved, never changed.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,6 +37,20 @@ _JOINED = {
     "mixer.conv1d.bias": [f"ssm.{part}_conv.bias" for part in ("x", "b", "c")],
 }
 _KERNEL = "mixer.conv1d.weight"  # [channels, 1, kernel] there
+_GGUF = {
+    "backbone.embeddings.weight": "token_embd.weight",
+    "backbone.norm_f.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "norm.weight": "attn_norm.weight",
+    "mixer.in_proj.weight": "ssm_in.weight",
+    "mixer.conv1d.weight": "ssm_conv1d.weight",
+    "mixer.conv1d.bias": "ssm_conv1d.bias",
+    "mixer.dt_bias": "ssm_dt.bias",
+    "mixer.A_log": "ssm_a",
+    "mixer.D": "ssm_d",
+    "mixer.norm.weight": "ssm_norm.weight",
+    "mixer.out_proj.weight": "ssm_out.weight",
+}
 _SAME = {
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
@@ -76,6 +91,39 @@ def to_mamba2(weights: Mapping[str, Tensor], config: StateSpaceConfig) -> dict[s
         found |= {other + name: torch.cat([weights[block + own] for own in parts]) for name, parts in _JOINED.items()}
         found[other + _KERNEL] = found[other + _KERNEL][:, None]
     return found
+
+
+def to_gguf(weights: Mapping[str, Tensor], config: StateSpaceConfig) -> dict[str, Tensor]:
+    """Return the tensors of a `mamba2` of llama.cpp. It keeps A itself rather than ln(-A), in float32 as all but the matrices."""
+    found = {}
+    for name, tensor in to_mamba2(weights, config).items():
+        block, part = re.fullmatch(r"(?:backbone\.layers\.(\d+)\.)?(.*)", name).groups()  # type: ignore[union-attr]
+        if part == "mixer.A_log":
+            tensor = -tensor.float().exp()
+        if part in ("mixer.A_log", "mixer.D"):
+            tensor = tensor.float()[:, None]
+        elif part == "mixer.norm.weight":
+            tensor = tensor.float().unflatten(0, (config.n_groups, -1))
+        elif part == "mixer.conv1d.weight":
+            tensor = tensor.float()[:, 0]
+        found[("" if block is None else f"blk.{block}.") + _GGUF[part]] = tensor
+    return found
+
+
+def gguf_shape(config: StateSpaceConfig) -> dict[str, int | float]:
+    """Return the sizes of a `mamba2` of llama.cpp by its keys."""
+    return {
+        "embedding_length": config.d_model,
+        "block_count": config.n_layers,
+        "feed_forward_length": 0,
+        "attention.head_count": 0,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "ssm.conv_kernel": config.conv_kernel,
+        "ssm.inner_size": config.inner,
+        "ssm.state_size": config.state_size,
+        "ssm.time_step_rank": config.heads,
+        "ssm.group_count": config.n_groups,
+    }
 
 
 def from_mamba2(weights: Mapping[str, Tensor], config: StateSpaceConfig) -> dict[str, Tensor]:
