@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from torch import Tensor
 
+from picolm.models import Decoder
 from picolm.store import Run
 from picolm.store.listing import contents
 from picolm.train.preview import preview
@@ -133,3 +135,17 @@ def test_the_memory_that_is_foretold_is_the_peak_of_the_training(architecture: s
         [sys.executable, "-c", PEAK, *command], capture_output=True, text=True, cwd=tmp_path, check=True
     )
     assert memory_of(told) == pytest.approx(1024 * int(measured.stdout.split()[-1]), rel=0.15)
+
+
+@pytest.mark.slow
+def test_a_loss_whose_shapes_depend_on_values_has_a_lower_bound(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Decoder.loss
+
+    def chosen(self: Decoder, tokens_BS: Tensor, noise: object) -> Any:
+        return usual(self, tokens_BS[tokens_BS.nonzero()[:, 0]], noise)
+
+    monkeypatch.setattr(Decoder, "loss", chosen)
+    text = preview(make_config())
+    assert re.search(r"^memory +more than [\d.]+ kB: what a pass takes depends on values$", text, re.MULTILINE), text

@@ -1,6 +1,5 @@
 """Describe the run of a configuration without training, for `pico train --dry-run`. Needs no data and no accelerator."""
 
-import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -10,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from picolm.capture import Taps
 from picolm.data import open_source
 from picolm.errors import DataError, PicoError
-from picolm.models import block_count, find_model
+from picolm.models import find_model
 from picolm.schema import dump, plain
 from picolm.store.writer import surplus
 from picolm.train import devices, noise
@@ -24,10 +24,11 @@ from picolm.train.build import make_taps
 from picolm.train.config import TrainConfig
 from picolm.train.job import Plan
 from picolm.train.optim import build_optimizers, schedule_remarks
-from picolm.train.resources import require_blocks
+from picolm.train.resources import over_blocks, require_blocks
 from picolm.train.state import State
 
 PROGRAM_BYTES = 640_000_000  # resident before the first pass: Python, torch, Lightning, data, a tokenizer
+UnknownShapes = (DataDependentOutputException, DynamicOutputShapeException)
 SLACK = 1.15  # what the allocator holds, over what is alive at once
 
 
@@ -45,13 +46,14 @@ class Estimate(NamedTuple):
 
 class Imagined(NamedTuple):
     """A run without values. config: resolved for this machine. model: on no device. In bytes: moments of the optimizer;
-    captured: one capture.
+    captured: one capture. held_out: its rows of the `val` split.
     """
 
     config: TrainConfig
     model: Any
     moments: int
     captured: int
+    held_out: int
 
 
 def preview(config: TrainConfig) -> str:
@@ -98,15 +100,15 @@ def _imagined(config: TrainConfig) -> Imagined:
         model = find_model(config.model.model_type)(config.model)
         taps = make_taps(config, model)
         moments, outputs = _moments(config, model), _outputs(config, model, taps)
-    return Imagined(config, model, moments, _captured(config, taps, outputs))
+    held_out = _held_out_rows(config)
+    return Imagined(config, model, moments, _captured(config, taps, outputs, held_out), held_out)
 
 
 def _sizes(run: Imagined) -> dict[str, str]:
     config, model = run.config, run.model
     weights = _bytes(config, model.parameters())
-    # weights, gradients, moments, the snapshot that is being saved, the captures, and what a pass needs
+    # weights, gradients, moments, the snapshot that is being saved, and the captures
     kept = 2 * weights + run.moments + (weights + run.moments) + run.captured
-    memory = kept + _of_a_pass(config)
     parameters = sum(p.numel() for p in model.parameters())
     roles = model.parameter_roles()
     embeddings = sum(p.numel() for name, p in model.named_parameters() if roles[name] == "embedding")
@@ -118,43 +120,37 @@ def _sizes(run: Imagined) -> dict[str, str]:
         "tokens per step": f"{tokens:,}",
         "tokens in all": f"{tokens * steps:,} in {steps:,} steps",
         "compute": f"{flops:,} FLOP per token, {flops * tokens * steps:.3g} FLOP in all",
-        "memory": _memory(config, memory),
+        "memory": _memory(run, kept),
     }
 
 
-def _memory(config: TrainConfig, needed: float) -> str:
-    if config.training.fabric.accelerator != "cpu":
+def _memory(run: Imagined, kept: float) -> str:
+    passes = _of_a_pass(run)
+    if passes is None:
+        return f"more than {rounded_bytes(kept)}: what a pass takes depends on values"
+    needed = kept + passes
+    if run.config.training.fabric.accelerator != "cpu":
         return f"about {rounded_bytes(needed)} per device"
     of_all = f"about {rounded_bytes(needed + PROGRAM_BYTES)} per process"
     return f"{of_all}, {rounded_bytes(PROGRAM_BYTES)} of them for Python and its libraries"
 
 
-def _of_a_pass(config: TrainConfig) -> float:
+def _of_a_pass(run: Imagined) -> float | None:
     """Return the bytes that the forward and backward passes of the largest micro-batch have allocated at once.
 
-    They are counted in models of two and three blocks, and extrapolated from there.
+    The largest is one of the training on one device, or of a capture of held-out rows. Of more than three blocks they are
+    extrapolated. None for a model whose loss cannot be computed without values.
     """
-    rows = _largest_micro_batch(config)
-    key, blocks = block_count(config.model) or ("", 0)
-    if blocks <= 3:
-        return SLACK * _counted(config, config.model, rows)
-    two, three = (_counted(config, _with_blocks(config.model, key, number), rows) for number in (2, 3))
-    return SLACK * (two + (blocks - 2) * (three - two))
-
-
-def _with_blocks(shape: Any, key: str, number: int) -> Any:
-    return dataclasses.replace(shape, **{key: number})
-
-
-def _largest_micro_batch(config: TrainConfig) -> int:
-    """Return the rows of a micro-batch: of the training on one device, or of a capture of held-out rows."""
+    config = run.config
     optimization, fabric = config.training.optimization, config.training.fabric
     parts = optimization.gradient_accumulation_steps * fabric.num_devices * fabric.num_nodes
-    return max(
-        config.data.dataloader.batch_size // parts,
-        min(config.checkpointing.learning_dynamics.batch_size, _held_out_rows(config)),
-        1,
-    )
+    captured = min(config.checkpointing.learning_dynamics.batch_size, run.held_out)
+    rows = max(config.data.dataloader.batch_size // parts, captured, 1)
+    try:
+        found = over_blocks(config.model, lambda shape: _counted(config, shape, rows), most=3)
+    except UnknownShapes:
+        return None
+    return None if found is None else SLACK * found
 
 
 def _counted(config: TrainConfig, shape: Any, rows: int) -> int:
@@ -226,14 +222,14 @@ def _kept(config: TrainConfig, plan: Plan, steps: list[int]) -> Counter[str]:
     return Counter(part for step, parts in held.items() for part in parts - going.get(step, set()))
 
 
-def _captured(config: TrainConfig, taps: Taps, outputs: list[tuple[int, torch.dtype]]) -> int:
+def _captured(config: TrainConfig, taps: Taps, outputs: list[tuple[int, torch.dtype]], held_out: int) -> int:
     """Return the bytes of the captures of one step; usually an upper bound if the held-out rows cannot be counted."""
     positions = taps.positions_at(0, config.model.max_seq_len)
     count = config.model.max_seq_len if positions is None else len(positions)
     per_row = sum((taps.dtype or dtype).itemsize * count * width for width, dtype in outputs) * taps.activations
     weights = (p for module in taps.modules.values() for p in module.parameters(recurse=False))
     gradients = _bytes(config, weights) * taps.gradients
-    split_rows = (_rows(config, config.data.dataloader.batch_size), _held_out_rows(config))
+    split_rows = (_rows(config, config.data.dataloader.batch_size), held_out)
     return sum(rows * per_row + gradients for rows in split_rows if rows)
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -132,10 +132,18 @@ def parameter_count(config: Any) -> float | None:
     For more than COUNTED blocks, the count is extrapolated linearly from models of two and three blocks. None if the
     model cannot be built on the meta device.
     """
+    return over_blocks(config, _count, COUNTED)
+
+
+def over_blocks(config: Any, count: Callable[[Any], float | None], most: int) -> float | None:
+    """Return what `count` gives for a model; for one of more than `most` blocks, extrapolated linearly from two and three blocks.
+
+    None if `count` gives None.
+    """
     key, blocks = block_count(config) or ("", 0)
-    if blocks <= COUNTED or not dataclasses.is_dataclass(config):
-        return _count(config)
-    two, three = (_count(dataclasses.replace(config, **{key: number})) for number in (2, 3))  # type: ignore[type-var]
+    if blocks <= most or not dataclasses.is_dataclass(config):
+        return count(config)
+    two, three = (count(dataclasses.replace(config, **{key: number})) for number in (2, 3))  # type: ignore[type-var]
     return None if two is None or three is None else two + (blocks - 2) * (three - two)
 
 

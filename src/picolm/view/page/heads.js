@@ -19,7 +19,7 @@ async function showHeads(signal) {
   const answer = await askHeads({ ...question(), step: state.step }, signal);
   const text = run().likelihood === "bound" ? await ask("text", { ...question(), step: state.step }, signal) : null;
   found = { ...answer, ordered: text?.order ? text : null };
-  const [layers, heads, length] = found.shape, layer = Math.min(state.layer, layers - 1), head = Math.min(state.head, heads - 1);
+  const { layer, head } = chosenHead(found), length = found.shape[2];
   asked = Math.min(state.token ?? length - 1, length - 1);
   const words = found.kind === "mixing"
     ? "Each small square is the matrix by which a head mixes the values of positions: rows are outputs, columns are inputs; entries are signed."
@@ -40,6 +40,9 @@ function orderStrip(text) {
   return make("div", { className: "order numbers" }, make("h4", { textContent: title }),
     strip(text.tokens, values, most, { digits: 0, label: "Order of reveal" }));
 }
+
+// The head that is looked at, or the last that there is.
+const chosenHead = ({ shape: [layers, heads] }) => ({ layer: Math.min(state.layer, layers - 1), head: Math.min(state.head, heads - 1) });
 
 function matrix(of, layer, head) {
   const [, heads, length] = of.shape, size = length * length, from = (layer * heads + head) * size;
@@ -117,7 +120,7 @@ function readsOf(of, values, most, query, choose) {
 }
 
 export function headFigure() {
-  const [layers, heads] = found.shape, layer = Math.min(state.layer, layers - 1), head = Math.min(state.head, heads - 1);
+  const { layer, head } = chosenHead(found);
   return drawHead(found, layer, head, `${run().name}, step ${whole(state.step)}, layer ${layer}, head ${head}`);
 }
 
@@ -142,7 +145,7 @@ function drawHead(of, layer, head, title = null) {
 
 // What a side of a comparison shows of an answer: all heads, the chosen one or the last that there is, and what it reads at the token.
 export function headsBeside(of) {
-  const [layers, heads, length] = of.shape, layer = Math.min(state.layer, layers - 1), head = Math.min(state.head, heads - 1);
+  const { layer, head } = chosenHead(of), length = of.shape[2];
   const values = matrix(of, layer, head), most = mostOf(of, values);
   return [grid(of, layer, head), make("h4", { textContent: `Layer ${layer}, head ${head}` }),
     make("div", { className: "large" }, drawHead(of, layer, head)), legendOf(of, most),

@@ -25,19 +25,19 @@ function lossOf(line) {
 }
 
 const told = {
-  metrics({ run, lines }, draw) {
+  metrics({ run, lines }, page) {
     const of = runOf(run);
     if (!of || !lines.length) return;
     of.newest = lines.findLast((line) => line["train/loss"] !== undefined) ?? lines.at(-1);
     stale(run);
-    if (run === state.run && state.panel === "training") draw();
+    if (run === state.run && state.panel === "training") page.draw();
   },
-  steps({ run, steps }, draw) {
+  steps({ run, steps }, page) {
     stale(run);
     if (!runOf(run)) return;
-    if (!runOf(run).steps.length) return draw.again(); // only now it is known what its model can do
+    if (!runOf(run).steps.length) return page.again(); // only now it is known what its model can do
     from = addSteps(run, steps) ?? from;
-    if (run === state.run) draw();
+    if (run === state.run) page.draw();
   },
   gone({ run }) { if (runOf(run)) Object.assign(runOf(run), { gone: true, live: false }); },
   live({ run, live }) { const of = runOf(run); if (of) Object.assign(of, { live, ended: of.live && !live, gone: false }); },
@@ -47,12 +47,12 @@ const told = {
 export function followLive(refresh, settled) {
   describeLive();
   if (saved) return;
-  const draw = Object.assign(() => paced(refresh, settled), { again: () => again(refresh) });
+  const page = { draw: () => paced(refresh, settled), again: () => again(refresh) };
   const source = new EventSource("api/events");
   let lost = false;
   source.onmessage = (event) => {
     const message = JSON.parse(event.data);
-    told[message.type]?.(message, draw);
+    told[message.type]?.(message, page);
     describeLive();
   };
   source.onerror = () => { lost = true; say("the server does not answer; trying again", "gone"); };
