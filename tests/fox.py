@@ -1,5 +1,6 @@
 """A run whose model predicts with confidence, and whose tokenizer reads English."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,9 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> "object":
         write_tokenizer(train_tokenizer([TEXT], 300), folder, 64)
         shape = {"d_model": 64, "n_layers": 3, "attention_n_heads": 4, "attention_n_kv_heads": 2, "vocab_size": 320,
                  "activation_hidden_dim": 96, "max_seq_len": 64, "position_emb_theta": 5000.0}  # fmt: skip
-        shape = model if "model_type" in model else shape | model
-        raw = {"model": shape, "data": {"tokenizer": {"vocab_size": 300}}}
+        known = {field.name for field in fields(find_model(model.get("model_type", "pico_decoder")).Config)}
+        shape = {key: value for key, value in shape.items() if key in known}
+        raw = {"model": shape | model, "data": {"tokenizer": {"vocab_size": 300}}}
         config = schema_for(raw).model_validate(raw)
         decoder = find_model(config.model.model_type)(config.model)
         decoder.init_parameters(torch.Generator().manual_seed(3))
